@@ -1,0 +1,67 @@
+"""Files on disk: read strictly, written whole or not at all."""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mvshared.errors import ConfigError, DatasetError, OutputError
+
+FileError = type[ConfigError] | type[DatasetError]
+
+
+def read_json_object(path: Path | str, *, error: FileError = ConfigError) -> dict[str, Any]:
+    """The JSON object in a UTF-8 file. Raises `error` as `read_json` does, and for a file that holds anything else."""
+    document = read_json(path, error=error)
+    if not isinstance(document, dict):
+        raise error(f"must hold a JSON object, got {type(document).__name__}", path=path)
+    return document
+
+
+def read_json(path: Path | str, *, error: FileError = ConfigError) -> Any:
+    """The JSON document in a UTF-8 file. Raises `error` for a file that is missing, unreadable or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as cause:
+        raise error("no such file", path=path) from cause
+    except OSError as cause:
+        raise error(f"cannot be read: {cause.strerror or cause}", path=path) from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(f"is not a JSON file in UTF-8: {cause}", path=path) from cause
+
+
+def write_atomic(path: Path | str, data: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new one, never a part of it.
+
+    The bytes go to a temporary name in the same folder, are flushed to the disk and renamed; after a failure the temporary
+    file is gone and the old file untouched. Raises OutputError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as cause:
+        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=path) from cause
+
+
+def write_json(path: Path | str, document: Mapping[str, Any]) -> None:
+    """Write a JSON object with `write_atomic`, indented, in UTF-8.
+
+    Raises OutputError for a file that cannot be written and for values that JSON does not have (NaN, infinity, arrays).
+    """
+    try:
+        text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+        data = (text + "\n").encode()
+    except (TypeError, ValueError) as cause:
+        raise OutputError(f"cannot be written as JSON: {cause}", path=path) from cause
+    write_atomic(path, data)
