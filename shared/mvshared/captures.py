@@ -1,0 +1,145 @@
+"""Captures: folders of pictures with known cameras, which training and evaluation read.
+
+A capture is a folder with a transforms.json in the convention of nerfstudio and instant-ngp. A frame may also have a
+`normal_file_path`, a normal map in camera space: (n + 1) / 2 * 255 with x right, y up, z toward the camera.
+"""
+
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from mvshared.camera import read_transforms, validate_poses
+from mvshared.errors import DatasetError, OptionError, OutputError
+from mvshared.export import transforms
+from mvshared.files import read_json_object, write_atomic, write_json
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Capture(NamedTuple):
+    """Pictures of one object and their cameras, in the order of the file's frames.
+
+    `normal_paths` and `mask_paths` have None for a frame without; `poses` float32 (v, 4, 4) are those of `mvshared.camera`;
+    `fov_deg` is the vertical field of view, None if the file says none or the views differ.
+    """
+
+    image_paths: tuple[Path, ...]
+    normal_paths: tuple[Path | None, ...]
+    mask_paths: tuple[Path | None, ...]
+    poses: NDArray[np.float32]
+    fov_deg: float | None
+
+
+def load_capture(folder: Path | str) -> Capture:
+    """The capture in `folder`, from its transforms.json; the pictures are found, not decoded.
+
+    File paths are relative to the folder and may lack the extension, as in Blender's files. The world is turned to +Y up (see
+    `camera.read_transforms`); lens distortion and `applied_transform`, which lead back to the original scan, are ignored.
+
+    Raises DatasetError for a folder, file or field that is missing or malformed, with the path.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DatasetError("no such folder", path=folder)
+    path = folder / "transforms.json"
+    document = read_json_object(path, error=DatasetError)
+    # The frames' fields are checked before their files, so that the message is about the first cause.
+    read_transforms(document, path=path, error=DatasetError)
+    frames: list[Mapping[str, Any]] = document["frames"]
+    images = []
+    for index, frame in enumerate(frames):
+        image = _frame_file(folder, frame, "file_path", index)
+        if image is None:
+            raise DatasetError(f"frame {index} has no file_path", path=path)
+        images.append(image)
+    normals = [_frame_file(folder, frame, "normal_file_path", index) for index, frame in enumerate(frames)]
+    masks = [_frame_file(folder, frame, "mask_path", index) for index, frame in enumerate(frames)]
+    cameras = read_transforms(document, path=path, size_px=_size_px(images[0]), error=DatasetError)
+    return Capture(tuple(images), tuple(normals), tuple(masks), cameras.poses, cameras.fov_deg)
+
+
+def write_capture(
+    folder: Path | str,
+    rgba: NDArray[np.uint8],
+    normals: NDArray[np.uint8] | None,
+    poses: ArrayLike,
+    fov_deg: float,
+) -> None:
+    """Write pictures uint8 (v, h, w, 4) and normal maps uint8 (v, h, w, 3 or 4) as a capture, all of it or nothing.
+
+    The folder holds view_000.png ..., normal_000.png ... and transforms.json. It is written under a temporary name beside
+    `folder` and renamed; `folder` must not exist, or be empty. `fov_deg` is the vertical field of view.
+
+    Raises OptionError and CameraError for what does not fit together, OutputError for what cannot be written.
+    """
+    folder = Path(folder)
+    checked = validate_poses(poses)
+    if rgba.dtype != np.uint8 or rgba.ndim != 4 or rgba.shape[-1] != 4 or len(rgba) != len(checked):
+        raise OptionError("rgba", expected=f"uint8 ({len(checked)}, h, w, 4)", got=(rgba.dtype.name, rgba.shape))
+    views, height, width = rgba.shape[:3]
+    pictures = {f"view_{index:03}.png": picture for index, picture in enumerate(rgba)}
+    normal_names = None
+    if normals is not None:
+        if normals.dtype != np.uint8 or normals.shape not in (rgba.shape, (*rgba.shape[:3], 3)):
+            raise OptionError(
+                "normals", expected=f"uint8 {rgba.shape} or with 3 channels", got=(normals.dtype.name, normals.shape)
+            )
+        normal_names = [f"normal_{index:03}.png" for index in range(views)]
+        pictures |= dict(zip(normal_names, normals, strict=True))
+    document = transforms(
+        checked,
+        width_px=width,
+        height_px=height,
+        fov_deg=fov_deg,
+        file_names=[f"view_{index:03}.png" for index in range(views)],
+        normal_names=normal_names,
+    )
+
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError("exists already", path=folder, hint="name a new folder, or remove this one first")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            for name, picture in pictures.items():
+                encoded = io.BytesIO()
+                Image.fromarray(picture).save(encoded, "PNG")
+                write_atomic(temporary / name, encoded.getvalue())
+            write_json(temporary / "transforms.json", document)
+            os.replace(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as cause:
+        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause
+
+
+def _frame_file(folder: Path, frame: Mapping[str, Any], field: str, index: int) -> Path | None:
+    """The existing file that a frame's field names, None without the field; DatasetError if there is no such file."""
+    if field not in frame:
+        return None
+    name = frame[field]
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise DatasetError(f"frame {index}: {field} must be a file name, got {name!r}", path=folder / "transforms.json")
+    for suffix in ("", *PICTURE_SUFFIXES):
+        candidate = folder / (name + suffix)
+        if os.path.isfile(candidate):
+            return candidate
+    raise DatasetError(f"frame {index}: {field} names a file that is not there", path=folder / name)
+
+
+def _size_px(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, Image.DecompressionBombError) as cause:
+        raise DatasetError(f"is no picture that can be read: {cause}", path=path) from cause

@@ -1,0 +1,209 @@
+"""Folders of pictures with known cameras: written whole or not at all, read strictly."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mvshared import camera, captures
+from mvshared.errors import CameraError, DatasetError, OptionError, OutputError
+from PIL import Image
+
+POSES = camera.orbit([0, 30, 200], [0, 10, -20], radius=1.5)
+RGBA = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 4), dtype=np.uint8)
+NORMALS = np.random.default_rng(1).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    captures.write_capture(tmp_path / "head", RGBA, NORMALS, POSES, 40.0)
+    return tmp_path / "head"
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "transforms.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_a_written_capture_reads_back_exactly(folder: Path) -> None:
+    capture = captures.load_capture(folder)
+    np.testing.assert_array_equal(capture.poses, POSES)
+    assert capture.fov_deg == pytest.approx(40)
+    assert capture.mask_paths == (None, None, None)
+    for path, picture in zip(capture.image_paths, RGBA, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+    for path, picture in zip(capture.normal_paths, NORMALS, strict=True):
+        assert path is not None
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+
+
+def test_a_capture_holds_its_pictures_and_nothing_else(folder: Path) -> None:
+    expected = {f"{kind}_00{index}.png" for kind in ("view", "normal") for index in range(3)} | {"transforms.json"}
+    assert {path.name for path in folder.iterdir()} == expected
+    assert [path.name for path in folder.parent.iterdir()] == ["head"]
+
+
+def test_normals_are_optional_and_may_have_alpha(tmp_path: Path) -> None:
+    captures.write_capture(tmp_path / "without", RGBA, None, POSES, 40.0)
+    assert captures.load_capture(tmp_path / "without").normal_paths == (None, None, None)
+    captures.write_capture(tmp_path / "deep" / "with", RGBA, RGBA[::-1], POSES, 40.0)
+    path = captures.load_capture(tmp_path / "deep" / "with").normal_paths[0]
+    assert path is not None
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), RGBA[2])
+
+
+def test_an_existing_capture_is_not_overwritten_but_an_empty_folder_is_used(folder: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(OutputError, match="exists already"):
+        captures.write_capture(folder, RGBA[::-1], None, POSES, 40.0)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    (folder.parent / "empty").mkdir()
+    captures.write_capture(folder.parent / "empty", RGBA, None, POSES, 40.0)
+    assert len(captures.load_capture(folder.parent / "empty").image_paths) == 3
+
+
+def test_a_file_in_the_place_of_the_folder_or_of_its_parent_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for place in (tmp_path / "file", tmp_path / "file" / "head"):
+        with pytest.raises(OutputError):
+            captures.write_capture(place, RGBA, None, POSES, 40.0)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_half_way_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    real_save, saved = Image.Image.save, []
+
+    def save(self: Image.Image, *args: Any) -> None:
+        saved.append(self)
+        if len(saved) == 3:
+            raise failure
+        real_save(self, *args)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OutputError if isinstance(failure, OSError) else KeyboardInterrupt):
+        captures.write_capture(tmp_path / "head", RGBA, NORMALS, POSES, 40.0)
+    assert len(saved) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rgba", "normals", "fov_deg", "name"),
+    [
+        (RGBA[..., :3], None, 40, "rgba"),
+        (RGBA[:2], None, 40, "rgba"),
+        (RGBA.astype(np.float32), None, 40, "rgba"),
+        (RGBA[0], None, 40, "rgba"),
+        (RGBA, NORMALS[:2], 40, "normals"),
+        (RGBA, NORMALS[:, :3], 40, "normals"),
+        (RGBA, NORMALS / np.float32(255), 40, "normals"),
+        (RGBA, NORMALS[..., 0], 40, "normals"),
+        (RGBA, None, 180, "fov_deg"),
+        (RGBA, None, math.nan, "fov_deg"),
+        (RGBA[:, :0], None, 40, "height_px"),
+    ],
+)
+def test_pictures_that_do_not_fit_together_are_refused(
+    tmp_path: Path, rgba: np.ndarray, normals: np.ndarray | None, fov_deg: float, name: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        captures.write_capture(tmp_path / "head", rgba, normals, POSES, fov_deg)
+    assert caught.value.name == name
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_pose_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CameraError, match="camera 0"):
+        captures.write_capture(tmp_path / "head", RGBA, None, np.zeros((3, 4, 4)), 40.0)
+
+
+def test_a_blender_capture_reads_without_extensions_and_with_the_size_of_its_pictures(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    frames = []
+    for index, name in enumerate(("r.0", "r.1", "r.2")):
+        Image.fromarray(RGBA[index]).save(tmp_path / "train" / f"{name}.png")
+        pose = camera.Y_UP_TO_Z_UP @ POSES[index]
+        frames.append({"file_path": f"./train/{name}", "transform_matrix": pose.tolist()})
+    (tmp_path / "transforms.json").write_text(json.dumps({"camera_angle_x": math.pi / 2, "frames": frames}))
+    capture = captures.load_capture(tmp_path)
+    np.testing.assert_allclose(capture.poses, POSES, atol=1e-6)
+    assert capture.image_paths[1] == tmp_path / "train" / "r.1.png"
+    assert capture.fov_deg == pytest.approx(2 * math.degrees(math.atan(6 / 8)))
+
+
+def test_frames_keep_the_order_of_the_file(folder: Path) -> None:
+    edit(folder, lambda document: document["frames"].reverse())
+    capture = captures.load_capture(folder)
+    np.testing.assert_array_equal(capture.poses, POSES[::-1])
+    assert [path.name for path in capture.image_paths] == ["view_002.png", "view_001.png", "view_000.png"]
+
+
+def test_masks_and_normals_are_per_frame(folder: Path) -> None:
+    edit(folder, lambda document: document["frames"][1].pop("normal_file_path"))
+    edit(folder, lambda document: document["frames"][2].update(mask_path="view_000.png"))
+    capture = captures.load_capture(folder)
+    assert capture.normal_paths == (folder / "normal_000.png", None, folder / "normal_002.png")
+    assert capture.mask_paths == (None, None, folder / "view_000.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document.pop("frames"), "has no frames"),
+        (lambda document: document["frames"].clear(), "has no frames"),
+        (lambda document: document["frames"][1].pop("file_path"), "frame 1 has no file_path"),
+        (lambda document: document["frames"][1].update(file_path=3), "frame 1: file_path must be a file name, got 3"),
+        (lambda document: document["frames"][1].update(file_path=""), "frame 1: file_path must be a file name"),
+        (lambda document: document["frames"][1].update(file_path="a\0"), "frame 1: file_path must be a file name"),
+        (lambda document: document["frames"][1].update(file_path="x" * 5000), "frame 1: file_path names a file that is not"),
+        (lambda document: document["frames"][1].update(file_path="."), "frame 1: file_path names a file that is not there"),
+        (lambda document: document["frames"][2].update(normal_file_path="none.png"), "frame 2: normal_file_path names a file"),
+        (lambda document: document["frames"][2].update(mask_path=None), "frame 2: mask_path must be a file name"),
+        (lambda document: document["frames"][1].pop("transform_matrix"), "frame 1 has no transform_matrix"),
+        (lambda document: document["frames"][1].update(transform_matrix=np.zeros((4, 4)).tolist()), "camera 1: the last row"),
+        (lambda document: document.update(frames=[1]), "frame 0 has no transform_matrix"),
+        (lambda document: document.update(fl_y=-1), "fl_y must be a number"),
+    ],
+)
+def test_a_malformed_capture_is_refused(folder: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    edit(folder, change)
+    with pytest.raises(DatasetError, match=message) as caught:
+        captures.load_capture(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_missing_picture_is_named(folder: Path) -> None:
+    (folder / "view_001.png").unlink()
+    with pytest.raises(DatasetError, match="not there") as caught:
+        captures.load_capture(folder)
+    assert caught.value.path == folder / "view_001.png"
+
+
+def test_a_first_picture_that_is_none_is_refused(folder: Path) -> None:
+    (folder / "view_000.png").write_text("no picture")
+    with pytest.raises(DatasetError, match="no picture that can be read"):
+        captures.load_capture(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"\xff", b"[" * 100_000])
+def test_a_transforms_file_that_is_no_json_object_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "transforms.json").write_bytes(content)
+    with pytest.raises(DatasetError, match="JSON"):
+        captures.load_capture(folder)
+
+
+def test_a_missing_folder_or_file_is_refused(folder: Path) -> None:
+    (folder / "transforms.json").unlink()
+    with pytest.raises(DatasetError, match="no such file"):
+        captures.load_capture(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(DatasetError, match="no such folder"):
+        captures.load_capture(folder)
