@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
+
 from mvshared import camera
 from mvshared.errors import CameraError, ConfigError, OptionError
-from numpy.typing import ArrayLike
 
 # Rows of 16 as the public MVDream code gives them for (elevation, azimuth) in degrees.
 S15, C15 = 0.25881904510252074, 0.9659258262890683

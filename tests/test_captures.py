@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from mvshared import camera, captures
 from mvshared.errors import CameraError, DatasetError, OptionError, OutputError
-from PIL import Image
 
 POSES = camera.orbit([0, 30, 200], [0, 10, -20], radius=1.5)
 RGBA = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 4), dtype=np.uint8)

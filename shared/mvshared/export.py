@@ -1,18 +1,125 @@
-"""What a run leaves behind: transforms.json for 3D trainers.
+"""What a run leaves behind: its folder, transforms.json for 3D trainers, and metadata.json to repeat it.
 
 transforms.json: https://docs.nerf.studio/quickstart/data_conventions.html and the loader of
 https://github.com/NVlabs/instant-ngp (src/nerf_loader.cu, docs/nerf_dataset_tips.md).
 """
 
+import importlib.metadata
+import json
 import math
-from collections.abc import Sequence
+import platform
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mvshared.camera import validate_poses
-from mvshared.errors import OptionError
+from mvshared.errors import ConfigError, OptionError, OutputError
+from mvshared.files import read_json_object, write_atomic, write_json
+
+METADATA = "metadata.json"
+UNFINISHED = ".unfinished"
+RUN_FILES = re.compile(r"view_\d{3,}\.png|grid\.png|turntable\.gif|transforms\.json")
+
+METADATA_FORMAT = "mvmlx-run"
+METADATA_VERSION = 1
+# Whatever can change a number of the result; those that are not installed are left out.
+PACKAGES = ("mvmlx", "mlx", "torch", "numpy", "pillow", "safetensors", "tokenizers")
+
+
+def prepare(folder: Path | str, *, force: bool = False) -> Path:
+    """Make `folder` ready for a run's files and return it; `finish` must follow when they are written.
+
+    The folder is made if it is not there. With `force` the files of an earlier run go, its metadata.json first, so that a run
+    that dies half-way never looks finished; the folder's other files stay. What an unfinished run left gives way without
+    `force`: a marker, `.unfinished`, tells it from a capture or from pictures of the user's own.
+
+    Raises OutputError if the folder holds a finished run or a file that the run would overwrite, and no `force` is given; if a
+    file is in its place; if it cannot be written.
+    """
+    folder = Path(folder)
+    overwrite = "name another folder, or overwrite it with --force"
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError("is a file, and a folder is needed", path=folder, hint="name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        leftovers = sorted(path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name))
+        if not force and (folder / METADATA).exists():
+            raise OutputError("holds a finished run", path=folder, hint=overwrite)
+        if not force and leftovers and not (folder / UNFINISHED).exists():
+            raise OutputError(f"holds {leftovers[0].name}, which no unfinished run left there", path=folder, hint=overwrite)
+        write_atomic(folder / UNFINISHED, b"")
+        for path in (folder / METADATA, *leftovers):
+            path.unlink(missing_ok=True)
+    except OSError as cause:
+        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause
+    return folder
+
+
+def finish(folder: Path | str, document: Mapping[str, Any]) -> None:
+    """Write metadata.json, which says that the run of `folder` is complete. Raises OutputError."""
+    folder = Path(folder)
+    write_json(folder / METADATA, document)
+    try:
+        (folder / UNFINISHED).unlink(missing_ok=True)
+    except OSError as cause:
+        raise OutputError(f"cannot be removed: {cause.strerror or cause}", path=folder / UNFINISHED) from cause
+
+
+def metadata(
+    parameters: Mapping[str, Any], *, weights: Mapping[str, str], details: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The metadata.json document of a run.
+
+    `parameters` are what repeats the run, as JSON values; `weights` the SHA-256 of every weight file by name; `details`
+    whatever else is worth keeping, such as the device. Versions of the packages, of Python and of the system are added; no
+    array library is imported for that. Raises OptionError for a parameter or detail that JSON does not have.
+    """
+    return {
+        "format": METADATA_FORMAT,
+        "version": METADATA_VERSION,
+        "parameters": _as_json(parameters),
+        "weights": dict(weights),
+        "details": _as_json(details or {}),
+        "packages": _package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def parameters_from_metadata(path: Path | str, *, known: Collection[str]) -> dict[str, Any]:
+    """The parameters in the metadata.json of a run, for repeating it; a folder stands for the file in it.
+
+    Raises ConfigError for a file that is malformed, is no run's metadata, is of another version of the format, or has
+    parameters that are not in `known`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / METADATA
+    document = read_json_object(path)
+    if document.get("format") != METADATA_FORMAT:
+        raise ConfigError(
+            f"is no metadata of a run: format must be {METADATA_FORMAT!r}, got {document.get('format')!r}",
+            path=path,
+            hint=f"give the {METADATA} of an output folder",
+        )
+    version = document.get("version")
+    if type(version) is not int or version != METADATA_VERSION:
+        raise ConfigError(
+            f"version must be {METADATA_VERSION}, got {version!r}",
+            path=path,
+            hint="repeat the run with the mvmlx that wrote it; see its packages",
+        )
+    parameters = document.get("parameters")
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"parameters must be a JSON object, got {type(parameters).__name__}", path=path)
+    unknown = sorted(set(parameters) - set(known))
+    if unknown:
+        raise ConfigError(f"has unknown parameters: {', '.join(unknown)}", path=path, hint=f"known: {', '.join(sorted(known))}")
+    return parameters
 
 
 def transforms(
@@ -73,3 +180,26 @@ def transforms(
         "offset": [0.5, 0.5, 0.5],
         "frames": frames,
     }
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What reading the file back will give, so that tuples are lists on both sides; OptionError for what JSON does not have."""
+    converted = {}
+    for name, value in values.items():
+        try:
+            converted[name] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as cause:
+            raise OptionError(
+                name, expected="a JSON value (null, bool, finite number, text, list, object)", got=value
+            ) from cause
+    return converted
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

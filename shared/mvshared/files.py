@@ -61,7 +61,8 @@ def write_json(path: Path | str, document: Mapping[str, Any]) -> None:
     """
     try:
         text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
-        data = (text + "\n").encode()
+        # A file name that is no UTF-8 reaches Python as lone surrogates; their backslash form is JSON's own escape.
+        data = (text + "\n").encode(errors="backslashreplace")
     except (TypeError, ValueError) as cause:
         raise OutputError(f"cannot be written as JSON: {cause}", path=path) from cause
     write_atomic(path, data)
