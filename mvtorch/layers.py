@@ -1,0 +1,120 @@
+"""Convolutional blocks of the U-Net and the VAE, and the timestep embedding, after diffusers' resnet.py and embeddings.py.
+
+Inside the networks pictures are (n, c, h, w) in channels_last memory, where n counts the views of all objects.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mvshared.errors import OptionError
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of (n, c, h, w); PyTorch keeps the statistics of half-precision inputs in float32."""
+
+    def __init__(self, groups: int, channels: int, *, eps: float) -> None:
+        super().__init__(groups, channels, eps=eps)
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution in float32 whatever the dtype of its weights and input, for the last layer before pictures."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Convolve x (n, c, h, w); the result is float32."""
+        bias = None if self.bias is None else self.bias.float()
+        return self._conv_forward(x.float(), self.weight.float(), bias)
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, and a shortcut; the projected time embedding is added in between.
+
+    `time_embed_dim` None leaves the time embedding out, as in the VAE.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_embed_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_embed_dim is not None:
+            self.time_emb_proj = nn.Linear(time_embed_dim, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """x (n, in_channels, h, w) and time embeddings (n, time_embed_dim) to (n, out_channels, h, w)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2. `pad_after` pads below and to the right only, as the VAE does."""
+
+    def __init__(self, channels: int, *, pad_after: bool = False) -> None:
+        super().__init__()
+        self.pad_after = pad_after
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_after else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) to (n, c, h / 2, w / 2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_after else x)
+
+
+class Upsample(nn.Module):
+    """Every pixel twice in both directions, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) to (n, c, 2 h, 2 w)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear, SiLU, Linear: of the sinusoidal timestep and of the camera vector."""
+
+    def __init__(self, in_channels: int, time_embed_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, time_embed_dim)
+        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_channels) to (..., time_embed_dim)."""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
+    """Sinusoids float32 (b, channels) of timesteps (b,), cosines first: diffusers' flip_sin_to_cos with freq_shift 0.
+
+    Raises OptionError for an odd number of channels.
+    """
+    if channels % 2:
+        raise OptionError("channels", expected="even for a timestep embedding", got=channels)
+    half = channels // 2
+    frequencies = np.exp(-math.log(10000) * np.arange(half) / half).astype(np.float32)
+    angles = timesteps.float()[:, None] * torch.from_numpy(frequencies).to(timesteps.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def run_block(block: Callable[..., Tensor], *inputs: Tensor | None, recompute: bool, **static: Any) -> Tensor:
+    """Call a module; with `recompute`, keep its inputs only and compute it again for the gradient (gradient checkpointing).
+
+    `static` holds arguments that are no arrays.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        return block(*inputs, **static)
+    return checkpoint(block, *inputs, use_reentrant=False, **static)
