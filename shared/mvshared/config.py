@@ -1,0 +1,169 @@
+"""What a model is, as frozen dataclasses: U-Net, VAE, noise schedule, and the whole of them with its defaults.
+
+Field names follow diffusers' config.json wherever diffusers has the field (UNet2DConditionModel, AutoencoderKL, DDIMScheduler).
+Sizes of the presets: the public configs of Stable Diffusion 2.1 and MVDream.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mvshared.errors import OptionError
+
+PredictionType = Literal["epsilon", "v_prediction"]
+BetaSchedule = Literal["linear", "scaled_linear"]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """A multi-view U-Net of the Stable Diffusion shape.
+
+    Per level, from fine to coarse: `block_out_channels`, `layers_per_block`, `transformer_layers_per_block`,
+    `attention_levels`, and either `num_attention_heads` (count) or `attention_head_dim` (width, the same everywhere).
+    `cross_attention_dim` None leaves out cross-attention, `camera_dim` None the camera MLP. `reference_frame` adds the clean
+    latent of the reference picture as one more frame.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
+    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    mid_attention: bool = True
+    num_attention_heads: tuple[int, ...] | None = (5, 10, 20, 20)
+    attention_head_dim: int | None = None
+    cross_attention_dim: int | None = 1024
+    use_linear_projection: bool = True
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    camera_dim: int | None = None
+    reference_frame: bool = False
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        for name in ("layers_per_block", "transformer_layers_per_block", "attention_levels"):
+            if len(getattr(self, name)) != levels:
+                raise OptionError(name, expected=f"one entry per level ({levels})", got=getattr(self, name))
+        if (self.num_attention_heads is None) == (self.attention_head_dim is None):
+            raise OptionError(
+                "num_attention_heads",
+                expected="given, or attention_head_dim, but not both",
+                got=(self.num_attention_heads, self.attention_head_dim),
+            )
+        if self.num_attention_heads is not None and len(self.num_attention_heads) != levels:
+            raise OptionError("num_attention_heads", expected=f"one entry per level ({levels})", got=self.num_attention_heads)
+        for level, channels in enumerate(self.block_out_channels):
+            if channels % self.norm_num_groups:
+                raise OptionError(
+                    "block_out_channels", expected=f"multiples of norm_num_groups ({self.norm_num_groups})", got=channels
+                )
+            if channels % self.heads(level):
+                raise OptionError("num_attention_heads", expected=f"a divisor of {channels} at level {level}", got=self.heads(level))
+
+    def heads(self, level: int) -> int:
+        """Number of attention heads at a level (0 is the finest)."""
+        if self.num_attention_heads is not None:
+            return self.num_attention_heads[level]
+        assert self.attention_head_dim is not None
+        return max(1, self.block_out_channels[level] // self.attention_head_dim)
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.block_out_channels[0]
+
+    @property
+    def normal_channels(self) -> int:
+        """Latent channels of the normal maps that are concatenated to the noisy latents; 0 without."""
+        return self.in_channels - self.out_channels
+
+    @property
+    def downscale(self) -> int:
+        """Latent heights and widths must be multiples of this."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """AutoencoderKL. Model latents are `(z - latents_mean) * scaling_factor / latents_std`, mean 0 and deviation 1 if not given."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    scaling_factor: float = 0.18215
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    sample_size: int = 256
+
+    def __post_init__(self) -> None:
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise OptionError(
+                    "block_out_channels", expected=f"multiples of norm_num_groups ({self.norm_num_groups})", got=channels
+                )
+        for name in ("latents_mean", "latents_std"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.latent_channels:
+                raise OptionError(name, expected=f"{self.latent_channels} numbers", got=given)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, in height and width."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The noise schedule and the default spacing of timesteps (diffusers' scheduler_config.json)."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: BetaSchedule = "scaled_linear"
+    prediction_type: PredictionType = "epsilon"
+    timestep_spacing: TimestepSpacing = "leading"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+    rescale_betas_zero_snr: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraConfig:
+    """How a family's pictures are taken: the pose of `camera.orbit` and what `transforms.json` says of the lens."""
+
+    fov_deg: float = 49.1
+    radius: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """What `generate` takes when the caller does not say."""
+
+    views: int = 4
+    azimuth_start_deg: float = 0.0
+    elevation_deg: float = 0.0
+    steps: int = 30
+    guidance: float = 5.0
+    size_px: int = 256
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole model: its family name, its parts, and its defaults."""
+
+    family: str
+    unet: UNetConfig
+    vae: VAEConfig
+    scheduler: SchedulerConfig
+    camera: CameraConfig = CameraConfig()
+    defaults: GenerationDefaults = GenerationDefaults()
+
+
+SD21 = UNetConfig()
+MVDREAM = replace(SD21, camera_dim=16)
+SD_VAE = VAEConfig()

@@ -1,0 +1,144 @@
+"""The typed errors of mvmlx: one class per thing that a caller might want to tell apart.
+
+Every message says what happened, what is allowed, what was given and what to do. The command line prints it in one line
+and leaves with the class's `exit_code`; docs/exit-codes.md lists them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class MvError(Exception):
+    """Base of every error that mvmlx raises on purpose.
+
+    Fields: `message` what happened, `hint` what to do about it (may be empty), `exit_code` of the command line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class OptionError(MvError):
+    """A parameter has a value that is not allowed. Fields: `name`, `expected`, `got`."""
+
+    exit_code = 2
+
+    def __init__(self, name: str, *, expected: str, got: object, hint: str = "") -> None:
+        super().__init__(f"{name} must be {expected}, got {got!r}", hint=hint)
+        self.name, self.expected, self.got = name, expected, got
+
+
+class ImageError(MvError):
+    """A picture cannot be read or used. Fields: `path` (None for a picture in memory)."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, path: Path | str | None = None, hint: str = "") -> None:
+        super().__init__(f"{path}: {message}" if path is not None else message, hint=hint)
+        self.path = path
+
+
+class CameraError(MvError):
+    """A camera is not a rigid camera-to-world pose. Fields: `index` of the offending view, or None."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, index: int | None = None, hint: str = "") -> None:
+        super().__init__(f"camera {index}: {message}" if index is not None else message, hint=hint)
+        self.index = index
+
+
+class CheckpointError(MvError):
+    """A checkpoint folder or weight file cannot be used. Fields: `path`."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, *, path: Path | str | None = None, hint: str = "") -> None:
+        super().__init__(f"{path}: {message}" if path is not None else message, hint=hint)
+        self.path = path
+
+
+class TensorMismatchError(CheckpointError):
+    """Names or shapes of a weight file differ from the model's.
+
+    Fields: `missing` and `unexpected` names, `misshaped` as `name (expected, got)` strings. The message shows the first 20.
+    """
+
+    shown = 20
+
+    def __init__(
+        self,
+        *,
+        path: Path | str | None,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        misshaped: Sequence[str] = (),
+    ) -> None:
+        parts = []
+        for word, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)):
+            if names:
+                more = f", and {len(names) - self.shown} more" if len(names) > self.shown else ""
+                parts.append(f"{len(names)} {word}: {', '.join(names[: self.shown])}{more}")
+        super().__init__(
+            "the tensors do not fit the model; " + "; ".join(parts),
+            path=path,
+            hint="is config.json the one of these weights?",
+        )
+        self.missing, self.unexpected, self.misshaped = tuple(missing), tuple(unexpected), tuple(misshaped)
+
+
+class BackendError(MvError):
+    """A backend, device or dtype is not there. Fields: `backend`."""
+
+    exit_code = 6
+
+    def __init__(self, message: str, *, backend: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.backend = backend
+
+
+class OutputError(MvError):
+    """An output folder cannot be written, or holds a finished run. Fields: `path`."""
+
+    exit_code = 7
+
+    def __init__(self, message: str, *, path: Path | str, hint: str = "") -> None:
+        super().__init__(f"{path}: {message}", hint=hint)
+        self.path = path
+
+
+class ConfigError(MvError):
+    """A configuration or metadata file is malformed. Fields: `path`."""
+
+    exit_code = 8
+
+    def __init__(self, message: str, *, path: Path | str | None = None, hint: str = "") -> None:
+        super().__init__(f"{path}: {message}" if path is not None else message, hint=hint)
+        self.path = path
+
+
+class DatasetError(MvError):
+    """Training or evaluation data is missing or malformed. Fields: `path`."""
+
+    exit_code = 9
+
+    def __init__(self, message: str, *, path: Path | str | None = None, hint: str = "") -> None:
+        super().__init__(f"{path}: {message}" if path is not None else message, hint=hint)
+        self.path = path
+
+
+class NumericsError(MvError):
+    """A computation left the finite numbers. Fields: `where`."""
+
+    exit_code = 10
+
+    def __init__(self, message: str, *, where: str, hint: str = "") -> None:
+        super().__init__(f"{where}: {message}", hint=hint)
+        self.where = where

@@ -1,0 +1,169 @@
+"""Weight files: strict reading of safetensors headers, exact checks of names and shapes, tables of exceptional names.
+
+Format: https://github.com/huggingface/safetensors#format - eight bytes of header length (little endian), a JSON header, the
+tensors back to back. The header is validated here before any array library sees the file.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvshared.errors import CheckpointError, TensorMismatchError
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000
+
+# Attention of the VAE's mid block in checkpoints written before diffusers 0.15.
+OLD_VAE_ATTENTION_NAMES = (
+    (re.compile(r"\.query\.(weight|bias)$"), r".to_q.\1"),
+    (re.compile(r"\.key\.(weight|bias)$"), r".to_k.\1"),
+    (re.compile(r"\.value\.(weight|bias)$"), r".to_v.\1"),
+    (re.compile(r"\.proj_attn\.(weight|bias)$"), r".to_out.0.\1"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """One entry of a safetensors header; `start` and `end` are byte offsets behind the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """A validated safetensors header."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path | str) -> Header:
+    """Read and validate the header of a safetensors file.
+
+    Raises CheckpointError for a missing or truncated file, malformed JSON, duplicate names, unknown dtypes, sizes that do not
+    fit the shape, and tensors that overlap, leave gaps or lie outside the file.
+    """
+    path = Path(path)
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            if len(head) < 8:
+                raise CheckpointError(f"is no safetensors file: {file_bytes} bytes, at least 8 are needed", path=path)
+            header_bytes = int.from_bytes(head, "little")
+            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise CheckpointError(
+                    f"is truncated or no safetensors file: its header should have {header_bytes} bytes, "
+                    f"{file_bytes - 8} follow",
+                    path=path,
+                    hint="copy or download it again",
+                )
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from error
+    entries = _parse_json(text, path)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError("has a malformed header: __metadata__ must map names to strings", path=path)
+    tensors = {name: _tensor_info(name, entry, path) for name, entry in entries.items()}
+    _check_layout(tensors, data_bytes=file_bytes - 8 - header_bytes, path=path)
+    return Header(tensors=tensors, metadata=metadata)
+
+
+def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"has a malformed header: {twice!r} stands twice", path=path)
+        return dict(pairs)
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"has a malformed header: {error}", path=path) from error
+    if not text.startswith(b"{") or not isinstance(entries, dict):
+        raise CheckpointError("has a malformed header: it is no JSON object", path=path)
+    return entries
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _tensor_info(name: str, entry: Any, path: Path) -> TensorInfo:
+    def fault(reason: str) -> CheckpointError:
+        return CheckpointError(f"has a malformed header: {name!r} {reason}", path=path)
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fault("must have dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise fault(f"has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+        raise fault(f"has the shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise fault(f"has the data_offsets {offsets!r}")
+    size = DTYPE_BYTES[dtype]
+    for length in shape:
+        size *= length
+    if offsets[1] - offsets[0] != size:
+        raise fault(f"needs {size} bytes for {dtype} {shape}, its data_offsets hold {offsets[1] - offsets[0]}")
+    return TensorInfo(dtype=dtype, shape=tuple(shape), start=offsets[0], end=offsets[1])
+
+
+def _check_layout(tensors: Mapping[str, TensorInfo], *, data_bytes: int, path: Path) -> None:
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != position:
+            word = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
+            raise CheckpointError(f"has a malformed header: {name!r} {word}", path=path)
+        position = info.end
+    if position != data_bytes:
+        raise CheckpointError(
+            f"is truncated or has a tail: its tensors need {position} bytes, it holds {data_bytes}",
+            path=path,
+            hint="copy or download it again",
+        )
+
+
+def rename_old_vae_attention(name: str) -> str:
+    """The current name of a VAE tensor, for names old and new."""
+    if ".mid_block.attentions." in f".{name}":
+        for pattern, replacement in OLD_VAE_ATTENTION_NAMES:
+            name = pattern.sub(replacement, name)
+    return name
+
+
+def check_names_and_shapes(
+    *, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], path: Path | str | None
+) -> None:
+    """Raise TensorMismatchError unless names and shapes are the same on both sides."""
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    misshaped = [
+        f"{name} (expected {list(expected[name])}, got {list(found[name])})"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    if missing or unexpected or misshaped:
+        raise TensorMismatchError(path=path, missing=missing, unexpected=unexpected, misshaped=misshaped)
+
+
+def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:
+    """`{file name: sha256}` of weight files."""
+    hashes = {}
+    for path in paths:
+        with path.open("rb") as file:
+            hashes[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
