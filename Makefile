@@ -1,0 +1,73 @@
+# `make demo` and `make test` set up everything they need in .venv; a second call installs nothing.
+# Needs Python 3.11 or newer and, on Linux, a C++ compiler for `mx.compile`. Works with GNU make 3.81, macOS's own.
+
+# The PyTorch to install. On Linux without an NVIDIA GPU its CPU build is tried first, to save gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell \
+	$(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+OS := $(shell uname -s)
+SHELL := /bin/bash
+
+.PHONY: help demo test lint format types bench clean
+
+help:
+	@echo "make demo    install the runtime, generate views of examples/portrait.png into out/demo"
+	@echo "make test    install everything for development, run the linters and all tests"
+	@echo "make lint | format | types | bench | clean"
+
+demo: $(VENV)/.runtime
+	$(BIN)/mvmlx generate examples/portrait.png -o out/demo --force
+	@echo "Look at out/demo/grid.png and out/demo/turntable.gif; the cameras are in out/demo/transforms.json"
+
+test: $(VENV)/.dev lint types
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright
+
+bench: $(VENV)/.dev
+	$(BIN)/mvmlx benchmark
+
+clean:
+	rm -rf $(VENV) out dist build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@if [ -z "$(PYTHON)" ]; then echo "mvmlx needs Python 3.11 or newer: none of python3.13, python3.12, python3.11, python3 is." \
+		"Install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; fi
+	@"$(PYTHON)" -m venv $(VENV) || { echo "$(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
+	@touch $@
+
+# Alone on macOS, MLX comes with the package. Without its dependencies, PyTorch needs nothing else from the CPU index; they
+# come with the second call, which finds PyTorch already there.
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml
+ifeq ($(OS),Darwin)
+	@echo "Installing mvmlx and MLX into $(VENV)"
+	@$(PIP) --editable .
+else
+	@command -v nvidia-smi >/dev/null || { \
+		echo "No nvidia-smi: trying the CPU build of PyTorch first"; \
+		$(PIP) --no-deps --index-url $(TORCH_CPU_INDEX) --timeout 5 --retries 0 "$(TORCH)" 2>/dev/null \
+		|| echo "$(TORCH_CPU_INDEX) does not answer: taking PyTorch from the default index"; }
+	@echo "Installing mvmlx and PyTorch into $(VENV) (minutes, the first time)"
+	@$(PIP) "$(TORCH)" --editable .
+endif
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Installing what development needs into $(VENV) (minutes, the first time)"
+	@$(PIP) "$(TORCH)" --editable ".[cpu,dev,torch]"
+	@touch $@
