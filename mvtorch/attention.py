@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvshared.attention import AttentionOptions, score_slices
-from mvtorch.layers import GroupNorm
+from mvtorch.layers import FeedForward, GroupNorm
 
 
 class KeyValues(NamedTuple):
@@ -84,3 +84,59 @@ class SpatialAttention(Attention):
         tokens = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
         tokens = super().forward(tokens, self.keys_values(tokens), options=options)
         return x + tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention if `context_dim` is given, feed-forward, each with a norm before and a residual."""
+
+    def __init__(self, channels: int, heads: int, *, context_dim: int | None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        if context_dim is not None:
+            self.norm2 = nn.LayerNorm(channels)
+            self.attn2 = Attention(channels, heads, context_dim=context_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor | None, *, options: AttentionOptions) -> Tensor:
+        """Tokens (b, l, c) and a context (b, m, context_dim), None without cross-attention, to (b, l, c)."""
+        h = self.norm1(x)
+        x = x + self.attn1(h, self.attn1.keys_values(h), options=options)
+        if context is not None:
+            x = x + self.attn2(self.norm2(x), self.attn2.keys_values(context), options=options)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of all views of an object together.
+
+    `linear` makes the projections around the blocks linear layers instead of convolutions of size 1: the same function, other
+    tensor shapes.
+    """
+
+    def __init__(self, channels: int, heads: int, *, depth: int, context_dim: int | None, groups: int, linear: bool) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_dim=context_dim) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor | None, *, views: int, options: AttentionOptions) -> Tensor:
+        """Views (b v, c, h, w) and a context (b, m, context_dim) to (b v, c, h, w)."""
+        n, c, h, w = x.shape
+        y = self.norm(x)
+        if not self.linear:
+            y = self.proj_in(y)
+        tokens = y.permute(0, 2, 3, 1).reshape(n // views, views * h * w, c)
+        if self.linear:
+            tokens = self.proj_in(tokens)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context, options=options)
+        if self.linear:
+            tokens = self.proj_out(tokens)
+        y = tokens.reshape(n, h, w, c).permute(0, 3, 1, 2)
+        return x + (y if self.linear else self.proj_out(y))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import VAEConfig
 from mvshared.errors import OptionError
+from mvshared.shapes import check_pictures
 from mvtorch.attention import SpatialAttention
 from mvtorch.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
 
@@ -142,8 +143,7 @@ class AutoencoderKL(nn.Module):
         A deterministic encoding is the mean, a sample is `mean + exp(logvar / 2) * noise`; `logvar` is in [-30, 20].
         Raises OptionError for a size that is no multiple of `config.downscale`.
         """
-        factor = self.config.downscale
-        _check(pixels, "pixels", channels=self.config.in_channels, multiple=factor)
+        check_pictures("pixels", pixels.shape, channels=self.config.in_channels, multiple=self.config.downscale)
         mean, logvar = _in_batches(self._encode, pixels, batch).chunk(2, dim=-1)
         return Moments(mean, logvar.clamp(-30.0, 20.0))
 
@@ -152,7 +152,7 @@ class AutoencoderKL(nn.Module):
 
         Raises OptionError for a wrong number of channels.
         """
-        _check(latents, "latents", channels=self.config.latent_channels, multiple=1)
+        check_pictures("latents", latents.shape, channels=self.config.latent_channels)
         return _in_batches(self._decode, latents, batch)
 
     def scale_latents(self, latents: Tensor) -> Tensor:
@@ -177,12 +177,6 @@ class AutoencoderKL(nn.Module):
         mean = self.config.latents_mean or (0.0,) * self.config.latent_channels
         std = self.config.latents_std or (1.0,) * self.config.latent_channels
         return latents.new_tensor(mean), latents.new_tensor([self.config.scaling_factor / value for value in std])
-
-
-def _check(x: Tensor, name: str, *, channels: int, multiple: int) -> None:
-    if x.ndim != 4 or x.shape[3] != channels or x.shape[1] % multiple or x.shape[2] % multiple or not x.numel():
-        expected = f"(n, h, w, {channels})" + (f" with h and w multiples of {multiple}" if multiple > 1 else "")
-        raise OptionError(name, expected=expected, got=tuple(x.shape))
 
 
 def _in_batches(function: Callable[[Tensor], Tensor], x: Tensor, batch: int | None) -> Tensor:

@@ -1,0 +1,52 @@
+"""Checks of the shapes that come into the networks, the same for both backends."""
+
+from mvshared.config import UNetConfig
+from mvshared.errors import OptionError
+
+Shape = tuple[int, ...]
+
+
+def check_pictures(name: str, shape: Shape, *, channels: int, multiple: int = 1) -> None:
+    """Raise OptionError unless `shape` is (n, h, w, channels), not empty, h and w multiples of `multiple`."""
+    if len(shape) != 4 or shape[3] != channels or 0 in shape or shape[1] % multiple or shape[2] % multiple:
+        expected = f"of shape (n, h, w, {channels})" + (f" with h and w multiples of {multiple}" if multiple > 1 else "")
+        raise OptionError(name, expected=expected, got=shape)
+
+
+def check_unet_inputs(
+    config: UNetConfig,
+    *,
+    sample: Shape,
+    timesteps: Shape,
+    context: Shape | None,
+    camera: Shape | None,
+    reference: Shape | None,
+) -> None:
+    """Raise OptionError unless the shapes fit each other and the config.
+
+    sample (b, v, h, w, in_channels) with h and w multiples of `config.downscale`, timesteps (b,), context (b, l, c) exactly if
+    the config has cross-attention, camera (b, v, camera_dim) only if it has a camera, reference (b, h, w, out_channels) only if
+    it has a reference frame.
+    """
+    if len(sample) != 5 or 0 in sample or sample[4] != config.in_channels:
+        raise OptionError("sample", expected=f"of shape (b, v, h, w, {config.in_channels})", got=sample)
+    batch, views, height, width, _ = sample
+    if height % config.downscale or width % config.downscale:
+        raise OptionError("sample", expected=f"of a height and width that are multiples of {config.downscale}", got=sample)
+    if timesteps != (batch,):
+        raise OptionError("timesteps", expected=f"of shape {(batch,)}, one per object", got=timesteps)
+    if config.cross_attention_dim is None:
+        if context is not None:
+            raise OptionError("context", expected="None for a model without cross-attention", got=context)
+    elif context is None or len(context) != 3 or context[0] != batch or context[2] != config.cross_attention_dim:
+        raise OptionError("context", expected=f"of shape ({batch}, l, {config.cross_attention_dim})", got=context)
+    if camera is not None:
+        if config.camera_dim is None:
+            raise OptionError("camera", expected="None for a model without a camera embedding", got=camera)
+        if camera != (batch, views, config.camera_dim):
+            raise OptionError("camera", expected=f"of shape {(batch, views, config.camera_dim)}", got=camera)
+    if reference is not None:
+        if not config.reference_frame:
+            raise OptionError("reference", expected="None for a model without a reference frame", got=reference)
+        if reference != (batch, height, width, config.out_channels):
+            raise OptionError("reference", expected=f"of shape {(batch, height, width, config.out_channels)}", got=reference)
