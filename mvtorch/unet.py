@@ -5,6 +5,7 @@ picture can ride along as one more frame (ImageDream, arXiv 2312.02201).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -57,7 +58,7 @@ class Level(nn.Module):
         return zip_longest(self.resnets, self.attentions)
 
 
-class UNet(nn.Module):
+class MultiViewUNet(nn.Module):
     """Predicts the noise (or the velocity) in the latents of all views of an object.
 
     `gradient_checkpointing` trades time for memory in training: blocks are computed again for their gradients.
@@ -130,22 +131,23 @@ class UNet(nn.Module):
         f = frames.shape[1]  # v, and the reference
         emb = self._embed(timesteps, camera, frames=f)
         context = None if context is None else context.to(dtype)
+        run = partial(self._run, emb=emb, context=context, frames=f)
 
         x = self.conv_in(frames.flatten(0, 1).permute(0, 3, 1, 2))
         skips = [x]
         for level in self.down_blocks:
             for resnet, transformer in level.layers():
-                x = self._run(resnet, transformer, x, emb, context, frames=f)
+                x = run(resnet, transformer, x)
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)
                 skips.append(x)
         for resnet, transformer in self.mid_block.layers():
-            x = self._run(resnet, transformer, x, emb, context, frames=f)
+            x = run(resnet, transformer, x)
         for level in self.up_blocks:
             for resnet, transformer in level.layers():
                 x = torch.cat([x, skips.pop()], dim=1)
-                x = self._run(resnet, transformer, x, emb, context, frames=f)
+                x = run(resnet, transformer, x)
             for upsample in level.upsamplers:
                 x = upsample(x)
         x = x.unflatten(0, (b, f))[:, :v].flatten(0, 1)
@@ -156,10 +158,11 @@ class UNet(nn.Module):
         """Frames (b, v + 1, h, w, in_channels): the reference comes last, the channels of its normal map are zero."""
         if not self.config.reference_frame:
             return sample
-        frame = torch.zeros_like(sample[:, :1])
-        if reference is not None:
-            frame[:, 0, :, :, : self.config.out_channels] = reference
-        return torch.cat([sample, frame], dim=1)
+        if reference is None:
+            frame = torch.zeros_like(sample[:, 0])
+        else:
+            frame = F.pad(reference.to(sample.dtype), (0, self.config.normal_channels))
+        return torch.cat([sample, frame[:, None]], dim=1)
 
     def _embed(self, timesteps: Tensor, camera: Tensor | None, *, frames: int) -> Tensor:
         """Embeddings (b f, time_embed_dim) of the time and, if given, the cameras; the reference frame's camera is zeros."""
@@ -171,7 +174,14 @@ class UNet(nn.Module):
         return emb.expand(-1, frames, -1).flatten(0, 1)
 
     def _run(
-        self, resnet: nn.Module, transformer: nn.Module | None, x: Tensor, emb: Tensor, context: Tensor | None, *, frames: int
+        self,
+        resnet: nn.Module,
+        transformer: nn.Module | None,
+        x: Tensor,
+        *,
+        emb: Tensor,
+        context: Tensor | None,
+        frames: int,
     ) -> Tensor:
         recompute = self.gradient_checkpointing
         x = run_block(resnet, x, emb, recompute=recompute)

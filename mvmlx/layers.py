@@ -1,0 +1,160 @@
+"""Convolutional blocks of the U-Net and the VAE, and the timestep embedding, after diffusers' resnet.py and embeddings.py.
+
+Inside the networks pictures are (n, h, w, c), where n counts the views of all objects.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.nn.utils import checkpoint
+
+from mvshared.errors import OptionError
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation of (n, h, w, c) with statistics in float32.
+
+    MLX's own, with `pytorch_compatible`, loses digits on the CPU where the mean is large, and rounds before the affine part.
+    """
+
+    def __init__(self, groups: int, channels: int, *, eps: float) -> None:
+        super().__init__()
+        self.groups = groups
+        self.eps = eps
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(n, h, w, c) to (n, h, w, c)."""
+        grouped = x.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups).astype(mx.float32)
+        centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
+        scale = mx.rsqrt(centred.square().mean(axis=(1, 3), keepdims=True) + self.eps)
+        weight, bias = (p.reshape(self.groups, -1) for p in (self.weight, self.bias))
+        return (centred * (scale * weight) + bias).astype(x.dtype).reshape(x.shape)
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution in float32 whatever the dtype of its weights and input, for the last layer before pictures."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Convolve x (n, h, w, c); the result is float32."""
+        y = mx.conv2d(x.astype(mx.float32), self.weight.astype(mx.float32), self.stride, self.padding)
+        return y + self.bias.astype(mx.float32) if "bias" in self else y
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, and a shortcut; the projected time embedding is added in between.
+
+    `time_embed_dim` None leaves the time embedding out, as in the VAE.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_embed_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_embed_dim is not None:
+            self.time_emb_proj = nn.Linear(time_embed_dim, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def __call__(self, x: mx.array, emb: mx.array | None = None) -> mx.array:
+        """x (n, h, w, in_channels) and time embeddings (n, time_embed_dim) to (n, h, w, out_channels)."""
+        h = self.conv1(nn.silu(self.norm1(x)))
+        if emb is not None:
+            h = h + self.time_emb_proj(nn.silu(emb))[:, None, None, :]
+        h = self.conv2(nn.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2. `pad_after` pads below and to the right only, as the VAE does."""
+
+    def __init__(self, channels: int, *, pad_after: bool = False) -> None:
+        super().__init__()
+        self.pad_after = pad_after
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_after else 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(n, h, w, c) to (n, h / 2, w / 2, c)."""
+        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]) if self.pad_after else x)
+
+
+class Upsample(nn.Module):
+    """Every pixel twice in both directions, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(n, h, w, c) to (n, 2 h, 2 w, c)."""
+        n, h, w, c = x.shape
+        x = mx.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c))
+        return self.conv(x.reshape(n, 2 * h, 2 * w, c))
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear, SiLU, Linear: of the sinusoidal timestep and of the camera vector."""
+
+    def __init__(self, in_channels: int, time_embed_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, time_embed_dim)
+        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., in_channels) to (..., time_embed_dim)."""
+        return self.linear_2(nn.silu(self.linear_1(x)))
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose first half is gated by the exact GELU of its second half."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., channels) to (..., hidden)."""
+        x, gate = mx.split(self.proj(x), 2, axis=-1)
+        return x * nn.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back; `net.1` is diffusers' dropout, which has no weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = [GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., channels) to (..., channels)."""
+        return self.net[2](self.net[0](x))
+
+
+def timestep_embedding(timesteps: mx.array, channels: int) -> mx.array:
+    """Sinusoids float32 (b, channels) of timesteps (b,), cosines first: diffusers' flip_sin_to_cos with freq_shift 0.
+
+    Raises OptionError for an odd number of channels.
+    """
+    if channels % 2:
+        raise OptionError("channels", expected="even for a timestep embedding", got=channels)
+    half = channels // 2
+    frequencies = np.exp(-math.log(10000) * np.arange(half) / half).astype(np.float32)
+    angles = timesteps.astype(mx.float32)[:, None] * mx.array(frequencies)
+    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
+def run_block(block: nn.Module, *inputs: mx.array | None, recompute: bool, **static: Any) -> mx.array:
+    """Call a module; with `recompute`, keep its inputs only and compute it again for the gradient (gradient checkpointing).
+
+    `static` holds arguments that are no arrays.
+    """
+    if not recompute:
+        return block(*inputs, **static)
+    return checkpoint(block, lambda *arrays: block(*arrays, **static))(*inputs)

@@ -1,0 +1,188 @@
+"""The multi-view denoiser: Stable Diffusion's U-Net (diffusers' UNet2DConditionModel) whose self-attention joins the views.
+
+Cameras are embedded and added to the time embedding of their view (MVDream, arXiv 2308.16512); the clean latent of a reference
+picture can ride along as one more frame (ImageDream, arXiv 2312.02201).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mvmlx.attention import SpatialTransformer
+from mvmlx.layers import Downsample, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, run_block, timestep_embedding
+from mvshared.attention import FUSED, AttentionOptions
+from mvshared.config import UNetConfig
+from mvshared.shapes import check_unet_inputs
+
+
+class Level(nn.Module):
+    """The blocks of one resolution: a resnet per entry of `inputs` (its input channels), transformers behind the first ones."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        level: int,
+        *,
+        inputs: Sequence[int],
+        attentions: int,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        channels, groups = config.block_out_channels[level], config.norm_num_groups
+        self.resnets = [
+            ResnetBlock(size, channels, groups=groups, eps=config.norm_eps, time_embed_dim=config.time_embed_dim)
+            for size in inputs
+        ]
+        self.attentions = [
+            SpatialTransformer(
+                channels,
+                config.heads(level),
+                depth=config.transformer_layers_per_block[level],
+                context_dim=config.cross_attention_dim,
+                groups=groups,
+                linear=config.use_linear_projection,
+            )
+            for _ in range(attentions)
+        ]
+        self.downsamplers = [Downsample(channels)] if downsample else []
+        self.upsamplers = [Upsample(channels)] if upsample else []
+
+    def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+        """Every resnet with the transformer that follows it."""
+        return zip_longest(self.resnets, self.attentions)
+
+
+class MultiViewUNet(nn.Module):
+    """Predicts the noise (or the velocity) in the latents of all views of an object.
+
+    `gradient_checkpointing` trades time for memory in training: blocks are computed again for their gradients.
+    """
+
+    def __init__(
+        self, config: UNetConfig, *, attention_options: AttentionOptions = FUSED, gradient_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_options = attention_options
+        self.gradient_checkpointing = gradient_checkpointing
+        channels, levels = config.block_out_channels, range(len(config.block_out_channels))
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], config.time_embed_dim)
+        if config.camera_dim is not None:
+            self.camera_embedding = TimestepEmbedding(config.camera_dim, config.time_embed_dim)
+
+        skips, width = [channels[0]], channels[0]  # channels of the skip connections, and of x
+        down, up = [], []
+        for level in levels:
+            layers, last = config.layers_per_block[level], level == levels[-1]
+            inputs = [width] + [channels[level]] * (layers - 1)
+            attentions = layers if config.attention_levels[level] else 0
+            down.append(Level(config, level, inputs=inputs, attentions=attentions, downsample=not last))
+            width = channels[level]
+            skips += [width] * (layers + (not last))
+        mid_resnets = 2 if config.mid_attention else 1  # as diffusers' UNetMidBlock2D without attention
+        mid = Level(config, levels[-1], inputs=[width] * mid_resnets, attentions=mid_resnets - 1)
+        for level in reversed(levels):
+            layers = config.layers_per_block[level] + 1
+            inputs = [(width if index == 0 else channels[level]) + skips.pop() for index in range(layers)]
+            attentions = layers if config.attention_levels[level] else 0
+            up.append(Level(config, level, inputs=inputs, attentions=attentions, upsample=level > 0))
+            width = channels[level]
+        self.down_blocks = down
+        self.mid_block = mid
+        self.up_blocks = up
+
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def __call__(
+        self,
+        sample: mx.array,
+        timesteps: mx.array,
+        *,
+        context: mx.array | None = None,
+        camera: mx.array | None = None,
+        reference: mx.array | None = None,
+    ) -> mx.array:
+        """Denoise sample (b, v, h, w, in_channels) at timesteps (b,); returns (b, v, h, w, out_channels) in the weights' dtype.
+
+        context (b, l, cross_attention_dim) is shared by the views. Without camera (b, v, camera_dim) the camera embedding is
+        left out. reference (b, h, w, out_channels) is a clean latent; a model with a reference frame sees zeros without it.
+        Raises OptionError for shapes that do not fit.
+        """
+        check_unet_inputs(
+            self.config,
+            sample=sample.shape,
+            timesteps=timesteps.shape,
+            context=None if context is None else context.shape,
+            camera=None if camera is None else camera.shape,
+            reference=None if reference is None else reference.shape,
+        )
+        dtype = self.conv_in.weight.dtype
+        b, v = sample.shape[:2]
+        frames = self._append_reference(sample.astype(dtype), reference)
+        f = frames.shape[1]  # v, and the reference
+        emb = self._embed(timesteps, camera, frames=f)
+        context = None if context is None else context.astype(dtype)
+        run = partial(self._run, emb=emb, context=context, frames=f)
+
+        x = self.conv_in(frames.flatten(0, 1))
+        skips = [x]
+        for level in self.down_blocks:
+            for resnet, transformer in level.layers():
+                x = run(resnet, transformer, x)
+                skips.append(x)
+            for downsample in level.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+        for resnet, transformer in self.mid_block.layers():
+            x = run(resnet, transformer, x)
+        for level in self.up_blocks:
+            for resnet, transformer in level.layers():
+                x = mx.concatenate([x, skips.pop()], axis=-1)
+                x = run(resnet, transformer, x)
+            for upsample in level.upsamplers:
+                x = upsample(x)
+        x = mx.unflatten(x, 0, (b, f))[:, :v].flatten(0, 1)
+        x = self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return mx.unflatten(x, 0, (b, v))
+
+    def _append_reference(self, sample: mx.array, reference: mx.array | None) -> mx.array:
+        """Frames (b, v + 1, h, w, in_channels): the reference comes last, the channels of its normal map are zero."""
+        if not self.config.reference_frame:
+            return sample
+        if reference is None:
+            frame = mx.zeros_like(sample[:, 0])
+        else:
+            frame = mx.pad(reference.astype(sample.dtype), [(0, 0)] * 3 + [(0, self.config.normal_channels)])
+        return mx.concatenate([sample, frame[:, None]], axis=1)
+
+    def _embed(self, timesteps: mx.array, camera: mx.array | None, *, frames: int) -> mx.array:
+        """Embeddings (b f, time_embed_dim) of the time and, if given, the cameras; the reference frame's camera is zeros."""
+        dtype = self.conv_in.weight.dtype
+        emb = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(dtype))[:, None]
+        if camera is not None:
+            camera = mx.pad(camera.astype(dtype), [(0, 0), (0, frames - camera.shape[1]), (0, 0)])
+            emb = emb + self.camera_embedding(camera)
+        return mx.broadcast_to(emb, (emb.shape[0], frames, emb.shape[2])).flatten(0, 1)
+
+    def _run(
+        self,
+        resnet: nn.Module,
+        transformer: nn.Module | None,
+        x: mx.array,
+        *,
+        emb: mx.array,
+        context: mx.array | None,
+        frames: int,
+    ) -> mx.array:
+        recompute = self.gradient_checkpointing
+        x = run_block(resnet, x, emb, recompute=recompute)
+        if transformer is None:
+            return x
+        options = self.attention_options
+        return run_block(transformer, x, context, recompute=recompute, views=frames, options=options)
