@@ -58,7 +58,7 @@ class Level(nn.Module):
         return zip_longest(self.resnets, self.attentions)
 
 
-class UNet(nn.Module):
+class MultiViewUNet(nn.Module):
     """Predicts the noise (or the velocity) in the latents of all views of an object.
 
     `gradient_checkpointing` trades time for memory in training: blocks are computed again for their gradients.
