@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need in .venv; a second call installs nothing.
-# Needs Python 3.11 or newer and, on Linux, a C++ compiler for `mx.compile`. Works with GNU make 3.81, macOS's own.
+# Needs Python 3.11 or newer and GNU make, 3.81 or newer (macOS's own).
 
 # The PyTorch to install. On Linux without an NVIDIA GPU its CPU build is tried first, to save gigabytes of CUDA.
 TORCH ?= torch==2.13.0
@@ -46,8 +46,9 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
-	@if [ -z "$(PYTHON)" ]; then echo "mvmlx needs Python 3.11 or newer: none of python3.13, python3.12, python3.11, python3 is." \
-		"Install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; fi
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "mvmlx needs Python 3.11 or newer: $(or $(PYTHON),none of python3.13 python3.12 python3.11 python3) is not." \
+		"Install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(VENV) || { echo "$(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
 	@touch $@
 
