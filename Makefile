@@ -42,12 +42,12 @@ bench: $(VENV)/.dev
 	$(BIN)/mvmlx benchmark
 
 clean:
-	rm -rf $(VENV) out dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out/demo dist build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "mvmlx needs Python 3.11 or newer: $(or $(PYTHON),none of python3.13 python3.12 python3.11 python3) is not." \
+		echo "mvmlx needs Python 3.11 or newer, and found none as: $(or $(PYTHON),python3.13 python3.12 python3.11 python3)." \
 		"Install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(VENV) || { echo "$(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
 	@touch $@
