@@ -124,7 +124,8 @@ def test_more_than_1000_steps_are_refused_even_of_a_longer_training() -> None:
         schedule.ddim_steps(replace(CONFIG, num_train_timesteps=2000), steps=1001)
 
 
-def test_whole_numbers_of_numpy_are_taken() -> None:
+def test_numbers_of_numpy_are_taken_and_do_not_come_out_again() -> None:
+    assert all(type(value) is float for value in schedule.ddim_steps(CONFIG, steps=2, eta=np.float64(0.5))[0])
     assert schedule.ddim_steps(CONFIG, steps=np.int64(7)) == schedule.ddim_steps(CONFIG, steps=7)  # pyright: ignore[reportArgumentType]
     assert type(schedule.add_noise(CONFIG, np.int64(7)).x0) is float  # pyright: ignore[reportArgumentType]
 

@@ -136,7 +136,7 @@ def ddim_steps(config: SchedulerConfig, *, steps: int, eta: float = 0.0) -> list
         alpha = levels[timestep]
         following = levels[timestep - stride] if timestep >= stride else final
         x0_x, x0_out, eps_x, eps_out = _prediction(config, alpha)
-        std = eta * math.sqrt((1 - following) / (1 - alpha) * (1 - alpha / following))
+        std = float(eta) * math.sqrt((1 - following) / (1 - alpha) * (1 - alpha / following))
         to_x0 = math.sqrt(following)
         to_eps = math.sqrt(max(0.0, 1 - following - std**2))
         result.append(
