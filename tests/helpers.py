@@ -1,0 +1,193 @@
+"""Helpers of the tests: comparisons that raise, tiny configurations, and the same call on both backends."""
+
+from typing import Any, Literal, NamedTuple
+
+import mlx.core as mx
+import mlx.nn
+import numpy as np
+import torch
+from mlx.utils import tree_flatten, tree_map
+from numpy.typing import NDArray
+
+import mvmlx.unet
+import mvmlx.vae
+import mvtorch.unet
+import mvtorch.vae
+from mvshared.attention import FUSED, AttentionOptions
+from mvshared.config import UNetConfig, VAEConfig
+
+Backend = Literal["torch", "mlx"]
+BACKENDS: tuple[Backend, ...] = ("torch", "mlx")
+
+# Relative root mean square of differences that rounding explains, per dtype.
+FLOAT32_RMS = 2e-5
+FLOAT16_RMS = 5e-3
+BFLOAT16_RMS = 4e-2
+
+TINY_UNET = UNetConfig(
+    block_out_channels=(32, 64),
+    layers_per_block=(1, 1),
+    transformer_layers_per_block=(1, 1),
+    attention_levels=(True, True),
+    num_attention_heads=(2, 4),
+    cross_attention_dim=24,
+    norm_num_groups=8,
+)
+TINY_VAE = VAEConfig(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8)
+
+
+def to_numpy(x: Any) -> NDArray[Any]:
+    """A torch or MLX array of any dtype as numpy; bfloat16 becomes float32, which holds it exactly."""
+    if isinstance(x, torch.Tensor):
+        x = x.detach()
+        return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    if isinstance(x, mx.array):
+        return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+    return np.asarray(x)
+
+
+def relative_rms(actual: Any, expected: Any) -> float:
+    """Root mean square of the difference over that of `expected`."""
+    a, e = to_numpy(actual).astype(np.float64), to_numpy(expected).astype(np.float64)
+    if a.shape != e.shape:
+        raise AssertionError(f"the shapes differ: {a.shape}, expected {e.shape}")
+    scale = np.sqrt(np.mean(e**2))
+    if not scale:
+        raise AssertionError("the expected array is all zeros, a relative difference says nothing")
+    return float(np.sqrt(np.mean((a - e) ** 2)) / scale)
+
+
+def assert_close(actual: Any, expected: Any, *, rms: float) -> None:
+    """Raise AssertionError unless shapes agree, everything is finite, and `relative_rms` is at most `rms`."""
+    for name, x in (("actual", actual), ("expected", expected)):
+        values = to_numpy(x).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise AssertionError(f"the {name} array has {int((~np.isfinite(values)).sum())} values that are not finite")
+    difference = relative_rms(actual, expected)
+    if not difference <= rms:
+        worst = np.max(np.abs(to_numpy(actual).astype(np.float64) - to_numpy(expected).astype(np.float64)))
+        raise AssertionError(f"the relative RMS difference is {difference:.3g}, allowed {rms:.3g}; the largest is {worst:.3g}")
+
+
+def assert_different(actual: Any, expected: Any, *, rms: float) -> None:
+    """Raise AssertionError unless `relative_rms` is more than `rms`."""
+    difference = relative_rms(actual, expected)
+    if not difference > rms:
+        raise AssertionError(f"the relative RMS difference is only {difference:.3g}, more than {rms:.3g} was expected")
+
+
+class UNetInputs(NamedTuple):
+    """Float32 arguments of a U-Net, in the layout of the border."""
+
+    sample: NDArray[np.float32]
+    timesteps: NDArray[np.float32]
+    context: NDArray[np.float32] | None
+    camera: NDArray[np.float32] | None
+    reference: NDArray[np.float32] | None
+
+
+def unet_inputs(config: UNetConfig, *, batch: int = 2, views: int = 1, size: tuple[int, int] = (8, 12)) -> UNetInputs:
+    """Random arguments, with everything that the config can take."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    return UNetInputs(
+        sample=normal(batch, views, *size, config.in_channels),
+        timesteps=np.linspace(3.5, 981.0, batch, dtype=np.float32),
+        context=None if config.cross_attention_dim is None else normal(batch, 7, config.cross_attention_dim),
+        camera=None if config.camera_dim is None else normal(batch, views, config.camera_dim),
+        reference=normal(batch, *size, config.out_channels) if config.reference_frame else None,
+    )
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Replace every weight by seeded noise, around 1 for the scales of norms, so that norms, biases and new parts count."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            spread = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            centre = 1.0 if parameter.ndim == 1 and name.endswith(".weight") else 0.0
+            parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+
+
+def make_unet(
+    config: UNetConfig, backend: Backend, *, options: AttentionOptions = FUSED, gradient_checkpointing: bool = False
+) -> Any:
+    """A U-Net with random weights, the same on both backends."""
+    arguments: dict[str, Any] = {"attention_options": options, "gradient_checkpointing": gradient_checkpointing}
+    model = mvtorch.unet.MultiViewUNet(config, **arguments)
+    randomise(model)
+    return model if backend == "torch" else copy_weights(model, mvmlx.unet.MultiViewUNet(config, **arguments))
+
+
+def make_vae(config: VAEConfig, backend: Backend, *, options: AttentionOptions = FUSED) -> Any:
+    """A VAE with random weights, the same on both backends."""
+    model = mvtorch.vae.AutoencoderKL(config, attention_options=options)
+    randomise(model)
+    return model if backend == "torch" else copy_weights(model, mvmlx.vae.AutoencoderKL(config, attention_options=options))
+
+
+def copy_weights(source: torch.nn.Module, target: mlx.nn.Module) -> mlx.nn.Module:
+    """Give an MLX module the weights of its twin, names and shapes exact; convolution kernels become channels-last."""
+    weights = [(name, mx.array(kernel_to_mlx(to_numpy(value)))) for name, value in source.state_dict().items()]
+    return target.load_weights(weights, strict=True)
+
+
+def kernel_to_mlx(weight: NDArray[Any]) -> NDArray[Any]:
+    """Convolution kernels (out, in, h, w) as (out, h, w, in); anything else as it is."""
+    return weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight
+
+
+def set_dtype(model: Any, dtype: str) -> Any:
+    """The model with its weights in "float32", "float16" or "bfloat16"."""
+    if isinstance(model, torch.nn.Module):
+        return model.to(getattr(torch, dtype))
+    model.set_dtype(getattr(mx, dtype))
+    return model
+
+
+def from_numpy(model: Any, x: NDArray[Any] | None) -> Any:
+    """The array for the backend of `model`; None stays None."""
+    if x is None:
+        return None
+    return torch.from_numpy(np.array(x)) if isinstance(model, torch.nn.Module) else mx.array(x)
+
+
+def denoise(model: Any, inputs: UNetInputs) -> NDArray[Any]:
+    """The U-Net's output as numpy, without gradients."""
+    sample, timesteps, context, camera, reference = (from_numpy(model, x) for x in inputs)
+    with torch.no_grad():
+        return to_numpy(model(sample, timesteps, context=context, camera=camera, reference=reference))
+
+
+def unet_gradients(model: Any, inputs: UNetInputs) -> dict[str, NDArray[Any]]:
+    """Gradients by name, kernels in PyTorch's layout, of a loss that weighs every output differently."""
+    sample, timesteps, context, camera, reference = (from_numpy(model, x) for x in inputs)
+    shape = (*inputs.sample.shape[:4], model.config.out_channels)
+    target = from_numpy(model, np.random.default_rng(2).standard_normal(shape, dtype=np.float32))
+
+    def loss(unet: Any) -> Any:
+        return ((unet(sample, timesteps, context=context, camera=camera, reference=reference) - target) ** 2).mean()
+
+    return gradients(model, loss)
+
+
+def gradients(model: Any, loss: Any) -> dict[str, NDArray[Any]]:
+    """Gradients of `loss(model)` by name, kernels in PyTorch's layout; parameters without one are left out."""
+    if isinstance(model, torch.nn.Module):
+        model.zero_grad()
+        loss(model).backward()
+        return {name: to_numpy(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    _, tree = mlx.nn.value_and_grad(model, loss)(model)
+    arrays: Any = tree_flatten(tree_map(to_numpy, tree))
+    return {name: x.transpose(0, 3, 1, 2) if x.ndim == 4 else x for name, x in arrays}
+
+
+def parameter_names(model: Any) -> set[str]:
+    """Names of all parameters."""
+    if isinstance(model, torch.nn.Module):
+        return {name for name, _ in model.named_parameters()}
+    flat: Any = tree_flatten(model.parameters())
+    return {name for name, _ in flat}
