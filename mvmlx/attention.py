@@ -38,7 +38,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, options: AttentionOption
         if query.start == 0:
             out.append([])
         piece = q[head, query]
-        if out[0]:  # evaluation is lazy: without an order, the scores of many pieces would be alive together
+        if out[0]:  # evaluation is lazy: without an order, twice as many pieces are in flight together
             piece = mx.depends(piece, (out[-1] or out[-2])[-1])
         out[-1].append(_plain_attention(piece, k[head], v[head]))
     return mx.concatenate([mx.concatenate(row, axis=1) for row in out]).reshape(batch, heads, queries, width)

@@ -16,7 +16,8 @@ class AttentionOptions:
     """`fused` is the library's kernel, `plain` writes the softmax out, `sliced` is `plain` in pieces.
 
     A piece's float32 score matrix stays within `budget_bytes`; a single row of it is the smallest piece, so a budget below
-    4 bytes per key counts as one row. Raises OptionError.
+    4 bytes per key counts as one row. MLX, which evaluates lazily, has about ten pieces in flight. Slicing saves memory where
+    no gradients are taken; with gradients every piece is kept. Raises OptionError.
     """
 
     implementation: AttentionImplementation = "fused"
