@@ -153,6 +153,11 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Framing:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A whole model: its family name, its parts, and its defaults."""
 
@@ -162,6 +167,7 @@ class ModelConfig:
     scheduler: SchedulerConfig
     camera: CameraConfig = CameraConfig()
     defaults: GenerationDefaults = GenerationDefaults()
+    framing: Framing = Framing()
 
 
 SD21 = UNetConfig()

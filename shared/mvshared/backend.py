@@ -1,0 +1,111 @@
+"""The seam between the shared pipeline and the two backends: the Model protocol, and which backend to use."""
+
+import importlib
+import platform
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvshared.config import ModelConfig
+from mvshared.errors import BackendError, OptionError
+
+if TYPE_CHECKING:
+    from mvshared.pipeline import Pipeline
+
+BackendName = Literal["mlx", "torch"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+PACKAGES: dict[BackendName, str] = {"mlx": "mvmlx", "torch": "mvtorch"}
+INSTALL_HINTS: dict[BackendName, str] = {
+    "mlx": "install it with: pip install 'mvmlx' on a Mac, pip install 'mvmlx[cpu]' or 'mvmlx[cuda]' on Linux",
+    "torch": "install it with: pip install 'mvmlx[torch]'",
+}
+
+
+class Array(Protocol):
+    """What the pipeline does with a backend's arrays: sums, and products with Python floats."""
+
+    def __add__(self, other: Any, /) -> Any: ...
+    def __rmul__(self, other: float, /) -> Any: ...
+
+
+A = TypeVar("A", bound=Array)
+
+
+class Model(Protocol[A]):
+    """A loaded multi-view model. Arrays of type A live on the model's device; shapes are (v, h, w, c)."""
+
+    config: ModelConfig
+    backend: BackendName
+    device: str
+    dtype: Dtype
+    weight_files: Sequence[Path]
+
+    def from_numpy(self, x: NDArray[np.float32]) -> A:
+        """A float32 array on the device."""
+        ...
+
+    def to_numpy(self, x: A) -> NDArray[np.float32]:
+        """A float32 copy."""
+        ...
+
+    def encode_latents(self, pixels: NDArray[np.float32]) -> A:
+        """Latents (n, h, w, c), float32, scaled for the U-Net: the posterior's mean of pixels (n, H, W, 3) in [-1, 1]."""
+        ...
+
+    def condition(
+        self, *, cameras: NDArray[np.float32] | None, reference: A | None, normals: A | None, guided: bool
+    ) -> Any:
+        """Everything that stays constant over the sampling steps, for `denoise`.
+
+        Camera vectors (v, 16), the clean reference latent (h, w, c), latents of the normal maps (v, h, w, c). `guided` prepares
+        the unconditional half too.
+        """
+        ...
+
+    def denoise(self, x: A, t: float, condition: Any, guidance: float) -> A:
+        """The network's output (v, h, w, c), float32, for latents x at timestep t; guidance 1 means no second half."""
+        ...
+
+    def decode(self, x: A) -> NDArray[np.float32]:
+        """Pixels (v, H, W, 3), about [-1, 1], of latents (v, h, w, c)."""
+        ...
+
+
+def available_backends() -> list[BackendName]:
+    """The backends whose array library is installed; nothing is imported."""
+    return [name for name, library in (("mlx", "mlx"), ("torch", "torch")) if find_spec(library) is not None]  # type: ignore[misc]
+
+
+def choose_backend(name: str = "auto") -> BackendName:
+    """The backend to use: `auto` is MLX on a Mac with Apple silicon, elsewhere PyTorch, else whichever is there.
+
+    Raises OptionError for another name, BackendError if it is not installed.
+    """
+    if name not in ("auto", *get_args(BackendName)):
+        raise OptionError("backend", expected="auto, mlx or torch", got=name)
+    available = available_backends()
+    if name in available:
+        return name
+    if name != "auto":
+        raise BackendError(f"the {name} backend is not installed", backend=name, hint=INSTALL_HINTS[name])  # type: ignore[index]
+    if not available:
+        raise BackendError(
+            "no backend is installed", backend="auto", hint=f"{INSTALL_HINTS['torch']}; or for MLX {INSTALL_HINTS['mlx']}"
+        )
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    preferred: BackendName = "mlx" if apple else "torch"
+    return preferred if preferred in available else available[0]
+
+
+def load(name: str | Path = "demo", *, backend: str = "auto", dtype: str | None = None, device: str = "auto") -> "Pipeline[Any]":
+    """Load a model in a backend: see `mvtorch.load` and `mvmlx.load`, which this calls.
+
+    Raises OptionError, BackendError and CheckpointError.
+    """
+    package = importlib.import_module(PACKAGES[choose_backend(backend)])
+    return package.load(name, dtype=dtype, device=device)

@@ -1,0 +1,155 @@
+"""Checkpoint folders in diffusers' layout: model_index.json, then a folder with config.json and weights per component.
+
+`model_index.json` of a model that this project made also names its family, camera and generation defaults.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from importlib.resources import files
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from mvshared.config import CameraConfig, Framing, GenerationDefaults, ModelConfig, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.errors import CheckpointError, MvError, OptionError
+from mvshared.files import read_json_object, write_atomic, write_json
+
+WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
+FORMAT_VERSION = 1
+EMBEDDED = {"demo": "demo"}
+
+Config = TypeVar("Config", UNetConfig, VAEConfig, SchedulerConfig, CameraConfig, GenerationDefaults, Framing)
+
+
+def find_model(name: Path | str) -> Path:
+    """The folder of a model: the embedded one of that name, or a folder on disk.
+
+    Raises CheckpointError if there is neither.
+    """
+    if str(name) in EMBEDDED:
+        folder = Path(str(files("mvshared"))) / EMBEDDED[str(name)]
+    else:
+        folder = Path(name)
+    if not folder.is_dir():
+        known = ", ".join(EMBEDDED)
+        raise CheckpointError(f"no such model: allowed are {known} and checkpoint folders, got {str(name)!r}")
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError("is no checkpoint folder: model_index.json is missing", path=folder)
+    return folder
+
+
+def weight_file(folder: Path, component: Literal["unet", "vae"]) -> Path:
+    """The weight file of a component. Raises CheckpointError if it is missing."""
+    path = folder / component / WEIGHT_FILE
+    if not path.is_file():
+        raise CheckpointError("the weight file is missing", path=path)
+    return path
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The configuration of the checkpoint in `folder`. Raises CheckpointError for missing or malformed fields."""
+    index = read_json_object(folder / "model_index.json", error=CheckpointError)
+    if index.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"format_version must be {FORMAT_VERSION}, got {index.get('format_version')!r}",
+            path=folder / "model_index.json",
+            hint="only checkpoints that mvmlx wrote can be read by this version",
+        )
+    return ModelConfig(
+        family=str(index.get("family", "custom")),
+        unet=read_config(UNetConfig, folder / "unet" / "config.json"),
+        vae=read_config(VAEConfig, folder / "vae" / "config.json"),
+        scheduler=read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
+        camera=config_from_json(CameraConfig, index.get("camera", {}), path=folder / "model_index.json"),
+        defaults=config_from_json(GenerationDefaults, index.get("defaults", {}), path=folder / "model_index.json"),
+        framing=config_from_json(Framing, index.get("framing", {}), path=folder / "model_index.json"),
+    )
+
+
+def read_config(cls: type[Config], path: Path) -> Config:
+    """A config dataclass from a JSON file. Raises CheckpointError."""
+    return config_from_json(cls, read_json_object(path, error=CheckpointError), path=path)
+
+
+def config_from_json(
+    cls: type[Config], document: object, *, path: Path, error: type[MvError] = CheckpointError
+) -> Config:
+    """A config dataclass from a JSON object; keys that begin with `_` are comments.
+
+    Raises `error` (a class that takes `path`) for an unknown key, a value of the wrong type, or one that the class refuses.
+    """
+    if not isinstance(document, dict):
+        raise error(f"must hold an object, got {document!r}", path=path)  # pyright: ignore[reportCallIssue]
+    hints = get_type_hints(cls)
+    given = {name: value for name, value in document.items() if not name.startswith("_")}
+    unknown = sorted(given.keys() - hints.keys())
+    if unknown:
+        allowed = ", ".join(sorted(hints))
+        raise error(f"unknown field {unknown[0]!r}; allowed are {allowed}", path=path)  # pyright: ignore[reportCallIssue]
+    values = {}
+    for name, value in given.items():
+        converted, fits = _convert(value, hints[name])
+        if not fits:
+            raise error(f"{name} must be {_type_name(hints[name])}, got {value!r}", path=path)  # pyright: ignore[reportCallIssue]
+        values[name] = converted
+    try:
+        return cls(**values)
+    except OptionError as refused:
+        raise error(str(refused), path=path) from refused  # pyright: ignore[reportCallIssue]
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
+    """The value as the type hint wants it (lists become tuples), and whether it fits."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for option in arguments:
+            converted, fits = _convert(value, option)
+            if fits:
+                return converted, True
+        return value, False
+    if origin is Literal:
+        return value, value in arguments
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return value, False
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            return value, False
+        parts = [_convert(item, kind) for item, kind in zip(value, kinds, strict=True)]
+        return tuple(part for part, _ in parts), all(fits for _, fits in parts)
+    if hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+        return (float(value), True) if fits else (value, False)
+    if hint is int:
+        return value, isinstance(value, int) and not isinstance(value, bool)
+    if hint is type(None):
+        return value, value is None
+    return value, isinstance(value, hint)
+
+
+def write_component(
+    folder: Path, component: Literal["unet", "vae"], config: UNetConfig | VAEConfig, weights: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write config.json and the weights of a component, each atomically."""
+    target = folder / component
+    target.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: np.ascontiguousarray(weights[name]) for name in sorted(weights)}
+    write_atomic(target / WEIGHT_FILE, save(contiguous, metadata={"format": "pt"}))
+    write_json(target / "config.json", asdict(config))
+
+
+def write_model_config(folder: Path, config: ModelConfig) -> None:
+    """Write scheduler_config.json and model_index.json; the components' own files are `write_component`'s."""
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", asdict(config.scheduler))
+    parts = {f.name: asdict(getattr(config, f.name)) for f in fields(config) if f.name in ("camera", "defaults", "framing")}
+    document = {"_class_name": "MultiViewPipeline", "format_version": FORMAT_VERSION, "family": config.family, **parts}
+    write_json(folder / "model_index.json", document)

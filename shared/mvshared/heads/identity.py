@@ -1,0 +1,203 @@
+"""Who a head is: all of its proportions, parts and colours, drawn from one integer.
+
+Lengths are head units: the skull's radius is about a half, the origin is between skull and chin, +Y is up, the face looks to +Z.
+Colours are linear in no sense, just RGB in [0, 1] before shading.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from mvshared.errors import OptionError
+
+Rgb = tuple[float, float, float]
+HairStyle = Literal[
+    "bald", "short", "bowl", "bob", "long", "bun", "two_buns", "mohawk", "afro", "ponytail", "side_part", "pigtails"
+]
+HatStyle = Literal["none", "beanie", "brim", "cap", "headband"]
+EarStyle = Literal["human", "elf"]
+AnimalEars = Literal["none", "cat", "bear", "rabbit"]
+GlassesStyle = Literal["none", "round", "square"]
+CollarStyle = Literal["none", "ring", "turtleneck", "scarf"]
+MouthStyle = Literal["line", "smile", "open"]
+
+SEED = 20_240_607  # separates these random numbers from any other use of the same integers
+
+SKIN = ((0.98, 0.86, 0.77), (0.94, 0.76, 0.62), (0.87, 0.66, 0.50), (0.72, 0.50, 0.35), (0.54, 0.35, 0.24), (0.42, 0.27, 0.19))
+FANTASY_SKIN = ((0.60, 0.82, 0.52), (0.55, 0.70, 0.90), (0.80, 0.66, 0.90))
+HAIR = (
+    (0.19, 0.16, 0.17), (0.33, 0.22, 0.15), (0.45, 0.28, 0.15), (0.70, 0.38, 0.16), (0.88, 0.70, 0.36), (0.80, 0.80, 0.82),
+    (0.52, 0.30, 0.70), (0.95, 0.52, 0.68), (0.16, 0.58, 0.52), (0.24, 0.38, 0.80),
+)  # fmt: skip
+IRIS = ((0.24, 0.42, 0.80), (0.20, 0.58, 0.40), (0.42, 0.26, 0.14), (0.46, 0.34, 0.70), (0.50, 0.56, 0.60), (0.70, 0.48, 0.16))
+CLOTH = (
+    (0.86, 0.22, 0.24), (0.95, 0.58, 0.16), (0.96, 0.82, 0.30), (0.32, 0.72, 0.36), (0.18, 0.56, 0.60), (0.22, 0.40, 0.82),
+    (0.50, 0.32, 0.72), (0.95, 0.56, 0.72), (0.22, 0.23, 0.27), (0.94, 0.93, 0.90), (0.60, 0.60, 0.68), (0.58, 0.38, 0.24),
+)  # fmt: skip
+HAT_HAIR: tuple[HairStyle, ...] = ("bald", "short", "bowl", "bob", "long", "ponytail")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadIdentity:
+    """Everything that distinguishes a head. Radii and offsets in head units, angles in radians, amounts in [0, 1]."""
+
+    skull: tuple[float, float, float]  # radii
+    jaw: tuple[float, float, float]  # radii
+    jaw_y: float
+    cheek_radius: float
+    neck_radius: float
+    shoulders: float
+    nose: tuple[float, float, float]  # radii
+    nose_y: float
+    ear_style: EarStyle
+    ear_size: float
+    eye_x: float
+    eye_y: float
+    eye_radii: tuple[float, float]
+    iris_radius: float
+    pupil: float  # share of the iris
+    gaze: tuple[float, float]
+    lid: float  # share of the eye that the upper lid covers
+    brow_height: float
+    brow_tilt: float
+    brow_thickness: float
+    mouth_style: MouthStyle
+    mouth_y: float
+    mouth_width: float
+    mouth_curve: float
+    blush: float
+    freckles: float
+    beard: bool
+    moustache: bool
+    hair_style: HairStyle
+    hair_volume: float
+    hairline: float
+    hair_ribs: int  # 0 is smooth
+    hat_style: HatStyle
+    bobble: bool
+    animal_ears: AnimalEars
+    glasses_style: GlassesStyle
+    glasses_radius: float
+    collar_style: CollarStyle
+    stripes: float  # stripes per head unit, 0 is plain
+    skin_color: Rgb
+    hair_color: Rgb
+    brow_color: Rgb
+    iris_color: Rgb
+    mouth_color: Rgb
+    hat_color: Rgb
+    hat_band_color: Rgb
+    glasses_color: Rgb
+    cloth_color: Rgb
+    stripe_color: Rgb
+    collar_color: Rgb
+    light: tuple[float, float, float]  # unit vector toward the key light, fixed in the world
+
+    @property
+    def skull_y(self) -> float:
+        """Height of the skull's centre."""
+        return 0.10
+
+    def face_z(self, x: float, y: float) -> float:
+        """Depth of the skull's surface at the face."""
+        rx, ry, rz = self.skull
+        return rz * math.sqrt(max(0.05, 1 - (x / rx) ** 2 - ((y - self.skull_y) / ry) ** 2))
+
+
+def sample_identity(number: int) -> HeadIdentity:
+    """The head of a number: the same on every machine. Raises OptionError for a negative number."""
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 0:
+        raise OptionError("identity", expected="a whole number, at least 0", got=number)
+    random = np.random.default_rng([SEED, int(number)])
+
+    def between(low: float, high: float) -> float:
+        return float(random.uniform(low, high))
+
+    def chance(probability: float) -> bool:
+        return bool(random.random() < probability)
+
+    def pick(options: tuple, weights: tuple[float, ...] | None = None):  # noqa: ANN202 - one of the options
+        shares = None if weights is None else np.asarray(weights) / sum(weights)
+        return options[int(random.choice(len(options), p=shares))]
+
+    def shade(color: Rgb, amount: float = 0.05) -> Rgb:
+        r, g, b = (float(np.clip(value + random.uniform(-amount, amount), 0.04, 1)) for value in color)
+        return r, g, b
+
+    skin = shade(pick(FANTASY_SKIN) if chance(0.06) else pick(SKIN), 0.03)
+    hair = shade(pick(HAIR, (3, 3, 3, 2, 3, 2, 1, 1, 1, 1)))
+    hair_style = pick(
+        ("bald", "short", "bowl", "bob", "long", "bun", "two_buns", "mohawk", "afro", "ponytail", "side_part", "pigtails"),
+        (1, 3, 2, 2, 3, 1.5, 1.5, 1, 1.5, 1.5, 2, 1.5),
+    )
+    hat_style = pick(("none", "beanie", "brim", "cap", "headband"), (6, 1.3, 1, 1, 0.7))
+    animal_ears = pick(("none", "cat", "bear", "rabbit"), (8, 1, 1, 0.6))
+    if hat_style not in ("none", "headband"):
+        animal_ears = "none"
+        if hair_style not in HAT_HAIR:
+            hair_style = pick(HAT_HAIR)
+    cloth = shade(pick(CLOTH))
+    stripe = pick(CLOTH)
+    if np.abs(np.subtract(cloth, stripe)).sum() < 0.5:
+        stripe = (0.95, 0.94, 0.92) if sum(cloth) < 1.8 else (0.25, 0.26, 0.32)
+    skull = (between(0.44, 0.52), between(0.46, 0.54), between(0.47, 0.53))
+    eye_size = between(0.105, 0.135)
+    azimuth, height = math.radians(between(-40, 40)), math.radians(between(35, 60))
+    identity = HeadIdentity(
+        skull=skull,
+        jaw=(between(0.30, 0.42), between(0.24, 0.32), between(0.32, 0.38)),
+        jaw_y=between(-0.24, -0.17),
+        cheek_radius=between(0.12, 0.18),
+        neck_radius=between(0.15, 0.21),
+        shoulders=between(0.60, 0.76),
+        nose=(between(0.045, 0.085), between(0.05, 0.10), between(0.06, 0.11)),
+        nose_y=between(-0.12, -0.06),
+        ear_style="elf" if chance(0.15) else "human",
+        ear_size=between(0.85, 1.25),
+        eye_x=between(0.175, 0.215),
+        eye_y=between(0.03, 0.09),
+        eye_radii=(eye_size, eye_size * between(0.9, 1.15)),
+        iris_radius=eye_size * between(0.55, 0.72),
+        pupil=between(0.42, 0.6),
+        gaze=(between(-0.015, 0.015), between(-0.012, 0.012)),
+        lid=between(0.0, 0.3),
+        brow_height=between(0.035, 0.075),
+        brow_tilt=between(-0.35, 0.35),
+        brow_thickness=between(0.014, 0.03),
+        mouth_style=pick(("line", "smile", "open"), (2, 3, 1.6)),
+        mouth_y=between(-0.30, -0.25),
+        mouth_width=between(0.08, 0.15),
+        mouth_curve=between(0.5, 3.0),
+        blush=between(0.2, 0.7) if chance(0.4) else 0.0,
+        freckles=1.0 if chance(0.12) else 0.0,
+        beard=chance(0.1),
+        moustache=chance(0.08),
+        hair_style=hair_style,
+        hair_volume=between(0.05, 0.10),
+        hairline=between(0.0, 1.0),
+        hair_ribs=int(random.integers(12, 22)) if chance(0.45) else 0,
+        hat_style=hat_style,
+        bobble=chance(0.6),
+        animal_ears=animal_ears,
+        glasses_style=pick(("none", "round", "square"), (7, 1.8, 1.2)),
+        glasses_radius=between(1.25, 1.4),
+        collar_style=pick(("none", "ring", "turtleneck", "scarf"), (2, 2, 1.5, 1.2)),
+        stripes=between(4.0, 7.0) if chance(0.4) else 0.0,
+        skin_color=skin,
+        hair_color=hair,
+        brow_color=shade(hair, 0.02),
+        iris_color=shade(pick(IRIS)),
+        mouth_color=shade(pick(((0.66, 0.24, 0.24), (0.80, 0.34, 0.36), (0.50, 0.20, 0.20)))),
+        hat_color=shade(pick(CLOTH)),
+        hat_band_color=shade(pick(CLOTH)),
+        glasses_color=pick(((0.10, 0.10, 0.12), (0.75, 0.16, 0.20), (0.20, 0.26, 0.62), (0.82, 0.62, 0.20))),
+        cloth_color=cloth,
+        stripe_color=stripe,
+        collar_color=shade(pick(CLOTH)),
+        light=(math.cos(height) * math.sin(azimuth), math.sin(height), math.cos(height) * math.cos(azimuth)),
+    )
+    if np.abs(np.subtract(identity.brow_color, skin)).sum() < 0.45:  # brows and bald heads must stay readable
+        identity = replace(identity, brow_color=(0.24, 0.15, 0.10) if sum(skin) > 1.0 else (0.72, 0.66, 0.60))
+    return identity

@@ -1,0 +1,143 @@
+"""The training configuration: a TOML file, read strictly into frozen dataclasses."""
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mvshared.checkpoint import config_from_json
+from mvshared.config import CameraConfig, Framing, GenerationDefaults, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.errors import ConfigError, OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which pictures are learned and how they are put together.
+
+    `folder` holds captures. Of each capture the last `held_out` share of the folders is kept for validation. A reference is
+    a view with an azimuth within +-`reference_max_azimuth_deg`; `targets` other views are learned with it. `mirror` adds the
+    mirror image of every capture. The reference is dropped with probability `reference_dropout`, the normal maps with
+    `normals_dropout`.
+    """
+
+    folder: str
+    held_out: float = 0.02
+    background: tuple[int, int, int] = (255, 255, 255)
+    mirror: bool = True
+    normals: bool = True
+    targets: int = 4
+    reference_max_azimuth_deg: float = 50.0
+    reference_dropout: float = 0.1
+    normals_dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("held_out", "reference_dropout", "normals_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(name, expected="0 to 1", got=getattr(self, name))
+        if self.targets < 1:
+            raise OptionError("targets", expected="at least 1", got=self.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, a cosine decay to `final_learning_rate`, clipping of the global norm, and an EMA."""
+
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise OptionError("learning_rate", expected="above 0", got=self.learning_rate)
+        if not self.gradient_clip > 0:
+            raise OptionError("gradient_clip", expected="above 0", got=self.gradient_clip)
+        if not 0 <= self.ema_decay < 1:
+            raise OptionError("ema_decay", expected="0 to below 1", got=self.ema_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAELossConfig:
+    """L1, L1 of the pixel differences and MSE, each weighted by 1 + `foreground_weight` * alpha, and KL to N(0, 1)."""
+
+    mse_weight: float = 1.0
+    gradient_weight: float = 1.0
+    foreground_weight: float = 2.0
+    kl_weight: float = 2e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage of training. `vae_from` is the checkpoint folder whose VAE the U-Net stage uses."""
+
+    stage: Literal["vae", "unet"]
+    data: DataConfig
+    steps: int
+    batch_size: int
+    seed: int = 0
+    family: str = "custom"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 500
+    log_every: int = 20
+    sample_every: int = 500
+    optimizer: OptimizerConfig = OptimizerConfig()
+    vae: VAEConfig | None = None
+    vae_loss: VAELossConfig = VAELossConfig()
+    vae_from: str | None = None
+    init_from: str | None = None
+    unet: UNetConfig | None = None
+    scheduler: SchedulerConfig = SchedulerConfig()
+    camera: CameraConfig = CameraConfig()
+    defaults: GenerationDefaults = GenerationDefaults()
+    framing: Framing = field(default_factory=Framing)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "sample_every"):
+            if getattr(self, name) < 1:
+                raise OptionError(name, expected="at least 1", got=getattr(self, name))
+        if self.stage == "vae" and self.vae is None:
+            raise OptionError("vae", expected="a table of VAEConfig fields for stage 'vae'", got=None)
+        if self.stage == "unet" and (self.unet is None or self.vae_from is None):
+            raise OptionError("unet", expected="a table of UNetConfig fields, and vae_from, for stage 'unet'", got=None)
+
+
+TABLES = {
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "vae": VAEConfig,
+    "vae_loss": VAELossConfig,
+    "unet": UNetConfig,
+    "scheduler": SchedulerConfig,
+    "camera": CameraConfig,
+    "defaults": GenerationDefaults,
+    "framing": Framing,
+}
+
+
+def load_train_config(path: Path | str) -> TrainConfig:
+    """Read a TOML file; relative folders in it are relative to where the command runs.
+
+    Raises ConfigError for a missing or malformed file, unknown fields, wrong types and values that are not allowed.
+    """
+    path = Path(path)
+    try:
+        document: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", path=path) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is no valid TOML: {error}", path=path) from error
+    return parse_train_config(document, path=path)
+
+
+def parse_train_config(document: dict[str, Any], *, path: Path) -> TrainConfig:
+    """A TrainConfig of nested tables. Raises ConfigError."""
+    values = dict(document)
+    for name, cls in TABLES.items():
+        if name in values:
+            values[name] = config_from_json(cls, values[name], path=path, error=ConfigError)
+    return config_from_json(TrainConfig, values, path=path, error=ConfigError)

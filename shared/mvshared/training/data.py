@@ -1,0 +1,256 @@
+"""Batches for both training stages, all of their randomness drawn in numpy from (seed, step): resuming repeats it exactly.
+
+The network's target is the one of the schedule's prediction type: v of arXiv 2202.00512, or the noise.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from mvshared.camera import azimuth_elevation, camera_vectors, mirror_poses
+from mvshared.captures import Capture, load_capture
+from mvshared.config import SchedulerConfig
+from mvshared.errors import DatasetError
+from mvshared.files import write_atomic
+from mvshared.schedule import alphas_cumprod
+from mvshared.training.config import DataConfig
+
+VAE_STREAM, UNET_STREAM = 1, 2  # first numbers of the random seeds, so that the stages draw differently
+
+
+class Picture(NamedTuple):
+    """A decoded picture: pixels float32 (h, w, 3) in [-1, 1] over the background, and alpha float32 (h, w) in [0, 1]."""
+
+    pixels: NDArray[np.float32]
+    alpha: NDArray[np.float32]
+
+
+class VAEBatch(NamedTuple):
+    """Pixels (n, h, w, 3) in [-1, 1], foreground (n, h, w) in [0, 1], noise (n, h / f, w / f, c) of the posterior."""
+
+    pixels: NDArray[np.float32]
+    foreground: NDArray[np.float32]
+    noise: NDArray[np.float32]
+
+
+class UNetBatch(NamedTuple):
+    """Inputs and target of the U-Net, v views of b objects.
+
+    Noisy latents and normal latents (b, v, h, w, in_channels), timesteps (b,), camera vectors (b, v, 16), the clean reference
+    latent (b, h, w, c), and the target (b, v, h, w, c).
+    """
+
+    sample: NDArray[np.float32]
+    timesteps: NDArray[np.float32]
+    camera: NDArray[np.float32]
+    reference: NDArray[np.float32]
+    target: NDArray[np.float32]
+
+
+def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], list[Path]]:
+    """The capture folders to train on and to validate on, by name; the last ones are held out, one at least.
+
+    Raises DatasetError if there are fewer than two captures.
+    """
+    folder = Path(folder)
+    found = sorted(path.parent for path in folder.glob("*/transforms.json"))
+    if len(found) < 2:
+        raise DatasetError(
+            f"needs at least 2 captures (folders with a transforms.json), has {len(found)}",
+            path=folder,
+            hint="make some with: mvmlx render-heads",
+        )
+    count = max(1, round(held_out * len(found)))
+    return found[:-count], found[-count:]
+
+
+def read_picture(path: Path, *, background: tuple[int, int, int]) -> Picture:
+    """A picture composited over the background. Raises DatasetError if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            rgba = np.asarray(image.convert("RGBA"), dtype=np.float32)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DatasetError(f"cannot be decoded: {error}", path=path) from error
+    alpha = rgba[..., 3] / np.float32(255)
+    mixed = rgba[..., :3] * alpha[..., None] + np.asarray(background, np.float32) * (1 - alpha[..., None])
+    return Picture(mixed / np.float32(127.5) - 1, alpha)
+
+
+def read_normals(path: Path) -> Picture:
+    """A normal map: components in [-1, 1], zero where there is no surface."""
+    return read_picture(path, background=(128, 128, 128))
+
+
+def mirror_picture(picture: Picture) -> Picture:
+    return Picture(picture.pixels[:, ::-1], picture.alpha[:, ::-1])
+
+
+def mirror_normals(picture: Picture) -> Picture:
+    """The normal map of the mirrored scene: x points the other way."""
+    return Picture(picture.pixels[:, ::-1] * np.array([-1, 1, 1], np.float32), picture.alpha[:, ::-1])
+
+
+class VAEPictures:
+    """Random pictures, and normal maps among them, for the VAE stage."""
+
+    def __init__(self, folders: list[Path], config: DataConfig, *, latent_channels: int, downscale: int) -> None:
+        captures = [load_capture(folder) for folder in folders]
+        self.config, self.latent_channels, self.downscale = config, latent_channels, downscale
+        self.images = [path for capture in captures for path in capture.image_paths]
+        self.normals = [path for capture in captures for path in capture.normal_paths if path] if config.normals else []
+
+    def batch(self, step: int, *, size: int, seed: int) -> VAEBatch:
+        """The batch of a step: one picture in eight is a normal map, every second one is mirrored if the config says so."""
+        random = np.random.default_rng([VAE_STREAM, seed, step])
+        pictures = []
+        for _ in range(size):
+            is_normal = bool(self.normals) and random.random() < 1 / 8
+            paths = self.normals if is_normal else self.images
+            path = paths[int(random.integers(len(paths)))]
+            picture = read_normals(path) if is_normal else read_picture(path, background=self.config.background)
+            if random.random() < 0.5 and self.config.mirror:
+                picture = mirror_normals(picture) if is_normal else mirror_picture(picture)
+            pictures.append(picture)
+        pixels = _stack([picture.pixels for picture in pictures])
+        height, width = pixels.shape[1] // self.downscale, pixels.shape[2] // self.downscale
+        noise = random.standard_normal((size, height, width, self.latent_channels), np.float32)
+        return VAEBatch(pixels, _stack([picture.alpha for picture in pictures]), noise)
+
+
+def _stack(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    if len({array.shape for array in arrays}) > 1:
+        shapes = sorted({array.shape for array in arrays})
+        raise DatasetError(f"all pictures must have one size, got {shapes[0]} and {shapes[-1]}")
+    return np.stack(arrays)
+
+
+class Latents(NamedTuple):
+    """Encoded captures: object o has the views `first[o]` to `first[o + 1]` of `images`, `normals` and `cameras`.
+
+    `images` and `normals` are float16 (n, h, w, c) in the U-Net's scale (`normals` zero where a view has none), `cameras`
+    float32 (n, 16), `azimuths_deg` float32 (n,).
+    """
+
+    images: NDArray[np.float16]
+    normals: NDArray[np.float16]
+    cameras: NDArray[np.float32]
+    azimuths_deg: NDArray[np.float32]
+    first: NDArray[np.int64]
+
+    def save(self, path: Path) -> None:
+        """Write all of it to one file, atomically."""
+        encoded = io.BytesIO()
+        np.savez(encoded, **self._asdict())
+        write_atomic(path, encoded.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> "Latents":
+        """Read what `save` wrote. Raises DatasetError if the file is no such file."""
+        try:
+            with np.load(path) as arrays:
+                return cls(**{name: arrays[name] for name in cls._fields})
+        except (OSError, ValueError, KeyError) as error:
+            raise DatasetError(f"is no file of latents: {error}", path=path, hint="remove it, it is made anew") from error
+
+
+def encode_captures(
+    folders: list[Path], config: DataConfig, encode: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+) -> Latents:
+    """Encode every capture, and its mirror image if the config says so, with `encode` (pixels to scaled latents).
+
+    Raises DatasetError for pictures of different sizes or captures with fewer than two views.
+    """
+    images, normals, cameras, azimuths, first = [], [], [], [], [0]
+    for folder in tqdm(folders, desc="encoding", unit="capture", disable=None):
+        capture = load_capture(folder)
+        if len(capture.image_paths) < 2:
+            raise DatasetError("a capture needs at least 2 views", path=folder)
+        for mirrored in (False, True) if config.mirror else (False,):
+            poses = mirror_poses(capture.poses) if mirrored else capture.poses
+            latents, normal_latents = _encode_capture(capture, config, encode, mirrored=mirrored)
+            images.append(latents.astype(np.float16))
+            normals.append(normal_latents.astype(np.float16))
+            cameras.append(camera_vectors(poses))
+            azimuths.append(azimuth_elevation(poses).azimuths_deg)
+            first.append(first[-1] + len(poses))
+    return Latents(
+        np.concatenate(images),
+        np.concatenate(normals),
+        np.concatenate(cameras),
+        np.concatenate(azimuths).astype(np.float32),
+        np.asarray(first, np.int64),
+    )
+
+
+def _encode_capture(
+    capture: Capture, config: DataConfig, encode: Callable[[NDArray[np.float32]], NDArray[np.float32]], *, mirrored: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Latents of the pictures and of the normal maps, both (v, h, w, c)."""
+    pictures = [read_picture(path, background=config.background) for path in capture.image_paths]
+    if mirrored:
+        pictures = [mirror_picture(picture) for picture in pictures]
+    latents = encode(_stack([picture.pixels for picture in pictures]))
+    normal_latents = np.zeros_like(latents)
+    views = [view for view, path in enumerate(capture.normal_paths) if path is not None and config.normals]
+    if views:
+        maps = [read_normals(path) for path in capture.normal_paths if path is not None]
+        maps = [mirror_normals(picture) for picture in maps] if mirrored else maps
+        normal_latents[views] = encode(_stack([picture.pixels for picture in maps]))
+    return latents, normal_latents
+
+
+class ViewBatches:
+    """Objects with a reference and target views, noised, for the U-Net stage."""
+
+    def __init__(self, latents: Latents, config: DataConfig, scheduler: SchedulerConfig, *, normal_channels: int) -> None:
+        self.latents, self.config, self.normal_channels = latents, config, normal_channels
+        self.prediction_type = scheduler.prediction_type
+        self.alphas_cumprod = alphas_cumprod(scheduler)
+        views = np.diff(latents.first)
+        is_reference = np.abs(latents.azimuths_deg) <= config.reference_max_azimuth_deg
+        references = np.add.reduceat(is_reference, latents.first[:-1])
+        self.objects = np.flatnonzero((references > 0) & (views > config.targets))
+        self.is_reference = is_reference
+        if not len(self.objects):
+            raise DatasetError(
+                f"no capture has a view within +-{config.reference_max_azimuth_deg:g} degrees of the front "
+                f"and {config.targets} others"
+            )
+
+    def batch(self, step: int, *, size: int, seed: int) -> UNetBatch:
+        """The batch of a step: `size` objects with `config.targets` views each."""
+        random = np.random.default_rng([UNET_STREAM, seed, step])
+        data, config = self.latents, self.config
+        rows, references = [], []
+        for number in self.objects[random.integers(len(self.objects), size=size)]:
+            views = np.arange(data.first[number], data.first[number + 1])
+            reference = random.choice(views[self.is_reference[views]])
+            rows.append(random.choice(views[views != reference], size=config.targets, replace=False))
+            references.append(reference)
+        chosen = np.stack(rows)
+        clean = data.images[chosen].astype(np.float32)
+        reference_latents = data.images[np.asarray(references)].astype(np.float32)
+        noise = random.standard_normal(clean.shape, np.float32)
+        timesteps = random.integers(len(self.alphas_cumprod), size=size)
+        keep_reference = random.random(size) >= config.reference_dropout
+        keep_normals = random.random(size) >= config.normals_dropout
+        alpha = np.sqrt(self.alphas_cumprod[timesteps]).astype(np.float32)[:, None, None, None, None]
+        sigma = np.sqrt(1 - self.alphas_cumprod[timesteps]).astype(np.float32)[:, None, None, None, None]
+        sample = alpha * clean + sigma * noise
+        target = alpha * noise - sigma * clean if self.prediction_type == "v_prediction" else noise
+        if self.normal_channels:
+            normals = data.normals[chosen].astype(np.float32) * keep_normals[:, None, None, None, None]
+            sample = np.concatenate([sample, normals.astype(np.float32)], axis=-1)
+        return UNetBatch(
+            sample=sample,
+            timesteps=timesteps.astype(np.float32),
+            camera=data.cameras[chosen],
+            reference=reference_latents * keep_reference[:, None, None, None].astype(np.float32),
+            target=target,
+        )

@@ -1,0 +1,30 @@
+"""Initial weights drawn in numpy, so that one seed starts the same training in both backends.
+
+Linear and convolution weights are uniform in +-1/sqrt(fan_in), biases zero, norms one. The last layer of every residual
+branch of a U-Net starts at zero, as in guided diffusion (arXiv 2105.05233, zero_module).
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNET_ZEROS = (".conv2.weight", ".proj_out.weight", "conv_out.weight")
+
+
+def initial_weights(
+    shapes: Mapping[str, tuple[int, ...]], *, seed: int, zeros: Sequence[str] = ()
+) -> dict[str, NDArray[np.float32]]:
+    """Weights by name for `shapes` (checkpoint layout, output channels first); names ending in one of `zeros` are zero."""
+    weights = {}
+    for name, shape in shapes.items():
+        if name.endswith(tuple(zeros)) or name.endswith(".bias"):
+            weights[name] = np.zeros(shape, np.float32)
+        elif len(shape) == 1:
+            weights[name] = np.ones(shape, np.float32)
+        else:
+            generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            bound = float(np.prod(shape[1:])) ** -0.5
+            weights[name] = generator.uniform(-bound, bound, shape).astype(np.float32)
+    return weights

@@ -1,0 +1,72 @@
+"""The training log: a CSV file that survives a kill, and a plot of the loss."""
+
+import csv
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+from mvshared.files import write_atomic
+
+
+class LogRow(NamedTuple):
+    """Means since the row before: training loss and gradient norm, the rate, and the speed; `held_out_loss` may be empty."""
+
+    step: int
+    loss: float
+    held_out_loss: float | None
+    gradient_norm: float
+    learning_rate: float
+    seconds_per_step: float
+
+
+class TrainingLog:
+    """Rows in `folder`/log.csv. Rows after `last_step`, of a run that was killed, are dropped."""
+
+    def __init__(self, folder: Path, *, last_step: int) -> None:
+        self.path, self.plot_path = folder / "log.csv", folder / "loss.png"
+        self.rows = [row for row in read_log(self.path) if row.step <= last_step] if self.path.exists() else []
+
+    def add(self, row: LogRow) -> None:
+        """Append a row; the file is rewritten whole."""
+        self.rows.append(row)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(LogRow._fields)
+        writer.writerows(["" if value is None else value for value in row] for row in self.rows)
+        write_atomic(self.path, text.getvalue().encode())
+
+    def plot(self) -> bool:
+        """Draw loss.png; False if matplotlib is not installed (`pip install 'mvmlx[train]'`)."""
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError:
+            return False
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([row.step for row in self.rows], [row.loss for row in self.rows], label="training")
+        held_out = [(row.step, row.held_out_loss) for row in self.rows if row.held_out_loss is not None]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), marker="o", label="held out, EMA weights")
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        encoded = io.BytesIO()
+        figure.savefig(encoded, format="png", dpi=100)
+        write_atomic(self.plot_path, encoded.getvalue())
+        return True
+
+
+def read_log(path: Path) -> list[LogRow]:
+    """The rows of a log.csv."""
+    with path.open(newline="") as file:
+        return [
+            LogRow(
+                step=int(row["step"]),
+                loss=float(row["loss"]),
+                held_out_loss=float(row["held_out_loss"]) if row["held_out_loss"] else None,
+                gradient_norm=float(row["gradient_norm"]),
+                learning_rate=float(row["learning_rate"]),
+                seconds_per_step=float(row["seconds_per_step"]),
+            )
+            for row in csv.DictReader(file)
+        ]

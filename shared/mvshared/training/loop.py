@@ -1,0 +1,256 @@
+"""The training loop of both stages, the same for both backends: batches, steps, log, samples, checkpoints.
+
+A run folder holds config.json (what was asked), log.csv, loss.png, samples/, state.safetensors (everything that a resumed run
+needs, written whole or not at all) and model/, a checkpoint folder with the averaged weights. Killed at any moment and started
+again, the run goes on from state.safetensors and ends with the same weights.
+"""
+
+import importlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+from tqdm import tqdm
+
+from mvshared.backend import PACKAGES, choose_backend
+from mvshared.checkpoint import read_config, weight_file, write_component, write_model_config
+from mvshared.config import ModelConfig, VAEConfig
+from mvshared.errors import ConfigError, NumericsError, OutputError
+from mvshared.files import read_json_object, write_atomic, write_json
+from mvshared.training.config import OptimizerConfig, TrainConfig
+from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures
+from mvshared.training.initial import UNET_ZEROS, initial_weights
+from mvshared.training.log import LogRow, TrainingLog
+from mvshared.weights import read_header, sha256_of_files
+
+HELD_OUT_SEED = 1  # added to the run's seed for the validation batches, which are the same at every step
+HELD_OUT_BATCHES = 4
+
+
+class Stage(NamedTuple):
+    """What differs between the stages: the trainer, its batches, and how its averaged weights become a checkpoint folder."""
+
+    trainer: Any
+    batch: Callable[[int], Any]
+    held_out_batch: Callable[[int], Any]
+    save_model: Callable[[], None]
+
+
+def learning_rate(config: OptimizerConfig, *, step: int, steps: int) -> float:
+    """The rate of step 0 to steps - 1: a linear warm-up, then half a cosine down to `final_learning_rate`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * share
+
+
+def train(
+    config: TrainConfig,
+    folder: Path | str,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    on_sample: Callable[[Path, int], None] | None = None,
+) -> Path:
+    """Train until `config.steps`, from the run's last state if `folder` has one; returns the folder of the trained model.
+
+    `on_sample(model folder, step)` is called every `config.sample_every` steps and at the end.
+
+    Raises OutputError if `folder` holds something else or a run with another config, DatasetError for the data, NumericsError if
+    the loss leaves the finite numbers (the last state stays).
+    """
+    folder = Path(folder)
+    package = PACKAGES[choose_backend(backend)]
+    _prepare(folder, config)
+    module = importlib.import_module(f"{package}.train")
+    make = _vae_stage if config.stage == "vae" else _unet_stage
+    stage = make(config, folder, module, backend=backend, device=device)
+    state_path = folder / "state.safetensors"
+    if state_path.exists():
+        read_header(state_path)
+        stage.trainer.load_state(load_file(state_path))
+    first = stage.trainer.steps
+    log = TrainingLog(folder, last_step=first)
+    losses, norms, started = [], [], time.perf_counter()
+    with tqdm(total=config.steps, initial=first, desc=f"training {config.stage}", unit="step", disable=None) as progress:
+        for step in range(first, config.steps):
+            rate = learning_rate(config.optimizer, step=step, steps=config.steps)
+            result = stage.trainer.step(stage.batch(step), learning_rate=rate)
+            if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
+                raise NumericsError(
+                    f"loss {result.loss}, gradient norm {result.gradient_norm}",
+                    where=f"training step {step}",
+                    hint="lower the learning rate, or train in float32; the last state is kept",
+                )
+            losses.append(result.loss)
+            norms.append(result.gradient_norm)
+            done = step + 1
+            last = done == config.steps
+            progress.update()
+            saves = last or done % config.checkpoint_every == 0
+            if saves or done % config.log_every == 0:
+                held_out = _held_out_loss(stage) if saves else None
+                seconds = (time.perf_counter() - started) / len(losses)
+                log.add(LogRow(done, float(np.mean(losses)), held_out, float(np.mean(norms)), rate, seconds))
+                progress.set_postfix(loss=f"{np.mean(losses):.4f}")
+                losses, norms = [], []
+            if saves:
+                write_atomic(state_path, save(stage.trainer.state()))
+                stage.save_model()
+                log.plot()
+            if on_sample is not None and (last or done % config.sample_every == 0):
+                stage.save_model()
+                on_sample(folder / "model", done)
+            if not losses:
+                started = time.perf_counter()
+    return folder / "model"
+
+
+def _prepare(folder: Path, config: TrainConfig) -> None:
+    """Make the run folder, or check that it holds a run of the same config; more steps than before are fine."""
+    path = folder / "config.json"
+    document = _as_json(asdict(config))
+    if path.exists():
+        before = read_json_object(path, error=ConfigError)
+        changed = sorted(name for name in document if name != "steps" and document[name] != before.get(name))
+        if changed:
+            raise OutputError(
+                f"holds a run with other values of {', '.join(changed)}", path=folder, hint="name a new folder for this run"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise OutputError("is not empty and holds no training run", path=folder, hint="name a new folder for this run")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, document)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _held_out_loss(stage: Stage) -> float:
+    return float(np.mean([stage.trainer.evaluate(stage.held_out_batch(number)) for number in range(HELD_OUT_BATCHES)]))
+
+
+def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
+    assert config.vae is not None
+    vae = config.vae
+    training, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
+    pictures, held_out_pictures = (
+        VAEPictures(folders, config.data, latent_channels=vae.latent_channels, downscale=vae.downscale)
+        for folders in (training, held_out)
+    )
+    weights = _initial(config, "vae", module.vae_weight_shapes(vae), zeros=())
+    trainer = module.vae_trainer(vae, config.optimizer, config.vae_loss, weights, dtype=config.dtype, device=device)
+
+    def save_model() -> None:
+        write_component(folder / "model", "vae", vae, trainer.ema_weights())
+
+    return Stage(
+        trainer,
+        lambda step: pictures.batch(step, size=config.batch_size, seed=config.seed),
+        lambda number: held_out_pictures.batch(number, size=config.batch_size, seed=config.seed + HELD_OUT_SEED),
+        save_model,
+    )
+
+
+def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
+    assert config.unet is not None and config.vae_from is not None
+    unet = config.unet
+    vae_folder = Path(config.vae_from)
+    vae, training, held_out = _latents(config, folder, backend=backend, device=device)
+    batches, held_out_batches = (
+        ViewBatches(latents, config.data, config.scheduler, normal_channels=unet.normal_channels)
+        for latents in (training, held_out)
+    )
+    weights = _initial(config, "unet", module.unet_weight_shapes(unet), zeros=UNET_ZEROS)
+    trainer = module.unet_trainer(
+        unet,
+        config.optimizer,
+        weights,
+        dtype=config.dtype,
+        device=device,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    model = ModelConfig(
+        family=config.family,
+        unet=unet,
+        vae=vae,
+        scheduler=config.scheduler,
+        camera=config.camera,
+        defaults=config.defaults,
+        framing=config.framing,
+    )
+
+    def save_model() -> None:
+        target = folder / "model"
+        if not (target / "model_index.json").exists():
+            write_component(target, "vae", vae, load_file(weight_file(vae_folder, "vae")))
+        write_component(target, "unet", unet, trainer.ema_weights())
+        write_model_config(target, model)
+
+    return Stage(
+        trainer,
+        lambda step: batches.batch(step, size=config.batch_size, seed=config.seed),
+        lambda number: held_out_batches.batch(number, size=config.batch_size, seed=config.seed + HELD_OUT_SEED),
+        save_model,
+    )
+
+
+def _latents(config: TrainConfig, folder: Path, *, backend: str, device: str) -> tuple[VAEConfig, Latents, Latents]:
+    """The VAE's config with the statistics of its latents, and the encoded captures for training and validation.
+
+    They are kept in the run folder under the hash of the VAE's weights.
+    """
+    assert config.vae_from is not None
+    file = weight_file(Path(config.vae_from), "vae")
+    (key,) = sha256_of_files([file]).values()
+    paths = [folder / f"latents-{name}-{key[:12]}.npz" for name in ("training", "held-out")]
+    vae = read_config(VAEConfig, file.parent / "config.json")
+    raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
+    if not all(path.exists() for path in paths):
+        package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
+        encode = package.vae_encoder(raw, file, device=device)
+        for path, folders in zip(paths, find_captures(config.data.folder, held_out=config.data.held_out), strict=True):
+            encode_captures(folders, config.data, encode).save(path)
+    training, held_out = (Latents.load(path) for path in paths)
+    if vae.latents_mean is None:
+        sample = training.images.reshape(-1, vae.latent_channels).astype(np.float64)
+        vae = replace(
+            vae, scaling_factor=1.0, latents_mean=_rounded(sample.mean(0)), latents_std=_rounded(sample.std(0))
+        )
+    return vae, _scaled(training, vae), _scaled(held_out, vae)
+
+
+def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(round(float(value), 6) for value in values)
+
+
+def _scaled(latents: Latents, vae: VAEConfig) -> Latents:
+    """Latents in the U-Net's scale; where there is no normal map they stay zero."""
+    mean = np.asarray(vae.latents_mean or 0.0, np.float32)
+    scale = np.float32(vae.scaling_factor) / np.asarray(vae.latents_std or 1.0, np.float32)
+    present = latents.normals.any(axis=(1, 2, 3), keepdims=True)
+    images = ((latents.images - mean) * scale).astype(np.float16)
+    normals = np.where(present, (latents.normals - mean) * scale, 0).astype(np.float16)
+    return latents._replace(images=images, normals=normals)
+
+
+def _initial(
+    config: TrainConfig, component: str, shapes: dict[str, tuple[int, ...]], *, zeros: tuple[str, ...]
+) -> dict[str, NDArray[np.float32]]:
+    """Weights to start from: those of `init_from`, or random ones."""
+    if config.init_from is None:
+        return initial_weights(shapes, seed=config.seed, zeros=zeros)
+    file = weight_file(Path(config.init_from), component)  # type: ignore[arg-type]
+    read_header(file)
+    return {name: array.astype(np.float32) for name, array in load_file(file).items()}
