@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,8 @@ class Trainer:
         device: str = "cpu",
     ) -> None:
         self.network = network.to(device).train()
+        if device == "cpu":
+            _use_lean_group_norm(self.network)
         self.loss, self.config, self.dtype, self.device = loss, config, dtype, device
         self.parameters = dict(network.named_parameters())
         self.optimizer = torch.optim.AdamW(
@@ -120,6 +123,59 @@ class Trainer:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=getattr(torch, self.dtype))
+
+
+class _LeanGroupNorm(torch.autograd.Function):
+    """Group normalisation of channels_last pictures (n, c, h, w) as a few passes over the pixels.
+
+    PyTorch's own backward took a third of a training step on the CPU; this one takes a fifth of that. Statistics are float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        n, c, h, w = x.shape
+        pixels = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
+        count = h * w * c // groups
+        sums = pixels.sum(1, dtype=torch.float32).view(n, groups, -1).sum(-1)
+        squares = torch.linalg.vector_norm(pixels, dim=1, dtype=torch.float32).square().view(n, groups, -1).sum(-1)
+        mean = sums / count
+        rstd = torch.rsqrt((squares / count - mean * mean).clamp_min(0) + eps)
+        mean, rstd = (value.repeat_interleave(c // groups, 1) for value in (mean, rstd))
+        scale = weight * rstd
+        shift = bias - mean * scale
+        out = torch.addcmul(shift[:, None].to(x.dtype), pixels, scale[:, None].to(x.dtype))
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.groups = groups
+        return out.view(n, h, w, c).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        n, c, h, w = x.shape
+        pixels, gradient = (value.permute(0, 2, 3, 1).reshape(n, h * w, c) for value in (x, gradients[0]))
+        count = h * w * c // ctx.groups
+
+        def group_mean(value: Tensor) -> Tensor:
+            return (value.view(n, ctx.groups, -1).sum(-1) / count).repeat_interleave(c // ctx.groups, 1)
+
+        total = gradient.sum(1, dtype=torch.float32)
+        aligned = ((gradient * pixels).sum(1, dtype=torch.float32) - mean * total) * rstd
+        # dx = rstd (weight g - mean(weight g) - normalised mean(weight g normalised)), gathered into three factors.
+        along = rstd * rstd * group_mean(weight * aligned)
+        constant = along * mean - rstd * group_mean(weight * total)
+        factors = (value[:, None].to(x.dtype) for value in (constant, -along, rstd * weight))
+        constant, along, own = factors
+        dx = torch.addcmul(torch.addcmul(constant, pixels, along), gradient, own)
+        return dx.view(n, h, w, c).permute(0, 3, 1, 2), aligned.sum(0), total.sum(0), None, None
+
+
+def _use_lean_group_norm(network: nn.Module) -> None:
+    def forward(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        return _LeanGroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)  # type: ignore[no-any-return]
+
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.forward = partial(forward, module)
 
 
 def ema_decay(config: OptimizerConfig, steps: int) -> float:
