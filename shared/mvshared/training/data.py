@@ -134,7 +134,7 @@ class Latents(NamedTuple):
     """Encoded captures: object o has the views `first[o]` to `first[o + 1]` of `images`, `normals` and `cameras`.
 
     `images` and `normals` are float16 (n, h, w, c) in the U-Net's scale (`normals` zero where a view has none), `cameras`
-    float32 (n, 16), `azimuths_deg` float32 (n,).
+    float32 (n, 16), `azimuths_deg` float32 (n,) in [-180, 180).
     """
 
     images: NDArray[np.float16]
@@ -177,7 +177,7 @@ def encode_captures(
             images.append(latents.astype(np.float16))
             normals.append(normal_latents.astype(np.float16))
             cameras.append(camera_vectors(poses))
-            azimuths.append(azimuth_elevation(poses).azimuths_deg)
+            azimuths.append((azimuth_elevation(poses).azimuths_deg + 180) % 360 - 180)
             first.append(first[-1] + len(poses))
     return Latents(
         np.concatenate(images),
