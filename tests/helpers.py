@@ -191,3 +191,8 @@ def parameter_names(model: Any) -> set[str]:
         return {name for name, _ in model.named_parameters()}
     flat: Any = tree_flatten(model.parameters())
     return {name for name, _ in flat}
+
+
+def norm_eps(model: Any) -> dict[str, float]:
+    """The eps of every normalisation by the name of its module."""
+    return {name: module.eps for name, module in model.named_modules() if hasattr(module, "eps")}

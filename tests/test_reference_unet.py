@@ -23,6 +23,7 @@ from helpers import (
     denoise,
     from_numpy,
     make_unet,
+    norm_eps,
     unet_inputs,
 )
 
@@ -169,6 +170,14 @@ def test_without_camera_and_reference_the_camera_mlp_is_skipped_and_the_frame_is
     inputs = unet_inputs(REFERENCE, views=2)._replace(camera=None, reference=None)
     expected = denoise_with_diffusers(REFERENCE, inputs)
     assert_close(denoise(make_unet(REFERENCE, backend), inputs), expected, rms=FLOAT32_RMS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["different levels", "no attention at all"])
+def test_every_norm_has_the_eps_of_diffusers(name: str, backend: Backend) -> None:
+    eps = norm_eps(make_unet(CONFIGS[name], backend))
+    assert eps == norm_eps(diffusers_unet(CONFIGS[name]))
+    assert len(eps) > 10
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

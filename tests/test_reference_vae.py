@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from helpers import BACKENDS, FLOAT32_RMS, TINY_VAE, Backend, assert_close, from_numpy, make_vae, to_numpy
+from helpers import BACKENDS, FLOAT32_RMS, TINY_VAE, Backend, assert_close, from_numpy, make_vae, norm_eps, to_numpy
 
 from mvshared.config import VAEConfig
 from mvshared.weights import rename_old_vae_attention
@@ -64,6 +64,13 @@ def test_decoded_pictures_are_those_of_diffusers(name: str, backend: Backend) ->
         expected = diffusers_vae(config).decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample  # pyright: ignore
         pixels = model.decode(from_numpy(model, latents))
     assert_close(pixels, expected.permute(0, 2, 3, 1), rms=FLOAT32_RMS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_norm_has_the_eps_of_diffusers(backend: Backend) -> None:
+    eps = norm_eps(make_vae(TINY_VAE, backend))
+    assert eps == norm_eps(diffusers_vae(TINY_VAE))
+    assert len(eps) > 10
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
