@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -169,10 +169,15 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
 
 
-def vae_encoder(
-    config: VAEConfig, path: Path, *, device: str = "auto"
-) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """A function from pixels (n, H, W, 3) to scaled latents (n, h, w, c), for the VAE weights in a file."""
+class VAECodec(NamedTuple):
+    """A VAE alone: pixels (n, H, W, 3) in [-1, 1] to scaled latents (n, h, w, c) and back, float32."""
+
+    encode: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    decode: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+def load_vae(config: VAEConfig, path: Path, *, device: str = "auto") -> VAECodec:
+    """The VAE of a weight file, in float32. Raises CheckpointError and BackendError."""
     chosen = choose_device(device)
     with torch.device("meta"):
         vae = AutoencoderKL(config)
@@ -183,7 +188,11 @@ def vae_encoder(
         moments = vae.encode(torch.from_numpy(np.ascontiguousarray(pixels)).to(chosen))
         return vae.scale_latents(moments.mean).cpu().numpy()
 
-    return encode
+    @torch.inference_mode()
+    def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return vae.decode(vae.unscale_latents(torch.from_numpy(np.ascontiguousarray(latents)).to(chosen))).cpu().numpy()
+
+    return VAECodec(encode, decode)
 
 
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

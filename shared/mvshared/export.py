@@ -30,6 +30,24 @@ METADATA_VERSION = 1
 PACKAGES = ("mvmlx", "mlx", "torch", "numpy", "pillow", "safetensors", "tokenizers")
 
 
+def check_free(folder: Path | str, *, force: bool = False) -> None:
+    """Raise OutputError if `prepare` would refuse `folder` for what is there; nothing is changed."""
+    folder = Path(folder)
+    overwrite = "name another folder, or overwrite it with --force"
+    if folder.exists() and not folder.is_dir():
+        raise OutputError("is a file, and a folder is needed", path=folder, hint="name another folder")
+    blocked = next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None)
+    if blocked is not None:
+        raise OutputError("is a file, and a folder is needed", path=blocked, hint="name another folder")
+    if force or not folder.exists():
+        return
+    if (folder / METADATA).exists():
+        raise OutputError("holds a finished run", path=folder, hint=overwrite)
+    leftovers = _run_files(folder)
+    if leftovers and not (folder / UNFINISHED).exists():
+        raise OutputError(f"holds {leftovers[0].name}, which no unfinished run left there", path=folder, hint=overwrite)
+
+
 def prepare(folder: Path | str, *, force: bool = False) -> Path:
     """Make `folder` ready for a run's files and return it; `finish` must follow when they are written.
 
@@ -41,22 +59,22 @@ def prepare(folder: Path | str, *, force: bool = False) -> Path:
     file is in its place; if it cannot be written.
     """
     folder = Path(folder)
-    overwrite = "name another folder, or overwrite it with --force"
+    check_free(folder, force=force)
     try:
-        if folder.exists() and not folder.is_dir():
-            raise OutputError("is a file, and a folder is needed", path=folder, hint="name another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        leftovers = sorted(path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name))
-        if not force and (folder / METADATA).exists():
-            raise OutputError("holds a finished run", path=folder, hint=overwrite)
-        if not force and leftovers and not (folder / UNFINISHED).exists():
-            raise OutputError(f"holds {leftovers[0].name}, which no unfinished run left there", path=folder, hint=overwrite)
         write_atomic(folder / UNFINISHED, b"")
-        for path in (folder / METADATA, *leftovers):
+        for path in (folder / METADATA, *_run_files(folder)):
             path.unlink(missing_ok=True)
     except OSError as cause:
         raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause
     return folder
+
+
+def _run_files(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name))
+    except OSError as cause:
+        raise OutputError(f"cannot be read: {cause.strerror or cause}", path=folder) from cause
 
 
 def finish(folder: Path | str, document: Mapping[str, Any]) -> None:

@@ -219,7 +219,7 @@ def _latents(config: TrainConfig, folder: Path, *, backend: str, device: str) ->
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
     if not all(path.exists() for path in paths):
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
-        encode = package.vae_encoder(raw, file, device=device)
+        encode = package.load_vae(raw, file, device=device).encode
         for path, folders in zip(paths, find_captures(config.data.folder, held_out=config.data.held_out), strict=True):
             encode_captures(folders, config.data, encode).save(path)
     training, held_out = (Latents.load(path) for path in paths)

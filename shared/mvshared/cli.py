@@ -1,0 +1,186 @@
+"""The command line: parse, call, print. Every error is one line on stderr and an exit code of docs/exit-codes.md.
+
+Only click is imported at start-up, so that --help answers at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mvshared import __version__
+from mvshared.errors import MvError
+
+USAGE_EXIT, INTERNAL_EXIT, INTERRUPT_EXIT = 2, 70, 130
+
+
+class NumberList(click.ParamType):
+    """Numbers with commas between them, such as 0,90,180."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [float(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} must be numbers with commas between them, such as 0,90,180", param, ctx)
+
+
+class NumberRange(click.ParamType):
+    """A range of whole numbers, first:end, where the end is left out."""
+
+    name = "first:end"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        if isinstance(value, range):
+            return value
+        first, colon, end = value.partition(":")
+        if not colon or not first.isdigit() or not end.isdigit() or int(first) >= int(end):
+            self.fail(f"{value!r} must be two whole numbers, the second one larger, such as 0:64", param, ctx)
+        return range(int(first), int(end))
+
+
+def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that computes."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or gpu with MLX."),
+        click.option("--backend", default="auto", show_default=True, help="auto, mlx or torch."),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mvmlx")
+def cli() -> None:
+    """One picture in, consistent views with their cameras out."""
+
+
+@cli.command()
+@click.argument("image", required=False, type=click.Path(path_type=Path))
+@click.option("--model", default="demo", show_default=True, help="An embedded model's name (see `mvmlx models`), or a checkpoint folder.")
+@backend_options
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder.  [default: the picture's name with -views]")
+@click.option("--views", type=int, help="Number of views, spread evenly.  [default: the model's]")
+@click.option("--azimuths", type=NumberList(), help="Degrees around the object, such as 45,135: 0 is the front, 90 its left.")
+@click.option("--cameras", type=click.Path(path_type=Path), help="JSON file of cameras, such as a transforms.json.")
+@click.option("--elevation", type=float, help="Degrees above the horizon.  [default: the model's]")
+@click.option("--steps", type=int, help="Sampling steps, 1 to 1000.  [default: the model's]")
+@click.option("--guidance", type=float, help="Classifier-free guidance, 1 (off) to 20.  [default: the model's]")
+@click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
+@click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM, 0 to 1.")
+@click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")
+@click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
+@click.option("--normals", type=click.Path(path_type=Path), help="Folder of normal maps, one per view in the order of names.")
+@click.option("--stepwise", type=click.Path(path_type=Path), help="Folder for a preview of every step.")
+@click.option("--config", type=click.Path(path_type=Path), help="Repeat the run of a metadata.json.")
+@click.option("--force", is_flag=True, help="Overwrite a finished run in the output folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print events, one JSON object a line.")
+@click.pass_context
+def generate(ctx: click.Context, **options: Any) -> None:
+    """Generate views of what IMAGE shows."""
+    from mvshared.commands import generate_views
+
+    given = {
+        name
+        for name in options
+        if ctx.get_parameter_source(name) in (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
+    }
+    generate_views(options, given=given)
+
+
+@cli.command()
+def models() -> None:
+    """List the models that need no download."""
+    from mvshared.commands import list_models
+
+    list_models()
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Run folder; a run in it goes on.")
+@backend_options
+def train(config: Path, output: Path, backend: str, device: str) -> None:
+    """Train one stage of a model as the TOML file CONFIG says; see docs/training.md."""
+    from mvshared.commands import train_model
+
+    train_model(config, output, backend=backend, device=device)
+
+
+@cli.command("render-heads")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--identities", type=NumberRange(), default="100000:104000", show_default=True, help="Numbers of the heads, first:end.")
+@click.option("--views", type=int, default=8, show_default=True, help="Views per head.")
+@click.option("--size", type=int, default=128, show_default=True, help="Width and height in pixels.")
+@click.option("--processes", type=int, help="Worker processes.  [default: one per core]")
+def render_heads(output: Path, identities: range, views: int, size: int, processes: int | None) -> None:
+    """Render procedural heads into OUTPUT, a folder of captures to train on. Heads that are there are kept."""
+    from mvshared.commands import render_head_dataset
+
+    render_head_dataset(output, identities, views=views, size_px=size, processes=processes)
+
+
+@cli.command()
+@click.option("--model", default="demo", show_default=True, help="An embedded model's name, or a checkpoint folder.")
+@backend_options
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
+@click.option("--identities", type=NumberRange(), default="0:64", show_default=True, help="Numbers of the heads, first:end.")
+@click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
+@click.option("--guidance", type=float, help="Guidance.  [default: the model's]")
+@click.option("--normals", is_flag=True, help="Give the true normal maps to the model.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for evaluation.json and sheets.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def evaluate(**options: Any) -> None:
+    """Measure a model on held-out heads: PSNR, SSIM and silhouettes of four views each, against true renders."""
+    from mvshared.commands import evaluate_model
+
+    evaluate_model(options)
+
+
+def main() -> None:
+    """Entry point of `mvmlx`: run, and turn every error into one line and an exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    as_json = "--json" in arguments
+    try:
+        code = cli.main(args=arguments, prog_name="mvmlx", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as help_wanted:
+        click.echo(help_wanted.format_message())
+        return 0
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mvmlx"
+        message = " ".join(error.format_message().split())
+        return _fail(f"{message} (see {command} --help)", USAGE_EXIT, kind=type(error).__name__, as_json=as_json)
+    except MvError as error:
+        return _fail(" ".join(str(error).split()), error.exit_code, kind=type(error).__name__, as_json=as_json)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; nothing half-written is left", INTERRUPT_EXIT, kind="Interrupt", as_json=as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("MVMLX_TRACEBACK"):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        hint = "this is a fault of mvmlx: please report it with what MVMLX_TRACEBACK=1 prints"
+        return _fail(f"{text} ({hint})", INTERNAL_EXIT, kind="InternalError", as_json=as_json)
+
+
+def _fail(message: str, code: int, *, kind: str, as_json: bool) -> int:
+    if as_json:
+        click.echo(json.dumps({"event": "error", "kind": kind, "message": message, "exit_code": code}))
+    click.echo(f"mvmlx: error: {message}", err=True)
+    return code

@@ -1,0 +1,206 @@
+"""What the commands of the command line do: load, run with progress, print. One function per command."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from mvshared.backend import load
+from mvshared.camera import load_cameras
+from mvshared.checkpoint import EMBEDDED, find_model, read_model_config
+from mvshared.errors import OptionError
+from mvshared.export import check_free, parameters_from_metadata
+from mvshared.files import write_atomic, write_json
+from mvshared.images import encode_png, grid, sheet
+from mvshared.pipeline import Parameters, Pipeline, Progress, Views, repeat
+
+# What may stand beside --config: it changes where the result goes, not what it is.
+BESIDE_CONFIG = {"config", "output", "force", "as_json", "stepwise"}
+SHEET_ROWS = 8
+
+
+class Reporter:
+    """Progress of a run: a bar on stderr if that is a terminal, events on stdout with --json."""
+
+    def __init__(self, *, as_json: bool, stepwise: Path | None) -> None:
+        self.as_json, self.stepwise = as_json, stepwise
+        self.bar: tqdm[Any] | None = None
+
+    def event(self, name: str, **values: Any) -> None:
+        """Print an event if asked to."""
+        if self.as_json:
+            click.echo(json.dumps({"event": name, **values}))
+
+    def step(self, progress: Progress) -> None:
+        """Show a sampling step."""
+        self.event("step", step=progress.step, steps=progress.steps, timestep=progress.timestep)
+        if self.stepwise is not None:
+            self.stepwise.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.stepwise / f"step_{progress.step:04}.png", encode_png(grid(progress.preview())))
+        if self.bar is None:
+            self.bar = tqdm(total=progress.steps, desc="sampling", unit="step", disable=None, file=sys.stderr)
+        self.bar.update()
+        if progress.step == progress.steps:
+            self.bar.close()
+            self.bar = None
+
+
+def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
+    """`mvmlx generate`: `given` names the options that the user wrote."""
+    reporter = Reporter(as_json=options["as_json"], stepwise=options["stepwise"])
+    seeds = list(options["seeds"]) or [0]
+    folders = _output_folders(options, seeds)
+    for folder in folders:
+        check_free(folder, force=options["force"])
+    if options["config"] is not None:
+        runs = [_repeated_run(options["config"], given)]
+    else:
+        runs = _new_runs(options, seeds)
+    for folder, run in zip(folders, runs, strict=True):
+        views = run(reporter)
+        views.save(folder, force=options["force"])
+        reporter.event("saved", folder=str(folder), views=len(views.images), seed=views.parameters.seed)
+        if not options["as_json"]:
+            click.echo(f"{len(views.images)} views in {folder} (see grid.png)")
+
+
+def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
+    output, image = options["output"], options["image"]
+    if output is None:
+        source = options["config"].resolve().parent if options["config"] is not None else image
+        output = Path(f"{source.stem}-views") if source is not None else Path("views")
+    return [output] if len(seeds) == 1 else [output / f"seed_{seed}" for seed in seeds]
+
+
+def _repeated_run(config: Path, given: set[str]) -> Callable[[Reporter], Views]:
+    clash = sorted(given - BESIDE_CONFIG)
+    if clash:
+        raise OptionError(clash[0], expected="left out where --config is given", got="both")
+    parameters = parameters_from_metadata(config, known=[field.name for field in fields(Parameters)])
+
+    def run(reporter: Reporter) -> Views:
+        pipeline = load(
+            parameters["model"], backend=parameters["backend"], dtype=parameters["dtype"], device=parameters["device"]
+        )
+        return repeat(pipeline, parameters, on_step=reporter.step)
+
+    return run
+
+
+def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Reporter], Views]]:
+    if options["image"] is None:
+        raise OptionError("image", expected="a picture to start from", got=None, hint="mvmlx generate PICTURE")
+    if len(set(seeds)) != len(seeds):
+        raise OptionError("seed", expected="different for every result", got=seeds)
+    radius = read_model_config(find_model(options["model"])).camera.radius
+    cameras = None if options["cameras"] is None else load_cameras(options["cameras"], radius=radius).poses
+    loaded: list[Pipeline[Any]] = []
+
+    def run(reporter: Reporter, seed: int) -> Views:
+        if not loaded:
+            loaded.append(
+                load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"])
+            )
+            model = loaded[0].model
+            reporter.event("loaded", model=options["model"], backend=model.backend, device=model.device, dtype=model.dtype)
+        return loaded[0].generate(
+            options["image"],
+            views=options["views"],
+            azimuths_deg=options["azimuths"],
+            elevation_deg=options["elevation"],
+            cameras=cameras,
+            normals=options["normals"],
+            steps=options["steps"],
+            guidance=options["guidance"],
+            scheduler=options["scheduler"],
+            eta=options["eta"],
+            seed=seed,
+            size_px=options["size"],
+            on_step=reporter.step,
+        )
+
+    return [lambda reporter, seed=seed: run(reporter, seed) for seed in seeds]
+
+
+def list_models() -> None:
+    """`mvmlx models`."""
+    for name in EMBEDDED:
+        folder = find_model(name)
+        config = read_model_config(folder)
+        size_mb = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+        defaults = config.defaults
+        click.echo(
+            f"{name}: {defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance "
+            f"{defaults.guidance:g}, {size_mb:.1f} MB, in the package"
+        )
+
+
+def train_model(config: Path, output: Path, *, backend: str, device: str) -> None:
+    """`mvmlx train`."""
+    from mvshared.training.config import load_train_config
+    from mvshared.training.loop import train
+    from mvshared.training.samples import sample_writer
+
+    settings = load_train_config(config)
+    write_sample = sample_writer(settings, output, backend=backend, device=device)
+    folder = train(settings, output, backend=backend, device=device, on_sample=write_sample)
+    click.echo(f"trained model in {folder}")
+
+
+def render_head_dataset(output: Path, identities: range, *, views: int, size_px: int, processes: int | None) -> None:
+    """`mvmlx render-heads`."""
+    from mvshared.evaluation import HELD_OUT
+    from mvshared.heads.dataset import render_dataset
+
+    if identities.start < HELD_OUT:
+        click.echo(f"note: identities below {HELD_OUT} are those that `mvmlx evaluate` holds out", err=True)
+    count = render_dataset(output, identities, views=views, size_px=size_px, processes=processes)
+    click.echo(f"{count} heads rendered, {len(identities)} in {output}")
+
+
+def evaluate_model(options: dict[str, Any]) -> None:
+    """`mvmlx evaluate`."""
+    from mvshared.evaluation import evaluate
+
+    output: Path | None = options["output"]
+    if output is not None and output.exists() and not output.is_dir():
+        raise OptionError("output", expected="a folder", got=str(output))
+    pipeline = load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"])
+    result = evaluate(
+        pipeline,
+        options["identities"],
+        steps=options["steps"],
+        guidance=options["guidance"],
+        normals=options["normals"],
+        seed=options["seed"],
+    )
+    figures = {name: value._asdict() for name, value in result.summaries().items()}
+    settings = {
+        "model": options["model"],
+        "identities": [options["identities"].start, options["identities"].stop],
+        "views": result.views,
+        "normals": options["normals"],
+        "seed": options["seed"],
+        "steps": options["steps"] or pipeline.model.config.defaults.steps,
+        "guidance": options["guidance"] or pipeline.model.config.defaults.guidance,
+        "backend": pipeline.model.backend,
+        "dtype": pipeline.model.dtype,
+    }
+    if options["as_json"]:
+        click.echo(json.dumps({**settings, "figures": figures}))
+    else:
+        click.echo(f"{result.identities} heads, {result.views} views each; mean +- deviation over views")
+        for name, value in figures.items():
+            click.echo(f"  {name:16} {value['mean']:8.3f} +- {value['std']:.3f}  ({value['min']:.3f} to {value['max']:.3f})")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        for first in range(0, len(result.rows), SHEET_ROWS):
+            picture = sheet(np.stack(result.rows[first : first + SHEET_ROWS]))
+            write_atomic(output / f"sheet_{first // SHEET_ROWS:02}.png", encode_png(picture))
+        write_json(output / "evaluation.json", {**settings, "figures": figures})

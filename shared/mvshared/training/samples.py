@@ -1,0 +1,68 @@
+"""Sample sheets during training: what the averaged weights make of held-out captures."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvshared.backend import PACKAGES, choose_backend, load
+from mvshared.camera import azimuth_elevation
+from mvshared.captures import load_capture
+from mvshared.checkpoint import read_config, weight_file
+from mvshared.config import VAEConfig
+from mvshared.files import write_atomic
+from mvshared.images import encode_png, from_model, sheet
+from mvshared.training.config import TrainConfig
+from mvshared.training.data import find_captures, read_picture
+
+ROWS, VIEWS = 6, 4
+
+
+def sample_writer(config: TrainConfig, folder: Path, *, backend: str, device: str) -> Callable[[Path, int], None]:
+    """A function (model folder, step) that writes `folder`/samples/step_000500.png.
+
+    Rows of the U-Net stage: reference, generated views, true views; of the VAE stage: pictures, then their reconstructions.
+    """
+
+    def write(model: Path, step: int) -> None:
+        _, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
+        make = _reconstructions if config.stage == "vae" else _generated
+        picture = make(config, held_out[:ROWS], model, backend=backend, device=device)
+        samples = folder / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        write_atomic(samples / f"step_{step:06}.png", encode_png(picture))
+
+    return write
+
+
+def _read(config: TrainConfig, paths: Any) -> NDArray[np.float32]:
+    return np.stack([read_picture(path, background=config.data.background).pixels for path in paths])
+
+
+def _reconstructions(config: TrainConfig, folders: list[Path], model: Path, *, backend: str, device: str) -> NDArray[np.uint8]:
+    package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
+    file = weight_file(model, "vae")
+    vae = package.load_vae(read_config(VAEConfig, file.parent / "config.json"), file, device=device)
+    rows = []
+    for folder in folders:
+        pixels = _read(config, load_capture(folder).image_paths[:VIEWS])
+        rows.append(from_model(np.concatenate([pixels, vae.decode(vae.encode(pixels))])))
+    return sheet(np.stack(rows))
+
+
+def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend: str, device: str) -> NDArray[np.uint8]:
+    pipeline = load(model, backend=backend, device=device, dtype="float32")
+    rows = []
+    for folder in folders:
+        capture = load_capture(folder)
+        pixels = _read(config, capture.image_paths)
+        azimuths = azimuth_elevation(capture.poses).azimuths_deg
+        reference = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
+        others = [view for view in range(len(pixels)) if view != reference][-VIEWS:]
+        images = from_model(pixels)
+        views = pipeline.generate(images[reference], cameras=capture.poses[others])
+        rows.append(np.concatenate([images[reference : reference + 1], views.images, images[others]]))
+    return sheet(np.stack(rows))
