@@ -19,7 +19,7 @@ class UNetConfig:
     """A multi-view U-Net of the Stable Diffusion shape.
 
     Per level, from fine to coarse: `block_out_channels`, `layers_per_block`, `transformer_layers_per_block`,
-    `attention_levels`, and either `num_attention_heads` (count) or `attention_head_dim` (width, the same everywhere).
+    `attention_levels`, and `num_attention_heads`, which if not given follows from the heads' width `attention_head_dim`.
     `cross_attention_dim` None leaves out cross-attention, `camera_dim` None the camera MLP. `reference_frame` adds the clean
     latent of the reference picture as one more frame.
     """
@@ -31,9 +31,9 @@ class UNetConfig:
     transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     mid_attention: bool = True
-    num_attention_heads: tuple[int, ...] | None = (5, 10, 20, 20)
-    attention_head_dim: int | None = None
-    cross_attention_dim: int | None = 1024
+    num_attention_heads: tuple[int, ...] | None = None
+    attention_head_dim: int = 64
+    cross_attention_dim: int | None = None
     use_linear_projection: bool = True
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -45,12 +45,6 @@ class UNetConfig:
         for name in ("layers_per_block", "transformer_layers_per_block", "attention_levels"):
             if len(getattr(self, name)) != levels:
                 raise OptionError(name, expected=f"one entry per level ({levels})", got=getattr(self, name))
-        if (self.num_attention_heads is None) == (self.attention_head_dim is None):
-            raise OptionError(
-                "num_attention_heads",
-                expected="given, or attention_head_dim, but not both",
-                got=(self.num_attention_heads, self.attention_head_dim),
-            )
         if self.num_attention_heads is not None and len(self.num_attention_heads) != levels:
             raise OptionError("num_attention_heads", expected=f"one entry per level ({levels})", got=self.num_attention_heads)
         for level, channels in enumerate(self.block_out_channels):
@@ -59,13 +53,14 @@ class UNetConfig:
                     "block_out_channels", expected=f"multiples of norm_num_groups ({self.norm_num_groups})", got=channels
                 )
             if channels % self.heads(level):
-                raise OptionError("num_attention_heads", expected=f"a divisor of {channels} at level {level}", got=self.heads(level))
+                raise OptionError(
+                    "num_attention_heads", expected=f"a divisor of {channels} at level {level}", got=self.heads(level)
+                )
 
     def heads(self, level: int) -> int:
         """Number of attention heads at a level (0 is the finest)."""
         if self.num_attention_heads is not None:
             return self.num_attention_heads[level]
-        assert self.attention_head_dim is not None
         return max(1, self.block_out_channels[level] // self.attention_head_dim)
 
     @property
@@ -85,7 +80,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """AutoencoderKL. Model latents are `(z - latents_mean) * scaling_factor / latents_std`, mean 0 and deviation 1 if not given."""
+    """AutoencoderKL. The U-Net sees `(z - latents_mean) * scaling_factor / latents_std`, mean 0 and deviation 1 if not given."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -170,6 +165,6 @@ class ModelConfig:
     framing: Framing = Framing()
 
 
-SD21 = UNetConfig()
+SD21 = UNetConfig(cross_attention_dim=1024)
 MVDREAM = replace(SD21, camera_dim=16)
 SD_VAE = VAEConfig()
