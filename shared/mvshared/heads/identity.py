@@ -14,13 +14,14 @@ from mvshared.errors import OptionError
 
 Rgb = tuple[float, float, float]
 HairStyle = Literal[
-    "bald", "short", "bowl", "bob", "long", "bun", "two_buns", "mohawk", "afro", "ponytail", "side_part", "pigtails"
+    "bald", "short", "bowl", "fringe", "bob", "long", "bun", "two_buns", "mohawk", "afro", "ponytail", "side_part", "pigtails", "spiky"
 ]
 HatStyle = Literal["none", "beanie", "brim", "cap", "headband"]
 EarStyle = Literal["human", "elf"]
 AnimalEars = Literal["none", "cat", "bear", "rabbit"]
 GlassesStyle = Literal["none", "round", "square"]
-CollarStyle = Literal["none", "ring", "turtleneck", "scarf"]
+CollarStyle = Literal["none", "ring", "turtleneck", "scarf", "shirt"]
+ClothPattern = Literal["plain", "stripes", "dots", "yoke"]
 MouthStyle = Literal["line", "smile", "open"]
 
 SEED = 20_240_607  # separates these random numbers from any other use of the same integers
@@ -36,7 +37,8 @@ CLOTH = (
     (0.86, 0.22, 0.24), (0.95, 0.58, 0.16), (0.96, 0.82, 0.30), (0.32, 0.72, 0.36), (0.18, 0.56, 0.60), (0.22, 0.40, 0.82),
     (0.50, 0.32, 0.72), (0.95, 0.56, 0.72), (0.22, 0.23, 0.27), (0.94, 0.93, 0.90), (0.60, 0.60, 0.68), (0.58, 0.38, 0.24),
 )  # fmt: skip
-HAT_HAIR: tuple[HairStyle, ...] = ("bald", "short", "bowl", "bob", "long", "ponytail")
+HAT_HAIR: tuple[HairStyle, ...] = ("bald", "short", "bowl", "fringe", "bob", "long", "ponytail", "pigtails", "side_part")
+ANIMAL_HAIR: tuple[HairStyle, ...] = ("bald", "short", "bowl", "fringe", "bob", "long", "ponytail", "pigtails", "side_part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +57,22 @@ class HeadIdentity:
     ear_size: float
     eye_x: float
     eye_y: float
-    eye_radii: tuple[float, float]
+    eye_radii: tuple[float, float]  # of the part outside the face
+    eye_depth: float
     iris_radius: float
     pupil: float  # share of the iris
     gaze: tuple[float, float]
     lid: float  # share of the eye that the upper lid covers
+    lashes: float  # thickness of the line of lashes, share of the eye's radius
     brow_height: float
     brow_tilt: float
+    brow_arch: float
     brow_thickness: float
     mouth_style: MouthStyle
     mouth_y: float
     mouth_width: float
     mouth_curve: float
+    mouth_open: float  # height of an open mouth
     blush: float
     freckles: float
     beard: bool
@@ -75,13 +81,15 @@ class HeadIdentity:
     hair_volume: float
     hairline: float
     hair_ribs: int  # 0 is smooth
+    part_side: float  # of a side parting, -1 or 1
     hat_style: HatStyle
     bobble: bool
     animal_ears: AnimalEars
     glasses_style: GlassesStyle
     glasses_radius: float
     collar_style: CollarStyle
-    stripes: float  # stripes per head unit, 0 is plain
+    cloth_pattern: ClothPattern
+    pattern_scale: float  # repeats per head unit
     skin_color: Rgb
     hair_color: Rgb
     brow_color: Rgb
@@ -100,10 +108,10 @@ class HeadIdentity:
         """Height of the skull's centre."""
         return 0.10
 
-    def face_z(self, x: float, y: float) -> float:
-        """Depth of the skull's surface at the face."""
-        rx, ry, rz = self.skull
-        return rz * math.sqrt(max(0.05, 1 - (x / rx) ** 2 - ((y - self.skull_y) / ry) ** 2))
+    @property
+    def wears_crown(self) -> bool:
+        """Whether a hat covers the top of the head."""
+        return self.hat_style not in ("none", "headband")
 
 
 def sample_identity(number: int) -> HeadIdentity:
@@ -129,15 +137,19 @@ def sample_identity(number: int) -> HeadIdentity:
     skin = shade(pick(FANTASY_SKIN) if chance(0.06) else pick(SKIN), 0.03)
     hair = shade(pick(HAIR, (3, 3, 3, 2, 3, 2, 1, 1, 1, 1)))
     hair_style = pick(
-        ("bald", "short", "bowl", "bob", "long", "bun", "two_buns", "mohawk", "afro", "ponytail", "side_part", "pigtails"),
-        (1, 3, 2, 2, 3, 1.5, 1.5, 1, 1.5, 1.5, 2, 1.5),
+        ("bald", "short", "bowl", "fringe", "bob", "long", "bun", "two_buns", "mohawk", "afro", "ponytail", "side_part", "pigtails", "spiky"),
+        (1, 2, 1.5, 1.5, 2, 2.5, 1.5, 1.5, 1, 1.5, 1.5, 2, 1.5, 1.5),
     )
     hat_style = pick(("none", "beanie", "brim", "cap", "headband"), (6, 1.3, 1, 1, 0.7))
-    animal_ears = pick(("none", "cat", "bear", "rabbit"), (8, 1, 1, 0.6))
+    animal_ears = pick(("none", "cat", "bear", "rabbit"), (7, 1, 1, 0.7))
     if hat_style not in ("none", "headband"):
         animal_ears = "none"
         if hair_style not in HAT_HAIR:
             hair_style = pick(HAT_HAIR)
+    elif hat_style == "headband" and hair_style == "afro":  # the hair would hide the band
+        hair_style = "short"
+    if animal_ears != "none" and hair_style not in ANIMAL_HAIR:
+        hair_style = pick(ANIMAL_HAIR)
     cloth = shade(pick(CLOTH))
     stripe = pick(CLOTH)
     if np.abs(np.subtract(cloth, stripe)).sum() < 0.5:
@@ -145,31 +157,36 @@ def sample_identity(number: int) -> HeadIdentity:
     skull = (between(0.44, 0.52), between(0.46, 0.54), between(0.47, 0.53))
     eye_size = between(0.105, 0.135)
     azimuth, height = math.radians(between(-40, 40)), math.radians(between(35, 60))
+    mouth_style = pick(("line", "smile", "open"), (2, 3, 2))
     identity = HeadIdentity(
         skull=skull,
         jaw=(between(0.30, 0.42), between(0.24, 0.32), between(0.32, 0.38)),
         jaw_y=between(-0.24, -0.17),
-        cheek_radius=between(0.12, 0.18),
+        cheek_radius=between(0.13, 0.19),
         neck_radius=between(0.15, 0.21),
         shoulders=between(0.60, 0.76),
-        nose=(between(0.045, 0.085), between(0.05, 0.10), between(0.06, 0.11)),
+        nose=(between(0.045, 0.085), between(0.045, 0.09), between(0.05, 0.10)),
         nose_y=between(-0.12, -0.06),
         ear_style="elf" if chance(0.15) else "human",
         ear_size=between(0.85, 1.25),
-        eye_x=between(0.175, 0.215),
+        eye_x=between(0.175, 0.205),
         eye_y=between(0.03, 0.09),
-        eye_radii=(eye_size, eye_size * between(0.9, 1.15)),
-        iris_radius=eye_size * between(0.55, 0.72),
+        eye_radii=(eye_size, eye_size * between(0.92, 1.2)),
+        eye_depth=between(0.07, 0.09),
+        iris_radius=eye_size * between(0.55, 0.70),
         pupil=between(0.42, 0.6),
         gaze=(between(-0.015, 0.015), between(-0.012, 0.012)),
-        lid=between(0.0, 0.3),
-        brow_height=between(0.035, 0.075),
-        brow_tilt=between(-0.35, 0.35),
-        brow_thickness=between(0.014, 0.03),
-        mouth_style=pick(("line", "smile", "open"), (2, 3, 1.6)),
+        lid=between(0.08, 0.3) if chance(0.45) else 0.0,
+        lashes=between(0.12, 0.24),
+        brow_height=between(0.05, 0.085),
+        brow_tilt=between(-0.30, 0.16),
+        brow_arch=between(0.005, 0.04),
+        brow_thickness=between(0.016, 0.032),
+        mouth_style=mouth_style,
         mouth_y=between(-0.30, -0.25),
-        mouth_width=between(0.08, 0.15),
-        mouth_curve=between(0.5, 3.0),
+        mouth_width=between(0.07, 0.12) if mouth_style == "line" else between(0.10, 0.16),
+        mouth_curve=between(-1.5, 1.0) if mouth_style == "line" else between(1.8, 4.0),
+        mouth_open=between(0.06, 0.12),
         blush=between(0.2, 0.7) if chance(0.4) else 0.0,
         freckles=1.0 if chance(0.12) else 0.0,
         beard=chance(0.1),
@@ -178,13 +195,15 @@ def sample_identity(number: int) -> HeadIdentity:
         hair_volume=between(0.05, 0.10),
         hairline=between(0.0, 1.0),
         hair_ribs=int(random.integers(12, 22)) if chance(0.45) else 0,
+        part_side=1.0 if chance(0.5) else -1.0,
         hat_style=hat_style,
         bobble=chance(0.6),
         animal_ears=animal_ears,
         glasses_style=pick(("none", "round", "square"), (7, 1.8, 1.2)),
         glasses_radius=between(1.25, 1.4),
-        collar_style=pick(("none", "ring", "turtleneck", "scarf"), (2, 2, 1.5, 1.2)),
-        stripes=between(4.0, 7.0) if chance(0.4) else 0.0,
+        collar_style=pick(("none", "ring", "turtleneck", "scarf", "shirt"), (2, 1.5, 1.3, 1.2, 1.2)),
+        cloth_pattern=pick(("plain", "stripes", "dots", "yoke"), (5, 2.5, 1.2, 1)),
+        pattern_scale=between(6.0, 10.0),
         skin_color=skin,
         hair_color=hair,
         brow_color=shade(hair, 0.02),

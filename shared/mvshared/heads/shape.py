@@ -1,18 +1,20 @@
-"""The head's surface: signed distances of its parts, and the colours painted on them.
+"""The head's surface: the signed distance of each of its parts, and which parts matter where.
 
-Distance functions after Inigo Quilez (https://iquilezles.org/articles/distfunctions/); the ellipsoid's is his approximation, exact
-at the surface to first order. Points are three float32 arrays of one shape; the pairs of a face are folded onto x >= 0.
+Points are three float32 arrays of one shape in head units; the pairs of a face are folded onto x >= 0.
 """
 
+import math
+from collections.abc import Callable
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.heads.identity import HeadIdentity, Rgb
+from mvshared.heads.identity import HeadIdentity
+from mvshared.heads.primitives import Array, Vector, capsule, disc, ellipsoid, ring, smooth_cut, smooth_union, sphere
 
-Array = NDArray[np.float32]
-FAR = np.float32(10.0)
+FAR = 10.0
 
 
 class Part(IntEnum):
@@ -31,371 +33,262 @@ class Part(IntEnum):
     COLLAR = 10
     ANIMAL_EARS = 11
     BEARD = 12
+    NOSE = 13
+    EAR = 14
 
 
-SURFACES = (
-    Part.SKIN,
-    Part.EYE,
-    Part.HAIR,
-    Part.HAT,
-    Part.HAT_BAND,
-    Part.GLASSES,
-    Part.CLOTHES,
-    Part.COLLAR,
-    Part.ANIMAL_EARS,
-    Part.BEARD,
-)
+class EyeFrame(NamedTuple):
+    """Where the eye of positive x sits: the point of the face and the cosine and sine of its turn to the side."""
 
+    x: float
+    y: float
+    z: float
+    cos: float
+    sin: float
 
-def ellipsoid(x: Array, y: Array, z: Array, radii: tuple[float, float, float]) -> Array:
-    a, b, c = (np.float32(1 / radius) for radius in radii)
-    u, v, w = x * a, y * b, z * c
-    k0 = np.sqrt(u * u + v * v + w * w)
-    u *= a
-    v *= b
-    w *= c
-    k1 = np.sqrt(u * u + v * v + w * w) + np.float32(1e-6)
-    return k0 * (k0 - 1) / k1
-
-
-def sphere(x: Array, y: Array, z: Array, radius: float) -> Array:
-    return np.sqrt(x * x + y * y + z * z) - np.float32(radius)
-
-
-def capsule(
-    x: Array, y: Array, z: Array, start: tuple[float, float, float], end: tuple[float, float, float], r0: float, r1: float
-) -> Array:
-    """A segment whose radius goes from r0 to r1."""
-    ax, ay, az = start
-    dx, dy, dz = end[0] - ax, end[1] - ay, end[2] - az
-    px, py, pz = x - np.float32(ax), y - np.float32(ay), z - np.float32(az)
-    length = dx * dx + dy * dy + dz * dz
-    t = np.clip((px * np.float32(dx) + py * np.float32(dy) + pz * np.float32(dz)) / np.float32(length), 0, 1)
-    px -= t * np.float32(dx)
-    py -= t * np.float32(dy)
-    pz -= t * np.float32(dz)
-    return np.sqrt(px * px + py * py + pz * pz) - (np.float32(r0) + t * np.float32(r1 - r0))
-
-
-def ring(x: Array, y: Array, z: Array, radius: float, thickness: float, *, stretch: float = 1.0) -> Array:
-    """A torus around the y axis, `stretch` times as long in z."""
-    q = np.sqrt(x * x + np.square(z / np.float32(stretch))) - np.float32(radius)
-    return np.sqrt(q * q + y * y) - np.float32(thickness)
-
-
-def disc(x: Array, y: Array, z: Array, radius: float, thickness: float, *, stretch: float = 1.0) -> Array:
-    """A disc around the y axis with a round rim, `stretch` times as long in z."""
-    q = np.sqrt(x * x + np.square(z / np.float32(stretch))) - np.float32(radius)
-    return np.sqrt(np.square(np.maximum(q, 0)) + y * y) - np.float32(thickness)
-
-
-def smooth_union(a: Array, b: Array, k: float) -> Array:
-    h = np.maximum(np.float32(k) - np.abs(a - b), 0) / np.float32(k)
-    return np.minimum(a, b) - h * h * np.float32(k / 4)
-
-
-def smooth_cut(a: Array, b: Array, k: float) -> Array:
-    """a without b."""
-    return -smooth_union(-a, b, k)
+    def local(self, x: Array, y: Array, z: Array) -> tuple[Array, Array, Array]:
+        """Points in the eye's axes: outward from the nose, up, out of the face. x must be folded."""
+        dx, dz = x - self.x, z - self.z
+        return dx * self.cos - dz * self.sin, y - self.y, dx * self.sin + dz * self.cos
 
 
 class HeadShape:
-    """The distance field of one identity."""
+    """The distance fields of one identity. `parts` lists those that it has; `distance_of(index, ...)` evaluates one."""
 
     def __init__(self, identity: HeadIdentity) -> None:
         self.identity = i = identity
-        self.eye_z = i.face_z(i.eye_x, i.eye_y) - 0.045
-        self.hat_y = i.skull_y + 0.16
-        self.dome = tuple(radius + i.hair_volume for radius in i.skull)
-        self.hat_dome = tuple(radius + i.hair_volume + 0.035 for radius in i.skull)
-        self.parts = tuple(part for part in SURFACES if self._has(part))
+        self.hat_y = i.skull_y + 0.17
+        self.dome: Vector = (i.skull[0] + i.hair_volume, i.skull[1] + i.hair_volume, i.skull[2] + i.hair_volume)
+        self.hat_dome: Vector = (self.dome[0] + 0.035, self.dome[1] + 0.035, self.dome[2] + 0.035)
+        self.nose_z = self._face_z(0.0, i.nose_y)
+        self.mouth_z = self._face_z(0.0, i.mouth_y)
+        eye_z = self._face_z(i.eye_x, i.eye_y)
+        slope = (self._face_z(i.eye_x - 0.05, i.eye_y) - self._face_z(i.eye_x + 0.05, i.eye_y)) / 0.1
+        turn = 0.7 * math.atan(slope)
+        self.eye = EyeFrame(i.eye_x, i.eye_y, eye_z, math.cos(turn), math.sin(turn))
+        surfaces: tuple[tuple[Part, Callable[[Array, Array, Array], Array], bool], ...] = (
+            (Part.SKIN, self._skin, True),
+            (Part.EYE, self._eye, True),
+            (Part.HAIR, self._hair, i.hair_style != "bald"),
+            (Part.HAT, self._hat, i.hat_style not in ("none", "headband")),
+            (Part.HAT_BAND, self._hat_band, i.hat_style in ("beanie", "headband", "brim")),
+            (Part.GLASSES, self._glasses, i.glasses_style != "none"),
+            (Part.CLOTHES, self._clothes, True),
+            (Part.COLLAR, self._collar, i.collar_style != "none"),
+            (Part.ANIMAL_EARS, self._animal_ears, i.animal_ears != "none"),
+            (Part.BEARD, self._beard, i.beard or i.moustache),
+        )
+        self.parts = tuple(part for part, _, present in surfaces if present)
+        self._functions = tuple(function for _, function, present in surfaces if present)
 
-    def _has(self, part: Part) -> bool:
+    def distance_of(self, index: int, x: Array, y: Array, z: Array) -> Array:
+        """Signed distance to the surface of `parts[index]`."""
+        return self._functions[index](x, y, z)
+
+    def _face_z(self, x: float, y: float) -> float:
+        """Depth of the bare face (no nose) at x, y: sphere tracing one ray from the front."""
+        px, py, pz = (np.full(1, value, np.float32) for value in (x, y, 1.0))
+        for _ in range(24):
+            pz = pz - self._face(px, py, pz)
+        return float(pz[0])
+
+    def _face(self, x: Array, y: Array, z: Array) -> Array:
         i = self.identity
-        match part:
-            case Part.HAIR:
-                return i.hair_style != "bald"
-            case Part.HAT:
-                return i.hat_style not in ("none", "headband")
-            case Part.HAT_BAND:
-                return i.hat_style in ("beanie", "headband", "brim")
-            case Part.GLASSES:
-                return i.glasses_style != "none"
-            case Part.COLLAR:
-                return i.collar_style != "none"
-            case Part.ANIMAL_EARS:
-                return i.animal_ears != "none"
-            case Part.BEARD:
-                return i.beard or i.moustache
-            case _:
-                return True
+        d = ellipsoid(x, y - i.skull_y, z, i.skull)
+        d = smooth_union(d, ellipsoid(x, y - i.jaw_y, z - 0.10, i.jaw), 0.12)
+        return smooth_union(d, sphere(x - 0.20, y + 0.13, z - 0.28, i.cheek_radius), 0.10)
 
-    def distances(self, x: Array, y: Array, z: Array) -> Array:
-        """Signed distances (parts, ...) to the surface of each of `self.parts`."""
-        fold = np.abs(x)
-        functions = {
-            Part.SKIN: lambda: self._skin(fold, y, z),
-            Part.EYE: lambda: self._eye(fold, y, z),
-            Part.HAIR: lambda: self._hair(x, fold, y, z),
-            Part.HAT: lambda: self._hat(x, y, z),
-            Part.HAT_BAND: lambda: self._hat_band(x, y, z),
-            Part.GLASSES: lambda: self._glasses(fold, y, z),
-            Part.CLOTHES: lambda: self._clothes(x, y, z),
-            Part.COLLAR: lambda: self._collar(x, y, z),
-            Part.ANIMAL_EARS: lambda: self._animal_ears(fold, y, z),
-            Part.BEARD: lambda: self._beard(fold, y, z),
-        }
-        return np.stack([functions[part]() for part in self.parts])
+    def nose(self, x: Array, y: Array, z: Array) -> Array:
+        i = self.identity
+        return ellipsoid(x, y - i.nose_y, z - (self.nose_z + 0.015), i.nose)
 
-    def distance(self, x: Array, y: Array, z: Array) -> Array:
-        """Signed distance to the nearest surface."""
-        return self.distances(x, y, z).min(axis=0)
+    def ear(self, x: Array, y: Array, z: Array) -> Array:
+        """The human or elf ear of positive x."""
+        side, size = self.identity.skull[0] - 0.01, self.identity.ear_size
+        if self.identity.ear_style == "human":
+            outer = ellipsoid(x - side, y - 0.02, z + 0.02, (0.055 * size, 0.115 * size, 0.08 * size))
+            return smooth_cut(outer, sphere(x - (side + 0.055 * size), y - 0.02, z - 0.035, 0.045 * size), 0.03)
+        tip = (side + 0.17 * size, 0.06 + 0.17 * size, -0.10)
+        return capsule(x, y, z, (side - 0.03, 0.0, 0.0), tip, 0.08 * size, 0.014)
 
     def _skin(self, x: Array, y: Array, z: Array) -> Array:
-        i = self.identity
-        d = ellipsoid(x, y - np.float32(i.skull_y), z, i.skull)
-        d = smooth_union(d, ellipsoid(x, y - np.float32(i.jaw_y), z - np.float32(0.10), i.jaw), 0.12)
-        d = smooth_union(d, sphere(x - np.float32(0.20), y + np.float32(0.13), z - np.float32(0.28), i.cheek_radius), 0.10)
-        nose_z = i.face_z(0.0, i.nose_y) + 0.01
-        d = smooth_union(d, ellipsoid(x, y - np.float32(i.nose_y), z - np.float32(nose_z), i.nose), 0.05)
+        i, x = self.identity, np.abs(x)
+        d = smooth_union(self._face(x, y, z), self.nose(x, y, z), 0.05)
         d = smooth_union(d, capsule(x, y, z, (0, -0.2, -0.05), (0, -0.8, -0.05), i.neck_radius, i.neck_radius), 0.06)
-        side, size = i.skull[0] - 0.01, i.ear_size
-        if i.ear_style == "human":
-            ear = ellipsoid(x - np.float32(side), y - np.float32(0.02), z + np.float32(0.02), (0.05 * size, 0.11 * size, 0.075 * size))
-        else:
-            tip = (side + 0.15 * size, 0.06 + 0.16 * size, -0.10)
-            ear = capsule(x, y, z, (side - 0.03, 0.0, 0.0), tip, 0.075 * size, 0.012)
-        return smooth_union(d, ear, 0.04)
+        return smooth_union(d, self.ear(x, y, z), 0.04)
 
     def _eye(self, x: Array, y: Array, z: Array) -> Array:
         i = self.identity
-        center_x, center_y, center_z = np.float32(i.eye_x), np.float32(i.eye_y), np.float32(self.eye_z)
-        return ellipsoid(x - center_x, y - center_y, z - center_z, (*i.eye_radii, 0.075))
+        a, b, c = self.eye.local(np.abs(x), y, z)
+        # The ball's centre is half its depth under the face: the cut there has the radii of the visible eye.
+        grow = 1 / math.sqrt(0.75)
+        return ellipsoid(a, b, c + 0.5 * i.eye_depth, (i.eye_radii[0] * grow, i.eye_radii[1] * grow, i.eye_depth))
 
-    def _face_opening(self, x: Array, y: Array, z: Array, *, height: float, width: float) -> Array:
-        """The hole in the hair where the face looks out; `height` is its upper edge."""
+    def _face_opening(
+        self, x: Array, y: Array, z: Array, *, height: float, width: float, tilt: float = 0.0, blunt: bool = False
+    ) -> Array:
+        """The hole in the hair where the face looks out; `height` is its upper edge, `tilt` lifts it to one side, `blunt`
+        cuts it straight."""
         low = -0.75
-        return ellipsoid(x, y - np.float32((height + low) / 2), z - np.float32(0.62), (width, (height - low) / 2, 0.62))
+        level = y - (height + low) / 2 + tilt * x if tilt else y - (height + low) / 2
+        hole = ellipsoid(x, level, z - 0.62, (width, (height - low) / 2 * (1.5 if blunt else 1.0), 0.62))
+        return -smooth_union(-hole, height - y, 0.05) if blunt else hole
 
-    def _hair(self, x: Array, fold: Array, y: Array, z: Array) -> Array:
+    def _hair(self, x: Array, y: Array, z: Array) -> Array:
         i, style = self.identity, self.identity.hair_style
-        top = y - np.float32(i.skull_y + 0.02)
-        back = z + np.float32(0.02)
+        top, back = y - (i.skull_y + 0.02), z + 0.02
         dome = ellipsoid(x, top, back, self.dome)
         if i.hair_ribs and style != "afro":
-            dome += np.float32(0.007) * np.sin(np.float32(i.hair_ribs) * np.arctan2(x, back))
+            pole = np.minimum((x * x + back * back) * 12, 1)  # the ribs fade where they would meet
+            dome += 0.008 * pole * np.sin(i.hair_ribs * np.arctan2(x, back))
+        brow = i.eye_y + i.eye_radii[1] + 0.03 + 0.04 * i.hairline
         edge = i.eye_y + i.eye_radii[1] + 0.10 + 0.10 * i.hairline
         match style:
             case "bowl":
-                brow = i.eye_y + i.eye_radii[1] + 0.02 + 0.04 * i.hairline
-                hair = -smooth_union(-dome, y - np.float32(brow) - np.float32(0.35) * (z - np.float32(0.45)), 0.03)
-                hair = smooth_cut(hair, self._face_opening(x, y, z, height=brow, width=0.42), 0.03)
+                hair = -smooth_union(-dome, y - brow - 0.40 * (z - 0.45), 0.04)
+                hair = smooth_cut(hair, self._face_opening(x, y, z, height=brow, width=0.44, blunt=True), 0.03)
+            case "fringe":
+                hair = np.maximum(dome, -0.20 - y + 0.30 * z)
+                hair = smooth_cut(hair, self._face_opening(x, y, z, height=brow, width=0.40, blunt=True), 0.03)
             case "bob":
-                longer = ellipsoid(x, y + np.float32(0.06), back, (self.dome[0] + 0.03, 0.44, self.dome[2]))
-                hair = np.maximum(smooth_union(dome, longer, 0.1), np.float32(-0.38) - y)
-                hair = smooth_cut(hair, self._face_opening(x, y, z, height=edge, width=0.38), 0.04)
-            case "long":
-                mane = ellipsoid(x, y + np.float32(0.28), z + np.float32(0.16), (self.dome[0] + 0.02, 0.62, 0.36))
-                hair = smooth_cut(smooth_union(dome, mane, 0.12), self._face_opening(x, y, z, height=edge, width=0.40), 0.04)
+                longer = ellipsoid(x, y + 0.06, back, (self.dome[0] + 0.04, 0.44, self.dome[2]))
+                hair = np.maximum(smooth_union(dome, longer, 0.1), -0.38 - y)
+                hair = smooth_cut(hair, self._face_opening(x, y, z, height=edge, width=0.39, blunt=i.hairline < 0.4), 0.04)
+            case "long" | "side_part":
+                mane = ellipsoid(x, y + 0.28, z + 0.16, (self.dome[0] + 0.02, 0.62, 0.36))
+                if style == "side_part":
+                    mane = ellipsoid(x, y + 0.02, z + 0.12, (self.dome[0], 0.42, 0.42))
+                tilt = i.part_side * 0.55 if style == "side_part" else 0.0
+                hair = smooth_union(dome, mane, 0.12)
+                hair = smooth_cut(hair, self._face_opening(x, y, z, height=edge - 0.02, width=0.42, tilt=tilt), 0.04)
             case "mohawk":
-                crest = ellipsoid(x, top - np.float32(0.25), back + np.float32(0.05), (0.07, 0.44, 0.52))
-                hair = smooth_cut(crest, self._face_opening(x, y, z, height=edge + 0.12, width=0.5), 0.03)
+                crest = ellipsoid(x, top - 0.20, back + 0.05, (0.085, 0.47, 0.54))
+                hair = smooth_cut(crest, self._face_opening(x, y, z, height=edge + 0.10, width=0.5), 0.03)
             case "afro":
-                ball = sphere(x, y - np.float32(0.20), z + np.float32(0.08), 0.60 + i.hair_volume)
-                waves = np.sin(np.float32(20) * x) * np.sin(np.float32(20) * y) * np.sin(np.float32(20) * z)
-                ball += np.float32(0.018) * waves
-                hair = smooth_cut(ball, self._face_opening(x, y, z, height=edge + 0.04, width=0.42), 0.05)
-                hair = np.maximum(hair, np.float32(-0.30) - y)
+                ball = sphere(x, y - 0.20, z + 0.08, 0.58 + i.hair_volume)
+                ball += 0.018 * np.sin(20 * x) * np.sin(20 * y) * np.sin(20 * z)
+                hair = smooth_cut(ball, self._face_opening(x, y, z, height=edge + 0.04, width=0.44), 0.05)
+                hair = np.maximum(hair, -0.30 - y)
             case _:
-                low = -0.16 - 0.1 * i.hairline
-                hair = np.maximum(dome, np.float32(low) - y + np.float32(0.35) * z)
+                hair = np.maximum(dome, -0.16 - 0.1 * i.hairline - y + 0.35 * z)
                 hair = smooth_cut(hair, self._face_opening(x, y, z, height=edge, width=0.44), 0.04)
-        if i.hat_style not in ("none", "headband"):
-            return np.maximum(hair, y - np.float32(self.hat_y + 0.03))
-        match style:
+        if i.wears_crown:
+            hair = np.maximum(hair, y - (self.hat_y + 0.03))
+        return self._hair_ends(hair, x, y, z)
+
+    def _hair_ends(self, hair: Array, x: Array, y: Array, z: Array) -> Array:
+        """Buns, tails and spikes joined to the hair."""
+        i, fold = self.identity, np.abs(x)
+        match i.hair_style:
             case "bun":
-                hair = smooth_union(hair, sphere(x, y - np.float32(0.66), z + np.float32(0.16), 0.16), 0.04)
+                return smooth_union(hair, sphere(x, y - (i.skull_y + self.dome[1] + 0.07), z + 0.10, 0.16), 0.04)
             case "two_buns":
-                hair = smooth_union(
-                    hair, sphere(fold - np.float32(0.36), y - np.float32(0.52), z + np.float32(0.06), 0.15), 0.03
-                )
+                return smooth_union(hair, sphere(fold - 0.40, y - (i.skull_y + 0.44), z + 0.06, 0.175), 0.03)
             case "ponytail":
-                hair = smooth_union(hair, capsule(x, y, z, (0, 0.30, -0.55), (0, -0.32, -0.78), 0.14, 0.06), 0.05)
+                high = 0.02 if i.wears_crown else 0.30
+                tie = smooth_union(hair, sphere(x, y - high, z + self.dome[2] + 0.03, 0.09), 0.03)
+                return smooth_union(tie, capsule(x, y, z, (0, high - 0.06, -0.66), (0, high - 0.62, -0.76), 0.14, 0.05), 0.03)
             case "pigtails":
-                hair = smooth_union(hair, capsule(fold, y, z, (0.52, 0.10, -0.08), (0.66, -0.34, -0.06), 0.12, 0.05), 0.04)
-            case "side_part":
-                swoop = ellipsoid(x - np.float32(0.12), y - np.float32(0.46), z - np.float32(0.26), (0.36, 0.14, 0.26))
-                hair = smooth_union(hair, swoop, 0.06)
-        return hair
+                tie = smooth_union(hair, sphere(fold - (self.dome[0] + 0.01), y - 0.10, z + 0.08, 0.08), 0.03)
+                return smooth_union(tie, capsule(fold, y, z, (0.62, 0.02, -0.08), (0.70, -0.38, -0.06), 0.125, 0.045), 0.03)
+            case "spiky":
+                base = i.skull_y + 0.02
+                ends = (
+                    ((0.06, base + 0.34, 0.22), (0.10, base + 0.72, 0.40)),
+                    ((0.14, base + 0.36, -0.10), (0.20, base + 0.78, -0.10)),
+                    ((0.32, base + 0.22, 0.12), (0.58, base + 0.56, 0.22)),
+                    ((0.34, base + 0.12, -0.22), (0.66, base + 0.32, -0.40)),
+                    ((0.10, base + 0.20, -0.36), (0.16, base + 0.44, -0.76)),
+                )
+                for start, end in ends:
+                    hair = smooth_union(hair, capsule(fold, y, z, start, end, 0.17, 0.012), 0.04)
+                return hair
+            case _:
+                return hair
 
     def _hat(self, x: Array, y: Array, z: Array) -> Array:
         i = self.identity
-        up = y - np.float32(i.skull_y + 0.04)
-        above = np.float32(self.hat_y) - y
+        up, back, above = y - (i.skull_y + 0.04), z + 0.02, self.hat_y - y
         rx, ry, rz = self.hat_dome
         match i.hat_style:
             case "beanie":
-                hat = np.maximum(ellipsoid(x, up, z + np.float32(0.02), (rx, ry + 0.03, rz)), above)
-                if i.bobble:
-                    hat = smooth_union(hat, sphere(x, up - np.float32(ry + 0.05), z + np.float32(0.02), 0.10), 0.02)
-                return hat
+                hat = ellipsoid(x, up, back, (rx, ry + 0.03, rz))
+                hat += 0.007 * np.minimum((x * x + back * back) * 12, 1) * np.sin(26 * np.arctan2(x, back))
+                hat = np.maximum(hat, above)
+                return smooth_union(hat, sphere(x, up - (ry + 0.06), back, 0.12), 0.02) if i.bobble else hat
             case "brim":
-                crown = np.maximum(ellipsoid(x, up, z + np.float32(0.02), (rx, ry, rz)), above)
-                brim = disc(x, y - np.float32(self.hat_y), z + np.float32(0.02), rx + 0.17, 0.026, stretch=rz / rx)
-                return smooth_union(crown, brim, 0.04)
+                crown = np.maximum(ellipsoid(x, up, back, (rx, ry - 0.02, rz)), above)
+                dip = y - self.hat_y + 0.10 * np.square(x)
+                return smooth_union(crown, disc(x, dip, back, rx + 0.15, 0.028, stretch=rz / rx), 0.04)
             case _:
-                crown = np.maximum(ellipsoid(x, up, z + np.float32(0.02), (rx, ry - 0.03, rz)), above)
-                slope = y - np.float32(self.hat_y) + np.float32(0.15) * (z - np.float32(0.5))
-                return smooth_union(crown, disc(x, slope, z - np.float32(0.42), 0.36, 0.024), 0.03)
+                crown = np.maximum(ellipsoid(x, up, back, (rx, ry - 0.04, rz)), above)
+                crown = smooth_union(crown, sphere(x, up - (ry - 0.04), back, 0.045), 0.02)
+                slope = y - self.hat_y + 0.15 * (z - 0.5) + 0.35 * np.square(x)
+                return smooth_union(crown, disc(x, slope, z - 0.42, 0.38, 0.026), 0.03)
 
     def _hat_band(self, x: Array, y: Array, z: Array) -> Array:
-        i = self.identity
-        height = i.skull_y + 0.24 if i.hat_style == "headband" else self.hat_y + (0.0 if i.hat_style == "beanie" else 0.06)
-        thickness = {"beanie": 0.075, "brim": 0.035}.get(i.hat_style, 0.045)
-        rx, ry, rz = self.dome if i.hat_style == "headband" else self.hat_dome
-        shrink = np.sqrt(max(0.1, 1 - ((height - i.skull_y - 0.04) / ry) ** 2))
-        radius = rx * shrink - (0.01 if i.hat_style == "headband" else 0.03)
-        return ring(x, (y - np.float32(height)) * np.float32(0.75), z + np.float32(0.02), radius, thickness, stretch=rz / rx)
+        style = self.identity.hat_style
+        height = self.identity.skull_y + 0.24 if style == "headband" else self.hat_y + (0.01 if style == "beanie" else 0.07)
+        thickness = {"beanie": 0.085, "brim": 0.04}.get(style, 0.05)
+        rx, ry, rz = self.dome if style == "headband" else self.hat_dome
+        shrink = math.sqrt(max(0.1, 1 - ((height - self.identity.skull_y - 0.04) / ry) ** 2))
+        radius = rx * shrink - (0.01 if style == "headband" else 0.03)
+        return ring(x, (y - height) * 0.75, z + 0.02, radius, thickness, stretch=rz / rx)
 
     def _glasses(self, x: Array, y: Array, z: Array) -> Array:
-        i = self.identity
+        i, x = self.identity, np.abs(x)
         radius = i.eye_radii[0] * i.glasses_radius
-        front = self.eye_z + 0.115
-        dx, dy, dz = x - np.float32(i.eye_x), y - np.float32(i.eye_y), z - np.float32(front)
+        front = self.eye.z + 0.085
+        dx, dy, dz = x - i.eye_x, y - i.eye_y, z - front + 0.25 * (x - i.eye_x)
         if i.glasses_style == "round":
             flat = np.sqrt(dx * dx + dy * dy)
         else:
-            flat = np.sqrt(np.sqrt(np.square(dx * dx) + np.square(dy * dy)))
-        q = flat - np.float32(radius)
-        rim = np.sqrt(q * q + dz * dz) - np.float32(0.02)
-        hinge, y0 = i.eye_x + radius, i.eye_y
-        temple = capsule(x, y, z, (hinge, y0, front), (max(i.skull[0] + 0.03, hinge), y0 + 0.02, 0.0), 0.018, 0.018)
-        bridge = capsule(x, y, z, (0.0, y0 + 0.02, front + 0.01), (i.eye_x - radius, y0 + 0.02, front), 0.018, 0.018)
+            flat = np.sqrt(np.sqrt(np.square(dx * dx) + np.square(dy * dy * 1.25)))
+        q = flat - radius
+        rim = (np.sqrt(q * q + dz * dz) - 0.021) * 0.9
+        hinge, level = i.eye_x + radius, i.eye_y + 0.02
+        temple = capsule(x, y, z, (hinge, level, front - 0.25 * radius), (max(i.skull[0] + 0.02, hinge), level, 0.0), 0.019, 0.019)
+        bridge = capsule(x, y, z, (0.0, level, front + 0.06), (i.eye_x - radius, level, front + 0.25 * radius), 0.019, 0.019)
         return np.minimum(np.minimum(rim, temple), bridge)
 
     def _clothes(self, x: Array, y: Array, z: Array) -> Array:
-        i = self.identity
-        shoulders = ellipsoid(x, y + np.float32(1.0), z + np.float32(0.05), (i.shoulders, 0.40, 0.36))
+        shoulders = ellipsoid(x, y + 1.0, z + 0.05, (self.identity.shoulders, 0.40, 0.36))
         return smooth_union(shoulders, capsule(x, y, z, (0, -1.0, -0.05), (0, -1.6, -0.05), 0.45, 0.5), 0.15)
 
     def _collar(self, x: Array, y: Array, z: Array) -> Array:
-        i = self.identity
-        back = z + np.float32(0.05)
-        match i.collar_style:
+        radius, back = self.identity.neck_radius, z + 0.05
+        match self.identity.collar_style:
             case "ring":
-                return ring(x, y + np.float32(0.62), back, i.neck_radius + 0.05, 0.055)
+                return ring(x, y + 0.62, back, radius + 0.05, 0.055)
             case "turtleneck":
-                tube = np.sqrt(x * x + back * back) - np.float32(i.neck_radius + 0.045)
-                return -smooth_union(-tube, np.float32(0.14) - np.abs(y + np.float32(0.60)), 0.05)
+                tube = np.sqrt(x * x + back * back) - (radius + 0.05)
+                return -smooth_union(-tube, 0.14 - np.abs(y + 0.60), 0.06)
+            case "shirt":
+                flap = ellipsoid(np.abs(x) - 0.13, y + 0.66 - 0.25 * np.abs(x), z - 0.17, (0.13, 0.075, 0.10))
+                return smooth_union(ring(x, (y + 0.60) * 0.8, back, radius + 0.04, 0.05), flap, 0.03)
             case _:
-                scarf = ring(x, (y + np.float32(0.58)) * np.float32(0.8), back, i.neck_radius + 0.08, 0.10)
-                return smooth_union(scarf, capsule(x, y, z, (0.12, -0.60, 0.26), (0.16, -0.95, 0.36), 0.07, 0.09), 0.03)
+                scarf = ring(x, (y + 0.58) * 0.8, back, radius + 0.08, 0.10)
+                return smooth_union(scarf, capsule(x, y, z, (0.14, -0.60, 0.24), (0.19, -1.05, 0.36), 0.07, 0.10), 0.03)
 
     def _animal_ears(self, x: Array, y: Array, z: Array) -> Array:
-        i = self.identity
-        top = i.skull_y + i.skull[1]
-        match i.animal_ears:
+        x, top = np.abs(x), self.identity.skull_y + self.dome[1]
+        match self.identity.animal_ears:
             case "bear":
-                return ellipsoid(x - np.float32(0.36), y - np.float32(top - 0.10), z, (0.15, 0.15, 0.07))
+                return ellipsoid(x - 0.37, y - (top - 0.10), z, (0.19, 0.19, 0.09))
             case "cat":
-                return capsule(x, y, z * np.float32(1.7), (0.30, top - 0.16, 0.0), (0.40, top + 0.14, 0.0), 0.15, 0.02)
+                return capsule(x, y, z * 1.7, (0.28, top - 0.18, 0.0), (0.42, top + 0.20, 0.0), 0.18, 0.02) * 0.65
             case _:
-                return capsule(x, y, z * np.float32(1.6), (0.17, top - 0.05, 0.0), (0.27, top + 0.17, -0.03), 0.10, 0.085)
+                return capsule(x, y, z * 1.6, (0.18, top - 0.08, 0.0), (0.32, 0.86, -0.03), 0.09, 0.10) * 0.7
 
     def _beard(self, x: Array, y: Array, z: Array) -> Array:
-        i = self.identity
+        i, x = self.identity, np.abs(x)
         d = np.full(x.shape, FAR, np.float32)
         if i.beard:
             rx, ry, rz = i.jaw
-            chin = ellipsoid(x, y - np.float32(i.jaw_y), z - np.float32(0.10), (rx + 0.03, ry + 0.05, rz + 0.04))
-            d = np.maximum(chin, y - np.float32(i.mouth_y - 0.055) - np.float32(0.5) * np.maximum(x - np.float32(0.12), 0))
-            d = np.maximum(d, np.float32(-0.02) - z)
+            chin = ellipsoid(x, y - i.jaw_y, z - 0.10, (rx + 0.035, ry + 0.06, rz + 0.05))
+            d = -smooth_union(-chin, y - (i.mouth_y - 0.06) - 0.9 * np.maximum(x - 0.11, 0), 0.04)
+            d = np.maximum(d, -0.02 - z)
         if i.moustache:
-            depth = i.face_z(0.0, i.mouth_y) + 0.035
-            start, end = (0.03, i.mouth_y + 0.065, depth), (0.15, i.mouth_y + 0.03, depth - 0.06)
-            d = np.minimum(d, capsule(x, y, z, start, end, 0.036, 0.012))
+            start, end = (0.03, i.mouth_y + 0.07, self.mouth_z + 0.02), (0.16, i.mouth_y + 0.035, self.mouth_z - 0.03)
+            d = np.minimum(d, capsule(x, y, z, start, end, 0.042, 0.014))
         return d
-
-    def paint(self, x: Array, y: Array, z: Array, part: NDArray[np.uint8]) -> tuple[Array, NDArray[np.uint8]]:
-        """Colours (n, 3) of surface points (n,), and their parts with brows and mouth told apart from the skin."""
-        i = self.identity
-        flat: dict[Part, Rgb] = {
-            Part.SKIN: i.skin_color,
-            Part.EYE: (0.97, 0.97, 0.96),
-            Part.HAIR: i.hair_color,
-            Part.HAT: i.hat_color,
-            Part.HAT_BAND: i.hat_band_color,
-            Part.GLASSES: i.glasses_color,
-            Part.CLOTHES: i.cloth_color,
-            Part.COLLAR: i.collar_color,
-            Part.ANIMAL_EARS: i.hair_color,
-            Part.BEARD: i.brow_color,
-        }
-        palette = np.zeros((len(Part), 3), np.float32)
-        for key, color in flat.items():
-            palette[key] = color
-        colors, part = palette[part], part.copy()
-        self._paint_skin(x, y, z, part, colors)
-        self._paint_eyes(x, y, part, colors)
-        if i.stripes:
-            striped = (part == Part.CLOTHES) & (np.floor((y + 0.35 * np.square(x)) * i.stripes).astype(np.int64) % 2 == 0)
-            colors[striped] = i.stripe_color
-        inner = (part == Part.ANIMAL_EARS) & (z > 0.03)
-        colors[inner] = 0.5 * colors[inner] + 0.5 * np.array([0.95, 0.62, 0.66], np.float32)
-        return colors, part
-
-    def _paint_skin(self, x: Array, y: Array, z: Array, part: NDArray[np.uint8], colors: Array) -> None:
-        i = self.identity
-        face = np.flatnonzero((part == Part.SKIN) & (z > 0.1))
-        u, v = x[face], y[face]
-        fold = np.abs(u)
-        dx, dy = fold - np.float32(i.eye_x), v - np.float32(i.eye_y)
-        blush = i.blush * np.exp(-(np.square(fold - 0.26) + np.square(v + 0.12)) / 0.008)
-        tint = np.array([0.94, 0.42, 0.40], np.float32)
-        skin = colors[face] + blush[:, None].astype(np.float32) * 0.6 * (tint - colors[face])
-        if i.freckles:
-            spots = np.sin(90 * u) * np.sin(83 * v + 40 * u) > 0.72
-            skin[spots & (fold < 0.34) & (fold > 0.04) & (v < 0.0) & (v > -0.18)] *= np.float32(0.72)
-        radial = np.sqrt(np.square(dx / i.eye_radii[0]) + np.square(dy / i.eye_radii[1]))
-        skin[(radial < 1.14) & (dy > -0.2 * i.eye_radii[1])] = np.array([0.16, 0.10, 0.09], np.float32)
-        along = dx + 0.01
-        brow_line = dy - (i.eye_radii[1] + i.brow_height + i.brow_tilt * along - 1.6 * np.square(along))
-        brow = (np.abs(brow_line) < i.brow_thickness) & (np.abs(along) < i.eye_radii[0] * 1.0)
-        skin[brow] = i.brow_color
-        kinds = part[face]
-        kinds[brow] = Part.BROW
-        mx, my = u, v - np.float32(i.mouth_y)
-        curve = {"line": 0.0, "smile": 1.0, "open": 1.0}[i.mouth_style] * i.mouth_curve
-        lower = my - curve * np.square(mx)
-        if i.mouth_style == "open":
-            opening = 0.075 * np.sqrt(np.maximum(0, 1 - np.square(mx / i.mouth_width)))
-            mouth = (lower < 0.02) & (lower > 0.02 - opening - 0.005) & (np.abs(mx) < i.mouth_width)
-            skin[mouth] = i.mouth_color
-            inside = mouth & (lower < 0.008) & (lower > 0.02 - opening + 0.008)
-            skin[inside] = np.array([0.30, 0.07, 0.09], np.float32)
-        else:
-            mouth = (np.abs(lower) < 0.016 * np.sqrt(np.maximum(0, 1.05 - np.square(mx / i.mouth_width)))) & (
-                np.abs(mx) < i.mouth_width
-            )
-            skin[mouth] = i.mouth_color
-        kinds[mouth] = Part.MOUTH
-        colors[face], part[face] = skin, kinds
-
-    def _paint_eyes(self, x: Array, y: Array, part: NDArray[np.uint8], colors: Array) -> None:
-        i = self.identity
-        eye = np.flatnonzero(part == Part.EYE)
-        side = np.sign(x[eye])
-        dx = x[eye] - side * np.float32(i.eye_x) - np.float32(i.gaze[0])
-        dy = y[eye] - np.float32(i.eye_y + i.gaze[1])
-        radius = np.sqrt(dx * dx + dy * dy) / np.float32(i.iris_radius)
-        color = colors[eye]
-        ramp = np.clip(1.15 - 0.35 * dy / i.iris_radius, 0.6, 1.4)[:, None].astype(np.float32)
-        iris = radius < 1
-        color[iris] = np.clip(ramp[iris] * np.asarray(i.iris_color, np.float32), 0, 1)
-        color[iris & (radius > 0.86)] *= np.float32(0.5)
-        color[radius < i.pupil] = np.array([0.04, 0.04, 0.05], np.float32)
-        hx, hy = dx - 0.36 * i.iris_radius, dy - 0.38 * i.iris_radius
-        color[hx * hx + hy * hy < (0.27 * i.iris_radius) ** 2] = 1.0
-        lid = (y[eye] - i.eye_y) / i.eye_radii[1] > 1 - 2 * i.lid * 0.8
-        color[lid & (i.lid > 0.04)] = np.float32(0.86) * np.asarray(i.skin_color, np.float32)
-        colors[eye] = color

@@ -1,0 +1,201 @@
+"""Rays against a head: sphere tracing (Hart 1996, "Sphere tracing") and the shading of what they hit.
+
+Per identity the distance fields are sampled once on a coarse grid. Rays cross empty space by looking distances up; near surfaces
+the exact field is evaluated, but only of those parts that can be the nearest one somewhere in the point's voxel.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvshared.heads.identity import HeadIdentity
+from mvshared.heads.paint import paint
+from mvshared.heads.primitives import Array
+from mvshared.heads.shape import HeadShape, Part
+
+BOX = 1.02  # half the width of the cube that holds every head (shoulders are cut at its lower face)
+GRID = 48
+CHUNK = 16384  # points evaluated together: their arrays stay in the cache
+HALF_DIAGONAL = math.sqrt(3) * BOX / GRID  # the farthest a point can be from its voxel's centre
+SLOPE = 1.25  # bound on the slope of the fields, which exceeds 1 a little where ellipsoids are flat
+REFINE_STEPS = 64  # few rays, those that skim a surface, take more than ten
+HIT = 2e-3
+LEAST_STEP = 4e-3
+
+SKY = (0.60, 0.61, 0.66)
+GROUND = (0.50, 0.44, 0.42)
+KEY = (0.50, 0.47, 0.43)
+GLOSS = {Part.EYE: 0.30, Part.GLASSES: 0.40, Part.HAIR: 0.12, Part.HAT: 0.06, Part.SKIN: 0.05, Part.NOSE: 0.10}
+
+
+class Hits(NamedTuple):
+    """Shaded surface points of the rays that hit: indices into the rays, colours and world normals (n, 3), distance along the
+    camera's z axis and part (n,)."""
+
+    ray: NDArray[np.int64]
+    color: Array
+    normal: Array
+    depth: Array
+    part: NDArray[np.uint8]
+
+
+class Tracer:
+    """Finds and shades the surface points of rays."""
+
+    def __init__(self, identity: HeadIdentity) -> None:
+        self.shape = HeadShape(identity)
+        self.light = np.asarray(identity.light, np.float32)
+        self.kinds = np.asarray([int(part) for part in self.shape.parts], np.uint8)
+        count = len(self.shape.parts)
+        centers = ((np.arange(GRID, dtype=np.float32) + 0.5) * (2 * BOX / GRID) - BOX).astype(np.float32)
+        x, y, z = (axis.ravel() for axis in np.meshgrid(centers, centers, centers, indexing="ij"))
+        fields = np.empty((count, len(x)), np.float32)
+        for at in range(0, len(x), CHUNK):
+            here = slice(at, at + CHUNK)
+            for index in range(count):
+                fields[index, here] = self.shape.distance_of(index, x[here], y[here], z[here])
+        nearest = fields.min(axis=0)
+        self.step = (nearest / SLOPE - HALF_DIAGONAL).astype(np.float32)
+        self.candidates = np.zeros(len(x), np.uint16)
+        for index in range(count):
+            self.candidates |= (fields[index] < nearest + 2 * SLOPE * HALF_DIAGONAL).astype(np.uint16) << index
+        solid = [index for index, part in enumerate(self.shape.parts) if part != Part.GLASSES]  # thin frames cast no soft shadow
+        self.soft = fields[solid].min(axis=0)
+        near = np.argwhere((self.step < 0).reshape(GRID, GRID, GRID))
+        self.low = (near.min(axis=0) * (2 * BOX / GRID) - BOX).astype(np.float32)
+        self.high = ((near.max(axis=0) + 1) * (2 * BOX / GRID) - BOX).astype(np.float32)
+
+    def trace(self, pose: Array, x: Array, y: Array) -> Hits:
+        """Shade the first surface points of rays with camera-space directions (x, y, -1)."""
+        parts = [self._trace_chunk(pose, x[at : at + CHUNK], y[at : at + CHUNK], at) for at in range(0, len(x), CHUNK)]
+        return Hits(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def _trace_chunk(self, pose: Array, x: Array, y: Array, first: int) -> Hits:
+        rotation, origin = pose[:3, :3], pose[:3, 3]
+        directions = rotation @ np.stack([x, y, -np.ones_like(x)])
+        lengths = np.sqrt((directions * directions).sum(axis=0))
+        directions /= lengths
+        ray, near, far = self._clip(origin, directions)
+        found, t = self._march(origin, directions[:, ray], near, far)
+        ray, far = ray[found], far[found]
+        hit, t = self._refine(origin, directions[:, ray], t, far)
+        ray = ray[hit]
+        d = directions[:, ray]
+        color, normal, part = self._shade(origin[:, None] + t * d, d)
+        return Hits(ray + first, color, normal, t / lengths[ray], part)
+
+    def _clip(self, origin: Array, directions: Array) -> tuple[NDArray[np.int64], Array, Array]:
+        """Rays that meet the head's box, by index, and where they enter and leave it."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            a, b = (self.low - origin)[:, None] / directions, (self.high - origin)[:, None] / directions
+        near = np.maximum(np.fmin(a, b).max(axis=0), 0)
+        far = np.fmax(a, b).min(axis=0)
+        ray = np.flatnonzero(near < far)
+        return ray, near[ray], far[ray]
+
+    def _voxel(self, points: Array) -> NDArray[np.int32]:
+        """Indices (n,) of the voxels of points (3, n) in the box."""
+        cell = ((points + np.float32(BOX)) * np.float32(GRID / (2 * BOX))).astype(np.int32)
+        np.clip(cell, 0, GRID - 1, out=cell)
+        return (cell[0] * GRID + cell[1]) * GRID + cell[2]
+
+    def _march(self, origin: Array, d: Array, near: Array, far: Array) -> tuple[NDArray[np.int64], Array]:
+        """Rays that come near a surface, by index, and how far they went."""
+        t = near.copy()
+        active = np.arange(len(t))
+        reached = []
+        least = np.float32(BOX / GRID)
+        while len(active):
+            safe = self.step[self._voxel(origin[:, None] + t[active] * d[:, active])]
+            close = safe < least / 2
+            reached.append(active[close])
+            active, safe = active[~close], safe[~close]
+            t[active] += np.maximum(safe, least)
+            active = active[t[active] < far[active]]
+        found = np.sort(np.concatenate(reached)) if reached else np.zeros(0, np.int64)
+        return found, t[found]
+
+    def _nearest(self, points: Array) -> tuple[Array, NDArray[np.uint8]]:
+        """Distance (n,) of points (3, n) in the box to the surface, and which of the shape's parts is there."""
+        candidates = self.candidates[self._voxel(points)]
+        distance = np.full(points.shape[1], np.inf, np.float32)
+        owner = np.zeros(points.shape[1], np.uint8)
+        for index in range(len(self.kinds)):
+            here = np.flatnonzero(candidates & np.uint16(1 << index))
+            if len(here):
+                own = self.shape.distance_of(index, *points[:, here])
+                closer = own < distance[here]
+                here = here[closer]
+                distance[here], owner[here] = own[closer], index
+        return distance, owner
+
+    def _refine(self, origin: Array, d: Array, t: Array, far: Array) -> tuple[NDArray[np.int64], Array]:
+        """Sphere tracing with the exact field: rays that hit, by index, and their distances."""
+        t = t.copy()
+        active = np.arange(len(t))
+        hits = []
+        for step in range(REFINE_STEPS):
+            if not len(active):
+                break
+            distance, _ = self._nearest(origin[:, None] + t[active] * d[:, active])
+            done = distance < HIT
+            least = np.float32(LEAST_STEP * (1 + step / 8))  # grows, so that rays along a crease come to its end
+            # A voxel's width at most: beyond its own voxel a distance may lack a part that is nearer there.
+            ahead = np.clip(distance * np.float32(0.95), least, np.float32(2 * BOX / GRID))
+            t[active] += np.where(done, distance, ahead)
+            hits.append(active[done])
+            active = active[~done]
+            active = active[t[active] < far[active]]
+        hit = np.sort(np.concatenate(hits)) if hits else np.zeros(0, np.int64)
+        return hit, t[hit]
+
+    def _shade(self, points: Array, d: Array) -> tuple[Array, Array, NDArray[np.uint8]]:
+        """Colours (n, 3), normals (n, 3) and parts (n,) of surface points (3, n) seen along d (3, n)."""
+        if not points.shape[1]:
+            return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.float32), np.zeros(0, np.uint8)
+        _, owner = self._nearest(points)
+        normal = self._normal(points, owner)
+        base, part = paint(self.shape, *points, self.kinds[owner])
+        occlusion = np.ones(points.shape[1], np.float32)
+        for reach in (0.07, 0.18):
+            free = self._soft_distance(points + np.float32(reach) * normal)
+            occlusion *= np.float32(0.55) + np.float32(0.45) * np.clip(free / np.float32(reach), 0, 1)
+        lambert = np.clip((self.light @ normal + np.float32(0.25)) / np.float32(1.25), 0, 1)
+        up = (0.5 + 0.5 * normal[1])[:, None]
+        sky, ground, key = (np.asarray(color, np.float32) for color in (SKY, GROUND, KEY))
+        shade = occlusion[:, None] * (ground + (sky - ground) * up + key * lambert[:, None])
+        halfway = self.light[:, None] - d
+        halfway /= np.sqrt((halfway * halfway).sum(axis=0))
+        gloss = np.clip((halfway * normal).sum(axis=0), 0, 1) ** 40
+        strength = np.zeros(len(Part), np.float32)
+        strength[list(GLOSS)] = list(GLOSS.values())
+        color = base * shade + (strength[part] * gloss * occlusion)[:, None]
+        return color, normal.T, part
+
+    def _soft_distance(self, points: Array) -> Array:
+        """Distance (n,) to the head without glasses at points (3, n), interpolated from the grid: enough for occlusion."""
+        position = np.clip((points + np.float32(BOX)) * np.float32(GRID / (2 * BOX)) - np.float32(0.5), 0, GRID - 1.001)
+        cell = position.astype(np.int32)
+        fx, fy, fz = position - cell
+        base = (cell[0] * GRID + cell[1]) * GRID + cell[2]
+        along_x = []
+        for dx in (0, GRID * GRID):
+            along_y = []
+            for dy in (0, GRID):
+                first = self.soft[base + (dx + dy)]
+                along_y.append(first + fz * (self.soft[base + (dx + dy + 1)] - first))
+            along_x.append(along_y[0] + fy * (along_y[1] - along_y[0]))
+        return along_x[0] + fx * (along_x[1] - along_x[0])
+
+    def _normal(self, points: Array, owner: NDArray[np.uint8]) -> Array:
+        """Unit normals (3, n) of the owning parts, by differences over a tetrahedron."""
+        e = np.float32(4e-3)
+        corners = np.asarray(((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)), np.float32)
+        gradient = np.zeros(points.shape, np.float32)
+        for index in np.unique(owner):
+            here = np.flatnonzero(owner == index)
+            for corner in corners[:, :, None]:
+                gradient[:, here] += corner * self.shape.distance_of(int(index), *(points[:, here] + e * corner))
+        return gradient / np.maximum(np.sqrt((gradient * gradient).sum(axis=0)), np.float32(1e-9))
