@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mvshared.pipeline import Pipeline
-    from mvtorch.model import MultiViewModel
 
 
-def load(
-    name: str | Path = "demo", *, dtype: str | None = None, device: str = "auto"
-) -> "Pipeline[MultiViewModel]":
+def load(name: str | Path = "demo", *, dtype: str | None = None, device: str = "auto") -> "Pipeline[Tensor]":
     """Load an embedded model by name, or a checkpoint folder, ready for `generate`.
 
     dtype: float32, float16 or bfloat16; by default float16 on CUDA, float32 on the CPU. device: auto, cpu, cuda or cuda:N.

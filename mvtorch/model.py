@@ -1,25 +1,23 @@
 """Loading a checkpoint folder into PyTorch, and the Model that the shared pipeline drives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from mvshared.backend import BackendName, Dtype
+from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import find_model, read_model_config, weight_file
 from mvshared.config import ModelConfig, VAEConfig
-from mvshared.errors import BackendError, OptionError
-from mvshared.weights import check_names_and_shapes, read_header, rename_old_vae_attention
+from mvshared.errors import BackendError
+from mvshared.weights import check_names_and_shapes, match_tensors
 from mvtorch.unet import MultiViewUNet
 from mvtorch.vae import AutoencoderKL
-
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,11 @@ class Condition:
 class MultiViewModel:
     """A U-Net and a VAE on one device: implements `mvshared.backend.Model`."""
 
-    backend: BackendName = "torch"
+    config: ModelConfig
+    backend: BackendName
+    device: str
+    dtype: Dtype
+    weight_files: Sequence[Path]
 
     def __init__(
         self,
@@ -48,65 +50,73 @@ class MultiViewModel:
         *,
         device: str,
         dtype: Dtype,
-        weight_files: list[Path],
+        weight_files: Sequence[Path],
     ) -> None:
+        self.backend = "torch"
         self.config, self.unet, self.vae = config, unet, vae
         self.device, self.dtype, self.weight_files = device, dtype, weight_files
 
     def from_numpy(self, x: NDArray[np.float32]) -> Tensor:
-        """A float32 tensor on the device."""
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(self.device)
+        """A float32 copy on the device."""
+        return torch.tensor(np.ascontiguousarray(x, dtype=np.float32), device=self.device)
 
     def to_numpy(self, x: Tensor) -> NDArray[np.float32]:
         """A float32 copy."""
-        return x.detach().float().cpu().numpy().copy()
+        return _to_numpy(x)
 
-    @torch.inference_mode()
     def encode_latents(self, pixels: NDArray[np.float32]) -> Tensor:
-        """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1]."""
-        moments = self.vae.encode(self.from_numpy(pixels), batch=1)
-        return self.vae.scale_latents(moments.mean.float())
+        """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.
 
-    @torch.inference_mode()
+        Raises OptionError for shapes that do not fit.
+        """
+        with torch.inference_mode():
+            return self.vae.scale_latents(self.vae.encode(self.from_numpy(pixels), batch=1).mean.float())
+
     def condition(
         self, *, cameras: NDArray[np.float32] | None, reference: Tensor | None, normals: Tensor | None, guided: bool
     ) -> Condition:
-        """Batch the conditions for `denoise`; the unconditional half has a zero reference and no normal maps."""
+        """What `denoise` needs of camera vectors (v, 16), a clean latent (h, w, c) and latents of normal maps (v, h, w, c).
 
-        def batched(x: Tensor | None, *, drop: bool) -> Tensor | None:
+        The unconditional half has no reference; cameras and normal maps say what is looked at, so both halves have them.
+        """
+
+        def batched(x: Tensor | None, *, drop: bool = False) -> Tensor | None:
             if x is None:
                 return None
             return torch.stack([torch.zeros_like(x) if drop else x, x]) if guided else x[None]
 
-        views = None if cameras is None else self.from_numpy(cameras)
-        return Condition(
-            cameras=batched(views, drop=False),
-            reference=batched(reference, drop=True),
-            normals=batched(normals, drop=False),
-            guided=guided,
-        )
+        with torch.inference_mode():
+            views = None if cameras is None else self.from_numpy(cameras)
+            return Condition(
+                cameras=batched(views), reference=batched(reference, drop=True), normals=batched(normals), guided=guided
+            )
 
-    @torch.inference_mode()
     def denoise(self, x: Tensor, t: float, condition: Condition, guidance: float) -> Tensor:
-        """The U-Net's output (v, h, w, c), float32, guided as `unconditional + guidance * (conditional - unconditional)`."""
-        batch = 2 if condition.guided else 1
-        sample = x[None].expand(batch, *x.shape)
-        if self.config.unet.normal_channels:
-            normals = condition.normals
-            if normals is None:
-                normals = sample.new_zeros((*sample.shape[:-1], self.config.unet.normal_channels))
-            sample = torch.cat([sample, normals], dim=-1)
-        timesteps = torch.full((batch,), t, device=self.device)
-        out = self.unet(sample, timesteps, camera=condition.cameras, reference=condition.reference).float()
-        if not condition.guided:
-            return out[0]
-        unconditional, conditional = out
-        return unconditional + guidance * (conditional - unconditional)
+        """The U-Net's output (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t.
 
-    @torch.inference_mode()
+        Guided, it is `unconditional + guidance * (conditional - unconditional)`. Raises OptionError for shapes that do not fit.
+        """
+        unet = self.config.unet
+        with torch.inference_mode():
+            batch = 2 if condition.guided else 1
+            sample = x[None].expand(batch, *x.shape)
+            if unet.normal_channels:
+                zeros = sample.new_zeros((*sample.shape[:-1], unet.normal_channels))
+                sample = torch.cat([sample, zeros if condition.normals is None else condition.normals], dim=-1)
+            timesteps = torch.full((batch,), t, dtype=torch.float32, device=self.device)
+            out = self.unet(sample, timesteps, camera=condition.cameras, reference=condition.reference).float()
+            if not condition.guided:
+                return out[0]
+            unconditional, conditional = out
+            return unconditional + guidance * (conditional - unconditional)
+
     def decode(self, x: Tensor) -> NDArray[np.float32]:
-        """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), one view at a time."""
-        return self.to_numpy(self.vae.decode(self.vae.unscale_latents(x), batch=1))
+        """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), one view at a time.
+
+        Raises OptionError for shapes that do not fit.
+        """
+        with torch.inference_mode():
+            return self.to_numpy(self.vae.decode(self.vae.unscale_latents(x), batch=1))
 
 
 def choose_device(device: str = "auto") -> str:
@@ -114,7 +124,7 @@ def choose_device(device: str = "auto") -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise BackendError(
@@ -124,12 +134,8 @@ def choose_device(device: str = "auto") -> str:
 
 
 def choose_dtype(dtype: str | None, *, device: str) -> Dtype:
-    """The given dtype, or float16 on CUDA and float32 elsewhere. Raises OptionError for another name."""
-    if dtype is None:
-        return "float16" if device.startswith("cuda") else "float32"
-    if dtype not in get_args(Dtype):
-        raise OptionError("dtype", expected="float32, float16 or bfloat16", got=dtype)
-    return dtype  # type: ignore[return-value]
+    """The given dtype, or float16 on a GPU and float32 on the CPU. Raises OptionError for another name."""
+    return parse_dtype(dtype, default="float16" if device.startswith("cuda") else "float32")
 
 
 def load_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> MultiViewModel:
@@ -137,43 +143,32 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str = "aut
 
     Raises CheckpointError, OptionError and BackendError.
     """
-    folder = find_model(name)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, device=chosen_device)
+    folder = find_model(name)
     config = read_model_config(folder)
     files = [weight_file(folder, "unet"), weight_file(folder, "vae")]
     with torch.device("meta"):
         unet, vae = MultiViewUNet(config.unet), AutoencoderKL(config.vae)
     for module, file in ((unet, files[0]), (vae, files[1])):
-        load_weights(module, file, dtype=DTYPES[chosen_dtype], device=chosen_device)
+        load_weights(module, file, dtype=chosen_dtype, device=chosen_device)
         module.eval()
     return MultiViewModel(config, unet, vae, device=chosen_device, dtype=chosen_dtype, weight_files=files)
 
 
-def load_weights(module: nn.Module, path: Path, *, dtype: torch.dtype, device: str) -> None:
-    """Read a weight file into a module, whose parameters may be on the meta device.
+def load_weights(module: nn.Module, path: Path, *, dtype: Dtype, device: str) -> None:
+    """Read a weight file into a module, one tensor at a time; the module's own weights are never needed.
 
     Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
     """
-    found = {rename_old_vae_attention(name): info.shape for name, info in read_header(path).tensors.items()}
-    expected = weight_shapes(module)
-    check_names_and_shapes(expected=expected, found=found, path=path)
-    tensors = {
-        rename_old_vae_attention(name): tensor.to(device=device, dtype=dtype, memory_format=_memory_format(tensor))
-        for name, tensor in load_file(path).items()
-    }
+    names = match_tensors(path, weight_shapes(module))
+    tensors = {}
+    with safe_open(path, framework="pt") as file:
+        for name, name_in_file in names.items():
+            tensor = file.get_tensor(name_in_file)
+            layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+            tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
     module.load_state_dict(tensors, strict=True, assign=True)
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-
-
-class VAECodec(NamedTuple):
-    """A VAE alone: pixels (n, H, W, 3) in [-1, 1] to scaled latents (n, h, w, c) and back, float32."""
-
-    encode: Callable[[NDArray[np.float32]], NDArray[np.float32]]
-    decode: Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 def load_vae(config: VAEConfig, path: Path, *, device: str = "auto") -> VAECodec:
@@ -181,16 +176,15 @@ def load_vae(config: VAEConfig, path: Path, *, device: str = "auto") -> VAECodec
     chosen = choose_device(device)
     with torch.device("meta"):
         vae = AutoencoderKL(config)
-    load_weights(vae, path, dtype=torch.float32, device=chosen)
+    load_weights(vae, path, dtype="float32", device=chosen)
 
-    @torch.inference_mode()
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        moments = vae.encode(torch.from_numpy(np.ascontiguousarray(pixels)).to(chosen))
-        return vae.scale_latents(moments.mean).cpu().numpy()
+        with torch.inference_mode():
+            return _to_numpy(vae.scale_latents(vae.encode(torch.tensor(np.ascontiguousarray(pixels), device=chosen)).mean))
 
-    @torch.inference_mode()
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        return vae.decode(vae.unscale_latents(torch.from_numpy(np.ascontiguousarray(latents)).to(chosen))).cpu().numpy()
+        with torch.inference_mode():
+            return _to_numpy(vae.decode(vae.unscale_latents(torch.tensor(np.ascontiguousarray(latents), device=chosen))))
 
     return VAECodec(encode, decode)
 
@@ -206,9 +200,13 @@ def set_weights(module: nn.Module, weights: Mapping[str, NDArray[Any]]) -> None:
     check_names_and_shapes(expected=weight_shapes(module), found=found, path=None)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+            tensor.copy_(torch.tensor(np.ascontiguousarray(weights[name])))
 
 
 def get_weights(module: nn.Module) -> dict[str, NDArray[np.float32]]:
     """Float32 copies of the module's weights in checkpoint layout."""
-    return {name: tensor.detach().float().cpu().contiguous().numpy().copy() for name, tensor in module.state_dict().items()}
+    return {name: _to_numpy(tensor) for name, tensor in module.state_dict().items()}
+
+
+def _to_numpy(x: Tensor) -> NDArray[np.float32]:
+    return x.detach().to("cpu", torch.float32, memory_format=torch.contiguous_format, copy=True).numpy()

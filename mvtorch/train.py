@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -12,22 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvshared.config import UNetConfig, VAEConfig
-from mvshared.training.config import OptimizerConfig, VAELossConfig
+from mvshared.errors import OptionError
+from mvshared.training.config import OptimizerConfig, TrainDtype, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
+from mvshared.training.optimizer import StepResult, TrainerState, ema_decay, pack_state, unpack_state
 from mvtorch.model import choose_device, get_weights, set_weights, weight_shapes
 from mvtorch.unet import MultiViewUNet
 from mvtorch.vae import AutoencoderKL
 
 
-class StepResult(NamedTuple):
-    """The loss of a batch before the update, and the global norm of its gradient before clipping."""
-
-    loss: float
-    gradient_norm: float
-
-
 class Trainer:
-    """A network, its loss, AdamW and an exponential moving average (EMA) of the weights."""
+    """A network, its loss, AdamW and an exponential moving average (EMA) of the weights.
+
+    `loss(network, batch)` gets the batch as tensors. Weights and optimiser are float32; dtype "bfloat16" is autocast's.
+    Raises OptionError for another dtype, BackendError for a device that is not there.
+    """
 
     def __init__(
         self,
@@ -36,12 +35,15 @@ class Trainer:
         config: OptimizerConfig,
         *,
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str = "auto",
     ) -> None:
-        self.network = network.to(device).train()
-        if device == "cpu":
+        if dtype not in get_args(TrainDtype):
+            raise OptionError("dtype", expected="float32 or bfloat16 for training", got=dtype)
+        self.device, self.dtype = choose_device(device), dtype
+        self.network = network.to(self.device).train()
+        if torch.device(self.device).type == "cpu":
             _use_lean_group_norm(self.network)
-        self.loss, self.config, self.dtype, self.device = loss, config, dtype, device
+        self.loss, self.config = loss, config
         self.parameters = dict(network.named_parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
@@ -52,25 +54,25 @@ class Trainer:
     def step(self, batch: Any, *, learning_rate: float) -> StepResult:
         """Learn from one batch (a NamedTuple of float32 arrays)."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss = self.loss(self.network, self._to_device(batch))
+        loss = self._loss(batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.steps += 1
-        decay = ema_decay(self.config, self.steps)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
+            share = 1 - ema_decay(self.config, self.steps)
+            for name, mean in self.ema.items():
+                mean.lerp_(self.parameters[name], share)
         return StepResult(loss.item(), norm.item())
 
     def evaluate(self, batch: Any) -> float:
         """The loss of a batch under the EMA weights; nothing is learned."""
         weights = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._assign(self.ema)
         try:
-            with torch.no_grad(), self._autocast():
-                return self.loss(self.network, self._to_device(batch)).item()
+            with torch.no_grad():
+                self._assign(self.ema)
+                return self._loss(batch).item()
         finally:
             self._assign(weights)
 
@@ -80,55 +82,58 @@ class Trainer:
 
     def ema_weights(self) -> dict[str, NDArray[np.float32]]:
         """The averaged weights, float32, in checkpoint layout."""
-        return {name: tensor.cpu().contiguous().numpy().copy() for name, tensor in self.ema.items()}
+        return _to_numpy(self.ema)
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """All that a resumed run needs, in checkpoint layout: the same names in both backends."""
-        state = {f"model.{name}": array for name, array in self.weights().items()}
-        state |= {f"ema.{name}": array for name, array in self.ema_weights().items()}
-        for name, parameter in self.parameters.items():
-            moments = self.optimizer.state.get(parameter, {})
-            for key in ("exp_avg", "exp_avg_sq"):
-                moment = moments[key] if key in moments else torch.zeros_like(parameter)
-                state[f"{key}.{name}"] = moment.detach().cpu().contiguous().numpy().copy()
-        return state | {"steps": np.asarray([self.steps], np.float32)}
+        """All that a resumed run needs, in checkpoint layout: the same names in both backends, see `optimizer.pack_state`."""
+        exp_avg, exp_avg_sq = (_to_numpy(self._moments(key)) for key in ("exp_avg", "exp_avg_sq"))
+        return pack_state(TrainerState(self.weights(), self.ema_weights(), exp_avg, exp_avg_sq, self.steps))
 
     def load_state(self, state: Mapping[str, NDArray[np.float32]]) -> None:
-        """Continue from what `state` gave. Raises TensorMismatchError if the weights are another network's."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            found = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
-            return {name: torch.from_numpy(array).to(self.device) for name, array in found.items()}
-
-        set_weights(self.network, {name: tensor.cpu().numpy() for name, tensor in part("model.").items()})
-        ema, averages, squares = part("ema."), part("exp_avg."), part("exp_avg_sq.")
-        self.steps = int(state["steps"][0])
+        """Continue from what `state` gave, in either backend. Raises TensorMismatchError for another network's."""
+        unpacked = unpack_state(state, weight_shapes(self.network))
+        set_weights(self.network, unpacked.model)
+        self.steps = unpacked.steps
         for name, parameter in self.parameters.items():
-            self.ema[name].copy_(ema[name])
+            self.ema[name].copy_(torch.tensor(unpacked.ema[name]))
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.steps)),
-                "exp_avg": torch.empty_like(parameter).copy_(averages[name]),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(squares[name]),
+                "exp_avg": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg[name])),
+                "exp_avg_sq": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg_sq[name])),
             }
+
+    def _loss(self, batch: Any) -> Tensor:
+        tensors = type(batch)(*(torch.tensor(np.ascontiguousarray(array), device=self.device) for array in batch))
+        with self._autocast():
+            return self.loss(self.network, tensors)
+
+    def _moments(self, key: str) -> dict[str, Tensor]:
+        """AdamW's running means of the gradient or of its square; zeros before the first step."""
+        found = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.parameters.items()}
+        return {name: found[name].get(key, torch.zeros_like(parameter)) for name, parameter in self.parameters.items()}
 
     def _assign(self, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
 
-    def _to_device(self, batch: Any) -> Any:
-        return type(batch)(*(torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in batch))
-
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == "float32":
             return nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=getattr(torch, self.dtype))
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
+
+
+def _to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    """Float32 copies in checkpoint layout."""
+    layout = torch.contiguous_format
+    return {name: tensor.detach().to("cpu", memory_format=layout, copy=True).numpy() for name, tensor in tensors.items()}
 
 
 class _LeanGroupNorm(torch.autograd.Function):
     """Group normalisation of channels_last pictures (n, c, h, w) as a few passes over the pixels.
 
-    PyTorch's own backward took a third of a training step on the CPU; this one takes a fifth of that. Statistics are float32.
+    PyTorch's own backward took a third of a training step on the CPU; this one takes a fifth of that. The variance is
+    E[x^2] - E[x]^2, so its sums are float64: in float32 it would lose its digits where the mean is large.
     """
 
     @staticmethod
@@ -136,11 +141,11 @@ class _LeanGroupNorm(torch.autograd.Function):
         n, c, h, w = x.shape
         pixels = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
         count = h * w * c // groups
-        sums = pixels.sum(1, dtype=torch.float32).view(n, groups, -1).sum(-1)
-        squares = torch.linalg.vector_norm(pixels, dim=1, dtype=torch.float32).square().view(n, groups, -1).sum(-1)
+        sums = pixels.sum(1, dtype=torch.float64).view(n, groups, -1).sum(-1)
+        squares = torch.linalg.vector_norm(pixels, dim=1, dtype=torch.float64).square().view(n, groups, -1).sum(-1)
         mean = sums / count
         rstd = torch.rsqrt((squares / count - mean * mean).clamp_min(0) + eps)
-        mean, rstd = (value.repeat_interleave(c // groups, 1) for value in (mean, rstd))
+        mean, rstd = (value.float().repeat_interleave(c // groups, 1) for value in (mean, rstd))
         scale = weight * rstd
         shift = bias - mean * scale
         out = torch.addcmul(shift[:, None].to(x.dtype), pixels, scale[:, None].to(x.dtype))
@@ -175,12 +180,7 @@ def _use_lean_group_norm(network: nn.Module) -> None:
 
     for module in network.modules():
         if isinstance(module, nn.GroupNorm):
-            module.forward = partial(forward, module)
-
-
-def ema_decay(config: OptimizerConfig, steps: int) -> float:
-    """The EMA's decay, smaller at first so that the initial weights are forgotten."""
-    return min(config.ema_decay, (1 + steps) / (10 + steps))
+            module.forward = partial(forward, module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def vae_trainer(
@@ -192,10 +192,14 @@ def vae_trainer(
     dtype: str = "float32",
     device: str = "auto",
 ) -> Trainer:
-    """A trainer of the VAE that starts from `weights` (checkpoint layout)."""
-    network = AutoencoderKL(config)
-    set_weights(network, weights)
-    return Trainer(network, lambda vae, batch: vae_loss(vae, batch, loss), optimizer, dtype=dtype, device=choose_device(device))
+    """A trainer of the VAE that starts from `weights` (checkpoint layout).
+
+    Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
+    """
+    with torch.device("meta"):
+        network = AutoencoderKL(config)
+    set_weights(network.to_empty(device="cpu"), weights)
+    return Trainer(network, partial(vae_loss, config=loss), optimizer, dtype=dtype, device=device)
 
 
 def unet_trainer(
@@ -207,10 +211,14 @@ def unet_trainer(
     device: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> Trainer:
-    """A trainer of the U-Net that starts from `weights` (checkpoint layout)."""
-    network = MultiViewUNet(config, gradient_checkpointing=gradient_checkpointing)
-    set_weights(network, weights)
-    return Trainer(network, unet_loss, optimizer, dtype=dtype, device=choose_device(device))
+    """A trainer of the U-Net that starts from `weights` (checkpoint layout).
+
+    Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
+    """
+    with torch.device("meta"):
+        network = MultiViewUNet(config, gradient_checkpointing=gradient_checkpointing)
+    set_weights(network.to_empty(device="cpu"), weights)
+    return Trainer(network, unet_loss, optimizer, dtype=dtype, device=device)
 
 
 def vae_weight_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:

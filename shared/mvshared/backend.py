@@ -2,10 +2,10 @@
 
 import importlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,9 +57,7 @@ class Model(Protocol[A]):
         """Latents (n, h, w, c), float32, scaled for the U-Net: the posterior's mean of pixels (n, H, W, 3) in [-1, 1]."""
         ...
 
-    def condition(
-        self, *, cameras: NDArray[np.float32] | None, reference: A | None, normals: A | None, guided: bool
-    ) -> Any:
+    def condition(self, *, cameras: NDArray[np.float32] | None, reference: A | None, normals: A | None, guided: bool) -> Any:
         """Everything that stays constant over the sampling steps, for `denoise`.
 
         Camera vectors (v, 16), the clean reference latent (h, w, c), latents of the normal maps (v, h, w, c). `guided` prepares
@@ -74,6 +72,13 @@ class Model(Protocol[A]):
     def decode(self, x: A) -> NDArray[np.float32]:
         """Pixels (v, H, W, 3), about [-1, 1], of latents (v, h, w, c)."""
         ...
+
+
+class VAECodec(NamedTuple):
+    """A VAE alone: pixels (n, H, W, 3) in [-1, 1] to scaled latents (n, h, w, c) and back, float32."""
+
+    encode: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    decode: Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 def available_backends() -> list[BackendName]:
@@ -102,7 +107,19 @@ def choose_backend(name: str = "auto") -> BackendName:
     return preferred if preferred in available else available[0]
 
 
-def load(name: str | Path = "demo", *, backend: str = "auto", dtype: str | None = None, device: str = "auto") -> "Pipeline[Any]":
+def parse_dtype(name: str | None, *, default: Dtype) -> Dtype:
+    """The dtype of that name, `default` for None. Raises OptionError for another name."""
+    if name is None:
+        return default
+    for dtype in get_args(Dtype):
+        if name == dtype:
+            return dtype
+    raise OptionError("dtype", expected="float32, float16 or bfloat16", got=name)
+
+
+def load(
+    name: str | Path = "demo", *, backend: str = "auto", dtype: str | None = None, device: str = "auto"
+) -> "Pipeline[Any]":
     """Load a model in a backend: see `mvtorch.load` and `mvmlx.load`, which this calls.
 
     Raises OptionError, BackendError and CheckpointError.

@@ -4,25 +4,28 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from importlib.resources import files
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from mvshared.config import CameraConfig, Framing, GenerationDefaults, ModelConfig, SchedulerConfig, UNetConfig, VAEConfig
-from mvshared.errors import CheckpointError, MvError, OptionError
-from mvshared.files import read_json_object, write_atomic, write_json
+from mvshared.errors import CheckpointError, OptionError
+from mvshared.files import FileError, read_json_object, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 FORMAT_VERSION = 1
 EMBEDDED = {"demo": "demo"}
 
-Config = TypeVar("Config", UNetConfig, VAEConfig, SchedulerConfig, CameraConfig, GenerationDefaults, Framing)
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def find_model(name: Path | str) -> Path:
@@ -75,31 +78,36 @@ def read_config(cls: type[Config], path: Path) -> Config:
     return config_from_json(cls, read_json_object(path, error=CheckpointError), path=path)
 
 
-def config_from_json(
-    cls: type[Config], document: object, *, path: Path, error: type[MvError] = CheckpointError
-) -> Config:
+def config_from_json(cls: type[Config], document: object, *, path: Path, error: FileError = CheckpointError) -> Config:
     """A config dataclass from a JSON object; keys that begin with `_` are comments.
 
-    Raises `error` (a class that takes `path`) for an unknown key, a value of the wrong type, or one that the class refuses.
+    Raises `error` for an unknown key, a missing one, a value of the wrong type, or one that the class refuses.
     """
     if not isinstance(document, dict):
-        raise error(f"must hold an object, got {document!r}", path=path)  # pyright: ignore[reportCallIssue]
+        raise error(f"must hold an object, got {document!r}", path=path)
     hints = get_type_hints(cls)
     given = {name: value for name, value in document.items() if not name.startswith("_")}
     unknown = sorted(given.keys() - hints.keys())
     if unknown:
         allowed = ", ".join(sorted(hints))
-        raise error(f"unknown field {unknown[0]!r}; allowed are {allowed}", path=path)  # pyright: ignore[reportCallIssue]
+        raise error(f"unknown field {unknown[0]!r}; allowed are {allowed}", path=path)
+    missing = [field.name for field in fields(cls) if field.name not in given and _is_required(field)]
+    if missing:
+        raise error(f"the field {missing[0]!r} is missing", path=path)
     values = {}
     for name, value in given.items():
         converted, fits = _convert(value, hints[name])
         if not fits:
-            raise error(f"{name} must be {_type_name(hints[name])}, got {value!r}", path=path)  # pyright: ignore[reportCallIssue]
+            raise error(f"{name} must be {_type_name(hints[name])}, got {value!r}", path=path)
         values[name] = converted
     try:
         return cls(**values)
     except OptionError as refused:
-        raise error(str(refused), path=path) from refused  # pyright: ignore[reportCallIssue]
+        raise error(str(refused), path=path) from refused
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _type_name(hint: Any) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mvshared.errors import ConfigError, DatasetError, OutputError
+from mvshared.errors import CheckpointError, ConfigError, DatasetError, OutputError
 
-FileError = type[ConfigError] | type[DatasetError]
+FileError = type[CheckpointError] | type[ConfigError] | type[DatasetError]
 
 
 def read_json_object(path: Path | str, *, error: FileError = ConfigError) -> dict[str, Any]:

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mvshared.errors import CheckpointError, TensorMismatchError
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+WEIGHT_DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}  # numpy has no bfloat16: its bits
 MAX_HEADER_BYTES = 100_000_000
 
 # Attention of the VAE's mid block in checkpoints written before diffusers 0.15.
@@ -158,6 +162,43 @@ def check_names_and_shapes(
     ]
     if missing or unexpected or misshaped:
         raise TensorMismatchError(path=path, missing=missing, unexpected=unexpected, misshaped=misshaped)
+
+
+def match_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """`{name in the model: name in the file}` of a weight file that holds exactly the `expected` names and shapes.
+
+    Raises CheckpointError for a damaged file, a tensor that is there under two names or holds no floating-point numbers, and
+    TensorMismatchError if names or shapes differ.
+    """
+    tensors = read_header(path).tensors
+    names: dict[str, str] = {}
+    for name, info in tensors.items():
+        renamed = rename_old_vae_attention(name)
+        if renamed in names:
+            raise CheckpointError(f"holds one tensor under two names: {names[renamed]!r} and {name!r}", path=path)
+        if info.dtype not in WEIGHT_DTYPES:
+            allowed = ", ".join(WEIGHT_DTYPES)
+            raise CheckpointError(f"{name!r} must be one of {allowed}, got {info.dtype}", path=path)
+        names[renamed] = name
+    found = {renamed: tensors[name].shape for renamed, name in names.items()}
+    check_names_and_shapes(expected=expected, found=found, path=path)
+    return names
+
+
+def read_weights(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
+    """The tensors of a weight file as float32 arrays, by their names in the model. Raises as `match_tensors` does."""
+    names, tensors = match_tensors(path, expected), read_header(path).tensors
+    weights = {}
+    with path.open("rb") as file:
+        data_start = 8 + int.from_bytes(file.read(8), "little")
+        for name, name_in_file in names.items():
+            info = tensors[name_in_file]
+            file.seek(data_start + info.start)
+            array = np.frombuffer(file.read(info.end - info.start), np.dtype(WEIGHT_DTYPES[info.dtype]).newbyteorder("<"))
+            if info.dtype == "BF16":
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            weights[name] = array.astype(np.float32).reshape(info.shape)
+    return weights
 
 
 def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:

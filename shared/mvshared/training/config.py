@@ -9,6 +9,8 @@ from mvshared.checkpoint import config_from_json
 from mvshared.config import CameraConfig, Framing, GenerationDefaults, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.errors import ConfigError, OptionError
 
+TrainDtype = Literal["float32", "bfloat16"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -34,6 +36,8 @@ class DataConfig:
         for name in ("held_out", "reference_dropout", "normals_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(name, expected="0 to 1", got=getattr(self, name))
+        if not all(0 <= channel <= 255 for channel in self.background):
+            raise OptionError("background", expected="0 to 255 in red, green and blue", got=self.background)
         if self.targets < 1:
             raise OptionError("targets", expected="at least 1", got=self.targets)
 
@@ -54,8 +58,14 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise OptionError("learning_rate", expected="above 0", got=self.learning_rate)
-        if not self.gradient_clip > 0:
-            raise OptionError("gradient_clip", expected="above 0", got=self.gradient_clip)
+        for name in ("gradient_clip", "eps"):
+            if not getattr(self, name) > 0:
+                raise OptionError(name, expected="above 0", got=getattr(self, name))
+        for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise OptionError(name, expected="at least 0", got=getattr(self, name))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OptionError("betas", expected="two numbers from 0 to below 1", got=self.betas)
         if not 0 <= self.ema_decay < 1:
             raise OptionError("ema_decay", expected="0 to below 1", got=self.ema_decay)
 
@@ -72,7 +82,11 @@ class VAELossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One stage of training. `vae_from` is the checkpoint folder whose VAE the U-Net stage uses."""
+    """One stage of training.
+
+    `vae_from` is the checkpoint folder whose VAE the U-Net stage uses, `init_from` one to start from. `dtype` is that of the
+    computation, `model_dtype` that of the trained model's files; the run's own state is float32.
+    """
 
     stage: Literal["vae", "unet"]
     data: DataConfig
@@ -80,7 +94,8 @@ class TrainConfig:
     batch_size: int
     seed: int = 0
     family: str = "custom"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: TrainDtype = "float32"
+    model_dtype: Literal["float32", "float16"] = "float32"
     gradient_checkpointing: bool = False
     checkpoint_every: int = 500
     log_every: int = 20
@@ -91,15 +106,17 @@ class TrainConfig:
     vae_from: str | None = None
     init_from: str | None = None
     unet: UNetConfig | None = None
-    scheduler: SchedulerConfig = SchedulerConfig()
-    camera: CameraConfig = CameraConfig()
-    defaults: GenerationDefaults = GenerationDefaults()
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    camera: CameraConfig = field(default_factory=CameraConfig)
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     framing: Framing = field(default_factory=Framing)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "sample_every"):
             if getattr(self, name) < 1:
                 raise OptionError(name, expected="at least 1", got=getattr(self, name))
+        if self.seed < 0:
+            raise OptionError("seed", expected="at least 0", got=self.seed)
         if self.stage == "vae" and self.vae is None:
             raise OptionError("vae", expected="a table of VAEConfig fields for stage 'vae'", got=None)
         if self.stage == "unet" and (self.unet is None or self.vae_from is None):
@@ -138,6 +155,6 @@ def parse_train_config(document: dict[str, Any], *, path: Path) -> TrainConfig:
     """A TrainConfig of nested tables. Raises ConfigError."""
     values = dict(document)
     for name, cls in TABLES.items():
-        if name in values:
+        if values.get(name) is not None:
             values[name] = config_from_json(cls, values[name], path=path, error=ConfigError)
     return config_from_json(TrainConfig, values, path=path, error=ConfigError)

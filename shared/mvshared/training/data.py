@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ class UNetBatch(NamedTuple):
 
 
 def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], list[Path]]:
-    """The capture folders to train on and to validate on, by name; the last ones are held out, one at least.
+    """The capture folders to train on and to validate on, by name; the last ones are held out; each side has one at least.
 
     Raises DatasetError if there are fewer than two captures.
     """
@@ -66,7 +67,7 @@ def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], l
             path=folder,
             hint="make some with: mvmlx render-heads",
         )
-    count = max(1, round(held_out * len(found)))
+    count = min(max(1, round(held_out * len(found))), len(found) - 1)
     return found[:-count], found[-count:]
 
 
@@ -79,7 +80,7 @@ def read_picture(path: Path, *, background: tuple[int, int, int]) -> Picture:
         raise DatasetError(f"cannot be decoded: {error}", path=path) from error
     alpha = rgba[..., 3] / np.float32(255)
     mixed = rgba[..., :3] * alpha[..., None] + np.asarray(background, np.float32) * (1 - alpha[..., None])
-    return Picture(mixed / np.float32(127.5) - 1, alpha)
+    return Picture((mixed / 127.5 - 1).astype(np.float32), alpha)
 
 
 def read_normals(path: Path) -> Picture:
@@ -155,7 +156,7 @@ class Latents(NamedTuple):
         try:
             with np.load(path) as arrays:
                 return cls(**{name: arrays[name] for name in cls._fields})
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
             raise DatasetError(f"is no file of latents: {error}", path=path, hint="remove it, it is made anew") from error
 
 
@@ -229,7 +230,7 @@ class ViewBatches:
         data, config = self.latents, self.config
         rows, references = [], []
         for number in self.objects[random.integers(len(self.objects), size=size)]:
-            views = np.arange(data.first[number], data.first[number + 1])
+            views = np.arange(int(data.first[number]), int(data.first[number + 1]))
             reference = random.choice(views[self.is_reference[views]])
             rows.append(random.choice(views[views != reference], size=config.targets, replace=False))
             references.append(reference)
@@ -248,9 +249,9 @@ class ViewBatches:
             normals = data.normals[chosen].astype(np.float32) * keep_normals[:, None, None, None, None]
             sample = np.concatenate([sample, normals.astype(np.float32)], axis=-1)
         return UNetBatch(
-            sample=sample,
+            sample=np.asarray(sample, np.float32),
             timesteps=timesteps.astype(np.float32),
             camera=data.cameras[chosen],
             reference=reference_latents * keep_reference[:, None, None, None].astype(np.float32),
-            target=target,
+            target=np.asarray(target, np.float32),
         )

@@ -19,7 +19,7 @@ def initial_weights(
     """Weights by name for `shapes` (checkpoint layout, output channels first); names ending in one of `zeros` are zero."""
     weights = {}
     for name, shape in shapes.items():
-        if name.endswith(tuple(zeros)) or name.endswith(".bias"):
+        if name.endswith((*zeros, ".bias")):
             weights[name] = np.zeros(shape, np.float32)
         elif len(shape) == 1:
             weights[name] = np.ones(shape, np.float32)

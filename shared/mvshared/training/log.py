@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
+from mvshared.errors import ConfigError
 from mvshared.files import write_atomic
 
 
@@ -57,16 +58,19 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[LogRow]:
-    """The rows of a log.csv."""
-    with path.open(newline="") as file:
-        return [
-            LogRow(
-                step=int(row["step"]),
-                loss=float(row["loss"]),
-                held_out_loss=float(row["held_out_loss"]) if row["held_out_loss"] else None,
-                gradient_norm=float(row["gradient_norm"]),
-                learning_rate=float(row["learning_rate"]),
-                seconds_per_step=float(row["seconds_per_step"]),
-            )
-            for row in csv.DictReader(file)
-        ]
+    """The rows of a log.csv. Raises ConfigError if it is none."""
+    try:
+        with path.open(newline="") as file:
+            return [
+                LogRow(
+                    step=int(row["step"]),
+                    loss=float(row["loss"]),
+                    held_out_loss=float(row["held_out_loss"]) if row["held_out_loss"] else None,
+                    gradient_norm=float(row["gradient_norm"]),
+                    learning_rate=float(row["learning_rate"]),
+                    seconds_per_step=float(row["seconds_per_step"]),
+                )
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ConfigError(f"is no training log: {error}", path=path, hint="remove it; the run goes on without it") from error

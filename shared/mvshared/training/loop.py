@@ -8,11 +8,11 @@ again, the run goes on from state.safetensors and ends with the same weights.
 import importlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,11 @@ from mvshared.checkpoint import read_config, weight_file, write_component, write
 from mvshared.config import ModelConfig, VAEConfig
 from mvshared.errors import ConfigError, NumericsError, OutputError
 from mvshared.files import read_json_object, write_atomic, write_json
-from mvshared.training.config import OptimizerConfig, TrainConfig
+from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures
 from mvshared.training.initial import UNET_ZEROS, initial_weights
 from mvshared.training.log import LogRow, TrainingLog
-from mvshared.weights import read_header, sha256_of_files
+from mvshared.weights import read_header, read_weights, sha256_of_files
 
 HELD_OUT_SEED = 1  # added to the run's seed for the validation batches, which are the same at every step
 HELD_OUT_BATCHES = 4
@@ -64,8 +64,8 @@ def train(
 
     `on_sample(model folder, step)` is called every `config.sample_every` steps and at the end.
 
-    Raises OutputError if `folder` holds something else or a run with another config, DatasetError for the data, NumericsError if
-    the loss leaves the finite numbers (the last state stays).
+    Raises OutputError if `folder` holds something else, a run with another config or one of more steps, DatasetError for the
+    data, and NumericsError if the loss leaves the finite numbers (the last state stays).
     """
     folder = Path(folder)
     package = PACKAGES[choose_backend(backend)]
@@ -78,7 +78,11 @@ def train(
         read_header(state_path)
         stage.trainer.load_state(load_file(state_path))
     first = stage.trainer.steps
+    if first > config.steps:
+        raise OutputError(f"holds a run of {first} steps, {config.steps} were asked for", path=folder)
     log = TrainingLog(folder, last_step=first)
+    if first == config.steps:  # killed, maybe, between the last state and the model
+        stage.save_model()
     losses, norms, started = [], [], time.perf_counter()
     with tqdm(total=config.steps, initial=first, desc=f"training {config.stage}", unit="step", disable=None) as progress:
         for step in range(first, config.steps):
@@ -119,14 +123,16 @@ def _prepare(folder: Path, config: TrainConfig) -> None:
     path = folder / "config.json"
     document = _as_json(asdict(config))
     if path.exists():
-        before = read_json_object(path, error=ConfigError)
-        changed = sorted(name for name in document if name != "steps" and document[name] != before.get(name))
+        before = asdict(parse_train_config(read_json_object(path, error=ConfigError), path=path))
+        changed = sorted(name for name, value in asdict(config).items() if name != "steps" and value != before[name])
         if changed:
             raise OutputError(
                 f"holds a run with other values of {', '.join(changed)}", path=folder, hint="name a new folder for this run"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(not file.match(".config.json.*.tmp") for file in folder.iterdir())):
         raise OutputError("is not empty and holds no training run", path=folder, hint="name a new folder for this run")
+    for leftover in folder.rglob(".*.tmp"):  # of files that were being written when the run was killed
+        leftover.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, document)
 
@@ -153,7 +159,7 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
     trainer = module.vae_trainer(vae, config.optimizer, config.vae_loss, weights, dtype=config.dtype, device=device)
 
     def save_model() -> None:
-        write_component(folder / "model", "vae", vae, trainer.ema_weights())
+        write_component(folder / "model", "vae", vae, _cast(trainer.ema_weights(), config.model_dtype))
 
     return Stage(
         trainer,
@@ -166,7 +172,6 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
 def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
     assert config.unet is not None and config.vae_from is not None
     unet = config.unet
-    vae_folder = Path(config.vae_from)
     vae, training, held_out = _latents(config, folder, backend=backend, device=device)
     batches, held_out_batches = (
         ViewBatches(latents, config.data, config.scheduler, normal_channels=unet.normal_channels)
@@ -191,11 +196,13 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         framing=config.framing,
     )
 
+    vae_weights = read_weights(weight_file(Path(config.vae_from), "vae"), module.vae_weight_shapes(vae))
+
     def save_model() -> None:
         target = folder / "model"
         if not (target / "model_index.json").exists():
-            write_component(target, "vae", vae, load_file(weight_file(vae_folder, "vae")))
-        write_component(target, "unet", unet, trainer.ema_weights())
+            write_component(target, "vae", vae, _cast(vae_weights, config.model_dtype))
+        write_component(target, "unet", unet, _cast(trainer.ema_weights(), config.model_dtype))
         write_model_config(target, model)
 
     return Stage(
@@ -225,10 +232,12 @@ def _latents(config: TrainConfig, folder: Path, *, backend: str, device: str) ->
     training, held_out = (Latents.load(path) for path in paths)
     if vae.latents_mean is None:
         sample = training.images.reshape(-1, vae.latent_channels).astype(np.float64)
-        vae = replace(
-            vae, scaling_factor=1.0, latents_mean=_rounded(sample.mean(0)), latents_std=_rounded(sample.std(0))
-        )
+        vae = replace(vae, scaling_factor=1.0, latents_mean=_rounded(sample.mean(0)), latents_std=_rounded(sample.std(0)))
     return vae, _scaled(training, vae), _scaled(held_out, vae)
+
+
+def _cast(weights: Mapping[str, NDArray[Any]], dtype: str) -> dict[str, NDArray[Any]]:
+    return {name: array.astype(dtype) for name, array in weights.items()}
 
 
 def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:
@@ -246,11 +255,9 @@ def _scaled(latents: Latents, vae: VAEConfig) -> Latents:
 
 
 def _initial(
-    config: TrainConfig, component: str, shapes: dict[str, tuple[int, ...]], *, zeros: tuple[str, ...]
+    config: TrainConfig, component: Literal["unet", "vae"], shapes: dict[str, tuple[int, ...]], *, zeros: tuple[str, ...]
 ) -> dict[str, NDArray[np.float32]]:
     """Weights to start from: those of `init_from`, or random ones."""
     if config.init_from is None:
         return initial_weights(shapes, seed=config.seed, zeros=zeros)
-    file = weight_file(Path(config.init_from), component)  # type: ignore[arg-type]
-    read_header(file)
-    return {name: array.astype(np.float32) for name, array in load_file(file).items()}
+    return read_weights(weight_file(Path(config.init_from), component), shapes)

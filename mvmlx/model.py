@@ -1,0 +1,255 @@
+"""Loading a checkpoint folder into MLX, and the Model that the shared pipeline drives.
+
+Checkpoint layout is PyTorch's: convolution kernels are (out, in, h, w) in files and at the border, (out, h, w, in) inside.
+MLX's default device belongs to the program around this: what is computed here runs under `with mx.stream(device)`, and is
+evaluated before it is handed out, so that another thread may use it.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from numpy.typing import NDArray
+
+from mvmlx.unet import MultiViewUNet
+from mvmlx.vae import AutoencoderKL
+from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
+from mvshared.checkpoint import find_model, read_model_config, weight_file
+from mvshared.config import ModelConfig, VAEConfig
+from mvshared.errors import BackendError
+from mvshared.shapes import check_pictures
+from mvshared.weights import check_names_and_shapes, match_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What stays constant over the sampling steps; batches are [unconditional, conditional] if guided, else [conditional].
+
+    Cameras (b, v, 16), reference latents (b, h, w, c), latents of the normal maps (b, v, h, w, c).
+    """
+
+    cameras: mx.array | None
+    reference: mx.array | None
+    normals: mx.array | None
+    guided: bool
+
+
+class MultiViewModel:
+    """A U-Net and a VAE on one device: implements `mvshared.backend.Model`."""
+
+    config: ModelConfig
+    backend: BackendName
+    device: str
+    dtype: Dtype
+    weight_files: Sequence[Path]
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        unet: MultiViewUNet,
+        vae: AutoencoderKL,
+        *,
+        device: str,
+        dtype: Dtype,
+        weight_files: Sequence[Path],
+    ) -> None:
+        self.backend = "mlx"
+        self.config, self.unet, self.vae = config, unet, vae
+        self.device, self.dtype, self.weight_files = device, dtype, weight_files
+
+    def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
+        """A float32 copy on the device."""
+        with _on_device(self.device):
+            return _evaluated(mx.array(np.asarray(x, dtype=np.float32)))
+
+    def to_numpy(self, x: mx.array) -> NDArray[np.float32]:
+        """A float32 copy."""
+        return _to_numpy(x)
+
+    def encode_latents(self, pixels: NDArray[np.float32]) -> mx.array:
+        """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.
+
+        Raises OptionError for shapes that do not fit.
+        """
+        vae = self.vae.config
+        check_pictures("pixels", pixels.shape, channels=vae.in_channels, multiple=vae.downscale)
+        with _on_device(self.device):
+            x = self.from_numpy(pixels)
+            means = [_evaluated(self.vae.encode(x[n : n + 1]).mean.astype(mx.float32)) for n in range(len(x))]
+            return _evaluated(self.vae.scale_latents(mx.concatenate(means)))
+
+    def condition(
+        self, *, cameras: NDArray[np.float32] | None, reference: mx.array | None, normals: mx.array | None, guided: bool
+    ) -> Condition:
+        """What `denoise` needs of camera vectors (v, 16), a clean latent (h, w, c) and latents of normal maps (v, h, w, c).
+
+        The unconditional half has no reference; cameras and normal maps say what is looked at, so both halves have them.
+        """
+
+        def batched(x: mx.array | None, *, drop: bool = False) -> mx.array | None:
+            if x is None:
+                return None
+            return _evaluated(mx.stack([mx.zeros_like(x) if drop else x, x]) if guided else x[None])
+
+        with _on_device(self.device):
+            views = None if cameras is None else self.from_numpy(cameras)
+            return Condition(
+                cameras=batched(views), reference=batched(reference, drop=True), normals=batched(normals), guided=guided
+            )
+
+    def denoise(self, x: mx.array, t: float, condition: Condition, guidance: float) -> mx.array:
+        """The U-Net's output (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t.
+
+        Guided, it is `unconditional + guidance * (conditional - unconditional)`. Raises OptionError for shapes that do not fit.
+        """
+        unet = self.config.unet
+        with _on_device(self.device):
+            batch = 2 if condition.guided else 1
+            sample = mx.broadcast_to(x[None], (batch, *x.shape))
+            if unet.normal_channels:
+                zeros = mx.zeros((*sample.shape[:-1], unet.normal_channels), dtype=x.dtype)
+                sample = mx.concatenate([sample, zeros if condition.normals is None else condition.normals], axis=-1)
+            timesteps = mx.full((batch,), t, dtype=mx.float32)
+            out = self.unet(sample, timesteps, camera=condition.cameras, reference=condition.reference).astype(mx.float32)
+            if not condition.guided:
+                return _evaluated(out[0])
+            unconditional, conditional = out[0], out[1]
+            return _evaluated(unconditional + guidance * (conditional - unconditional))
+
+    def decode(self, x: mx.array) -> NDArray[np.float32]:
+        """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), one view at a time.
+
+        Raises OptionError for shapes that do not fit.
+        """
+        check_pictures("latents", x.shape, channels=self.vae.config.latent_channels)
+        with _on_device(self.device):
+            latents = self.vae.unscale_latents(x)
+            return np.concatenate([self.to_numpy(self.vae.decode(latents[v : v + 1])) for v in range(len(latents))])
+
+
+def choose_device(device: str = "auto") -> str:
+    """`auto` is MLX's default device, else `cpu` or `gpu`. Raises BackendError for a device that MLX does not have."""
+    if device == "auto":
+        return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    if device not in ("cpu", "gpu"):
+        raise BackendError(f"MLX has the devices cpu and gpu, got {device!r}", backend="mlx", hint="leave it to auto")
+    if device == "gpu" and not mx.is_available(mx.gpu):
+        raise BackendError("MLX finds no GPU on this machine", backend="mlx", hint="use cpu, or leave it to auto")
+    return device
+
+
+def choose_dtype(dtype: str | None, *, device: str) -> Dtype:
+    """The given dtype, or float16 on a GPU and float32 on the CPU. Raises OptionError for another name.
+
+    Raises BackendError for bfloat16 on Metal: its fast convolutions keep their transforms in the tensor's dtype, which leaves
+    an error of some 6 % per layer in bfloat16.
+    """
+    chosen = parse_dtype(dtype, default="float16" if device == "gpu" else "float32")
+    if chosen == "bfloat16" and device == "gpu" and mx.metal.is_available():
+        raise BackendError("convolutions in bfloat16 are inaccurate on Metal", backend="mlx", hint="use float16 or float32")
+    return chosen
+
+
+def load_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> MultiViewModel:
+    """Load an embedded model by name, or a checkpoint folder.
+
+    Raises CheckpointError, OptionError and BackendError.
+    """
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, device=chosen_device)
+    folder = find_model(name)
+    config = read_model_config(folder)
+    files = [weight_file(folder, "unet"), weight_file(folder, "vae")]
+    unet, vae = MultiViewUNet(config.unet), AutoencoderKL(config.vae)
+    for module, file in ((unet, files[0]), (vae, files[1])):
+        load_weights(module, file, dtype=chosen_dtype, device=chosen_device)
+        module.eval()
+    return MultiViewModel(config, unet, vae, device=chosen_device, dtype=chosen_dtype, weight_files=files)
+
+
+def load_weights(module: nn.Module, path: Path, *, dtype: Dtype, device: str) -> None:
+    """Read a weight file into a module, one tensor at a time; the module's own weights are never needed.
+
+    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    """
+    names = match_tensors(path, weight_shapes(module))
+    with _on_device(device):
+        lazy: Any = mx.load(str(path))
+        tensors = []
+        for name, name_in_file in names.items():
+            tensors.append((name, _from_checkpoint(lazy.pop(name_in_file).astype(getattr(mx, dtype)))))
+        module.load_weights(tensors, strict=True)
+
+
+def load_vae(config: VAEConfig, path: Path, *, device: str = "auto") -> VAECodec:
+    """The VAE of a weight file, in float32. Raises CheckpointError and BackendError."""
+    chosen = choose_device(device)
+    vae = AutoencoderKL(config)
+    load_weights(vae, path, dtype="float32", device=chosen)
+
+    def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        with _on_device(chosen):
+            return _to_numpy(vae.scale_latents(vae.encode(mx.array(pixels)).mean))
+
+    def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        with _on_device(chosen):
+            return _to_numpy(vae.decode(vae.unscale_latents(mx.array(latents))))
+
+    return VAECodec(encode, decode)
+
+
+def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a checkpoint of this module."""
+    return {name: _checkpoint_shape(array.shape) for name, array in _weights(module)}
+
+
+def set_weights(module: nn.Module, weights: Mapping[str, NDArray[Any]]) -> None:
+    """Overwrite the module's weights with arrays in checkpoint layout. Raises TensorMismatchError."""
+    found = {name: array.shape for name, array in weights.items()}
+    check_names_and_shapes(expected=weight_shapes(module), found=found, path=None)
+    tensors = [(name, _from_checkpoint(mx.array(weights[name]).astype(array.dtype))) for name, array in _weights(module)]
+    module.load_weights(tensors, strict=True)
+
+
+def get_weights(module: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """Float32 copies of the module's weights in checkpoint layout."""
+    return {name: _to_checkpoint(array) for name, array in _weights(module)}
+
+
+def _weights(module: nn.Module) -> list[tuple[str, mx.array]]:
+    flat: Any = tree_flatten(module.parameters())
+    return flat
+
+
+def _on_device(device: str) -> AbstractContextManager[Any]:
+    return mx.stream(mx.Device(getattr(mx, device)))
+
+
+def _evaluated(x: mx.array) -> mx.array:
+    mx.eval(x)
+    return x
+
+
+def _to_numpy(x: mx.array) -> NDArray[np.float32]:
+    """A float32 copy; numpy cannot read bfloat16."""
+    return np.array(x.astype(mx.float32))
+
+
+def _checkpoint_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
+
+
+def _from_checkpoint(x: mx.array) -> mx.array:
+    """Convolution kernels (out, in, h, w) as (out, h, w, in), evaluated; all else as it is."""
+    return _evaluated(mx.contiguous(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x)
+
+
+def _to_checkpoint(x: mx.array) -> NDArray[np.float32]:
+    """A float32 copy; convolution kernels (out, h, w, in) as (out, in, h, w)."""
+    return _to_numpy(mx.contiguous(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x)

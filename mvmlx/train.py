@@ -1,0 +1,204 @@
+"""Training in MLX: the losses of the two stages, and the optimiser step. All else is in mvshared.training."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.optimizers import AdamW, clip_grad_norm
+from mlx.utils import tree_flatten, tree_unflatten
+from numpy.typing import NDArray
+
+from mvmlx.model import _from_checkpoint, _on_device, _to_checkpoint, choose_device, set_weights, weight_shapes
+from mvmlx.unet import MultiViewUNet
+from mvmlx.vae import AutoencoderKL
+from mvshared.config import UNetConfig, VAEConfig
+from mvshared.errors import OptionError
+from mvshared.training.config import OptimizerConfig, VAELossConfig
+from mvshared.training.data import UNetBatch, VAEBatch
+from mvshared.training.optimizer import StepResult, TrainerState, ema_decay, pack_state, unpack_state
+
+
+class Trainer:
+    """A network, its loss, AdamW and an exponential moving average (EMA) of the weights.
+
+    `loss(network, batch)` gets the batch as arrays. Weights, optimiser and arithmetic are float32: MLX has no autocast.
+    Raises OptionError for another dtype, BackendError for a device that is not there.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Callable[[Any, Any], mx.array],
+        config: OptimizerConfig,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+    ) -> None:
+        if dtype != "float32":
+            hint = "set dtype to float32, or train with the torch backend"
+            raise OptionError("dtype", expected="float32 for training in MLX", got=dtype, hint=hint)
+        self.device, self.dtype = choose_device(device), dtype
+        self.network = network.train()
+        self.loss, self.config = loss, config
+        # Parameters, moments and averages are kept flat, by name: a tree to MLX like any other, and the border's form.
+        self.parameters: dict[str, mx.array] = dict(_flat(network.trainable_parameters()))
+        self.optimizer = AdamW(0.0, list(config.betas), config.eps, config.weight_decay, bias_correction=True)
+        self.optimizer.init(self.parameters)
+        self.ema = {name: mx.array(parameter) for name, parameter in self.parameters.items()}
+        self.steps = 0
+
+    def step(self, batch: Any, *, learning_rate: float) -> StepResult:
+        """Learn from one batch (a NamedTuple of float32 arrays)."""
+        with _on_device(self.device):
+            loss, tree = nn.value_and_grad(self.network, partial(self.loss, self.network))(_to_arrays(batch))
+            gradients, norm = clip_grad_norm(dict(_flat(tree)), self.config.gradient_clip)
+            self.optimizer.learning_rate = learning_rate
+            self.parameters = self.optimizer.apply_gradients(gradients, self.parameters)
+            self.steps += 1
+            share = 1 - ema_decay(self.config, self.steps)
+            self.ema = {name: mean + share * (self.parameters[name] - mean) for name, mean in self.ema.items()}
+            self._assign(self.parameters)
+            mx.eval(loss, norm, self.parameters, self.ema, self.optimizer.state)
+            return StepResult(_float(loss), _float(norm))
+
+    def evaluate(self, batch: Any) -> float:
+        """The loss of a batch under the EMA weights; nothing is learned."""
+        try:
+            with _on_device(self.device):
+                self._assign(self.ema)
+                return _float(self.loss(self.network, _to_arrays(batch)))
+        finally:
+            self._assign(self.parameters)
+
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """The weights, float32, in checkpoint layout."""
+        return _to_numpy(self.parameters)
+
+    def ema_weights(self) -> dict[str, NDArray[np.float32]]:
+        """The averaged weights, float32, in checkpoint layout."""
+        return _to_numpy(self.ema)
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """All that a resumed run needs, in checkpoint layout: the same names in both backends, see `optimizer.pack_state`."""
+        exp_avg, exp_avg_sq = (
+            _to_numpy({name: self.optimizer.state[name][key] for name in self.parameters}) for key in ("m", "v")
+        )
+        return pack_state(TrainerState(self.weights(), self.ema_weights(), exp_avg, exp_avg_sq, self.steps))
+
+    def load_state(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """Continue from what `state` gave, in either backend. Raises TensorMismatchError for another network's."""
+        unpacked = unpack_state(state, weight_shapes(self.network))
+        with _on_device(self.device):
+            self.parameters, self.ema = _from_numpy(unpacked.model), _from_numpy(unpacked.ema)
+            exp_avg, exp_avg_sq = _from_numpy(unpacked.exp_avg), _from_numpy(unpacked.exp_avg_sq)
+        self.steps = unpacked.steps
+        moments: dict[str, Any] = {name: {"m": exp_avg[name], "v": exp_avg_sq[name]} for name in self.parameters}
+        self.optimizer.state = moments | {"step": mx.array(self.steps, mx.uint64), "learning_rate": mx.array(0.0)}
+        self._assign(self.parameters)
+
+    def _assign(self, weights: dict[str, mx.array]) -> None:
+        self.network.update(tree_unflatten(list(weights.items())))
+
+
+def vae_trainer(
+    config: VAEConfig,
+    optimizer: OptimizerConfig,
+    loss: VAELossConfig,
+    weights: Mapping[str, NDArray[np.float32]],
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+) -> Trainer:
+    """A trainer of the VAE that starts from `weights` (checkpoint layout).
+
+    Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
+    """
+    network = AutoencoderKL(config)
+    set_weights(network, weights)
+    return Trainer(network, partial(vae_loss, config=loss), optimizer, dtype=dtype, device=device)
+
+
+def unet_trainer(
+    config: UNetConfig,
+    optimizer: OptimizerConfig,
+    weights: Mapping[str, NDArray[np.float32]],
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    gradient_checkpointing: bool = False,
+) -> Trainer:
+    """A trainer of the U-Net that starts from `weights` (checkpoint layout).
+
+    Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
+    """
+    network = MultiViewUNet(config, gradient_checkpointing=gradient_checkpointing)
+    set_weights(network, weights)
+    return Trainer(network, unet_loss, optimizer, dtype=dtype, device=device)
+
+
+def vae_weight_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a checkpoint of the VAE."""
+    return weight_shapes(AutoencoderKL(config))
+
+
+def unet_weight_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a checkpoint of the U-Net."""
+    return weight_shapes(MultiViewUNet(config))
+
+
+def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.array:
+    """Weighted L1, MSE and L1 of the differences of neighbouring pixels, and the KL divergence to N(0, 1), as means."""
+    pixels, foreground, noise = (_array(array) for array in batch)
+    mean, logvar = vae.encode(pixels)
+    error = vae.decode(mean + mx.exp(logvar / 2) * noise) - pixels
+    weight = 1 + config.foreground_weight * foreground[..., None]
+    weight = weight / weight.mean()
+    loss = (weight * error.abs()).mean() + config.mse_weight * (weight * error.square()).mean()
+    down, right = error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1]
+    edges = (weight[:, 1:] * down.abs()).mean() + (weight[:, :, 1:] * right.abs()).mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return loss + config.gradient_weight * edges + config.kl_weight * kl
+
+
+def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:
+    """Mean squared error of the network's output."""
+    sample, timesteps, camera, reference, target = (_array(array) for array in batch)
+    config = unet.config
+    out = unet(
+        sample,
+        timesteps,
+        camera=camera if config.camera_dim else None,
+        reference=reference if config.reference_frame else None,
+    )
+    return (out - target).square().mean()
+
+
+def _array(array: Any) -> mx.array:
+    """A batch's field inside the trainer, where the fields are MLX arrays."""
+    return array
+
+
+def _to_arrays(batch: Any) -> Any:
+    return type(batch)(*(mx.array(array) for array in batch))
+
+
+def _float(x: mx.array) -> float:
+    value: Any = x.item()
+    return value
+
+
+def _from_numpy(weights: Mapping[str, NDArray[np.float32]]) -> dict[str, mx.array]:
+    return {name: _from_checkpoint(mx.array(array)) for name, array in weights.items()}
+
+
+def _to_numpy(weights: dict[str, mx.array]) -> dict[str, NDArray[np.float32]]:
+    """Float32 copies in checkpoint layout."""
+    return {name: _to_checkpoint(array) for name, array in weights.items()}
+
+
+def _flat(tree: Any) -> list[tuple[str, mx.array]]:
+    flat: Any = tree_flatten(tree)
+    return flat
