@@ -84,7 +84,7 @@ def read_picture(path: Path, *, background: tuple[int, int, int]) -> Picture:
 
 
 def read_normals(path: Path) -> Picture:
-    """A normal map: components in [-1, 1], zero where there is no surface."""
+    """A normal map: components in [-1, 1], zero (as near as 128 of 255 comes to it) where there is no surface."""
     return read_picture(path, background=(128, 128, 128))
 
 
@@ -154,7 +154,7 @@ class Latents(NamedTuple):
     def load(cls, path: Path) -> "Latents":
         """Read what `save` wrote. Raises DatasetError if the file is no such file."""
         try:
-            with np.load(path) as arrays:
+            with path.open("rb") as file, np.load(file) as arrays:
                 return cls(**{name: arrays[name] for name in cls._fields})
         except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
             raise DatasetError(f"is no file of latents: {error}", path=path, hint="remove it, it is made anew") from error

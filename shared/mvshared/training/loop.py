@@ -172,11 +172,6 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
 def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
     assert config.unet is not None and config.vae_from is not None
     unet = config.unet
-    vae, training, held_out = _latents(config, folder, backend=backend, device=device)
-    batches, held_out_batches = (
-        ViewBatches(latents, config.data, config.scheduler, normal_channels=unet.normal_channels)
-        for latents in (training, held_out)
-    )
     weights = _initial(config, "unet", module.unet_weight_shapes(unet), zeros=UNET_ZEROS)
     trainer = module.unet_trainer(
         unet,
@@ -185,6 +180,11 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         dtype=config.dtype,
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
+    )
+    vae, training, held_out = _latents(config, folder, backend=backend, device=device)
+    batches, held_out_batches = (
+        ViewBatches(latents, config.data, config.scheduler, normal_channels=unet.normal_channels)
+        for latents in (training, held_out)
     )
     model = ModelConfig(
         family=config.family,
