@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def load(name: str | Path = "demo", *, dtype: str | None = None, device: str = "auto") -> "Pipeline[mx.array]":
     """Load an embedded model by name, or a checkpoint folder, ready for `generate`.
 
-    dtype: float32, float16 or (not on Metal) bfloat16; by default float16 on a GPU, float32 on the CPU. device: auto, cpu or gpu.
+    dtype: float32, float16 or, not on Metal, bfloat16; by default float16 on a GPU, float32 on the CPU. device: auto, cpu, gpu.
     Raises CheckpointError, OptionError and BackendError.
     """
     from mvmlx.model import load_model

@@ -15,6 +15,7 @@ from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import find_model, read_model_config, weight_file
 from mvshared.config import ModelConfig, VAEConfig
 from mvshared.errors import BackendError
+from mvshared.shapes import check_pictures
 from mvshared.weights import check_names_and_shapes, match_tensors
 from mvtorch.unet import MultiViewUNet
 from mvtorch.vae import AutoencoderKL
@@ -115,6 +116,7 @@ class MultiViewModel:
 
         Raises OptionError for shapes that do not fit.
         """
+        check_pictures("latents", tuple(x.shape), channels=self.vae.config.latent_channels)
         with torch.inference_mode():
             return self.to_numpy(self.vae.decode(self.vae.unscale_latents(x), batch=1))
 

@@ -1,0 +1,327 @@
+"""Training steps: MLX against PyTorch from the same weights and batches, and what a trainer promises on both."""
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BACKENDS, TINY_UNET, TINY_VAE, Backend, assert_close, assert_different, gradients
+from numpy.typing import NDArray
+
+import mvmlx.train
+import mvtorch.train
+from mvshared.errors import BackendError, OptionError, TensorMismatchError
+from mvshared.training.config import OptimizerConfig, VAELossConfig
+from mvshared.training.data import UNetBatch, VAEBatch
+from mvshared.training.initial import initial_weights
+from mvshared.training.optimizer import ema_decay
+
+MODULES: dict[Backend, Any] = {"torch": mvtorch.train, "mlx": mvmlx.train}
+STAGES = ("vae", "unet")
+UNET = replace(
+    TINY_UNET, in_channels=8, camera_dim=16, reference_frame=True, cross_attention_dim=None, block_out_channels=(16, 32)
+)
+VAE = replace(TINY_VAE, block_out_channels=(8, 16), mid_block_add_attention=True)
+LOSS = VAELossConfig(kl_weight=0.1)  # large enough to count in a comparison
+
+# Adam's first step is nearly the gradient's sign: with eps far below the gradients, rounding of those near zero decides on
+# whole steps. An eps of their size keeps the update as smooth as the gradient.
+SMOOTH = OptimizerConfig(learning_rate=1e-2, eps=1e-2, ema_decay=0.9, gradient_clip=0.5, weight_decay=0.1)
+LEARNING_RATES = (1e-2, 2e-2, 5e-3)
+LOSS_RTOL = 1e-5
+UPDATE_RMS = 1e-4
+
+
+def normal(*shape: int, seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def make_batch(stage: str, seed: int = 0) -> Any:
+    if stage == "vae":
+        random = np.random.default_rng(seed)
+        pixels = random.uniform(-1, 1, (2, 8, 12, 3)).astype(np.float32)
+        return VAEBatch(pixels, random.random((2, 8, 12), np.float32), random.standard_normal((2, 4, 6, 4), np.float32))
+    return UNetBatch(
+        sample=normal(2, 2, 4, 6, 8, seed=seed),
+        timesteps=np.array([20.0, 700.0], np.float32),
+        camera=normal(2, 2, 16, seed=seed + 1),
+        reference=normal(2, 4, 6, 4, seed=seed + 2),
+        target=normal(2, 2, 4, 6, 4, seed=seed + 3),
+    )
+
+
+def make_weights(stage: str) -> dict[str, NDArray[np.float32]]:
+    shapes = mvtorch.train.vae_weight_shapes(VAE) if stage == "vae" else mvtorch.train.unet_weight_shapes(UNET)
+    return initial_weights(shapes, seed=0)
+
+
+def make_trainer(backend: Backend, stage: str, config: OptimizerConfig = SMOOTH, **options: Any) -> Any:
+    module, weights = MODULES[backend], options.pop("weights", None) or make_weights(stage)
+    if stage == "vae":
+        return module.vae_trainer(VAE, config, LOSS, weights, device="cpu", **options)
+    return module.unet_trainer(UNET, config, weights, device="cpu", **options)
+
+
+def on_backend(backend: Backend, batch: Any) -> Any:
+    wrap: Any = mx.array if backend == "mlx" else torch.from_numpy
+    return type(batch)(*(wrap(array) for array in batch))
+
+
+def run(trainer: Any, stage: str, steps: int) -> list[Any]:
+    first = trainer.steps
+    return [
+        trainer.step(make_batch(stage, seed=step), learning_rate=LEARNING_RATES[step]) for step in range(first, first + steps)
+    ]
+
+
+def joined(weights: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.concatenate([weights[name].ravel() for name in sorted(weights)])
+
+
+# Both backends take the same steps
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_and_gradient_norms_are_the_same_on_both_backends(stage: str) -> None:
+    ours, theirs = (run(make_trainer(name, stage), stage, 3) for name in ("mlx", "torch"))
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=LOSS_RTOL)
+    assert all(result.gradient_norm > SMOOTH.gradient_clip for result in theirs), "clipping was not tested"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_updates_of_the_weights_are_the_same_on_both_backends(stage: str, steps: int) -> None:
+    start = joined(make_weights(stage))
+    ours, theirs = (make_trainer(name, stage) for name in ("mlx", "torch"))
+    for trainer in (ours, theirs):
+        run(trainer, stage, steps)
+    assert_close(joined(ours.weights()) - start, joined(theirs.weights()) - start, rms=UPDATE_RMS)
+    assert_close(joined(ours.ema_weights()) - start, joined(theirs.ema_weights()) - start, rms=UPDATE_RMS)
+    for name, weights in theirs.weights().items():
+        np.testing.assert_allclose(ours.weights()[name], weights, atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_with_the_default_eps_the_weights_are_the_same_but_for_gradients_near_zero(stage: str) -> None:
+    ours, theirs = (make_trainer(name, stage, OptimizerConfig()) for name in ("mlx", "torch"))
+    for trainer in (ours, theirs):
+        trainer.step(make_batch(stage), learning_rate=1e-3)
+    assert_close(joined(ours.weights()), joined(theirs.weights()), rms=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_the_same_on_both_backends(stage: str) -> None:
+    found: dict[str, dict[str, NDArray[Any]]] = {}
+    for name in BACKENDS:
+        trainer = make_trainer(name, stage)
+        arrays = on_backend(name, make_batch(stage))
+        found[name] = gradients(trainer.network, lambda network, t=trainer, a=arrays: t.loss(network, a))
+    assert found["mlx"].keys() == found["torch"].keys() == make_weights(stage).keys()
+    for name, expected in found["torch"].items():
+        np.testing.assert_allclose(found["mlx"][name], expected, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=name)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+    for backend in BACKENDS:
+        plain, saving = (make_trainer(backend, "unet", gradient_checkpointing=value) for value in (False, True))
+        results = [run(trainer, "unet", 2) for trainer in (plain, saving)]
+        np.testing.assert_allclose(np.array(results[0]), np.array(results[1]), rtol=1e-6)
+        assert_close(joined(saving.weights()), joined(plain.weights()), rms=1e-6)
+
+
+@pytest.mark.parametrize("first", BACKENDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_starts_in_one_backend_goes_on_in_the_other(first: Backend, stage: str) -> None:
+    second: Backend = "mlx" if first == "torch" else "torch"
+    start = make_trainer(first, stage)
+    run(start, stage, 2)
+    goes_on = make_trainer(second, stage, weights={name: array * 0 for name, array in make_weights(stage).items()})
+    goes_on.load_state(start.state())
+    assert goes_on.steps == 2
+    run(goes_on, stage, 1)
+    run(start, stage, 1)
+    for ours, theirs in ((goes_on.weights(), start.weights()), (goes_on.ema_weights(), start.ema_weights())):
+        assert_close(joined(ours), joined(theirs), rms=1e-5)
+    state, expected = goes_on.state(), start.state()
+    for part in ("exp_avg.", "exp_avg_sq."):
+        ours, theirs = ({name: array for name, array in s.items() if name.startswith(part)} for s in (state, expected))
+        assert_close(joined(ours), joined(theirs), rms=UPDATE_RMS)
+
+
+# What a trainer promises
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_state_comes_back_bit_for_bit_and_training_goes_on_bit_for_bit(backend: Backend, stage: str) -> None:
+    trainer, resumed = (make_trainer(backend, stage) for _ in range(2))
+    run(trainer, stage, 2)
+    state = trainer.state()
+    resumed.load_state(state)
+    again = resumed.state()
+    assert again.keys() == state.keys()
+    for name, array in state.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(again[name], array, strict=True)
+    for each in (trainer, resumed):
+        run(each, stage, 1)
+    np.testing.assert_array_equal(joined(resumed.state()), joined(trainer.state()))
+
+
+def test_states_have_the_same_names_and_shapes_on_both_backends() -> None:
+    for stage in STAGES:
+        shapes = [{name: array.shape for name, array in make_trainer(b, stage).state().items()} for b in BACKENDS]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_state_of_another_network_is_refused(backend: Backend) -> None:
+    trainer = make_trainer(backend, "unet")
+    state = trainer.state()
+    before = joined(state)
+    for edit in ({"ema.conv_in.bias": np.zeros(3, np.float32)}, {"ema.other": np.zeros(3, np.float32)}):
+        with pytest.raises(TensorMismatchError, match=next(iter(edit))):
+            trainer.load_state(state | edit)
+    with pytest.raises(TensorMismatchError, match="missing: steps"):
+        trainer.load_state({name: array for name, array in state.items() if name != "steps"})
+    np.testing.assert_array_equal(joined(trainer.state()), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_evaluation_uses_the_average_and_changes_nothing(backend: Backend, stage: str) -> None:
+    trainer = make_trainer(backend, stage)
+    run(trainer, stage, 2)
+    before = trainer.state()
+    loss = trainer.evaluate(make_batch(stage, seed=9))
+    after = trainer.state()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+    averaged = make_trainer(backend, stage, weights=trainer.ema_weights())
+    assert averaged.step(make_batch(stage, seed=9), learning_rate=0.0).loss == pytest.approx(loss, rel=1e-6)
+    own = make_trainer(backend, stage, weights=trainer.weights())
+    assert own.step(make_batch(stage, seed=9), learning_rate=0.0).loss != pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_failed_evaluation_leaves_the_weights(backend: Backend) -> None:
+    trainer = make_trainer(backend, "unet")
+    run(trainer, "unet", 1)
+    before = trainer.weights()
+    with pytest.raises(OptionError):
+        trainer.evaluate(make_batch("unet")._replace(timesteps=np.zeros(5, np.float32)))
+    np.testing.assert_array_equal(joined(trainer.weights()), joined(before))
+    weights = MODULES[backend].unet_trainer(UNET, SMOOTH, before, device="cpu")
+    assert trainer.step(make_batch("unet"), learning_rate=0.0).loss == weights.step(make_batch("unet"), learning_rate=0.0).loss
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_average_follows_the_weights_with_the_decay_of_its_step(backend: Backend) -> None:
+    trainer = make_trainer(backend, "unet")
+    expected = joined(make_weights("unet")).astype(np.float64)
+    for step in range(3):
+        run(trainer, "unet", 1)
+        decay = ema_decay(SMOOTH, step + 1)
+        expected = decay * expected + (1 - decay) * joined(trainer.weights())
+    assert_close(joined(trainer.ema_weights()), expected, rms=1e-6)
+    assert_different(joined(trainer.ema_weights()), joined(trainer.weights()), rms=1e-4)
+
+
+def test_the_decay_of_the_average_grows_to_its_limit() -> None:
+    config = OptimizerConfig(ema_decay=0.9)
+    assert [ema_decay(config, steps) for steps in (1, 2)] == [2 / 11, 3 / 12]
+    assert ema_decay(config, 79) == pytest.approx(80 / 89)
+    assert ema_decay(config, 90) == ema_decay(config, 10**6) == 0.9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_is_that_of_adamw(backend: Backend) -> None:
+    """Against the formulas of arXiv 1711.05101, in float64, from the trainer's own gradients."""
+    trainer = make_trainer(backend, "unet")
+    weights = {name: array.astype(np.float64) for name, array in make_weights("unet").items()}
+    first, second = ({name: np.zeros_like(array) for name, array in weights.items()} for _ in range(2))
+    (b1, b2), eps = SMOOTH.betas, SMOOTH.eps
+    for step in range(3):
+        arrays = on_backend(backend, make_batch("unet", seed=step))
+        gradient = gradients(trainer.network, lambda network, a=arrays: trainer.loss(network, a))
+        norm = np.sqrt(sum(np.sum(array.astype(np.float64) ** 2) for array in gradient.values()))
+        result = run(trainer, "unet", 1)[0]
+        assert result.gradient_norm == pytest.approx(norm, rel=1e-5)
+        for name, weight in weights.items():
+            g = gradient[name] * min(1.0, SMOOTH.gradient_clip / norm)
+            first[name] = b1 * first[name] + (1 - b1) * g
+            second[name] = b2 * second[name] + (1 - b2) * g**2
+            step_size = first[name] / (1 - b1 ** (step + 1)) / (np.sqrt(second[name] / (1 - b2 ** (step + 1))) + eps)
+            weights[name] = weight - LEARNING_RATES[step] * (SMOOTH.weight_decay * weight + step_size)
+    start = joined(make_weights("unet"))
+    expected = np.concatenate([weights[name].ravel() for name in sorted(weights)])
+    assert_close(joined(trainer.weights()) - start, expected - start, rms=UPDATE_RMS)
+
+
+# Dtypes and devices
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_trains_on_torch_near_float32_with_float32_weights(stage: str) -> None:
+    full, half = (make_trainer("torch", stage, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    expected, actual = (run(trainer, stage, 2) for trainer in (full, half))
+    np.testing.assert_allclose(np.array(actual), np.array(expected), rtol=0.05)
+    assert not np.array_equal(np.array(actual), np.array(expected))
+    assert all(parameter.dtype == torch.float32 for parameter in half.parameters.values())
+    start = joined(make_weights(stage))
+    assert_close(joined(half.weights()) - start, joined(full.weights()) - start, rms=0.2)
+
+
+def test_mlx_refuses_to_train_in_bfloat16() -> None:
+    with pytest.raises(OptionError, match="train with the torch backend"):
+        make_trainer("mlx", "unet", dtype="bfloat16")
+
+
+def test_torch_refuses_to_train_in_float16() -> None:
+    with pytest.raises(OptionError, match="float32 or bfloat16"):
+        make_trainer("torch", "unet", dtype="float16")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_trainer_on_a_device_that_is_not_there_is_refused(backend: Backend) -> None:
+    with pytest.raises(BackendError, match="device"):
+        MODULES[backend].unet_trainer(UNET, SMOOTH, make_weights("unet"), device="tpu")
+
+
+def test_making_a_torch_trainer_leaves_the_global_random_state() -> None:
+    before = torch.get_rng_state()
+    make_trainer("torch", "unet")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# The group normalisation of CPU training
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("shape", [(2, 8, 5, 3), (1, 24, 1, 1), (3, 16, 8, 8)])
+def test_lean_group_normalisation_is_that_of_torch(shape: tuple[int, ...], mean: float) -> None:
+    x = torch.from_numpy(normal(*shape, seed=0) * 2 + mean).contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.from_numpy(normal(shape[1], seed=seed)) for seed in (1, 2))
+    upstream = torch.from_numpy(normal(*shape, seed=3))
+
+    def outcome(function: Any, dtype: torch.dtype) -> list[Any]:
+        inputs = [tensor.to(dtype).clone().requires_grad_() for tensor in (x, weight, bias)]
+        out = function(*inputs)
+        out.backward(upstream.to(dtype))
+        return [out.detach(), *(tensor.grad for tensor in inputs)]
+
+    lean = outcome(lambda x, w, b: mvtorch.train._LeanGroupNorm.apply(x, w, b, 4, 1e-5), torch.float32)
+    exact = outcome(lambda x, w, b: F.group_norm(x, 4, w, b, 1e-5), torch.float64)
+    tolerance = 1e-5 * (1 + mean)  # the input itself is known to mean * 2^-24 only
+    for actual, expected in zip(lean, exact, strict=True):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=tolerance)
+
+
+def test_trainers_on_the_cpu_use_the_lean_group_normalisation() -> None:
+    norm = make_trainer("torch", "unet").network.conv_norm_out
+    x = torch.randn(1, 16, 4, 4, requires_grad=True)
+    assert "_LeanGroupNorm" in type(norm(x).grad_fn).__name__
