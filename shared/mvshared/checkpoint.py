@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, asdict, fields
 from importlib.resources import files
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +18,16 @@ from mvshared.config import CameraConfig, Framing, GenerationDefaults, ModelConf
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import FileError, read_json_object, write_atomic, write_json
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 FORMAT_VERSION = 1
 EMBEDDED = {"demo": "demo"}
 
-Config = TypeVar("Config", bound="DataclassInstance")
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+Config = TypeVar("Config", bound=_Dataclass)
 
 
 def find_model(name: Path | str) -> Path:
