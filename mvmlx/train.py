@@ -53,6 +53,7 @@ class Trainer:
     def step(self, batch: Any, *, learning_rate: float) -> StepResult:
         """Learn from one batch (a NamedTuple of float32 arrays)."""
         with _on_device(self.device):
+            self._assign(self.parameters)  # a step that failed has left the network with arrays of its trace
             loss, tree = nn.value_and_grad(self.network, partial(self.loss, self.network))(_to_arrays(batch))
             gradients, norm = clip_grad_norm(dict(_flat(tree)), self.config.gradient_clip)
             self.optimizer.learning_rate = learning_rate
@@ -150,7 +151,7 @@ def unet_weight_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
 
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.array:
-    """Weighted L1, MSE and L1 of the differences of neighbouring pixels, and the KL divergence to N(0, 1), as means."""
+    """The terms of VAELossConfig, as means."""
     pixels, foreground, noise = (_array(array) for array in batch)
     mean, logvar = vae.encode(pixels)
     error = vae.decode(mean + mx.exp(logvar / 2) * noise) - pixels
@@ -159,8 +160,13 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.a
     loss = (weight * error.abs()).mean() + config.mse_weight * (weight * error.square()).mean()
     down, right = error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1]
     edges = (weight[:, 1:] * down.abs()).mean() + (weight[:, :, 1:] * right.abs()).mean()
+    f = vae.config.downscale
+    n, height, width, _ = error.shape
+    coarse = error.reshape(n, height // f, f, width // f, f, 3).mean(axis=(2, 4))
+    luma = coarse.mean(axis=-1, keepdims=True)
+    color = luma.abs().mean() + config.chroma_weight * (coarse - luma).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return loss + config.gradient_weight * edges + config.kl_weight * kl
+    return loss + config.gradient_weight * edges + config.coarse_weight * color + config.kl_weight * kl
 
 
 def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:

@@ -219,6 +219,16 @@ def test_a_failed_evaluation_leaves_the_weights(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_failed_step_leaves_the_trainer_as_it_was(backend: Backend) -> None:
+    trainer, untouched = (make_trainer(backend, "unet") for _ in range(2))
+    with pytest.raises(OptionError):
+        trainer.step(make_batch("unet")._replace(timesteps=np.zeros(5, np.float32)), learning_rate=0.1)
+    for each in (trainer, untouched):
+        run(each, "unet", 1)
+    np.testing.assert_array_equal(joined(trainer.state()), joined(untouched.state()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_average_follows_the_weights_with_the_decay_of_its_step(backend: Backend) -> None:
     trainer = make_trainer(backend, "unet")
     expected = joined(make_weights("unet")).astype(np.float64)
