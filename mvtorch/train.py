@@ -234,7 +234,7 @@ def unet_weight_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
 
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> Tensor:
-    """Weighted L1, MSE and L1 of the differences of neighbouring pixels, and the KL divergence to N(0, 1), as means."""
+    """The terms of VAELossConfig, as means."""
     pixels, foreground, noise = (_tensor(array) for array in batch)
     moments = vae.encode(pixels)
     mean, logvar = moments.mean.float(), moments.logvar.float()
@@ -244,8 +244,13 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> Tens
     loss = (weight * error.abs()).mean() + config.mse_weight * (weight * error.square()).mean()
     down, right = error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1]
     edges = (weight[:, 1:] * down.abs()).mean() + (weight[:, :, 1:] * right.abs()).mean()
+    f = vae.config.downscale
+    n, height, width, _ = error.shape
+    coarse = error.reshape(n, height // f, f, width // f, f, 3).mean(dim=(2, 4))
+    luma = coarse.mean(dim=-1, keepdim=True)
+    color = luma.abs().mean() + config.chroma_weight * (coarse - luma).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return loss + config.gradient_weight * edges + config.kl_weight * kl
+    return loss + config.gradient_weight * edges + config.coarse_weight * color + config.kl_weight * kl
 
 
 def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> Tensor:

@@ -64,10 +64,14 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("image", required=False, type=click.Path(path_type=Path))
-@click.option("--model", default="demo", show_default=True, help="An embedded model's name (see `mvmlx models`), or a checkpoint folder.")
+@click.option(
+    "--model", default="demo", show_default=True, help="An embedded model's name (see `mvmlx models`), or a checkpoint folder."
+)
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder.  [default: the picture's name with -views]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Output folder.  [default: the picture's name with -views]"
+)
 @click.option("--views", type=int, help="Number of views, spread evenly.  [default: the model's]")
 @click.option("--azimuths", type=NumberList(), help="Degrees around the object, such as 45,135: 0 is the front, 90 its left.")
 @click.option("--cameras", type=click.Path(path_type=Path), help="JSON file of cameras, such as a transforms.json.")
@@ -117,7 +121,9 @@ def train(config: Path, output: Path, backend: str, device: str) -> None:
 
 @cli.command("render-heads")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--identities", type=NumberRange(), default="100000:104000", show_default=True, help="Numbers of the heads, first:end.")
+@click.option(
+    "--identities", type=NumberRange(), default="100000:104000", show_default=True, help="Numbers of the heads, first:end."
+)
 @click.option("--views", type=int, default=8, show_default=True, help="Views per head.")
 @click.option("--size", type=int, default=128, show_default=True, help="Width and height in pixels.")
 @click.option("--processes", type=int, help="Worker processes.  [default: one per core]")

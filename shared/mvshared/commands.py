@@ -104,9 +104,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
 
     def run(reporter: Reporter, seed: int) -> Views:
         if not loaded:
-            loaded.append(
-                load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"])
-            )
+            loaded.append(load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"]))
             model = loaded[0].model
             reporter.event("loaded", model=options["model"], backend=model.backend, device=model.device, dtype=model.dtype)
         return loaded[0].generate(

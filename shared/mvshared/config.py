@@ -80,7 +80,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """AutoencoderKL. The U-Net sees `(z - latents_mean) * scaling_factor / latents_std`, mean 0 and deviation 1 if not given."""
+    """AutoencoderKL. The U-Net sees `(z - latents_mean) * scaling_factor / latents_std`, mean 0, deviation 1 if not given."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -149,7 +149,24 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    pass
+    """How the subject of a picture is placed in the square frame, in shares of its side.
+
+    `subject` scales it to `height`, at most `width` wide, its lower edge at `bottom`, centred; a square picture whose subject has
+    a height within `kept_heights` and stands within `kept_offset` of that place is kept. `pad` only pads to a square, `none`
+    resizes the picture whatever its shape.
+    """
+
+    mode: Literal["subject", "pad", "none"] = "pad"
+    height: float = 0.9
+    width: float = 0.98
+    bottom: float = 1.0
+    kept_heights: tuple[float, float] = (0.75, 1.0)
+    kept_offset: float = 0.08
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "bottom"):
+            if not 0 < getattr(self, name) <= 1:
+                raise OptionError(name, expected="above 0, at most 1", got=getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)

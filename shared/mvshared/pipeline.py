@@ -99,9 +99,7 @@ class Views:
         write_atomic(target / "grid.png", encode_png(grid(self.images)))
         save_turntable(target / "turntable.gif", self.images)
         height, width = self.images.shape[1:3]
-        document = transforms(
-            self.cameras, width_px=width, height_px=height, fov_deg=self.parameters.fov_deg, file_names=names
-        )
+        document = transforms(self.cameras, width_px=width, height_px=height, fov_deg=self.parameters.fov_deg, file_names=names)
         write_json(target / "transforms.json", document)
         parameters = {field.name: getattr(self.parameters, field.name) for field in fields(self.parameters)}
         finish(target, metadata(parameters, weights=sha256_of_files(self.weight_files)))

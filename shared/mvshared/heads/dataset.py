@@ -31,7 +31,10 @@ def dataset_poses(identity: int, *, views: int) -> NDArray[np.float32]:
     low, high = ELEVATIONS_DEG
     elevations = random.uniform(low, high, views)
     elevations[:front] = random.uniform(0, 20, front)
-    poses = [orbit([azimuth], float(elevation), radius=DEFAULT_RADIUS) for azimuth, elevation in zip(azimuths, elevations, strict=True)]
+    poses = [
+        orbit([azimuth], float(elevation), radius=DEFAULT_RADIUS)
+        for azimuth, elevation in zip(azimuths, elevations, strict=True)
+    ]
     return np.concatenate(poses)
 
 

@@ -1,12 +1,12 @@
 """Who a head is: all of its proportions, parts and colours, drawn from one integer.
 
-Lengths are head units: the skull's radius is about a half, the origin is between skull and chin, +Y is up, the face looks to +Z.
-Colours are linear in no sense, just RGB in [0, 1] before shading.
+Lengths are head units: the skull's radius is about a half, the origin is between skull and chin, +Y is up, the face looks to
++Z. Colours are RGB in [0, 1] as displayed, before shading.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,8 +14,9 @@ from mvshared.errors import OptionError
 
 Rgb = tuple[float, float, float]
 HairStyle = Literal[
-    "bald", "short", "bowl", "fringe", "bob", "long", "bun", "two_buns", "mohawk", "afro", "ponytail", "side_part", "pigtails", "spiky"
-]
+    "bald", "short", "bowl", "fringe", "bob", "long", "bun", "two_buns", "mohawk", "afro", "ponytail", "side_part",
+    "pigtails", "spiky",
+]  # fmt: skip
 HatStyle = Literal["none", "beanie", "brim", "cap", "headband"]
 EarStyle = Literal["human", "elf"]
 AnimalEars = Literal["none", "cat", "bear", "rabbit"]
@@ -126,7 +127,7 @@ def sample_identity(number: int) -> HeadIdentity:
     def chance(probability: float) -> bool:
         return bool(random.random() < probability)
 
-    def pick(options: tuple, weights: tuple[float, ...] | None = None):  # noqa: ANN202 - one of the options
+    def pick(options: tuple, weights: tuple[float, ...] | None = None):
         shares = None if weights is None else np.asarray(weights) / sum(weights)
         return options[int(random.choice(len(options), p=shares))]
 
@@ -137,7 +138,7 @@ def sample_identity(number: int) -> HeadIdentity:
     skin = shade(pick(FANTASY_SKIN) if chance(0.06) else pick(SKIN), 0.03)
     hair = shade(pick(HAIR, (3, 3, 3, 2, 3, 2, 1, 1, 1, 1)))
     hair_style = pick(
-        ("bald", "short", "bowl", "fringe", "bob", "long", "bun", "two_buns", "mohawk", "afro", "ponytail", "side_part", "pigtails", "spiky"),
+        get_args(HairStyle),
         (1, 2, 1.5, 1.5, 2, 2.5, 1.5, 1.5, 1, 1.5, 1.5, 2, 1.5, 1.5),
     )
     hat_style = pick(("none", "beanie", "brim", "cap", "headband"), (6, 1.3, 1, 1, 0.7))

@@ -80,7 +80,8 @@ def _paint_skin(shape: HeadShape, x: Array, y: Array, z: Array, parts: Parts, co
     nose = shape.nose(u, v, z[face])
     rose = i.blush * np.exp(-(np.square(fold - 0.27) + np.square(v - i.eye_y + 0.20)) / 0.007)
     rose += 0.22 * np.clip(1 - nose / 0.03, 0, 1)
-    skin = colors[face] + (0.6 * rose)[:, None] * (np.asarray(ROSE, np.float32) * (0.35 + 0.65 * max(i.skin_color)) - colors[face])
+    tint = np.asarray(ROSE, np.float32) * (0.35 + 0.65 * max(i.skin_color))  # darker on dark skin
+    skin = colors[face] + (0.6 * rose)[:, None] * (tint - colors[face])
     if i.freckles:
         spots = np.sin(64 * u + 9 * v) * np.sin(60 * v + 24 * u) > 0.66
         skin[spots & (fold < 0.34) & (v < i.eye_y - 0.10) & (v > i.eye_y - 0.26)] *= np.float32(0.74)

@@ -1,7 +1,7 @@
 """Signed distance functions of simple solids, after Inigo Quilez (https://iquilezles.org/articles/distfunctions/).
 
-Points are three float32 arrays of one shape; lengths are head units. The ellipsoid's is his approximation, exact at the surface to
-first order. Every radius must be positive.
+Points are three float32 arrays of one shape; lengths are head units. The ellipsoid's is his approximation, exact at the
+surface to first order. Every radius must be positive: a radius of 0 gives NaN.
 """
 
 import numpy as np

@@ -9,7 +9,6 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mvshared.heads.identity import HeadIdentity
 from mvshared.heads.primitives import Array, Vector, capsule, disc, ellipsoid, ring, smooth_cut, smooth_union, sphere
@@ -247,7 +246,9 @@ class HeadShape:
         q = flat - radius
         rim = (np.sqrt(q * q + dz * dz) - 0.021) * 0.9
         hinge, level = i.eye_x + radius, i.eye_y + 0.02
-        temple = capsule(x, y, z, (hinge, level, front - 0.25 * radius), (max(i.skull[0] + 0.02, hinge), level, 0.0), 0.019, 0.019)
+        temple = capsule(
+            x, y, z, (hinge, level, front - 0.25 * radius), (max(i.skull[0] + 0.02, hinge), level, 0.0), 0.019, 0.019
+        )
         bridge = capsule(x, y, z, (0.0, level, front + 0.06), (i.eye_x - radius, level, front + 0.25 * radius), 0.019, 0.019)
         return np.minimum(np.minimum(rim, temple), bridge)
 

@@ -1,7 +1,7 @@
 """Rays against a head: sphere tracing (Hart 1996, "Sphere tracing") and the shading of what they hit.
 
-Per identity the distance fields are sampled once on a coarse grid. Rays cross empty space by looking distances up; near surfaces
-the exact field is evaluated, but only of those parts that can be the nearest one somewhere in the point's voxel.
+Per identity the distance fields are sampled once on a coarse grid. Rays cross empty space by looking distances up; near
+surfaces the exact field is evaluated, but only of those parts that can be the nearest one somewhere in the point's voxel.
 """
 
 import math
@@ -32,12 +32,12 @@ GLOSS = {Part.EYE: 0.30, Part.GLASSES: 0.40, Part.HAIR: 0.12, Part.HAT: 0.06, Pa
 
 class Hits(NamedTuple):
     """Shaded surface points of the rays that hit: indices into the rays, colours and world normals (n, 3), distance along the
-    camera's z axis and part (n,)."""
+    ray and part (n,)."""
 
     ray: NDArray[np.int64]
     color: Array
     normal: Array
-    depth: Array
+    distance: Array
     part: NDArray[np.uint8]
 
 
@@ -61,35 +61,40 @@ class Tracer:
         self.candidates = np.zeros(len(x), np.uint16)
         for index in range(count):
             self.candidates |= (fields[index] < nearest + 2 * SLOPE * HALF_DIAGONAL).astype(np.uint16) << index
-        solid = [index for index, part in enumerate(self.shape.parts) if part != Part.GLASSES]  # thin frames cast no soft shadow
+        # Frames are left out of the occlusion: they would darken the eyes behind them.
+        solid = [index for index, part in enumerate(self.shape.parts) if part != Part.GLASSES]
         self.soft = fields[solid].min(axis=0)
         near = np.argwhere((self.step < 0).reshape(GRID, GRID, GRID))
         self.low = (near.min(axis=0) * (2 * BOX / GRID) - BOX).astype(np.float32)
         self.high = ((near.max(axis=0) + 1) * (2 * BOX / GRID) - BOX).astype(np.float32)
 
-    def trace(self, pose: Array, x: Array, y: Array) -> Hits:
-        """Shade the first surface points of rays with camera-space directions (x, y, -1)."""
-        parts = [self._trace_chunk(pose, x[at : at + CHUNK], y[at : at + CHUNK], at) for at in range(0, len(x), CHUNK)]
-        return Hits(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-    def _trace_chunk(self, pose: Array, x: Array, y: Array, first: int) -> Hits:
-        rotation, origin = pose[:3, :3], pose[:3, 3]
-        directions = rotation @ np.stack([x, y, -np.ones_like(x)])
-        lengths = np.sqrt((directions * directions).sum(axis=0))
-        directions /= lengths
-        ray, near, far = self._clip(origin, directions)
-        found, t = self._march(origin, directions[:, ray], near, far)
-        ray, far = ray[found], far[found]
-        hit, t = self._refine(origin, directions[:, ray], t, far)
+    def trace(self, origins: Array, directions: Array) -> Hits:
+        """Shade the first surface points of rays from `origins` (3, n) along unit `directions` (3, n)."""
+        starts = []
+        for at in range(0, directions.shape[1], CHUNK):
+            here = slice(at, at + CHUNK)
+            ray, near, far = self._clip(origins[:, here], directions[:, here])
+            found, t = self._march(origins[:, here][:, ray], directions[:, here][:, ray], near, far)
+            starts.append((ray[found] + at, t, far[found]))
+        ray, t, far = (np.concatenate(arrays) for arrays in zip(*starts, strict=True))
+        # All rays are refined together: the last steps, for a few rays each, would otherwise be mostly overhead.
+        hit, t = self._refine(origins[:, ray], directions[:, ray], t, far)
         ray = ray[hit]
-        d = directions[:, ray]
-        color, normal, part = self._shade(origin[:, None] + t * d, d)
-        return Hits(ray + first, color, normal, t / lengths[ray], part)
+        shaded = []
+        for at in range(0, len(ray), CHUNK):
+            here = ray[at : at + CHUNK]
+            d = directions[:, here]
+            shaded.append(self._shade(origins[:, here] + t[at : at + CHUNK] * d, d))
+        if not shaded:
+            nothing = np.zeros((0, 3), np.float32)
+            return Hits(ray, nothing, nothing, t, np.zeros(0, np.uint8))
+        color, normal, part = (np.concatenate(arrays) for arrays in zip(*shaded, strict=True))
+        return Hits(ray, color, normal, t, part)
 
-    def _clip(self, origin: Array, directions: Array) -> tuple[NDArray[np.int64], Array, Array]:
+    def _clip(self, origins: Array, directions: Array) -> tuple[NDArray[np.int64], Array, Array]:
         """Rays that meet the head's box, by index, and where they enter and leave it."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            a, b = (self.low - origin)[:, None] / directions, (self.high - origin)[:, None] / directions
+            a, b = (self.low[:, None] - origins) / directions, (self.high[:, None] - origins) / directions
         near = np.maximum(np.fmin(a, b).max(axis=0), 0)
         far = np.fmax(a, b).min(axis=0)
         ray = np.flatnonzero(near < far)
@@ -101,14 +106,14 @@ class Tracer:
         np.clip(cell, 0, GRID - 1, out=cell)
         return (cell[0] * GRID + cell[1]) * GRID + cell[2]
 
-    def _march(self, origin: Array, d: Array, near: Array, far: Array) -> tuple[NDArray[np.int64], Array]:
+    def _march(self, origins: Array, d: Array, near: Array, far: Array) -> tuple[NDArray[np.int64], Array]:
         """Rays that come near a surface, by index, and how far they went."""
         t = near.copy()
         active = np.arange(len(t))
         reached = []
         least = np.float32(BOX / GRID)
         while len(active):
-            safe = self.step[self._voxel(origin[:, None] + t[active] * d[:, active])]
+            safe = self.step[self._voxel(origins[:, active] + t[active] * d[:, active])]
             close = safe < least / 2
             reached.append(active[close])
             active, safe = active[~close], safe[~close]
@@ -131,7 +136,7 @@ class Tracer:
                 distance[here], owner[here] = own[closer], index
         return distance, owner
 
-    def _refine(self, origin: Array, d: Array, t: Array, far: Array) -> tuple[NDArray[np.int64], Array]:
+    def _refine(self, origins: Array, d: Array, t: Array, far: Array) -> tuple[NDArray[np.int64], Array]:
         """Sphere tracing with the exact field: rays that hit, by index, and their distances."""
         t = t.copy()
         active = np.arange(len(t))
@@ -139,7 +144,8 @@ class Tracer:
         for step in range(REFINE_STEPS):
             if not len(active):
                 break
-            distance, _ = self._nearest(origin[:, None] + t[active] * d[:, active])
+            pieces = [active[at : at + CHUNK] for at in range(0, len(active), CHUNK)]
+            distance = np.concatenate([self._nearest(origins[:, piece] + t[piece] * d[:, piece])[0] for piece in pieces])
             done = distance < HIT
             least = np.float32(LEAST_STEP * (1 + step / 8))  # grows, so that rays along a crease come to its end
             # A voxel's width at most: beyond its own voxel a distance may lack a part that is nearer there.
@@ -153,8 +159,6 @@ class Tracer:
 
     def _shade(self, points: Array, d: Array) -> tuple[Array, Array, NDArray[np.uint8]]:
         """Colours (n, 3), normals (n, 3) and parts (n,) of surface points (3, n) seen along d (3, n)."""
-        if not points.shape[1]:
-            return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.float32), np.zeros(0, np.uint8)
         _, owner = self._nearest(points)
         normal = self._normal(points, owner)
         base, part = paint(self.shape, *points, self.kinds[owner])

@@ -72,11 +72,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAELossConfig:
-    """L1, L1 of the pixel differences and MSE, each weighted by 1 + `foreground_weight` * alpha, and KL to N(0, 1)."""
+    """L1, L1 of the pixel differences and MSE, each weighted by 1 + `foreground_weight` * alpha; colour; KL to N(0, 1).
+
+    The colour term is the L1 of errors averaged over one latent's pixels, of luma and, `chroma_weight` times, of the channels'
+    deviation from it: without it the colours of large areas, a small part of the variance, take thousands of steps to appear.
+    """
 
     mse_weight: float = 1.0
     gradient_weight: float = 1.0
     foreground_weight: float = 2.0
+    coarse_weight: float = 4.0
+    chroma_weight: float = 3.0
     kl_weight: float = 2e-4
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+LOGVAR = -6.0  # a VAE starts with a posterior so narrow that its noise does not drown the first latents
 UNET_ZEROS = (".conv2.weight", ".proj_out.weight", "conv_out.weight")
 
 
@@ -27,4 +28,19 @@ def initial_weights(
             generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
             bound = float(np.prod(shape[1:])) ** -0.5
             weights[name] = generator.uniform(-bound, bound, shape).astype(np.float32)
+    return weights
+
+
+def initial_vae_weights(shapes: Mapping[str, tuple[int, ...]], *, seed: int) -> dict[str, NDArray[np.float32]]:
+    """`initial_weights` of a VAE, with a narrow posterior, and with half of the first filters blind to grey.
+
+    Colour is a small part of the pictures' variance: those filters give it the weight that brightness has.
+    """
+    weights = initial_weights(shapes, seed=seed)
+    bias = weights["quant_conv.bias"]
+    bias[len(bias) // 2 :] = LOGVAR
+    filters = weights["encoder.conv_in.weight"]
+    colored = filters[len(filters) // 2 :]
+    colored -= colored.mean(axis=1, keepdims=True)
+    colored *= 3
     return weights

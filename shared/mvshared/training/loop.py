@@ -26,7 +26,7 @@ from mvshared.errors import ConfigError, NumericsError, OutputError
 from mvshared.files import read_json_object, write_atomic, write_json
 from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures
-from mvshared.training.initial import UNET_ZEROS, initial_weights
+from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.log import LogRow, TrainingLog
 from mvshared.weights import read_header, read_weights, sha256_of_files
 
@@ -155,7 +155,7 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
         VAEPictures(folders, config.data, latent_channels=vae.latent_channels, downscale=vae.downscale)
         for folders in (training, held_out)
     )
-    weights = _initial(config, "vae", module.vae_weight_shapes(vae), zeros=())
+    weights = _initial(config, "vae", module.vae_weight_shapes(vae))
     trainer = module.vae_trainer(vae, config.optimizer, config.vae_loss, weights, dtype=config.dtype, device=device)
 
     def save_model() -> None:
@@ -172,7 +172,7 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
 def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
     assert config.unet is not None and config.vae_from is not None
     unet = config.unet
-    weights = _initial(config, "unet", module.unet_weight_shapes(unet), zeros=UNET_ZEROS)
+    weights = _initial(config, "unet", module.unet_weight_shapes(unet))
     trainer = module.unet_trainer(
         unet,
         config.optimizer,
@@ -255,9 +255,11 @@ def _scaled(latents: Latents, vae: VAEConfig) -> Latents:
 
 
 def _initial(
-    config: TrainConfig, component: Literal["unet", "vae"], shapes: dict[str, tuple[int, ...]], *, zeros: tuple[str, ...]
+    config: TrainConfig, component: Literal["unet", "vae"], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, NDArray[np.float32]]:
     """Weights to start from: those of `init_from`, or random ones."""
-    if config.init_from is None:
-        return initial_weights(shapes, seed=config.seed, zeros=zeros)
-    return read_weights(weight_file(Path(config.init_from), component), shapes)
+    if config.init_from is not None:
+        return read_weights(weight_file(Path(config.init_from), component), shapes)
+    if component == "vae":
+        return initial_vae_weights(shapes, seed=config.seed)
+    return initial_weights(shapes, seed=config.seed, zeros=UNET_ZEROS)
