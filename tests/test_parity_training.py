@@ -310,7 +310,7 @@ def test_making_a_torch_trainer_leaves_the_global_random_state() -> None:
 # The group normalisation of CPU training
 
 
-@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("mean", [0.0, 300.0])
 @pytest.mark.parametrize("shape", [(2, 8, 5, 3), (1, 24, 1, 1), (3, 16, 8, 8)])
 def test_lean_group_normalisation_is_that_of_torch(shape: tuple[int, ...], mean: float) -> None:
     x = torch.from_numpy(normal(*shape, seed=0) * 2 + mean).contiguous(memory_format=torch.channels_last)
@@ -325,7 +325,7 @@ def test_lean_group_normalisation_is_that_of_torch(shape: tuple[int, ...], mean:
 
     lean = outcome(lambda x, w, b: mvtorch.train._LeanGroupNorm.apply(x, w, b, 4, 1e-5), torch.float32)
     exact = outcome(lambda x, w, b: F.group_norm(x, 4, w, b, 1e-5), torch.float64)
-    tolerance = 1e-5 * (1 + mean)  # the input itself is known to mean * 2^-24 only
+    tolerance = 1e-5 + 3e-6 * mean  # products with the mean are rounded
     for actual, expected in zip(lean, exact, strict=True):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=tolerance)
