@@ -27,10 +27,11 @@ INSTALL_HINTS: dict[BackendName, str] = {
 
 
 class Array(Protocol):
-    """What the pipeline does with a backend's arrays: sums, and products with Python floats."""
+    """What the pipeline does with a backend's arrays: sums, products with Python floats, and taking one of several."""
 
     def __add__(self, other: Any, /) -> Any: ...
     def __rmul__(self, other: float, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 A = TypeVar("A", bound=Array)

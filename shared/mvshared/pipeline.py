@@ -205,7 +205,7 @@ class Pipeline(Generic[A]):
         model, unet = self.model, self.model.config.unet
         condition = model.condition(
             cameras=camera_vectors(poses) if unet.camera_dim else None,
-            reference=model.encode_latents(to_model(reference[None])) if unet.reference_frame else None,
+            reference=model.encode_latents(to_model(reference[None]))[0] if unet.reference_frame else None,
             normals=None if normals is None else model.encode_latents(normals),
             guided=parameters.guidance != 1,
         )
