@@ -114,8 +114,8 @@ def _render_views(tracer: Tracer, poses: Array, size_px: int, fov_deg: float) ->
 def _trace(tracer: Tracer, poses: Array, view: NDArray[np.int64], x: Array, y: Array) -> Hits:
     """Hits of rays of the given views with camera-space directions (x, y, -1), their distance along the camera's z axis."""
     slopes = np.stack([x, y, -np.ones_like(x)])
-    lengths = np.sqrt((slopes * slopes).sum(axis=0))
     directions = np.concatenate([pose[:3, :3] @ slopes[:, view == index] for index, pose in enumerate(poses)], axis=1)
+    lengths = np.sqrt((directions * directions).sum(axis=0))
     hits = tracer.trace(poses[view, :3, 3].T, directions / lengths)
     return hits._replace(distance=hits.distance / lengths[hits.ray])
 

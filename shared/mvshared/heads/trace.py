@@ -155,7 +155,7 @@ class Tracer:
             active = active[~done]
             active = active[t[active] < far[active]]
         hit = np.sort(np.concatenate(hits)) if hits else np.zeros(0, np.int64)
-        return hit, t[hit]
+        return hit, np.maximum(t[hit], 0)  # a camera inside the head sees what is right before it
 
     def _shade(self, points: Array, d: Array) -> tuple[Array, Array, NDArray[np.uint8]]:
         """Colours (n, 3), normals (n, 3) and parts (n,) of surface points (3, n) seen along d (3, n)."""
