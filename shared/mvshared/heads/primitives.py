@@ -7,7 +7,7 @@ surface to first order. Every radius must be positive: a radius of 0 gives NaN.
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]  # float32; the stubs of numpy lose the width in arithmetic
 Vector = tuple[float, float, float]
 
 

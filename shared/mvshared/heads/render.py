@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from mvshared.camera import validate_poses
 from mvshared.errors import OptionError
 from mvshared.heads.identity import HeadIdentity, sample_identity
+from mvshared.heads.primitives import Array
 from mvshared.heads.trace import Hits, Tracer
 
 DEFAULT_RADIUS = 3.4
@@ -20,8 +21,6 @@ MAX_SIZE_PX = 2048
 RAYS = 2**18  # traced together; more save no overhead and cost memory
 
 EDGE_SAMPLES = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # rotated grid, in pixels
-
-Array = NDArray[np.float32]
 
 
 class HeadViews(NamedTuple):

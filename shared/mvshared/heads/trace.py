@@ -161,7 +161,7 @@ class Tracer:
         """Colours (n, 3), normals (n, 3) and parts (n,) of surface points (3, n) seen along d (3, n)."""
         _, owner = self._nearest(points)
         normal = self._normal(points, owner)
-        base, part = paint(self.shape, *points, self.kinds[owner])
+        base, part = paint(self.shape, points[0], points[1], points[2], self.kinds[owner])
         occlusion = np.ones(points.shape[1], np.float32)
         for reach in (0.07, 0.18):
             free = self._soft_distance(points + np.float32(reach) * normal)
