@@ -35,10 +35,8 @@ def find_model(name: Path | str) -> Path:
 
     Raises CheckpointError if there is neither.
     """
-    if str(name) in EMBEDDED:
-        folder = Path(str(files("mvshared"))) / EMBEDDED[str(name)]
-    else:
-        folder = Path(name)
+    embedded = EMBEDDED.get(str(name))
+    folder = Path(name) if embedded is None else Path(str(files("mvshared"))) / embedded
     if not folder.is_dir():
         known = ", ".join(EMBEDDED)
         raise CheckpointError(f"no such model: allowed are {known} and checkpoint folders, got {str(name)!r}")

@@ -151,9 +151,9 @@ class GenerationDefaults:
 class Framing:
     """How the subject of a picture is placed in the square frame, in shares of its side.
 
-    `subject` scales it to `height`, at most `width` wide, its lower edge at `bottom`, centred; a square picture whose subject has
-    a height within `kept_heights` and stands within `kept_offset` of that place is kept. `pad` only pads to a square, `none`
-    resizes the picture whatever its shape.
+    `subject` scales it to `height`, at most `width` wide, its lower edge at `bottom`, centred; a square picture whose subject
+    has a height within `kept_heights` and stands within `kept_offset` of that place is kept. `pad` only pads to a square,
+    `none` resizes the picture whatever its shape.
     """
 
     mode: Literal["subject", "pad", "none"] = "pad"

@@ -19,7 +19,7 @@ from mvshared.files import write_atomic
 
 MAX_PIXELS = 100_000_000
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-NO_SURFACE = 128  # grey of the empty places of a normal map
+NO_SURFACE = (128, 128, 128)  # colour of the empty places of a normal map
 
 Source = str | Path | Image.Image | NDArray[Any]
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, IndexError, EOFError, TypeError, KeyError, OverflowError, MemoryError)
@@ -134,7 +134,7 @@ def from_model(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 def load_normals(source: str | Path | Sequence[str | Path | NDArray[Any]], *, views: int, size_px: int) -> NDArray[np.float32]:
     """Normal maps float32 (v, size_px, size_px, 3) in [-1, 1]: a folder (normal_*.png, else all pictures, by name), or a list.
 
-    Camera space, x right, y up, z toward the camera, stored as (n + 1) / 2 in 8 or 16 bit; where alpha is 0 there is no surface.
+    Camera space, x right, y up, z toward the camera, stored as (n + 1) / 2 in 8 or 16 bit; alpha 0 means no surface.
     Raises OptionError for a wrong number of maps, ImageError for a map that cannot be read or is not square.
     """
     if isinstance(source, str | Path):
@@ -151,7 +151,7 @@ def load_normals(source: str | Path | Sequence[str | Path | NDArray[Any]], *, vi
         if rgba.shape[0] != rgba.shape[1]:
             path = None if isinstance(item, np.ndarray) else item
             raise ImageError(f"a normal map must be square, got {rgba.shape[1]} x {rgba.shape[0]} pixels", path=path)
-        maps.append(to_model(composite(resize_rgba(rgba, size_px, size_px), (NO_SURFACE,) * 3)))
+        maps.append(to_model(composite(resize_rgba(rgba, size_px, size_px), NO_SURFACE)))
     return np.stack(maps)
 
 
@@ -164,13 +164,14 @@ def resize_rgba(rgba: NDArray[np.uint8], width: int, height: int) -> NDArray[np.
 
 
 def grid(images: NDArray[np.uint8], *, columns: int | None = None) -> NDArray[np.uint8]:
-    """Pictures (v, h, w, 3) side by side in rows of `columns` (about square by default), white where there is none."""
+    """Pictures (v, h, w, 3) side by side in rows of `columns`, white where there is none."""
     count, height, width = images.shape[:3]
-    columns = min(count, 4 if count > 2 else count) if columns is None else columns
-    rows = math.ceil(count / columns)
-    padded = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    across = min(count, 4) if columns is None else columns
+    down = math.ceil(count / across)
+    padded = np.full((down * across, height, width, 3), 255, np.uint8)
     padded[:count] = images
-    return padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    cells = padded.reshape(down, across, height, width, 3).swapaxes(1, 2)
+    return cells.reshape(down * height, across * width, 3)
 
 
 def sheet(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
