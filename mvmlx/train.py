@@ -1,6 +1,6 @@
 """Training in MLX: the losses of the two stages, and the optimiser step. All else is in mvshared.training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,8 @@ class Trainer:
     """A network, its loss, AdamW and an exponential moving average (EMA) of the weights.
 
     `loss(network, batch)` gets the batch as arrays. Weights, optimiser and arithmetic are float32: MLX has no autocast.
-    Raises OptionError for another dtype, BackendError for a device that is not there.
+    Weights whose names begin with one of `frozen` stay as they are. Raises OptionError for another dtype, BackendError for a
+    device that is not there.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Trainer:
         loss: Callable[[Any, Any], mx.array],
         config: OptimizerConfig,
         *,
+        frozen: Sequence[str] = (),
         dtype: str = "float32",
         device: str = "auto",
     ) -> None:
@@ -42,7 +44,7 @@ class Trainer:
             raise OptionError("dtype", expected="float32 for training in MLX", got=dtype, hint=hint)
         self.device, self.dtype = choose_device(device), dtype
         self.network = network.train()
-        self.loss, self.config = loss, config
+        self.loss, self.config, self.frozen = loss, config, tuple(frozen)
         # Parameters, moments and averages are kept flat, by name: a tree to MLX like any other, and the border's form.
         self.parameters: dict[str, mx.array] = dict(_flat(network.trainable_parameters()))
         self.optimizer = AdamW(0.0, list(config.betas), config.eps, config.weight_decay, bias_correction=True)
@@ -55,9 +57,10 @@ class Trainer:
         with _on_device(self.device):
             self._assign(self.parameters)  # a step that failed has left the network with arrays of its trace
             loss, tree = nn.value_and_grad(self.network, partial(self.loss, self.network))(_to_arrays(batch))
-            gradients, norm = clip_grad_norm(dict(_flat(tree)), self.config.gradient_clip)
+            learned = {name: gradient for name, gradient in _flat(tree) if not name.startswith(self.frozen)}
+            gradients, norm = clip_grad_norm(learned, self.config.gradient_clip)
             self.optimizer.learning_rate = learning_rate
-            self.parameters = self.optimizer.apply_gradients(gradients, self.parameters)
+            self.parameters |= self.optimizer.apply_gradients(gradients, {name: self.parameters[name] for name in gradients})
             self.steps += 1
             share = 1 - ema_decay(self.config, self.steps)
             self.ema = {name: mean + share * (self.parameters[name] - mean) for name, mean in self.ema.items()}
@@ -110,6 +113,7 @@ def vae_trainer(
     loss: VAELossConfig,
     weights: Mapping[str, NDArray[np.float32]],
     *,
+    frozen: Sequence[str] = (),
     dtype: str = "float32",
     device: str = "auto",
 ) -> Trainer:
@@ -119,7 +123,7 @@ def vae_trainer(
     """
     network = AutoencoderKL(config)
     set_weights(network, weights)
-    return Trainer(network, partial(vae_loss, config=loss), optimizer, dtype=dtype, device=device)
+    return Trainer(network, partial(vae_loss, config=loss), optimizer, frozen=frozen, dtype=dtype, device=device)
 
 
 def unet_trainer(
@@ -127,6 +131,7 @@ def unet_trainer(
     optimizer: OptimizerConfig,
     weights: Mapping[str, NDArray[np.float32]],
     *,
+    frozen: Sequence[str] = (),
     dtype: str = "float32",
     device: str = "auto",
     gradient_checkpointing: bool = False,
@@ -137,7 +142,7 @@ def unet_trainer(
     """
     network = MultiViewUNet(config, gradient_checkpointing=gradient_checkpointing)
     set_weights(network, weights)
-    return Trainer(network, unet_loss, optimizer, dtype=dtype, device=device)
+    return Trainer(network, unet_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
 
 
 def vae_weight_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:

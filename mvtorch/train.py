@@ -1,6 +1,6 @@
 """Training in PyTorch: the losses of the two stages, and the optimiser step. All else is in mvshared.training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, get_args
@@ -25,7 +25,8 @@ class Trainer:
     """A network, its loss, AdamW and an exponential moving average (EMA) of the weights.
 
     `loss(network, batch)` gets the batch as tensors. Weights and optimiser are float32; dtype "bfloat16" is autocast's.
-    Raises OptionError for another dtype, BackendError for a device that is not there.
+    Weights whose names begin with one of `frozen` stay as they are. Raises OptionError for another dtype, BackendError for a
+    device that is not there.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Trainer:
         loss: Callable[[Any, Any], Tensor],
         config: OptimizerConfig,
         *,
+        frozen: Sequence[str] = (),
         dtype: str = "float32",
         device: str = "auto",
     ) -> None:
@@ -45,6 +47,8 @@ class Trainer:
             _use_lean_group_norm(self.network)
         self.loss, self.config = loss, config
         self.parameters = dict(network.named_parameters())
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(not name.startswith(tuple(frozen)))
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
@@ -189,6 +193,7 @@ def vae_trainer(
     loss: VAELossConfig,
     weights: Mapping[str, NDArray[np.float32]],
     *,
+    frozen: Sequence[str] = (),
     dtype: str = "float32",
     device: str = "auto",
 ) -> Trainer:
@@ -199,7 +204,7 @@ def vae_trainer(
     with torch.device("meta"):
         network = AutoencoderKL(config)
     set_weights(network.to_empty(device="cpu"), weights)
-    return Trainer(network, partial(vae_loss, config=loss), optimizer, dtype=dtype, device=device)
+    return Trainer(network, partial(vae_loss, config=loss), optimizer, frozen=frozen, dtype=dtype, device=device)
 
 
 def unet_trainer(
@@ -207,6 +212,7 @@ def unet_trainer(
     optimizer: OptimizerConfig,
     weights: Mapping[str, NDArray[np.float32]],
     *,
+    frozen: Sequence[str] = (),
     dtype: str = "float32",
     device: str = "auto",
     gradient_checkpointing: bool = False,
@@ -218,7 +224,7 @@ def unet_trainer(
     with torch.device("meta"):
         network = MultiViewUNet(config, gradient_checkpointing=gradient_checkpointing)
     set_weights(network.to_empty(device="cpu"), weights)
-    return Trainer(network, unet_loss, optimizer, dtype=dtype, device=device)
+    return Trainer(network, unet_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
 
 
 def vae_weight_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:

@@ -335,3 +335,18 @@ def test_trainers_on_the_cpu_use_the_lean_group_normalisation() -> None:
     norm = make_trainer("torch", "unet").network.conv_norm_out
     x = torch.randn(1, 16, 4, 4, requires_grad=True)
     assert "_LeanGroupNorm" in type(norm(x).grad_fn).__name__
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_weights_stay_and_the_others_learn(backend: Backend) -> None:
+    trainer = make_trainer(backend, "vae", frozen=("encoder.", "quant_conv."))
+    before = trainer.weights()
+    run(trainer, "vae", 2)
+    state = trainer.state()
+    for name, array in trainer.weights().items():
+        same = np.array_equal(array, before[name])
+        assert same == name.startswith(("encoder.", "quant_conv.")), name
+        assert np.array_equal(state[f"ema.{name}"], before[name]) == same, name
+    trainer.load_state(state)
+    run(trainer, "vae", 1)
+    assert np.array_equal(trainer.weights()["encoder.conv_in.weight"], before["encoder.conv_in.weight"])

@@ -90,7 +90,8 @@ class VAELossConfig:
 class TrainConfig:
     """One stage of training.
 
-    `vae_from` is the checkpoint folder whose VAE the U-Net stage uses, `init_from` one to start from. `dtype` is that of the
+    `vae_from` is the checkpoint folder whose VAE the U-Net stage uses, `init_from` one to start from; weights whose names
+    begin with one of `frozen` are not trained. `dtype` is that of the
     computation, `model_dtype` that of the trained model's files; the run's own state is float32.
     """
 
@@ -111,6 +112,7 @@ class TrainConfig:
     vae_loss: VAELossConfig = VAELossConfig()
     vae_from: str | None = None
     init_from: str | None = None
+    frozen: tuple[str, ...] = ()
     unet: UNetConfig | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     camera: CameraConfig = field(default_factory=CameraConfig)

@@ -156,7 +156,9 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
         for folders in (training, held_out)
     )
     weights = _initial(config, "vae", module.vae_weight_shapes(vae))
-    trainer = module.vae_trainer(vae, config.optimizer, config.vae_loss, weights, dtype=config.dtype, device=device)
+    trainer = module.vae_trainer(
+        vae, config.optimizer, config.vae_loss, weights, frozen=config.frozen, dtype=config.dtype, device=device
+    )
 
     def save_model() -> None:
         write_component(folder / "model", "vae", vae, _cast(trainer.ema_weights(), config.model_dtype))
@@ -177,6 +179,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         unet,
         config.optimizer,
         weights,
+        frozen=config.frozen,
         dtype=config.dtype,
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
