@@ -178,12 +178,14 @@ def load_weights(module: nn.Module, path: Path, *, dtype: Dtype, device: str) ->
 
     Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
     """
-    names = match_tensors(path, weight_shapes(module))
+    shapes = weight_shapes(module)
+    names = match_tensors(path, shapes)
     with _on_device(device):
         lazy: Any = mx.load(str(path))
         tensors = []
         for name, name_in_file in names.items():
-            tensors.append((name, _from_checkpoint(lazy.pop(name_in_file).astype(getattr(mx, dtype)))))
+            tensor = lazy.pop(name_in_file).reshape(shapes[name]).astype(getattr(mx, dtype))
+            tensors.append((name, _from_checkpoint(tensor)))
         module.load_weights(tensors, strict=True)
 
 

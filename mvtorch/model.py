@@ -163,11 +163,12 @@ def load_weights(module: nn.Module, path: Path, *, dtype: Dtype, device: str) ->
 
     Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
     """
-    names = match_tensors(path, weight_shapes(module))
+    shapes = weight_shapes(module)
+    names = match_tensors(path, shapes)
     tensors = {}
     with safe_open(path, framework="pt") as file:
         for name, name_in_file in names.items():
-            tensor = file.get_tensor(name_in_file)
+            tensor = file.get_tensor(name_in_file).reshape(shapes[name])
             layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
             tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
     module.load_state_dict(tensors, strict=True, assign=True)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 import mvmlx.model
 import mvtorch.model
+import mvtorch.train
 from mvshared.checkpoint import WEIGHT_FILE, weight_file, write_component, write_model_config
 from mvshared.config import ModelConfig, SchedulerConfig, UNetConfig
 from mvshared.errors import BackendError, CheckpointError, OptionError, TensorMismatchError
@@ -345,3 +346,26 @@ def test_bfloat16_is_refused_on_metal_only(monkeypatch: pytest.MonkeyPatch) -> N
 def load(backend: Backend, folder: Path) -> Any:
     """The model in float32 on the CPU."""
     return MODULES[backend].load_model(folder, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_vae_with_old_attention_names_and_1x1_convolutions_is_the_same_vae(
+    folder: Path, tmp_path: Path, backend: Backend
+) -> None:
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old: Weights = {}
+    for name, array in safetensors.numpy.load_file(weight_file(folder, "vae")).items():
+        part = next((part for part in old_names if f".attentions.0.{part}." in name), None)
+        if part is not None:
+            name = name.replace(part, old_names[part])
+            array = array[..., None, None] if array.ndim == 2 else array
+        old[name] = array
+    assert "encoder.mid_block.attentions.0.proj_attn.weight" in old
+    path = tmp_path / "old.safetensors"
+    safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in old.items()}, path)
+    module = MODULES[backend]
+    pixels = np.tanh(normal(1, 16, 16, 3))
+    current = module.load_vae(VAE, weight_file(folder, "vae"), device="cpu")
+    assert np.array_equal(module.load_vae(VAE, path, device="cpu").encode(pixels), current.encode(pixels))
+    shapes = {name: array.shape for name, array in read_weights(path, mvtorch.train.vae_weight_shapes(VAE)).items()}
+    assert shapes["decoder.mid_block.attentions.0.to_q.weight"] == (VAE.block_out_channels[-1],) * 2

@@ -167,6 +167,8 @@ def check_names_and_shapes(
 def match_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """`{name in the model: name in the file}` of a weight file that holds exactly the `expected` names and shapes.
 
+    A linear layer of a VAE's attention may be stored as a 1x1 convolution (o, i, 1, 1): it has to be reshaped as it is read.
+
     Raises CheckpointError for a damaged file, a tensor that is there under two names or holds no floating-point numbers, and
     TensorMismatchError if names or shapes differ.
     """
@@ -181,6 +183,9 @@ def match_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[s
             raise CheckpointError(f"{name!r} must be one of {allowed}, got {info.dtype}", path=path)
         names[renamed] = name
     found = {renamed: tensors[name].shape for renamed, name in names.items()}
+    for name, shape in found.items():
+        if shape[2:] == (1, 1) and expected.get(name) == shape[:2] and ".mid_block.attentions." in f".{name}":
+            found[name] = shape[:2]
     check_names_and_shapes(expected=expected, found=found, path=path)
     return names
 
@@ -197,7 +202,7 @@ def read_weights(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[st
             array = np.frombuffer(file.read(info.end - info.start), np.dtype(WEIGHT_DTYPES[info.dtype]).newbyteorder("<"))
             if info.dtype == "BF16":
                 array = (array.astype(np.uint32) << 16).view(np.float32)
-            weights[name] = array.astype(np.float32).reshape(info.shape)
+            weights[name] = array.astype(np.float32).reshape(expected[name])
     return weights
 
 
