@@ -26,6 +26,7 @@ from mvshared.schedule import SAMPLERS, Step, sampler_steps
 from mvshared.weights import sha256_of_files
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
+Normals: TypeAlias = str | Path | Sequence[str | Path | NDArray[Any]]
 
 MAX_VIEWS = 64
 GUIDANCE_RANGE = (1.0, 20.0)
@@ -59,7 +60,7 @@ class Parameters:
     device: str
     image: str | None
     image_sha256: str | None
-    normals: str | list[str] | None
+    normals: str | list[str | None] | None
     normals_sha256: str | None
     latents_sha256: str | None
     cameras: list[list[list[float]]]
@@ -120,7 +121,7 @@ class Pipeline(Generic[A]):
         azimuths_deg: Sequence[float] | None = None,
         elevation_deg: float | None = None,
         cameras: ArrayLike | None = None,
-        normals: str | Path | Sequence[str | Path] | None = None,
+        normals: Normals | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         scheduler: str = "ddim",
@@ -165,7 +166,7 @@ class Pipeline(Generic[A]):
             backend=self.model.backend,
             dtype=self.model.dtype,
             device=self.model.device,
-            image=str(image) if isinstance(image, str | Path) else None,
+            image=str(Path(image).resolve()) if isinstance(image, str | Path) else None,
             image_sha256=_sha256(reference),
             normals=_names(normals),
             normals_sha256=_sha256(normal_pixels),
@@ -251,9 +252,7 @@ class Pipeline(Generic[A]):
             raise OptionError("views", expected=f"at most {MAX_VIEWS}", got=len(poses))
         return poses
 
-    def _normals(
-        self, normals: str | Path | Sequence[str | Path] | None, *, views: int, size_px: int
-    ) -> NDArray[np.float32] | None:
+    def _normals(self, normals: Normals | None, *, views: int, size_px: int) -> NDArray[np.float32] | None:
         if normals is None:
             return None
         if not self.model.config.unet.normal_channels:
@@ -271,6 +270,8 @@ def repeat(pipeline: Pipeline[Any], parameters: dict[str, Any], *, on_step: Call
         raise OptionError("latents", expected="those of the run, which its metadata does not hold", got=None)
     if parameters.get("image") is None:
         raise OptionError("image", expected="a file: the run's picture was given in memory", got=None)
+    if isinstance(parameters["normals"], list) and None in parameters["normals"]:
+        raise OptionError("normals", expected="files: the run's normal maps were given in memory", got=None)
     views = pipeline.generate(
         parameters["image"],
         cameras=np.asarray(parameters["cameras"], np.float32),
@@ -318,10 +319,13 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _names(normals: str | Path | Sequence[str | Path] | None) -> str | list[str] | None:
+def _names(normals: Normals | None) -> str | list[str | None] | None:
+    """The files of the normal maps, None in the place of a map that was given in memory."""
     if normals is None:
         return None
-    return str(normals) if isinstance(normals, str | Path) else [str(path) for path in normals]
+    if isinstance(normals, str | Path):
+        return str(Path(normals).resolve())
+    return [str(Path(item).resolve()) if isinstance(item, str | Path) else None for item in normals]
 
 
 def _sha256(array: NDArray[Any] | None) -> str | None:
