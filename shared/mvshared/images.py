@@ -5,60 +5,94 @@ Decoding and encoding are Pillow's; what is refused is refused before the pixels
 
 import io
 import math
+import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from mvshared.errors import ImageError, NumericsError, OptionError
 from mvshared.files import write_atomic
 
 MAX_PIXELS = 100_000_000
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PALETTE_SAMPLES = 20_000  # pixels of a turntable that its palette is made from
 NO_SURFACE = (128, 128, 128)  # colour of the empty places of a normal map
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's; some of its others start programs
+GREY_PEAKS = {"I;16": 65535.0, "I;16L": 65535.0, "I;16B": 65535.0, "I;16N": 65535.0, "I": 65535.0, "F": 1.0}
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
+
 Source = str | Path | Image.Image | NDArray[Any]
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, IndexError, EOFError, TypeError, KeyError, OverflowError, MemoryError)
 
 
 def load_image(source: Source) -> NDArray[np.uint8]:
-    """A picture as RGBA uint8 (h, w, 4), straight alpha, turned upright.
+    """A picture as RGBA uint8 (h, w, 4), straight alpha, upright, in sRGB if its colour profile can be used.
 
-    Files are recognised by their content (PNG, JPEG, WebP, GIF, BMP, TIFF, ...; of an animation the first frame). Pictures in
-    memory are Pillow's, or arrays uint8, uint16 or float in [0, 1] of shape (h, w) or (h, w, 1 to 4).
+    Files are recognised by their content (PNG, JPEG, WebP, GIF, BMP, TIFF; of an animation the first frame). Pictures in
+    memory are Pillow's, or arrays uint8, uint16 or float in [0, 1] of shape (h, w) or (h, w, 1 to 4). Pillow reads 16 bits
+    per channel of grey pictures and the upper 8 of coloured ones.
 
     Raises ImageError for what is missing, truncated, no picture, or larger than 100 million pixels.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if isinstance(source, Image.Image):
-        return _decode(source, None)
-    path = Path(source)
-    if path.is_dir():
-        raise ImageError("is a folder, and a picture is needed", path=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MAX_PIXELS stands for Pillow's limit, and odd metadata is no concern
+        if isinstance(source, Image.Image):
+            return _decode(source, None)
+        if not isinstance(source, str | Path):
+            raise ImageError(f"a picture must be a path, a Pillow image or an array, got {type(source).__name__}")
+        return _from_file(Path(source))
+
+
+def _from_file(path: Path) -> NDArray[np.uint8]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the limit below stands for Pillow's, and odd metadata is no concern
-            with Image.open(path) as image:
-                return _decode(image, path)
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError("is a folder, and a picture is needed", path=path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("is no regular file", path=path)
+        if not status.st_size:
+            raise ImageError("is empty", path=path)
+        with path.open("rb") as file:
+            return _decode(_open(file, path), path)
     except FileNotFoundError as cause:
         raise ImageError("no such file", path=path) from cause
+    except (OSError, ValueError) as cause:  # ValueError: a NUL in the name
+        raise ImageError(f"cannot be read: {getattr(cause, 'strerror', None) or cause}", path=path) from cause
+
+
+def _open(file: BinaryIO, path: Path) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as cause:
-        hint = "PNG, JPEG, WebP, GIF, BMP and TIFF can be read"
-        raise ImageError("is empty" if path.stat().st_size == 0 else "is no picture", path=path, hint=hint) from cause
+        raise ImageError("is no picture", path=path, hint="PNG, JPEG, WebP, GIF, BMP and TIFF can be read") from cause
     except Image.DecompressionBombError as cause:
         raise _too_large(path) from cause
-    except DECODE_ERRORS as cause:
-        reason = getattr(cause, "strerror", None) or cause
-        raise ImageError(f"cannot be decoded: {reason}", path=path, hint="the file may be damaged: copy it again") from cause
+    except Exception as cause:  # Pillow's parsers meet damaged data with nearly every class of error
+        raise _damaged(path, cause) from cause
 
 
 def _too_large(path: Path | None) -> ImageError:
     return ImageError(f"has more than {MAX_PIXELS:,} pixels", path=path, hint="make it smaller first")
+
+
+def _damaged(path: Path | None, cause: Exception) -> ImageError:
+    reason = str(cause) or type(cause).__name__
+    return ImageError(f"cannot be decoded: {reason}", path=path, hint="the file may be damaged: copy it again")
 
 
 def _decode(image: Image.Image, path: Path | None) -> NDArray[np.uint8]:
@@ -67,29 +101,50 @@ def _decode(image: Image.Image, path: Path | None) -> NDArray[np.uint8]:
         raise _too_large(path)
     if not width * height:
         raise ImageError("has no pixels", path=path)
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        peak = 65535.0 if image.mode != "F" else 1.0
-        if not np.isfinite(values).all():
-            raise ImageError("holds values that are not finite", path=path)
-        return _from_array(np.clip(values / peak, 0, 1))
-    return np.asarray(_to_srgb(image).convert("RGBA")).copy()
+    try:
+        image.load()
+        image = _upright(image)
+        if image.mode in GREY_PEAKS:
+            return _from_array(_grey(image, path))
+        return np.asarray(_to_srgb(image).convert("RGBA")).copy()
+    except ImageError:
+        raise
+    except Exception as cause:  # as in _open
+        raise _damaged(path, cause) from cause
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; not ImageOps.exif_transpose, which fails on other damaged tags."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as in _open; damaged metadata does not spoil the picture
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _grey(image: Image.Image, path: Path | None) -> NDArray[np.float64]:
+    """Grey and alpha (h, w, 2) in [0, 1] of more than 8 bits."""
+    values, peak = np.asarray(image, dtype=np.float64), GREY_PEAKS[image.mode]
+    if not (values.min() >= 0 and values.max() <= peak):  # false for NaN, too
+        raise ImageError(f"holds grey values outside 0 to {peak:g}", path=path)
+    alpha = values != image.info.get("transparency")
+    return np.stack([values / peak, alpha], axis=-1)
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """The picture in sRGB if it has a usable profile of another space."""
+    """The picture in sRGB if it has a usable profile of another space; profiles of grey pictures are ignored."""
+    if image.mode == "P" or "transparency" in image.info:
+        image = image.convert("RGBA")
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = "RGBA" if image.mode == "RGBA" else "RGB"
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
-    return converted if converted is not None else image
+    return image if converted is None else converted
 
 
 def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -102,9 +157,9 @@ def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.dtype == np.uint16:
         array = np.rint(array / 257.0).astype(np.uint8)
     elif array.dtype.kind == "f":
-        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+        if not (array.min() >= 0 and array.max() <= 1):  # false for NaN, too
             raise ImageError("an array of floats must be finite and within 0 to 1", hint="use uint8 for 0 to 255")
-        array = np.rint(array * 255.0).astype(np.uint8)
+        array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ImageError(f"an array must be uint8, uint16 or float, got {array.dtype}")
     channels = array.shape[2]
@@ -134,14 +189,15 @@ def from_model(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 def load_normals(source: str | Path | Sequence[str | Path | NDArray[Any]], *, views: int, size_px: int) -> NDArray[np.float32]:
     """Normal maps float32 (v, size_px, size_px, 3) in [-1, 1]: a folder (normal_*.png, else all pictures, by name), or a list.
 
-    Camera space, x right, y up, z toward the camera, stored as (n + 1) / 2 in 8 or 16 bit; alpha 0 means no surface.
-    Raises OptionError for a wrong number of maps, ImageError for a map that cannot be read or is not square.
+    Camera space, x right, y up, z toward the camera, stored as (n + 1) / 2 of full scale. Alpha 0 means no surface: colour 128,
+    as in training, 1/255 from a normal of zero. Raises OptionError for a wrong number of maps, ImageError for a map that
+    cannot be read or is not square.
     """
     if isinstance(source, str | Path):
         folder = Path(source)
         if not folder.is_dir():
             raise ImageError("no such folder of normal maps", path=folder)
-        pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+        pictures = sorted(path for path in folder.iterdir() if _is_picture(path))
         source = [path for path in pictures if path.name.startswith("normal_")] or pictures
     if len(source) != views:
         raise OptionError("normals", expected=f"one map per view ({views})", got=f"{len(source)} maps")
@@ -155,6 +211,10 @@ def load_normals(source: str | Path | Sequence[str | Path | NDArray[Any]], *, vi
     return np.stack(maps)
 
 
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")  # macOS leaves ._names on other disks
+
+
 def resize_rgba(rgba: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
     """Resize uint8 (h, w, 4) with Lanczos, antialiased, in premultiplied alpha; the same pixels if the size is the same."""
     if rgba.shape[:2] == (height, width):
@@ -163,15 +223,29 @@ def resize_rgba(rgba: NDArray[np.uint8], width: int, height: int) -> NDArray[np.
     return np.asarray(image).copy()
 
 
-def grid(images: NDArray[np.uint8], *, columns: int | None = None) -> NDArray[np.uint8]:
-    """Pictures (v, h, w, 3) side by side in rows of `columns`, white where there is none."""
-    count, height, width = images.shape[:3]
+def grid(images: NDArray[np.uint8], *, columns: int | None = None, pad_px: int = 0) -> NDArray[np.uint8]:
+    """Pictures (v, h, w, 3) side by side in rows of `columns` (4 if not given), `pad_px` apart, white where there is none.
+
+    Raises OptionError for fewer than one column or a negative distance, ImageError for an array that is no pictures.
+    """
+    count, height, width = _pictures(images).shape[:3]
     across = min(count, 4) if columns is None else columns
+    if across < 1:
+        raise OptionError("columns", expected="1 or more", got=columns)
+    if pad_px < 0:
+        raise OptionError("pad_px", expected="0 or more", got=pad_px)
     down = math.ceil(count / across)
-    padded = np.full((down * across, height, width, 3), 255, np.uint8)
-    padded[:count] = images
-    cells = padded.reshape(down, across, height, width, 3).swapaxes(1, 2)
-    return cells.reshape(down * height, across * width, 3)
+    padded = np.full((down * across, height + pad_px, width + pad_px, 3), 255, np.uint8)
+    padded[:count, :height, :width] = images
+    cells = padded.reshape(down, across, height + pad_px, width + pad_px, 3).swapaxes(1, 2)
+    joined = cells.reshape(down * (height + pad_px), across * (width + pad_px), 3)
+    return joined[: joined.shape[0] - pad_px, : joined.shape[1] - pad_px]
+
+
+def _pictures(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not images.size:
+        raise ImageError(f"pictures must be uint8 (v, h, w, 3), got {images.dtype} {images.shape}")
+    return images
 
 
 def sheet(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -180,23 +254,49 @@ def sheet(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """A PNG file of uint8 (h, w, 3 or 4)."""
+    """A PNG file of uint8 (h, w, 3 or 4). Raises ImageError for another array."""
+    if image.ndim != 3 or image.shape[2] not in (3, 4) or image.dtype != np.uint8 or not image.size:
+        raise ImageError(f"a picture must be uint8 (h, w, 3 or 4), got {image.dtype} {image.shape}")
     encoded = io.BytesIO()
     Image.fromarray(image).save(encoded, "PNG", optimize=True)
     return encoded.getvalue()
 
 
 def save_png(path: Path | str, image: NDArray[np.uint8]) -> None:
-    """Write uint8 (h, w, 3 or 4), all of it or nothing. Raises OutputError."""
+    """Write uint8 (h, w, 3 or 4), all of it or nothing. Raises ImageError for another array, OutputError."""
     write_atomic(path, encode_png(image))
 
 
 def save_turntable(path: Path | str, images: NDArray[np.uint8], *, seconds: float = 2.0) -> None:
-    """Write an endless GIF of pictures (v, h, w, 3) in their order, with one palette for all. Raises OutputError."""
-    strip = Image.fromarray(grid(images, columns=len(images)))
-    palette = strip.quantize(256, method=Image.Quantize.MEDIANCUT)
+    """Write an endless GIF of pictures (v, h, w, 3) in their order, with one palette for all.
+
+    `seconds` is one round, to 1/100 s per picture and no less than 2/100 s, below which players slow down. Raises OptionError,
+    ImageError for an array that is no pictures, OutputError.
+    """
+    if not 0 < seconds <= 600:
+        raise OptionError("seconds", expected="above 0, at most 600", got=seconds)
+    palette = _shared_palette(images)
     frames = [Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images]
     encoded = io.BytesIO()
-    duration_ms = max(20, round(1000 * seconds / len(frames)))
-    frames[0].save(encoded, "GIF", save_all=True, append_images=frames[1:], duration=duration_ms, loop=0)
+    duration_ms = max(20, 10 * round(100 * seconds / len(frames)))
+    colors = palette.getpalette()  # given once more, or Pillow writes a reordered copy into every frame
+    frames[0].save(encoded, "GIF", save_all=True, append_images=frames[1:], duration=duration_ms, loop=0, palette=colors)
     write_atomic(path, encoded.getvalue())
+
+
+def _shared_palette(images: NDArray[np.uint8]) -> Image.Image:
+    """A picture with 256 colours for pictures (v, h, w, 3), such that the first corner's is kept exactly.
+
+    A background that is off by a little is what one sees first. Pillow looks a colour up by its cell of 4 x 4 x 4 values, as
+    if it were at the cell's lower corner, so every entry nearer to that corner than the colour itself gives way to it.
+    """
+    colors = _pictures(images).reshape(-1, 3)
+    sample = colors[:: math.ceil(len(colors) / PALETTE_SAMPLES)]
+    palette = Image.fromarray(sample[None]).quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+    entries = np.asarray(palette.getpalette(), np.int64).reshape(-1, 3)
+    corner = colors[0].astype(np.int64)
+    cell = corner // 4 * 4
+    distance = ((entries - cell) ** 2).sum(axis=1)
+    entries[distance <= max(distance.min(), ((corner - cell) ** 2).sum())] = corner
+    palette.putpalette(entries.ravel().tolist())
+    return palette
