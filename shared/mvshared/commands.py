@@ -58,10 +58,8 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
     folders = _output_folders(options, seeds)
     for folder in folders:
         check_free(folder, force=options["force"])
-    if options["config"] is not None:
-        runs = [_repeated_run(options["config"], given)]
-    else:
-        runs = _new_runs(options, seeds)
+    config = options["config"]
+    runs = _new_runs(options, seeds) if config is None else [_repeated_run(config, given)]
     for folder, run in zip(folders, runs, strict=True):
         views = run(reporter)
         views.save(folder, force=options["force"])

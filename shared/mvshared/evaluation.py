@@ -37,8 +37,8 @@ class Subject(NamedTuple):
 class Evaluation:
     """Summaries over all views of all identities, and one sheet row per identity.
 
-    `psnr_db`, `ssim` and `silhouette_iou` of the generated views; `copy_*` of the reference copied to every view; `vae_*` of the
-    true views encoded and decoded. `rows` uint8 (1 + 2 v, h, w, 3): reference, generated views, true views.
+    `psnr_db`, `ssim` and `silhouette_iou` of the generated views; `copy_*` of the reference copied to every view; `vae_*` of
+    the true views encoded and decoded. `rows` uint8 (1 + 2 v, h, w, 3): reference, generated views, true views.
     """
 
     identities: int
@@ -58,7 +58,7 @@ class Evaluation:
 
 
 def held_out_subject(identity: int, *, size_px: int, azimuths_deg: Sequence[float] = AZIMUTHS_DEG) -> Subject:
-    """Render a head for evaluation; its elevation, the same for all views, and the reference's camera follow from the number."""
+    """Render a head for evaluation; its number decides on the views' common elevation and on the reference's camera."""
     random = np.random.default_rng([EVALUATION_SEED, identity])
     elevation = float(random.uniform(*ELEVATIONS_DEG))
     azimuth = float(random.uniform(-REFERENCE_AZIMUTH_DEG, REFERENCE_AZIMUTH_DEG))

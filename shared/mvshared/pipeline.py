@@ -1,7 +1,7 @@
 """Generation, written once for both backends: from a picture and cameras to views, their latents and an output folder.
 
-The sampler's steps are plain floats (mvshared.schedule), noise is numpy's, and arrays of the backend meet only sums and products
-with floats here.
+The sampler's steps are plain floats (mvshared.schedule), noise is numpy's, and arrays of the backend meet only sums and
+products with floats here.
 """
 
 import hashlib
