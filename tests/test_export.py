@@ -224,7 +224,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_even_with_force(tmp_path: 
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputError, match="is a file"):
         export.prepare(tmp_path / "out", force=True)
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="is a file"):
         export.prepare(tmp_path / "out" / "deeper", force=True)
     assert (tmp_path / "out").read_text() == "mine"
 

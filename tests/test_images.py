@@ -420,9 +420,10 @@ def test_writing_into_a_missing_folder_is_an_output_error(tmp_path: Path) -> Non
 
 
 def test_a_turntable_loops_forever_with_one_palette_and_the_exact_background(tmp_path: Path) -> None:
-    views = np.full((6, 40, 40, 3), 255, np.uint8)
+    views = np.full((6, 40, 60, 3), 255, np.uint8)
     for view, picture in enumerate(views):
         picture[8:, 4 + 3 * view : 24 + 3 * view] = smooth(32, 20)
+        picture[8:, 40:] = 253 - smooth(32, 20) // 16  # many colours that are nearly the background's
     save_turntable(tmp_path / "turn.gif", views, seconds=1.5)
     with Image.open(tmp_path / "turn.gif") as animation:
         assert animation.info["loop"] == 0 and getattr(animation, "n_frames", 1) == 6

@@ -34,16 +34,18 @@ def check_free(folder: Path | str, *, force: bool = False) -> None:
     """Raise OutputError if `prepare` would refuse `folder` for what is there; nothing is changed."""
     folder = Path(folder)
     overwrite = "name another folder, or overwrite it with --force"
-    if folder.exists() and not folder.is_dir():
-        raise OutputError("is a file, and a folder is needed", path=folder, hint="name another folder")
-    blocked = next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None)
+    try:
+        blocked = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+        finished = (folder / METADATA).exists()
+        leftovers = _run_files(folder) if folder.is_dir() else []
+    except OSError as cause:
+        raise OutputError(f"cannot be read: {cause.strerror or cause}", path=folder) from cause
     if blocked is not None:
         raise OutputError("is a file, and a folder is needed", path=blocked, hint="name another folder")
-    if force or not folder.exists():
+    if force:
         return
-    if (folder / METADATA).exists():
+    if finished:
         raise OutputError("holds a finished run", path=folder, hint=overwrite)
-    leftovers = _run_files(folder)
     if leftovers and not (folder / UNFINISHED).exists():
         raise OutputError(f"holds {leftovers[0].name}, which no unfinished run left there", path=folder, hint=overwrite)
 
@@ -71,10 +73,7 @@ def prepare(folder: Path | str, *, force: bool = False) -> Path:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name))
-    except OSError as cause:
-        raise OutputError(f"cannot be read: {cause.strerror or cause}", path=folder) from cause
+    return sorted(path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name))
 
 
 def finish(folder: Path | str, document: Mapping[str, Any]) -> None:

@@ -185,7 +185,7 @@ def _placed(rgba: NDArray[np.uint8], box: Box, *, size_px: int, framing: Framing
         (shown[3] - top) / (bottom - top) * height,
     )
     size = (shown[2] - shown[0], shown[3] - shown[1])
-    resized = Image.fromarray(rgba).convert("RGBa").resize(size, Image.Resampling.LANCZOS, box=part).convert("RGBA")
+    resized = Image.fromarray(rgba).resize(size, Image.Resampling.LANCZOS, box=part)
     canvas = np.zeros((size_px, size_px, 4), np.uint8)
     canvas[shown[1] : shown[3], shown[0] : shown[2]] = np.asarray(resized)
     return canvas
