@@ -1,7 +1,4 @@
-"""What every benchmark needs: the machine it ran on, timings with their spread, peak memory, a Markdown table.
-
-Run the scripts as modules from the repository's root, `python -m benchmarks.NAME`, so that they find this file.
-"""
+"""What every benchmark needs: the machine it ran on, timings with their spread, peak memory."""
 
 import os
 import platform
@@ -9,13 +6,10 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
-
-from mvshared.errors import OptionError
 
 PACKAGES = ("numpy", "torch", "mlx")
 
@@ -29,14 +23,21 @@ class Timing(NamedTuple):
     spread: float
 
 
+def timing_of(seconds: Sequence[float]) -> Timing:
+    """The Timing of at least one repeat."""
+    median, shortest, longest = statistics.median(seconds), min(seconds), max(seconds)
+    return Timing(median=median, min=shortest, max=longest, spread=(longest - shortest) / median)
+
+
 def machine() -> dict[str, str | int]:
-    """CPU, usable logical cores, bytes of memory, system, Python, and the versions of those PACKAGES that are installed.
+    """CPU, usable logical cores, OMP_NUM_THREADS, bytes of memory, system, Python, and those of PACKAGES that are installed.
 
     Versions come from the installed metadata: no array library is imported.
     """
     result: dict[str, str | int] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -47,25 +48,6 @@ def machine() -> dict[str, str | int]:
         except PackageNotFoundError:
             continue
     return result
-
-
-def measure(fn: Callable[[], object], *, repeats: int = 5, warmup: int = 1) -> Timing:
-    """Time `repeats` calls of `fn` after `warmup` calls that do not count.
-
-    `fn` itself must wait for the device (mx.eval, torch.cuda.synchronize), or only the launch is timed. Raises OptionError.
-    """
-    for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0)):
-        if value < least:
-            raise OptionError(name, expected=f"at least {least}", got=value)
-    for _ in range(warmup):
-        fn()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn()
-        seconds.append(time.perf_counter() - start)
-    median, shortest, longest = statistics.median(seconds), min(seconds), max(seconds)
-    return Timing(median=median, min=shortest, max=longest, spread=(longest - shortest) / median)
 
 
 def peak_rss_bytes() -> int:
@@ -79,18 +61,12 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def print_table(rows: Sequence[Mapping[str, object]]) -> None:
-    """Print rows as a Markdown table; columns in the order in which they first appear, floats with four digits."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [columns, *([_cell(row.get(column, "")) for column in columns] for row in rows)]
-    widths = [max(3, *(len(row[index]) for row in cells)) for index in range(len(columns))]
-    cells.insert(1, ["-" * width for width in widths])
-    for row in cells:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+def children_peak_rss_bytes() -> int:
+    """Largest resident memory of any process that this one started and waited for, in bytes.
 
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    On Linux at least the memory that this process itself had when it started them: call it from a small one.
+    """
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,84 @@
+"""Cases of a loaded model: a whole generation, one step of the U-Net, and the VAE, for the model's default views and size."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.measure import peak_rss_bytes
+from benchmarks.worker import Prepared
+from mvshared.backend import Model, load
+from mvshared.camera import camera_vectors, even_azimuths, orbit
+
+TIMESTEP = 500.0
+
+
+def generate(*, model: str, image: str, backend: str, steps: int) -> Prepared:
+    """`Pipeline.generate`, from the picture's file to views in memory, in the dtype that the backend chooses."""
+    pipeline = load(model, backend=backend)
+    return _prepared(pipeline.model, lambda: pipeline.generate(image, steps=steps, seed=0))
+
+
+def unet_step(*, model: str, backend: str, dtype: str) -> Prepared:
+    """One call of the U-Net with its constant part prepared, without guidance, its output copied to numpy."""
+    loaded = load(model, backend=backend, dtype=dtype).model
+    config, latents = loaded.config, _random_latents(loaded)
+    poses = orbit(even_azimuths(len(latents)), config.defaults.elevation_deg, radius=config.camera.radius)
+    x = loaded.from_numpy(latents)
+    condition = loaded.condition(
+        cameras=camera_vectors(poses) if config.unet.camera_dim else None,
+        reference=x[0] if config.unet.reference_frame else None,
+        normals=None,
+        guided=False,
+    )
+    return _prepared(loaded, lambda: loaded.to_numpy(loaded.denoise(x, TIMESTEP, condition, 1.0)))
+
+
+def vae_encode(*, model: str, backend: str, dtype: str) -> Prepared:
+    """Latents of pictures, copied to numpy."""
+    loaded = load(model, backend=backend, dtype=dtype).model
+    defaults = loaded.config.defaults
+    shape = (defaults.views, defaults.size_px, defaults.size_px, loaded.config.vae.in_channels)
+    pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    return _prepared(loaded, lambda: loaded.to_numpy(loaded.encode_latents(pixels)))
+
+
+def vae_decode(*, model: str, backend: str, dtype: str) -> Prepared:
+    """Pictures of latents, as numpy arrays."""
+    loaded = load(model, backend=backend, dtype=dtype).model
+    x = loaded.from_numpy(_random_latents(loaded))
+    return _prepared(loaded, lambda: loaded.decode(x))
+
+
+def _random_latents(model: Model[Any]) -> NDArray[np.float32]:
+    defaults, vae = model.config.defaults, model.config.vae
+    size = defaults.size_px // vae.downscale
+    return np.random.default_rng(0).standard_normal((defaults.views, size, size, vae.latent_channels), np.float32)
+
+
+def _prepared(model: Model[Any], call: Callable[[], object]) -> Prepared:
+    def facts() -> dict[str, Any]:
+        return {
+            "device": model.device,
+            "dtype": model.dtype,
+            "views": model.config.defaults.views,
+            "peak_memory_bytes": peak_rss_bytes(),
+            **_library_facts(model),
+        }
+
+    return Prepared(call, facts)
+
+
+def _library_facts(model: Model[Any]) -> dict[str, int]:
+    """Threads on the CPU, or the largest sum of arrays on the GPU since the start."""
+    if model.backend == "torch":
+        import torch
+
+        if model.device == "cpu":
+            return {"threads": torch.get_num_threads()}
+        return {"device_memory_bytes": torch.cuda.max_memory_allocated(model.device)}
+    import mlx.core as mx
+
+    # MLX computes on the CPU in one thread per stream, and the BLAS in its wheel for Linux has no threads.
+    return {"threads": 1} if model.device == "cpu" else {"device_memory_bytes": mx.get_peak_memory()}

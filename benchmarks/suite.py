@@ -1,0 +1,60 @@
+"""Which cases there are, by the names of the command line: lists of cases to compare, the backends next to each other."""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import get_args
+
+from benchmarks import commands, networks
+from benchmarks.compare import ROOT, Case
+from benchmarks.renderer import renderer
+from benchmarks.worker import Prepared
+from mvshared.backend import BackendName, Dtype
+from mvshared.checkpoint import read_model_config
+
+IMAGE = ROOT / "examples" / "portrait.png"
+RENDERER_VIEWS, RENDERER_SIZES_PX = 8, (64, 128, 256)
+
+
+def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int) -> list[list[Case]]:
+    """The cases of a name of results.TITLES; those of an inner list take turns."""
+    if name == "help":
+        return [[Case(what="mvmlx --help, new process", prepare=commands.help_text)]]
+    if name == "renderer":
+        return [
+            [
+                Case(
+                    what=f"{RENDERER_VIEWS} views of {size_px} px",
+                    prepare=renderer,
+                    arguments={"views": RENDERER_VIEWS, "size_px": size_px},
+                )
+            ]
+            for size_px in RENDERER_SIZES_PX
+        ]
+    defaults = read_model_config(model).defaults
+    size = f"{defaults.views} views of {defaults.size_px} px"
+    if name == "generate":
+        both = (("cold: mvmlx generate", commands.generate), ("warm: loaded model", networks.generate))
+        arguments = {"model": str(model), "image": str(IMAGE), "steps": steps}
+        return [
+            [
+                Case(what=f"{what}, {size}, {steps} steps", prepare=prepare, arguments={**arguments, "backend": backend})
+                for backend in backends
+            ]
+            for what, prepare in both
+        ]
+    calls: dict[str, dict[str, Callable[..., Prepared]]] = {
+        "unet": {"step": networks.unet_step},
+        "vae": {"encode": networks.vae_encode, "decode": networks.vae_decode},
+    }
+    return [
+        [
+            Case(
+                what=f"{what}, {size}",
+                prepare=prepare,
+                arguments={"model": str(model), "backend": backend, "dtype": dtype},
+            )
+            for backend in backends
+        ]
+        for (what, prepare), dtype in product(calls[name].items(), get_args(Dtype))
+    ]

@@ -1,0 +1,164 @@
+"""What the benchmarks found: as JSON, as Markdown, in the README."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme
+from benchmarks.results import Results, Row, format_table, markdown, read_results, write_results
+from mvshared.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = Row(
+    what="step, 4 views of 128 px",
+    backend="torch",
+    device="cpu",
+    dtype="float32",
+    threads=2,
+    views=4,
+    seconds=(1.0, 4.0, 2.0),
+    peak_memory_bytes=300_000_000,
+)
+MLX = Row(what="step, 4 views of 128 px", backend="mlx", device="cpu", dtype="float32", threads=1, seconds=(8.0,))
+CUDA = Row(what="step", backend="torch", device="cuda", seconds=(0.5,), device_memory_bytes=2_000_000)
+METAL = Row(what="step", backend="mlx", device="gpu", seconds=(0.25,))
+FAILED = Row(what="step", backend="torch", dtype="float16", failure="no kernel for a | b")
+
+
+def results(*rows: Row) -> Results:
+    machine = {"cpu": "Some CPU", "cores": 2, "ram_bytes": 2**34, "torch": "2.13.0"}
+    return Results(machine=machine, settings={"repeats": 3}, tables={"unet": list(rows)})
+
+
+def lines_of(text: str) -> list[list[str]]:
+    """Cells of the lines of a table, rules left out."""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if not set("".join(row)) <= {"-"}]
+
+
+def test_tables_are_markdown_with_the_columns_of_all_rows() -> None:
+    table = format_table([{"name": "mlx", "seconds": "0.12", "empty": ""}, {"name": "torch", "note": "a | b"}])
+    assert table.splitlines() == [
+        "| name  | seconds | note   |",
+        "| ----- | ------- | ------ |",
+        "| mlx   | 0.12    |        |",
+        "| torch |         | a \\| b |",
+    ]
+
+
+def test_a_row_shows_median_spread_repeats_and_what_follows_from_them() -> None:
+    header, row = lines_of(markdown(results(TORCH)))
+    assert dict(zip(header, row, strict=True)) == {
+        "what": "step, 4 views of 128 px",
+        "backend": "PyTorch",
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": "2",
+        "median (s)": "2",
+        "spread": "150 %",
+        "repeats": "3",
+        "views/s": "2",
+        "peak memory (MB)": "300",
+    }
+
+
+def test_one_repeat_has_no_spread() -> None:
+    header, row = lines_of(markdown(results(MLX)))
+    assert "median (s)" in header and "spread" not in header
+    assert "8" in row
+
+
+def test_machine_and_settings_are_in_words_with_units() -> None:
+    text = markdown(results(TORCH))
+    assert "cpu Some CPU, cores 2, ram 16.0 GiB, torch 2.13.0" in text
+    assert "repeats 3" in text
+
+
+def test_mlx_on_a_cpu_is_called_what_it_is() -> None:
+    text = markdown(results(MLX, TORCH))
+    assert [row[1] for row in lines_of(text)] == ["backend", "MLX's CPU backend (not Metal)", "PyTorch"]
+    assert "say nothing about MLX on a Mac's GPU" in text
+    assert "Metal" not in markdown(results(METAL, TORCH))
+
+
+def test_a_failed_case_has_its_reason_and_no_time() -> None:
+    header, _, failed = lines_of(markdown(results(TORCH, FAILED)))
+    assert failed[header.index("median (s)")] == ""
+    assert failed[header.index("not measured because")] == "no kernel for a \\| b"
+
+
+def test_results_are_the_same_after_a_file(tmp_path: Path) -> None:
+    given = results(TORCH, MLX, CUDA, FAILED)
+    write_results(tmp_path / "r.json", given)
+    assert read_results(tmp_path / "r.json") == given
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version must be 1"),
+        ({"machine": []}, "machine must be an object"),
+        ({"tables": {"weather": []}}, "got 'weather'"),
+        ({"tables": {"unet": {}}}, "tables must be lists of rows"),
+        ({"tables": {"unet": [{"what": "x", "colour": 1}]}}, "unknown field 'colour'"),
+        ({"tables": {"unet": [{"what": "x", "seconds": ["fast"]}]}}, "seconds must be"),
+    ],
+)
+def test_files_of_something_else_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "r.json"
+    write_results(path, results(TORCH))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        read_results(path)
+
+
+def test_replacing_the_block_twice_is_replacing_it_once() -> None:
+    text = f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nThe rest.\n"
+    once = readme.replace_measured(text, "new")
+    assert once == f"# Title\n\n{readme.BEGIN}\nnew\n{readme.END}\n\nThe rest.\n"
+    assert readme.replace_measured(once, "new") == once
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Title\n",
+        f"{readme.BEGIN}\n",
+        f"{readme.END}\n",
+        f"{readme.END}\n{readme.BEGIN}\n",
+        f"{readme.BEGIN}\n{readme.BEGIN}\n{readme.END}\n",
+    ],
+)
+def test_a_readme_without_the_two_marks_in_order_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="must have one"):
+        readme.replace_measured(text, "new")
+
+
+def test_the_block_says_what_was_not_measured_and_how_to() -> None:
+    text = readme.block([results(MLX, TORCH)])
+    assert "**Not measured: MLX on a Mac's GPU; PyTorch on CUDA.**" in text
+    assert 'make bench BENCH_ARGS="--json FILE"' in text and "python -m benchmarks.readme FILE" in text
+
+
+def test_a_failed_case_counts_as_not_measured() -> None:
+    failed = Row(what="step", backend="torch", device="cuda", failure="out of memory")
+    assert "PyTorch on CUDA" in readme.block([results(METAL, TORCH, failed)])
+
+
+def test_machines_come_one_after_another_and_nothing_is_missing_when_all_are_there() -> None:
+    text = readme.block([results(METAL), results(CUDA, TORCH)])
+    assert text.count("Some CPU") == 2
+    assert text.index("0.25") < text.index("cuda")
+    assert "Not measured" not in text
+
+
+def test_the_command_fills_a_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "README.md"
+    target.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    write_results(tmp_path / "r.json", results(TORCH))
+    monkeypatch.setattr("sys.argv", ["readme", str(tmp_path / "r.json"), "--readme", str(target)])
+    readme.main()
+    text = target.read_text(encoding="utf-8")
+    assert readme.block([results(TORCH)]) in text
+    assert text.startswith("# mvmlx") and "## File map" in text
