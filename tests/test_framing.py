@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from mvshared.config import Framing
-from mvshared.errors import OptionError
+from mvshared.errors import ImageError, OptionError
 from mvshared.framing import foreground_mask, frame_subject
 from mvshared.images import load_image
 
@@ -220,6 +220,7 @@ def test_any_picture_in_gives_the_exact_size_out_and_always_the_same(
         rgba[..., :3] = random.integers(0, 256, (height, width, 3))
     elif kind == "alpha":
         rgba[..., 3] = 255 * (random.random((height, width)) < 0.2)
+        rgba[0, 0, 3] = 255
     picture = frame_subject(rgba, size_px=size_px, framing=framing)
     assert picture.shape == (size_px, size_px, 3) and picture.dtype == np.uint8
     np.testing.assert_array_equal(frame_subject(rgba, size_px=size_px, framing=framing), picture)
@@ -237,3 +238,10 @@ def test_absurd_shapes_need_no_absurd_memory(shape: tuple[int, int], mode: Liter
 def test_a_size_below_one_is_refused() -> None:
     with pytest.raises(OptionError, match="size_px must be 1 or more, got 0"):
         frame_subject(bust(8, 8), size_px=0, framing=SUBJECT)
+
+
+@pytest.mark.parametrize("mode", ["subject", "pad", "none"])
+def test_a_picture_that_shows_nothing_is_refused(mode: Literal["subject", "pad", "none"]) -> None:
+    clear = np.zeros((20, 30, 4), np.uint8)
+    with pytest.raises(ImageError, match="shows nothing"):
+        frame_subject(clear, size_px=16, framing=Framing(mode=mode))

@@ -22,7 +22,15 @@ from mvshared.camera import camera_vectors, mirror_poses, orbit
 from mvshared.captures import load_capture, write_capture
 from mvshared.checkpoint import read_model_config, weight_file
 from mvshared.config import SchedulerConfig
-from mvshared.errors import ConfigError, DatasetError, NumericsError, OptionError, OutputError, TensorMismatchError
+from mvshared.errors import (
+    BackendError,
+    ConfigError,
+    DatasetError,
+    NumericsError,
+    OptionError,
+    OutputError,
+    TensorMismatchError,
+)
 from mvshared.schedule import alphas_cumprod
 from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig, load_train_config, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures, read_normals, read_picture
@@ -195,7 +203,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(data: Path, tmp_
     (tmp_path / ".backup.tmp").write_text("nor this")
     with pytest.raises(OutputError, match="is not empty and holds no training run"):
         run(vae_config(data), tmp_path)
-    with pytest.raises(OutputError, match="holds no training run"):
+    with pytest.raises(OutputError, match="is a file"):
         run(vae_config(data), tmp_path / "thesis.tex")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".backup.tmp", "thesis.tex"]
 
@@ -308,7 +316,7 @@ def test_a_file_gives_the_configuration_that_was_written(data: Path, tmp_path: P
         ('stage = "vae"', 'stage = "clip"', "stage must be"),
         ('stage = "vae"', 'stage = "unet"', "unet must be a table of UNetConfig fields, and vae_from"),
         ("[vae]", "[voe]", "unknown field 'voe'"),
-        ("[data]", "[data]\nfolders = 3", "unknown field 'folders'"),
+        ("[data]", "[data]\nfolders = 3", "unknown field 'data.folders'"),
         ("held_out = 0.25", "held_out = 2", "held_out must be 0 to 1, got 2.0"),
         ("held_out = 0.25", "held_out = nan", "held_out must be float, got nan"),
         ("background = [255, 255, 255]", "background = [255, 255]", "background must be"),
@@ -614,3 +622,16 @@ def test_mlx_refuses_bfloat16_before_it_encodes_anything(
     monkeypatch.setattr(mvshared.training.loop, "encode_captures", lambda *_: pytest.fail("encoded"))
     with pytest.raises(OptionError, match="train with the torch backend"):
         run(unet_config(data, vae, dtype="bfloat16"), tmp_path / "run", backend="mlx")
+
+
+def test_a_run_that_is_refused_leaves_no_folder_and_no_other_config(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError):
+        train(vae_config(data), tmp_path / "run", backend="torch", device="toaster")
+    with pytest.raises(DatasetError):
+        run(vae_config(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(vae_config(data, steps=2), tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(OutputError, match="2 steps, 1 were asked for"):
+        run(vae_config(data, steps=1), tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before

@@ -62,15 +62,17 @@ def read_model_config(folder: Path) -> ModelConfig:
             path=folder / "model_index.json",
             hint="only checkpoints that mvmlx wrote can be read by this version",
         )
-    return ModelConfig(
-        family=str(index.get("family", "custom")),
-        unet=read_config(UNetConfig, folder / "unet" / "config.json"),
-        vae=read_config(VAEConfig, folder / "vae" / "config.json"),
-        scheduler=read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
-        camera=config_from_json(CameraConfig, index.get("camera", {}), path=folder / "model_index.json"),
-        defaults=config_from_json(GenerationDefaults, index.get("defaults", {}), path=folder / "model_index.json"),
-        framing=config_from_json(Framing, index.get("framing", {}), path=folder / "model_index.json"),
-    )
+    parts: dict[str, Any] = {
+        "unet": read_config(UNetConfig, folder / "unet" / "config.json"),
+        "vae": read_config(VAEConfig, folder / "vae" / "config.json"),
+        "scheduler": read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
+    }
+    for name, kind in {"camera": CameraConfig, "defaults": GenerationDefaults, "framing": Framing}.items():
+        parts[name] = config_from_json(kind, index.get(name, {}), path=folder / "model_index.json", table=name)
+    try:
+        return ModelConfig(family=str(index.get("family", "custom")), **parts)
+    except OptionError as refused:
+        raise CheckpointError(str(refused), path=folder) from refused
 
 
 def read_config(cls: type[Config], path: Path) -> Config:
@@ -78,32 +80,36 @@ def read_config(cls: type[Config], path: Path) -> Config:
     return config_from_json(cls, read_json_object(path, error=CheckpointError), path=path)
 
 
-def config_from_json(cls: type[Config], document: object, *, path: Path, error: FileError = CheckpointError) -> Config:
+def config_from_json(
+    cls: type[Config], document: object, *, path: Path, table: str = "", error: FileError = CheckpointError
+) -> Config:
     """A config dataclass from a JSON object; keys that begin with `_` are comments.
 
-    Raises `error` for an unknown key, a missing one, a value of the wrong type, or one that the class refuses.
+    Raises `error` for an unknown key, a missing one, a value of the wrong type, or one that the class refuses; `table` is where
+    in the file the object stands.
     """
+    where = f"{table}." if table else ""
     if not isinstance(document, dict):
-        raise error(f"must hold an object, got {document!r}", path=path)
+        raise error(f"{table or 'the file'} must hold an object, got {document!r}", path=path)
     hints = get_type_hints(cls)
     given = {name: value for name, value in document.items() if not name.startswith("_")}
     unknown = sorted(given.keys() - hints.keys())
     if unknown:
         allowed = ", ".join(sorted(hints))
-        raise error(f"unknown field {unknown[0]!r}; allowed are {allowed}", path=path)
+        raise error(f"unknown field {where + unknown[0]!r}; allowed are {allowed}", path=path)
     missing = [field.name for field in fields(cls) if field.name not in given and _is_required(field)]
     if missing:
-        raise error(f"the field {missing[0]!r} is missing", path=path)
+        raise error(f"the field {where + missing[0]!r} is missing", path=path)
     values = {}
     for name, value in given.items():
         converted, fits = _convert(value, hints[name])
         if not fits:
-            raise error(f"{name} must be {_type_name(hints[name])}, got {value!r}", path=path)
+            raise error(f"{where}{name} must be {_type_name(hints[name])}, got {value!r}", path=path)
         values[name] = converted
     try:
         return cls(**values)
     except OptionError as refused:
-        raise error(str(refused), path=path) from refused
+        raise error(f"{where}{refused}", path=path) from refused
 
 
 def _is_required(field: Field[Any]) -> bool:

@@ -5,13 +5,22 @@ Sizes of the presets: the public configs of Stable Diffusion 2.1 and MVDream.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from mvshared.errors import OptionError
 
 PredictionType = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["linear", "scaled_linear"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
+
+
+def _check_counts(config: Any, *names: str) -> None:
+    """Raise OptionError unless every field, or every entry of a field that is a tuple, is at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        entries = value if isinstance(value, tuple) else (value,)
+        if not entries or any(entry is not None and entry < 1 for entry in entries):
+            raise OptionError(name, expected="at least 1", got=value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,13 @@ class UNetConfig:
     reference_frame: bool = False
 
     def __post_init__(self) -> None:
+        _check_counts(self, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+        _check_counts(self, "transformer_layers_per_block", "num_attention_heads", "attention_head_dim")
+        _check_counts(self, "cross_attention_dim", "camera_dim")
+        if self.in_channels < self.out_channels:
+            raise OptionError("in_channels", expected=f"at least out_channels ({self.out_channels})", got=self.in_channels)
+        if not self.norm_eps > 0:
+            raise OptionError("norm_eps", expected="above 0", got=self.norm_eps)
         levels = len(self.block_out_channels)
         for name in ("layers_per_block", "transformer_layers_per_block", "attention_levels"):
             if len(getattr(self, name)) != levels:
@@ -95,6 +111,12 @@ class VAEConfig:
     sample_size: int = 256
 
     def __post_init__(self) -> None:
+        _check_counts(self, "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block")
+        _check_counts(self, "norm_num_groups", "sample_size")
+        if not self.scaling_factor > 0:
+            raise OptionError("scaling_factor", expected="above 0", got=self.scaling_factor)
+        if self.latents_std is not None and not all(value > 0 for value in self.latents_std):
+            raise OptionError("latents_std", expected="above 0", got=self.latents_std)
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise OptionError(
@@ -125,6 +147,14 @@ class SchedulerConfig:
     set_alpha_to_one: bool = False
     rescale_betas_zero_snr: bool = False
 
+    def __post_init__(self) -> None:
+        _check_counts(self, "num_train_timesteps")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            got = (self.beta_start, self.beta_end)
+            raise OptionError("beta_start and beta_end", expected="0 < beta_start <= beta_end < 1", got=got)
+        if not 0 <= self.steps_offset < self.num_train_timesteps:
+            raise OptionError("steps_offset", expected=f"0 to {self.num_train_timesteps - 1}", got=self.steps_offset)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CameraConfig:
@@ -132,6 +162,12 @@ class CameraConfig:
 
     fov_deg: float = 49.1
     radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fov_deg < 180:
+            raise OptionError("fov_deg", expected="between 0 and 180", got=self.fov_deg)
+        if not self.radius > 0:
+            raise OptionError("radius", expected="above 0", got=self.radius)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +216,15 @@ class ModelConfig:
     camera: CameraConfig = CameraConfig()
     defaults: GenerationDefaults = GenerationDefaults()
     framing: Framing = Framing()
+
+    def __post_init__(self) -> None:
+        if self.unet.out_channels != self.vae.latent_channels:
+            raise OptionError(
+                "out_channels of the U-Net", expected=f"the VAE's {self.vae.latent_channels}", got=self.unet.out_channels
+            )
+        if self.unet.normal_channels not in (0, self.vae.latent_channels):
+            expected = f"{self.vae.latent_channels}, or twice that for normal maps"
+            raise OptionError("in_channels of the U-Net", expected=expected, got=self.unet.in_channels)
 
 
 SD21 = UNetConfig(cross_attention_dim=1024)

@@ -6,6 +6,7 @@ and leaves with the class's `exit_code`; docs/exit-codes.md lists them.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class MvError(Exception):
@@ -23,6 +24,16 @@ class MvError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross from worker processes, which pickle them; their constructors take other arguments than `args`."""
+        return _restore, (type(self), self.args, vars(self))
+
+
+def _restore(kind: type[MvError], arguments: tuple[Any, ...], values: dict[str, Any]) -> MvError:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(values)
+    return error
 
 
 class OptionError(MvError):

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from mvshared.camera import validate_poses
 from mvshared.errors import ConfigError, OptionError, OutputError
-from mvshared.files import read_json_object, write_atomic, write_json
+from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
 
 METADATA = "metadata.json"
 UNFINISHED = ".unfinished"
@@ -34,16 +34,14 @@ def check_free(folder: Path | str, *, force: bool = False) -> None:
     """Raise OutputError if `prepare` would refuse `folder` for what is there; nothing is changed."""
     folder = Path(folder)
     overwrite = "name another folder, or overwrite it with --force"
+    check_folder(folder)
+    if force:
+        return
     try:
-        blocked = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
         finished = (folder / METADATA).exists()
         leftovers = _run_files(folder) if folder.is_dir() else []
     except OSError as cause:
         raise OutputError(f"cannot be read: {cause.strerror or cause}", path=folder) from cause
-    if blocked is not None:
-        raise OutputError("is a file, and a folder is needed", path=blocked, hint="name another folder")
-    if force:
-        return
     if finished:
         raise OutputError("holds a finished run", path=folder, hint=overwrite)
     if leftovers and not (folder / UNFINISHED).exists():
@@ -62,8 +60,8 @@ def prepare(folder: Path | str, *, force: bool = False) -> Path:
     """
     folder = Path(folder)
     check_free(folder, force=force)
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / UNFINISHED, b"")
         for path in (folder / METADATA, *_run_files(folder)):
             path.unlink(missing_ok=True)
@@ -113,6 +111,30 @@ def parameters_from_metadata(path: Path | str, *, known: Collection[str]) -> dic
     Raises ConfigError for a file that is malformed, is no run's metadata, is of another version of the format, or has
     parameters that are not in `known`.
     """
+    path, document = _read_metadata(path)
+    parameters = document.get("parameters")
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"parameters must be a JSON object, got {type(parameters).__name__}", path=path)
+    unknown = sorted(set(parameters) - set(known))
+    if unknown:
+        raise ConfigError(f"has unknown parameters: {', '.join(unknown)}", path=path, hint=f"known: {', '.join(sorted(known))}")
+    return parameters
+
+
+def weights_from_metadata(path: Path | str) -> dict[str, str]:
+    """The SHA-256 of the weight files by name, from the metadata.json of a run or the folder that holds it.
+
+    Raises ConfigError for a file that is malformed or no run's metadata.
+    """
+    path, document = _read_metadata(path)
+    weights = document.get("weights")
+    if not isinstance(weights, dict) or not all(isinstance(sha256, str) for sha256 in weights.values()):
+        raise ConfigError(f"weights must be a JSON object of texts, got {weights!r}", path=path)
+    return weights
+
+
+def _read_metadata(path: Path | str) -> tuple[Path, dict[str, Any]]:
+    """The file, which a folder stands for, and its document in this version of the format. Raises ConfigError."""
     path = Path(path)
     if path.is_dir():
         path = path / METADATA
@@ -130,13 +152,7 @@ def parameters_from_metadata(path: Path | str, *, known: Collection[str]) -> dic
             path=path,
             hint="repeat the run with the mvmlx that wrote it; see its packages",
         )
-    parameters = document.get("parameters")
-    if not isinstance(parameters, dict):
-        raise ConfigError(f"parameters must be a JSON object, got {type(parameters).__name__}", path=path)
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
-        raise ConfigError(f"has unknown parameters: {', '.join(unknown)}", path=path, hint=f"known: {', '.join(sorted(known))}")
-    return parameters
+    return path, document
 
 
 def transforms(

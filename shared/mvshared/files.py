@@ -32,6 +32,33 @@ def read_json(path: Path | str, *, error: FileError = ConfigError) -> Any:
         raise error(f"is not a JSON file in UTF-8: {cause}", path=path) from cause
 
 
+def make_folder(path: Path | str) -> Path:
+    """Make a folder and those above it, unless they are there; returns its path. Raises OutputError."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as cause:
+        raise _is_file(path) from cause
+    except OSError as cause:
+        raise OutputError(f"cannot be made: {cause.strerror or cause}", path=path) from cause
+    return path
+
+
+def check_folder(path: Path | str) -> None:
+    """Raise OutputError if `make_folder` would fail because a file is in the way; nothing is made."""
+    path = Path(path)
+    try:
+        blocked = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None)
+    except OSError as cause:
+        raise OutputError(f"cannot be read: {cause.strerror or cause}", path=path) from cause
+    if blocked is not None:
+        raise _is_file(blocked)
+
+
+def _is_file(path: Path) -> OutputError:
+    return OutputError("is a file, and a folder is needed", path=path, hint="name another folder")
+
+
 def write_atomic(path: Path | str, data: bytes) -> None:
     """Write a file so that a reader finds the old content or the new one, never a part of it.
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mvshared.config import Framing
-from mvshared.errors import OptionError
+from mvshared.errors import ImageError, OptionError
 from mvshared.images import composite, resize_rgba
 
 BORDER_TOLERANCE = 24  # of 255, for a background to count as one colour
@@ -51,10 +51,12 @@ def frame_subject(
 
     In mode `subject` a plain background of clearly another colour becomes `background`, without its colour on the outline. A
     square picture whose subject already fits is only resized, and not even that at the right size. Where no subject is found,
-    the whole picture is padded to a square. Raises OptionError for a size below 1.
+    the whole picture is padded to a square. Raises OptionError for a size below 1, ImageError if nothing is visible.
     """
     if size_px < 1:
         raise OptionError("size_px", expected="1 or more", got=size_px)
+    if not rgba[..., 3].any():
+        raise ImageError("the picture shows nothing: all of it is transparent")
     if framing.mode == "none":
         return composite(resize_rgba(rgba, size_px, size_px), background)
     small = _at_most(rgba, SEARCH_PX)

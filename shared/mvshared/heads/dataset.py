@@ -13,11 +13,14 @@ from tqdm import tqdm
 from mvshared.camera import orbit
 from mvshared.captures import write_capture
 from mvshared.errors import OptionError
+from mvshared.files import check_folder
 from mvshared.heads.identity import SEED
 from mvshared.heads.render import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
 
 FRONT_DEG = 35.0  # the first quarter of the views looks at the face from within this azimuth
 ELEVATIONS_DEG = (-5.0, 30.0)
+MAX_VIEWS = 1000
+MIN_SIZE_PX, MAX_SIZE_PX = 8, 2048
 
 
 def dataset_poses(identity: int, *, views: int) -> NDArray[np.float32]:
@@ -43,11 +46,16 @@ def render_dataset(
 ) -> int:
     """Render the identities that `folder` does not have yet as captures `head_000000` ...; returns how many were rendered.
 
-    Raises OptionError for fewer than 2 views, OutputError if the folder cannot be written.
+    Raises OptionError for numbers out of range, OutputError if the folder cannot be written.
     """
-    if views < 2:
-        raise OptionError("views", expected="at least 2", got=views)
+    if not 2 <= views <= MAX_VIEWS:
+        raise OptionError("views", expected=f"at least 2, at most {MAX_VIEWS}", got=views)
+    if not MIN_SIZE_PX <= size_px <= MAX_SIZE_PX:
+        raise OptionError("size", expected=f"{MIN_SIZE_PX} to {MAX_SIZE_PX} pixels", got=size_px)
+    if processes is not None and processes < 1:
+        raise OptionError("processes", expected="at least 1", got=processes)
     folder = Path(folder)
+    check_folder(folder)
     missing = [number for number in identities if not (_capture_folder(folder, number) / "transforms.json").exists()]
     work = partial(_render_one, folder=folder, views=views, size_px=size_px)
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:

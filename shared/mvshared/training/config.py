@@ -164,5 +164,5 @@ def parse_train_config(document: dict[str, Any], *, path: Path) -> TrainConfig:
     values = dict(document)
     for name, cls in TABLES.items():
         if values.get(name) is not None:
-            values[name] = config_from_json(cls, values[name], path=path, error=ConfigError)
+            values[name] = config_from_json(cls, values[name], path=path, table=name, error=ConfigError)
     return config_from_json(TrainConfig, values, path=path, error=ConfigError)

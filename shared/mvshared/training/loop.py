@@ -23,13 +23,15 @@ from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import read_config, weight_file, write_component, write_model_config
 from mvshared.config import ModelConfig, VAEConfig
 from mvshared.errors import ConfigError, NumericsError, OutputError
-from mvshared.files import read_json_object, write_atomic, write_json
+from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
 from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.log import LogRow, TrainingLog
+from mvshared.training.optimizer import Weights, steps_of
 from mvshared.weights import read_header, read_weights, sha256_of_files
 
+STATE = "state.safetensors"
 HELD_OUT_SEED = 1  # added to the run's seed for the validation batches, which are the same at every step
 HELD_OUT_BATCHES = 4
 
@@ -69,17 +71,14 @@ def train(
     """
     folder = Path(folder)
     package = PACKAGES[choose_backend(backend)]
-    _prepare(folder, config)
+    state = _last_state(folder, config)
     module = importlib.import_module(f"{package}.train")
     make = _vae_stage if config.stage == "vae" else _unet_stage
     stage = make(config, folder, module, backend=backend, device=device)
-    state_path = folder / "state.safetensors"
-    if state_path.exists():
-        read_header(state_path)
-        stage.trainer.load_state(load_file(state_path))
+    if state is not None:
+        stage.trainer.load_state(state)
     first = stage.trainer.steps
-    if first > config.steps:
-        raise OutputError(f"holds a run of {first} steps, {config.steps} were asked for", path=folder)
+    _prepare(folder, config)
     log = TrainingLog(folder, last_step=first)
     if first == config.steps:  # killed, maybe, between the last state and the model
         stage.save_model()
@@ -107,7 +106,7 @@ def train(
                 progress.set_postfix(loss=f"{np.mean(losses):.4f}")
                 losses, norms = [], []
             if saves:
-                write_atomic(state_path, save(stage.trainer.state()))
+                write_atomic(folder / STATE, save(stage.trainer.state()))
                 stage.save_model()
                 log.plot()
             if on_sample is not None and (last or done % config.sample_every == 0):
@@ -118,10 +117,13 @@ def train(
     return folder / "model"
 
 
-def _prepare(folder: Path, config: TrainConfig) -> None:
-    """Make the run folder, or check that it holds a run of the same config; more steps than before are fine."""
-    path = folder / "config.json"
-    document = _as_json(asdict(config))
+def _last_state(folder: Path, config: TrainConfig) -> Weights | None:
+    """The last state of the run that the folder holds, if any; nothing is written.
+
+    Raises OutputError unless the folder is free or holds a run of the same config; more steps than before are fine.
+    """
+    check_folder(folder)
+    path, state_path = folder / "config.json", folder / STATE
     if path.exists():
         before = asdict(parse_train_config(read_json_object(path, error=ConfigError), path=path))
         changed = sorted(name for name, value in asdict(config).items() if name != "steps" and value != before[name])
@@ -129,12 +131,24 @@ def _prepare(folder: Path, config: TrainConfig) -> None:
             raise OutputError(
                 f"holds a run with other values of {', '.join(changed)}", path=folder, hint="name a new folder for this run"
             )
-    elif folder.exists() and (not folder.is_dir() or any(not file.match(".config.json.*.tmp") for file in folder.iterdir())):
+    elif folder.exists() and any(not file.match(".config.json.*.tmp") for file in folder.iterdir()):
         raise OutputError("is not empty and holds no training run", path=folder, hint="name a new folder for this run")
-    for leftover in folder.rglob(".*.tmp"):  # of files that were being written when the run was killed
+    if not state_path.exists():
+        return None
+    read_header(state_path)
+    state = load_file(state_path)
+    if steps_of(state) > config.steps:
+        reason = f"holds a run of {steps_of(state)} steps, {config.steps} were asked for"
+        raise OutputError(reason, path=folder, hint="ask for more, or name a new folder")
+    return state
+
+
+def _prepare(folder: Path, config: TrainConfig) -> None:
+    """Make the run folder, write its config.json, and remove what was being written when an earlier run was killed."""
+    make_folder(folder)
+    for leftover in folder.rglob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, document)
+    write_json(folder / "config.json", _as_json(asdict(config)))
 
 
 def _as_json(value: Any) -> Any:
@@ -230,7 +244,9 @@ def _latents(config: TrainConfig, folder: Path, *, backend: str, device: str) ->
     if not all(path.exists() for path in paths):
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
         encode = package.load_vae(raw, file, device=device).encode
-        for path, folders in zip(paths, find_captures(config.data.folder, held_out=config.data.held_out), strict=True):
+        captures = find_captures(config.data.folder, held_out=config.data.held_out)
+        _prepare(folder, config)
+        for path, folders in zip(paths, captures, strict=True):
             encode_captures(folders, config.data, encode).save(path)
     training, held_out = (Latents.load(path) for path in paths)
     if vae.latents_mean is None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.errors import CheckpointError
 from mvshared.training.config import OptimizerConfig
 from mvshared.weights import check_names_and_shapes
 
@@ -43,6 +44,13 @@ def pack_state(state: TrainerState) -> Weights:
     return flat | {"steps": np.asarray([state.steps], np.float32)}
 
 
+def steps_of(flat: Mapping[str, NDArray[np.float32]]) -> int:
+    """How many steps are done in the state of `pack_state`'s dictionary. Raises CheckpointError if it does not say."""
+    if "steps" not in flat or flat["steps"].shape != (1,):
+        raise CheckpointError("is no state of a training run: steps is missing")
+    return int(flat["steps"][0])
+
+
 def unpack_state(flat: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> TrainerState:
     """The state of `pack_state`'s dictionary, for a network with weights of `shapes`.
 
@@ -52,4 +60,4 @@ def unpack_state(flat: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, t
     expected["steps"] = (1,)
     check_names_and_shapes(expected=expected, found={name: array.shape for name, array in flat.items()}, path=None)
     model, ema, exp_avg, exp_avg_sq = ({name: flat[f"{part}.{name}"] for name in shapes} for part in TENSORS)
-    return TrainerState(model, ema, exp_avg, exp_avg_sq, int(flat["steps"][0]))
+    return TrainerState(model, ema, exp_avg, exp_avg_sq, steps_of(flat))

@@ -13,7 +13,7 @@ from mvshared.camera import azimuth_elevation
 from mvshared.captures import load_capture
 from mvshared.checkpoint import read_config, weight_file
 from mvshared.config import VAEConfig
-from mvshared.files import write_atomic
+from mvshared.files import make_folder, write_atomic
 from mvshared.images import encode_png, from_model, sheet
 from mvshared.training.config import TrainConfig
 from mvshared.training.data import find_captures, read_picture
@@ -31,9 +31,7 @@ def sample_writer(config: TrainConfig, folder: Path, *, backend: str, device: st
         _, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
         make = _reconstructions if config.stage == "vae" else _generated
         picture = make(config, held_out[:ROWS], model, backend=backend, device=device)
-        samples = folder / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
-        write_atomic(samples / f"step_{step:06}.png", encode_png(picture))
+        write_atomic(make_folder(folder / "samples") / f"step_{step:06}.png", encode_png(picture))
 
     return write
 

@@ -1,0 +1,53 @@
+"""The error classes: what they say, and that they survive the way back from a worker process."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from mvshared.errors import (
+    BackendError,
+    CameraError,
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    ImageError,
+    MvError,
+    NumericsError,
+    OptionError,
+    OutputError,
+    TensorMismatchError,
+)
+
+ERRORS = [
+    MvError("it failed", hint="do better"),
+    OptionError("views", expected="1 to 64", got=0, hint="try 4"),
+    ImageError("is empty", path=Path("a.png")),
+    CameraError("is a reflection", index=3, hint="turn it"),
+    CheckpointError("is truncated", path="unet"),
+    TensorMismatchError(path="unet", missing=["a"], unexpected=["b"], misshaped=["c (expected [1], got [2])"]),
+    BackendError("is not installed", backend="mlx"),
+    OutputError("is a file", path="out"),
+    ConfigError("is no JSON", path="x.json"),
+    DatasetError("has no captures", path="data"),
+    NumericsError("NaN", where="sampling"),
+]
+
+
+def test_every_class_is_tried() -> None:
+    known = {MvError, *MvError.__subclasses__(), *CheckpointError.__subclasses__()}
+    assert {type(error) for error in ERRORS} == known
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_comes_back_from_a_worker_process_as_it_was(error: MvError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+
+
+def test_a_long_list_of_tensors_is_cut() -> None:
+    error = TensorMismatchError(path=None, missing=[f"layer{index}" for index in range(30)])
+    assert "30 missing: layer0" in str(error) and "and 10 more" in str(error) and "layer20" not in str(error)
+    assert len(error.missing) == 30
