@@ -27,7 +27,7 @@ class Case:
 
 
 class Worker:
-    """The process of a case. A case that fails has the reason in `failure`, and is not to be asked again."""
+    """The process of a case. A case that fails has the reason in `failure`, and answers None from then on."""
 
     def __init__(self, process: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
         assert process.stdin is not None and process.stdout is not None
@@ -53,7 +53,7 @@ class Worker:
         code = self._process.wait()
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        self.failure = lines[-1].strip() if lines else f"exit code {code}"
+        self.failure = " ".join([*lines[-1:], f"(exit code {code})"]).strip()
         return None
 
 
@@ -80,7 +80,7 @@ def compare(cases: Sequence[Case], *, repeats: int) -> list[Row]:
         workers = [stack.enter_context(running(case)) for case in cases]
         for _ in range(1 + repeats):
             for worker, mine in zip(workers, seconds, strict=True):
-                answer = None if worker.failure else worker.seconds()
+                answer = worker.seconds()
                 if answer is not None:
                     mine.append(answer)
         return [_row(*each) for each in zip(cases, workers, seconds, strict=True)]
@@ -88,7 +88,7 @@ def compare(cases: Sequence[Case], *, repeats: int) -> list[Row]:
 
 def _row(case: Case, worker: Worker, seconds: list[float]) -> Row:
     known = {name: case.arguments[name] for name in ("backend", "dtype") if name in case.arguments}
-    facts = None if worker.failure else worker.facts()
+    facts = worker.facts()
     if facts is None:
         return Row(**{"what": case.what, **known, "failure": worker.failure})
     return Row(**{"what": case.what, **known, **facts, "seconds": tuple(seconds[1:])})

@@ -17,7 +17,8 @@ TIMESTEP = 500.0
 def generate(*, model: str, image: str, backend: str, steps: int) -> Prepared:
     """`Pipeline.generate`, from the picture's file to views in memory, in the dtype that the backend chooses."""
     pipeline = load(model, backend=backend)
-    return _prepared(pipeline.model, lambda: pipeline.generate(image, steps=steps, seed=0))
+    views = pipeline.model.config.defaults.views
+    return _prepared(pipeline.model, lambda: pipeline.generate(image, steps=steps, seed=0), views=views)
 
 
 def unet_step(*, model: str, backend: str, dtype: str) -> Prepared:
@@ -57,28 +58,32 @@ def _random_latents(model: Model[Any]) -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal((defaults.views, size, size, vae.latent_channels), np.float32)
 
 
-def _prepared(model: Model[Any], call: Callable[[], object]) -> Prepared:
+def _prepared(model: Model[Any], call: Callable[[], object], *, views: int | None = None) -> Prepared:
     def facts() -> dict[str, Any]:
         return {
             "device": model.device,
             "dtype": model.dtype,
-            "views": model.config.defaults.views,
+            "views": views,
             "peak_memory_bytes": peak_rss_bytes(),
-            **_library_facts(model),
+            **library_facts(model),
         }
 
     return Prepared(call, facts)
 
 
-def _library_facts(model: Model[Any]) -> dict[str, int]:
-    """Threads on the CPU, or the largest sum of arrays on the GPU since the start."""
+def library_facts(model: Model[Any]) -> dict[str, str | int]:
+    """Threads on the CPU; on a GPU its name and the largest sum of arrays there since the start."""
     if model.backend == "torch":
         import torch
 
         if model.device == "cpu":
             return {"threads": torch.get_num_threads()}
-        return {"device_memory_bytes": torch.cuda.max_memory_allocated(model.device)}
+        name = torch.cuda.get_device_name(model.device)
+        return {"device": f"CUDA, {name}", "device_memory_bytes": torch.cuda.max_memory_allocated(model.device)}
     import mlx.core as mx
 
-    # MLX computes on the CPU in one thread per stream, and the BLAS in its wheel for Linux has no threads.
-    return {"threads": 1} if model.device == "cpu" else {"device_memory_bytes": mx.get_peak_memory()}
+    if model.device == "cpu":
+        # MLX computes on the CPU in one thread per stream, and the BLAS in its wheel for Linux has no threads.
+        return {"threads": 1}
+    kind = "Metal" if mx.metal.is_available() else "CUDA"
+    return {"device": f"{kind}, {mx.device_info()['device_name']}", "device_memory_bytes": mx.get_peak_memory()}

@@ -12,7 +12,7 @@ from mvshared.files import write_atomic
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 # What readers want to know: backend and how its device's name begins.
-WANTED = {"MLX on a Mac's GPU": ("mlx", "gpu"), "PyTorch on CUDA": ("torch", "cuda"), "PyTorch on a CPU": ("torch", "cpu")}
+WANTED = {"MLX on a Mac's GPU": ("mlx", "Metal"), "PyTorch on CUDA": ("torch", "CUDA"), "PyTorch on a CPU": ("torch", "cpu")}
 
 
 def block(results: Sequence[Results]) -> str:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
+import mlx.core as mx
 import pytest
+import torch
 
-from benchmarks import suite
+from benchmarks import networks, suite
 from benchmarks.__main__ import main, measure
 from benchmarks.compare import Case, compare
 from benchmarks.results import TITLES, Row, markdown, read_results
@@ -35,7 +38,7 @@ def test_every_case_can_be_called_again_and_says_what_it_measured(
         row = Row(**{"what": case.what, **prepared.facts()})
         assert (row.peak_memory_bytes or 0) > 2**22
         if name in ("generate", "unet", "vae"):
-            assert row.device and row.views == 2
+            assert row.device and row.views == (2 if name == "generate" else None)
             assert row.dtype == case.arguments.get("dtype", row.dtype) != ""
 
 
@@ -103,6 +106,20 @@ def test_a_model_is_measured_in_processes_of_its_own(model: Path) -> None:
         (backend, "cpu", "float32", "") for backend in BACKENDS
     ]
     assert all(len(row.seconds) == 1 and row.threads for row in rows)
+
+
+def test_a_gpu_is_named_with_the_memory_of_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    on_cuda = SimpleNamespace(backend="torch", device="cuda:1")
+    assert networks.library_facts(cast(Any, on_cuda)) == {"device": "CUDA, name of cuda:1", "device_memory_bytes": 5}
+
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M0"})
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 6)
+    on_gpu = SimpleNamespace(backend="mlx", device="gpu")
+    for metal, kind in ((True, "Metal"), (False, "CUDA")):
+        monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
+        assert networks.library_facts(cast(Any, on_gpu)) == {"device": f"{kind}, Apple M0", "device_memory_bytes": 6}
 
 
 def test_the_command_prints_tables_and_writes_the_same_results(

@@ -21,8 +21,8 @@ TORCH = Row(
     peak_memory_bytes=300_000_000,
 )
 MLX = Row(what="step, 4 views of 128 px", backend="mlx", device="cpu", dtype="float32", threads=1, seconds=(8.0,))
-CUDA = Row(what="step", backend="torch", device="cuda", seconds=(0.5,), device_memory_bytes=2_000_000)
-METAL = Row(what="step", backend="mlx", device="gpu", seconds=(0.25,))
+CUDA = Row(what="step", backend="torch", device="CUDA, Some GPU", seconds=(0.5,), device_memory_bytes=2_000_000)
+METAL = Row(what="step", backend="mlx", device="Metal, Apple M0", seconds=(0.25,))
 FAILED = Row(what="step", backend="torch", dtype="float16", failure="no kernel for a | b")
 
 
@@ -79,7 +79,7 @@ def test_mlx_on_a_cpu_is_called_what_it_is() -> None:
     text = markdown(results(MLX, TORCH))
     assert [row[1] for row in lines_of(text)] == ["backend", "MLX's CPU backend (not Metal)", "PyTorch"]
     assert "say nothing about MLX on a Mac's GPU" in text
-    assert "Metal" not in markdown(results(METAL, TORCH))
+    assert "CPU backend" not in markdown(results(METAL, TORCH))
 
 
 def test_a_failed_case_has_its_reason_and_no_time() -> None:
@@ -142,14 +142,19 @@ def test_the_block_says_what_was_not_measured_and_how_to() -> None:
 
 
 def test_a_failed_case_counts_as_not_measured() -> None:
-    failed = Row(what="step", backend="torch", device="cuda", failure="out of memory")
+    failed = Row(what="step", backend="torch", device="CUDA, Some GPU", failure="out of memory")
     assert "PyTorch on CUDA" in readme.block([results(METAL, TORCH, failed)])
+
+
+def test_mlx_on_cuda_is_not_taken_for_a_mac() -> None:
+    on_cuda = Row(what="step", backend="mlx", device="CUDA, Some GPU", seconds=(0.5,))
+    assert "**Not measured: MLX on a Mac's GPU; PyTorch on CUDA.**" in readme.block([results(on_cuda, TORCH)])
 
 
 def test_machines_come_one_after_another_and_nothing_is_missing_when_all_are_there() -> None:
     text = readme.block([results(METAL), results(CUDA, TORCH)])
     assert text.count("Some CPU") == 2
-    assert text.index("0.25") < text.index("cuda")
+    assert text.index("0.25") < text.index("CUDA, Some GPU")
     assert "Not measured" not in text
 
 
