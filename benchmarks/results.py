@@ -30,8 +30,8 @@ MLX_ON_CPU_NOTE = (
 class Row:
     """One thing, timed in a process of its own: the seconds of every call, or the reason why there are none, `failure`.
 
-    `views` is how many pictures a call makes, if it makes whole ones. `peak_memory_bytes` is the process's largest resident memory,
-    `device_memory_bytes` the largest sum of arrays on a GPU.
+    `views` is how many pictures a call makes, if it makes whole ones. `peak_memory_bytes` is the process's largest resident
+    memory, `device_memory_bytes` the largest sum of arrays on a GPU.
     """
 
     what: str
