@@ -39,7 +39,7 @@ def machine() -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "os": platform.platform(),
+        "os": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
     }
     for package in PACKAGES:

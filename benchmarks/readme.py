@@ -1,22 +1,28 @@
-"""Puts files of `python -m benchmarks --json` into the README, one per machine: `python -m benchmarks.readme FILE ...`."""
+"""Puts files of `python -m benchmarks --json`, one per machine, into the pages: `python -m benchmarks.readme FILE ...`.
+
+The README gets what a user feels, docs/benchmarks.md everything.
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.compare import ROOT
-from benchmarks.results import Results, markdown, read_results
+from benchmarks.results import TITLES, Results, markdown, read_results
 from mvshared.errors import ConfigError, MvError
 from mvshared.files import write_atomic
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+PAGES: dict[str, Collection[str]] = {"README.md": ("help", "generate"), "docs/benchmarks.md": tuple(TITLES)}
 # What readers want to know: backend and how its device's name begins.
 WANTED = {"MLX on a Mac's GPU": ("mlx", "Metal"), "PyTorch on CUDA": ("torch", "CUDA"), "PyTorch on a CPU": ("torch", "cpu")}
 
 
-def block(results: Sequence[Results]) -> str:
-    """The tables of all machines, and what none of them measured with the command that would."""
+def block(results: Sequence[Results], *, tables: Collection[str] = tuple(TITLES)) -> str:
+    """These tables of all machines, and what none of them measured with the command that would."""
+    results = [replace(each, tables={name: each.tables[name] for name in tables if name in each.tables}) for each in results]
     missing = [name for name, (backend, device) in WANTED.items() if not _measured(results, backend, device)]
     parts = [markdown(result).strip() for result in results]
     if missing:
@@ -30,11 +36,11 @@ def block(results: Sequence[Results]) -> str:
     return "\n\n".join(parts)
 
 
-def replace_measured(readme: str, text: str) -> str:
-    """The README with `text` between the two marks. Raises ConfigError unless each mark is there once, in this order."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ConfigError(f"the README must have one {BEGIN} and, after it, one {END}")
-    before, _, rest = readme.partition(BEGIN)
+def replace_measured(page: str, text: str) -> str:
+    """The page with `text` between the two marks. Raises ConfigError unless each mark is there once, in this order."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ConfigError(f"the page must have one {BEGIN} and, after it, one {END}")
+    before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
 
 
@@ -46,11 +52,13 @@ def _measured(results: Sequence[Results], backend: str, device: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the pages")
     arguments = parser.parse_args()
-    text = block([read_results(path) for path in arguments.files])
-    readme = arguments.readme.read_text(encoding="utf-8")
-    write_atomic(arguments.readme, replace_measured(readme, text).encode())
+    results = [read_results(path) for path in arguments.files]
+    for page, tables in PAGES.items():
+        path = arguments.root / page
+        text = replace_measured(path.read_text(encoding="utf-8"), block(results, tables=tables))
+        write_atomic(path, text.encode())
 
 
 if __name__ == "__main__":

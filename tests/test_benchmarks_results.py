@@ -158,12 +158,15 @@ def test_machines_come_one_after_another_and_nothing_is_missing_when_all_are_the
     assert "Not measured" not in text
 
 
-def test_the_command_fills_a_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "README.md"
-    target.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    write_results(tmp_path / "r.json", results(TORCH))
-    monkeypatch.setattr("sys.argv", ["readme", str(tmp_path / "r.json"), "--readme", str(target)])
+def test_the_command_fills_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs").mkdir()
+    for page in readme.PAGES:
+        (tmp_path / page).write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
+    both = Results(machine={"cpu": "Some CPU"}, settings={}, tables={"generate": [TORCH], "vae": [MLX]})
+    write_results(tmp_path / "r.json", both)
+    monkeypatch.setattr("sys.argv", ["readme", str(tmp_path / "r.json"), "--root", str(tmp_path)])
     readme.main()
-    text = target.read_text(encoding="utf-8")
-    assert readme.block([results(TORCH)]) in text
-    assert text.startswith("# mvmlx") and "## File map" in text
+    short, long = ((tmp_path / page).read_text(encoding="utf-8") for page in ("README.md", "docs/benchmarks.md"))
+    assert readme.block([both], tables=["generate"]) in short and "### VAE" not in short
+    assert readme.block([both]) in long and "### VAE" in long
+    assert short.startswith("# mvmlx") and "## File map" in short
