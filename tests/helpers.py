@@ -19,6 +19,7 @@ import mvtorch.vae
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.checkpoint import write_component, write_model_config
 from mvshared.config import GenerationDefaults, ModelConfig, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.pipeline import Pipeline
 
 Backend = Literal["torch", "mlx"]
 BACKENDS: tuple[Backend, ...] = ("torch", "mlx")
@@ -216,3 +217,39 @@ def write_tiny_model(folder: Path, config: ModelConfig = TINY_MODEL) -> Path:
     write_component(folder, "vae", config.vae, mvtorch.model.get_weights(make_vae(config.vae, "torch")))
     write_model_config(folder, config)
     return folder
+
+
+class RecordingModel:
+    """A model that keeps the calls of its methods, as (name, positional arguments), and is otherwise the one inside."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.model, name)
+        if not callable(value):
+            return value
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, args))
+            return value(*args, **kwargs)
+
+        return recorded
+
+    def arguments(self, name: str) -> list[tuple[Any, ...]]:
+        """The positional arguments of every call of one method."""
+        return [args for called, args in self.calls if called == name]
+
+
+class Recorded(NamedTuple):
+    """A pipeline and its model, which keeps the calls."""
+
+    pipeline: Pipeline[Any]
+    model: RecordingModel
+
+
+def record(pipeline: Pipeline[Any]) -> Recorded:
+    """The pipeline around a model that keeps its calls."""
+    model: Any = RecordingModel(pipeline.model)
+    return Recorded(Pipeline(model, name=pipeline.name), model)

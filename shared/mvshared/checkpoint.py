@@ -3,6 +3,7 @@
 `model_index.json` of a model that this project made also names its family, camera and generation defaults.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from importlib.resources import files
@@ -31,7 +32,7 @@ Config = TypeVar("Config", bound=_Dataclass)
 
 
 def find_model(name: Path | str) -> Path:
-    """The folder of a model: the embedded one of that name, or a folder on disk.
+    """The absolute folder of a model: the embedded one of that name, or a folder on disk.
 
     Raises CheckpointError if there is neither.
     """
@@ -42,7 +43,7 @@ def find_model(name: Path | str) -> Path:
         raise CheckpointError(f"no such model: allowed are {known} and checkpoint folders, got {str(name)!r}")
     if not (folder / "model_index.json").is_file():
         raise CheckpointError("is no checkpoint folder: model_index.json is missing", path=folder)
-    return folder
+    return folder.absolute()
 
 
 def weight_file(folder: Path, component: Literal["unet", "vae"]) -> Path:
@@ -140,7 +141,7 @@ def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
         parts = [_convert(item, kind) for item, kind in zip(value, kinds, strict=True)]
         return tuple(part for part, _ in parts), all(fits for _, fits in parts)
     if hint is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         return (float(value), True) if fits else (value, False)
     if hint is int:
         return value, isinstance(value, int) and not isinstance(value, bool)

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from mvshared.backend import load
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import EMBEDDED, find_model, read_model_config
 from mvshared.errors import OptionError
-from mvshared.export import check_free, parameters_from_metadata
-from mvshared.files import write_atomic, write_json
+from mvshared.export import check_free
+from mvshared.files import check_folder, make_folder, write_atomic, write_json
 from mvshared.images import encode_png, grid, sheet
-from mvshared.pipeline import Parameters, Pipeline, Progress, Views, repeat
+from mvshared.pipeline import Pipeline, Progress, Views, read_run, repeat
 
 # What may stand beside --config: it changes where the result goes, not what it is.
 BESIDE_CONFIG = {"config", "output", "force", "as_json", "stepwise"}
@@ -39,10 +38,9 @@ class Reporter:
 
     def step(self, progress: Progress) -> None:
         """Show a sampling step."""
-        self.event("step", step=progress.step, steps=progress.steps, timestep=progress.timestep)
         if self.stepwise is not None:
-            self.stepwise.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.stepwise / f"step_{progress.step:04}.png", encode_png(grid(progress.preview())))
+            write_atomic(make_folder(self.stepwise) / f"step_{progress.step:04}.png", encode_png(grid(progress.preview())))
+        self.event("step", step=progress.step, steps=progress.steps, timestep=progress.timestep)
         if self.bar is None:
             self.bar = tqdm(total=progress.steps, desc="sampling", unit="step", disable=None, file=sys.stderr)
         self.bar.update()
@@ -58,9 +56,13 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
     folders = _output_folders(options, seeds)
     for folder in folders:
         check_free(folder, force=options["force"])
+    if reporter.stepwise is not None:
+        check_folder(reporter.stepwise)
     config = options["config"]
     runs = _new_runs(options, seeds) if config is None else [_repeated_run(config, given)]
     for folder, run in zip(folders, runs, strict=True):
+        if len(folders) > 1 and options["stepwise"] is not None:
+            reporter.stepwise = options["stepwise"] / folder.name
         views = run(reporter)
         views.save(folder, force=options["force"])
         reporter.event("saved", folder=str(folder), views=len(views.images), seed=views.parameters.seed)
@@ -80,15 +82,14 @@ def _repeated_run(config: Path, given: set[str]) -> Callable[[Reporter], Views]:
     clash = sorted(given - BESIDE_CONFIG)
     if clash:
         raise OptionError(clash[0], expected="left out where --config is given", got="both")
-    parameters = parameters_from_metadata(config, known=[field.name for field in fields(Parameters)])
+    run = read_run(config)
+    parameters = run.parameters
 
-    def run(reporter: Reporter) -> Views:
-        pipeline = load(
-            parameters["model"], backend=parameters["backend"], dtype=parameters["dtype"], device=parameters["device"]
-        )
-        return repeat(pipeline, parameters, on_step=reporter.step)
+    def repeated(reporter: Reporter) -> Views:
+        pipeline = load(parameters.model, backend=parameters.backend, dtype=parameters.dtype, device=parameters.device)
+        return repeat(pipeline, run, on_step=reporter.step)
 
-    return run
+    return repeated
 
 
 def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Reporter], Views]]:
@@ -154,10 +155,10 @@ def render_head_dataset(output: Path, identities: range, *, views: int, size_px:
     from mvshared.evaluation import HELD_OUT
     from mvshared.heads.dataset import render_dataset
 
-    if identities.start < HELD_OUT:
-        click.echo(f"note: identities below {HELD_OUT} are those that `mvmlx evaluate` holds out", err=True)
     count = render_dataset(output, identities, views=views, size_px=size_px, processes=processes)
     click.echo(f"{count} heads rendered, {len(identities)} in {output}")
+    if identities.start < HELD_OUT:
+        click.echo(f"note: identities below {HELD_OUT} are those that `mvmlx evaluate` holds out", err=True)
 
 
 def evaluate_model(options: dict[str, Any]) -> None:
@@ -165,8 +166,8 @@ def evaluate_model(options: dict[str, Any]) -> None:
     from mvshared.evaluation import evaluate
 
     output: Path | None = options["output"]
-    if output is not None and output.exists() and not output.is_dir():
-        raise OptionError("output", expected="a folder", got=str(output))
+    if output is not None:
+        check_folder(output)
     pipeline = load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"])
     result = evaluate(
         pipeline,
@@ -195,7 +196,7 @@ def evaluate_model(options: dict[str, Any]) -> None:
         for name, value in figures.items():
             click.echo(f"  {name:16} {value['mean']:8.3f} +- {value['std']:.3f}  ({value['min']:.3f} to {value['max']:.3f})")
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         for first in range(0, len(result.rows), SHEET_ROWS):
             picture = sheet(np.stack(result.rows[first : first + SHEET_ROWS]))
             write_atomic(output / f"sheet_{first // SHEET_ROWS:02}.png", encode_png(picture))

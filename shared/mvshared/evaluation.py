@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvshared.camera import orbit
+from mvshared.errors import OptionError
 from mvshared.heads import DEFAULT_RADIUS, composite, render
 from mvshared.images import from_model, to_model
-from mvshared.metrics import Summary, alpha_mask, background_mask, iou, psnr, ssim, summary
+from mvshared.metrics import Summary, background_mask, iou, psnr, ssim, summary
 from mvshared.pipeline import Pipeline
 
 HELD_OUT = 100_000
@@ -37,8 +38,9 @@ class Subject(NamedTuple):
 class Evaluation:
     """Summaries over all views of all identities, and one sheet row per identity.
 
-    `psnr_db`, `ssim` and `silhouette_iou` of the generated views; `copy_*` of the reference copied to every view; `vae_*` of
-    the true views encoded and decoded. `rows` uint8 (1 + 2 v, h, w, 3): reference, generated views, true views.
+    `psnr_db`, `ssim` and `silhouette_iou` of the generated views, where a silhouette is what is not white; `copy_*` of the
+    reference copied to every view; `vae_*` of the true views encoded and decoded. `rows` uint8 (1 + 2 v, h, w, 3): reference,
+    generated views, true views.
     """
 
     identities: int
@@ -79,8 +81,10 @@ def evaluate(
 ) -> Evaluation:
     """Generate the views of held-out heads and compare them with the truth.
 
-    `normals` gives the true normal maps to the model. Raises OptionError for a model that takes none.
+    `normals` gives the true normal maps to the model. Raises OptionError for a model that takes none, and without identities.
     """
+    if not len(identities):
+        raise OptionError("identities", expected="one or more numbers of heads", got=identities)
     model, size_px = pipeline.model, pipeline.model.config.defaults.size_px
     measured: dict[str, list[NDArray[np.float64]]] = {
         name: [] for name in Evaluation.__dataclass_fields__ if name not in ("identities", "views", "rows")
@@ -101,8 +105,8 @@ def evaluate(
         decoded = from_model(model.decode(model.encode_latents(to_model(truth))))
         measured["psnr_db"].append(psnr(views.images, truth))
         measured["ssim"].append(ssim(views.images, truth))
-        silhouettes = background_mask(views.images, background=(255, 255, 255))
-        measured["silhouette_iou"].append(iou(silhouettes, alpha_mask(subject.truth)))
+        silhouettes, true_silhouettes = (background_mask(x, background=(255, 255, 255)) for x in (views.images, truth))
+        measured["silhouette_iou"].append(iou(silhouettes, true_silhouettes))
         measured["copy_psnr_db"].append(psnr(copies, truth))
         measured["copy_ssim"].append(ssim(copies, truth))
         measured["vae_psnr_db"].append(psnr(decoded, truth))

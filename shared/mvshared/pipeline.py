@@ -5,9 +5,8 @@ products with floats here.
 """
 
 import hashlib
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeAlias
 
@@ -17,12 +16,13 @@ from PIL import Image
 
 from mvshared.backend import A, Model
 from mvshared.camera import as_poses, camera_vectors, even_azimuths, orbit
-from mvshared.errors import CheckpointError, NumericsError, OptionError
-from mvshared.export import finish, metadata, prepare, transforms
+from mvshared.checkpoint import EMBEDDED, config_from_json
+from mvshared.errors import CheckpointError, ConfigError, NumericsError, OptionError
+from mvshared.export import finish, metadata, parameters_from_metadata, prepare, transforms, weights_from_metadata
 from mvshared.files import write_atomic, write_json
 from mvshared.framing import frame_subject
 from mvshared.images import encode_png, from_model, grid, load_image, load_normals, save_png, save_turntable, to_model
-from mvshared.schedule import SAMPLERS, Step, sampler_steps
+from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
 from mvshared.weights import sha256_of_files
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
@@ -50,7 +50,8 @@ class Progress(NamedTuple):
 class Parameters:
     """A run, completely: everything that changes a pixel, resolved and checked, as JSON values.
 
-    `image_sha256` and `normals_sha256` are of the prepared pixels. `cameras` are poses (v, 4, 4).
+    `image_sha256` and `normals_sha256` are of the prepared pixels; `image` and `normals`, absolute paths, are None beside them
+    where pixels were given in memory. `cameras` are poses (v, 4, 4).
     """
 
     model: str
@@ -60,10 +61,10 @@ class Parameters:
     device: str
     image: str | None
     image_sha256: str | None
-    normals: str | list[str | None] | None
+    normals: str | tuple[str, ...] | None
     normals_sha256: str | None
     latents_sha256: str | None
-    cameras: list[list[list[float]]]
+    cameras: tuple[tuple[tuple[float, ...], ...], ...]
     fov_deg: float
     steps: int
     guidance: float
@@ -71,6 +72,13 @@ class Parameters:
     eta: float
     seed: int
     size_px: int
+
+
+class Run(NamedTuple):
+    """What a finished run's metadata.json says: its parameters, and the SHA-256 of the weight files by name."""
+
+    parameters: Parameters
+    weights: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +99,20 @@ class Views:
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write view_000.png ..., grid.png, turntable.gif, transforms.json and, last, metadata.json; returns the folder.
 
-        Raises OutputError if the folder holds a finished run and no `force` is given, or cannot be written.
+        Raises OutputError if the folder holds a finished run and no `force` is given, or cannot be written; CheckpointError if
+        the weight files are gone, whose hashes belong to the metadata.
         """
-        target = prepare(folder, force=force)
         names = [f"view_{index:03}.png" for index in range(len(self.images))]
+        height, width = self.images.shape[1:3]
+        cameras = transforms(self.cameras, width_px=width, height_px=height, fov_deg=self.parameters.fov_deg, file_names=names)
+        document = metadata(vars(self.parameters), weights=sha256_of_files(self.weight_files))
+        target = prepare(folder, force=force)
         for name, image in zip(names, self.images, strict=True):
             save_png(target / name, image)
         write_atomic(target / "grid.png", encode_png(grid(self.images)))
         save_turntable(target / "turntable.gif", self.images)
-        height, width = self.images.shape[1:3]
-        document = transforms(self.cameras, width_px=width, height_px=height, fov_deg=self.parameters.fov_deg, file_names=names)
-        write_json(target / "transforms.json", document)
-        parameters = {field.name: getattr(self.parameters, field.name) for field in fields(self.parameters)}
-        finish(target, metadata(parameters, weights=sha256_of_files(self.weight_files)))
+        write_json(target / "transforms.json", cameras)
+        finish(target, document)
         return target
 
 
@@ -111,7 +120,8 @@ class Pipeline(Generic[A]):
     """A loaded model and what can be done with it. `mvtorch.load` and `mvmlx.load` return one."""
 
     def __init__(self, model: Model[A], *, name: str) -> None:
-        self.model, self.name = model, name
+        self.model = model
+        self.name = name if name in EMBEDDED else str(Path(name).resolve())
 
     def generate(
         self,
@@ -147,10 +157,11 @@ class Pipeline(Generic[A]):
         factor = config.vae.downscale * config.unet.downscale
         if size_px % factor:
             raise OptionError("size_px", expected=f"a multiple of {factor} for this model", got=size_px)
-        steps = defaults.steps if steps is None else steps
+        steps = _whole("steps", defaults.steps if steps is None else steps, 1, MAX_STEPS)
         guidance = _number("guidance", defaults.guidance if guidance is None else guidance, *GUIDANCE_RANGE)
         seed = _whole("seed", seed, 0, 2**63 - 1)
-        if scheduler not in SAMPLERS:
+        eta = _number("eta", eta, 0, 1)
+        if scheduler not in tuple(SAMPLERS):
             raise OptionError("scheduler", expected=f"one of {', '.join(SAMPLERS)}", got=scheduler)
         plan = sampler_steps(scheduler, config.scheduler, steps=steps, eta=eta)
         poses = self._poses(views, azimuths_deg, elevation_deg, cameras)
@@ -171,7 +182,7 @@ class Pipeline(Generic[A]):
             normals=_names(normals),
             normals_sha256=_sha256(normal_pixels),
             latents_sha256=None if latents is None else _sha256(initial),
-            cameras=poses.tolist(),
+            cameras=tuple(tuple(map(tuple, pose)) for pose in poses.tolist()),
             fov_deg=config.camera.fov_deg,
             steps=len(plan),
             guidance=guidance,
@@ -182,7 +193,8 @@ class Pipeline(Generic[A]):
         )
         final = self._sample(initial, plan, poses, reference, normal_pixels, parameters, on_step)
         if not np.isfinite(final).all():
-            raise NumericsError("the final latents are not finite", where="sampling", hint="use --dtype float32")
+            hint = "are the weights damaged?" if self.model.dtype == "float32" else "use --dtype float32"
+            raise NumericsError("the final latents are not finite", where="sampling", hint=hint)
         return Views(
             images=from_model(self.model.decode(self.model.from_numpy(final))),
             latents=final,
@@ -249,45 +261,65 @@ class Pipeline(Generic[A]):
             azimuths = even_azimuths(count, start_deg=defaults.azimuth_start_deg) if azimuths_deg is None else azimuths_deg
             poses = orbit(azimuths, defaults.elevation_deg if elevation_deg is None else elevation_deg, radius=camera.radius)
         if len(poses) > MAX_VIEWS:
-            raise OptionError("views", expected=f"at most {MAX_VIEWS}", got=len(poses))
+            raise OptionError(named[0], expected=f"at most {MAX_VIEWS} views", got=len(poses))
         return poses
 
     def _normals(self, normals: Normals | None, *, views: int, size_px: int) -> NDArray[np.float32] | None:
         if normals is None:
             return None
+        if not isinstance(normals, str | Path | Sequence | np.ndarray):
+            raise OptionError("normals", expected="a folder or a list of normal maps", got=normals)
         if not self.model.config.unet.normal_channels:
-            raise OptionError("normals", expected="left out: this model takes no normal maps", got=str(normals))
+            raise OptionError("normals", expected="left out: this model takes no normal maps", got=_names(normals) or "arrays")
         return load_normals(normals, views=views, size_px=size_px)
 
 
-def repeat(pipeline: Pipeline[Any], parameters: dict[str, Any], *, on_step: Callable[[Progress], None] | None = None) -> Views:
-    """The run that `parameters` (of its metadata.json) describe, once more.
+def read_run(path: Path | str) -> Run:
+    """The run of a metadata.json, or of the output folder that holds it. Raises ConfigError for a malformed file."""
+    document = parameters_from_metadata(path, known=[field.name for field in fields(Parameters)])
+    return Run(config_from_json(Parameters, document, path=Path(path), error=ConfigError), weights_from_metadata(path))
 
-    Raises CheckpointError if the run used given latents, which metadata.json does not hold, and OptionError if the picture or
-    the normal maps have changed since, or were no files.
+
+def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], None] | None = None) -> Views:
+    """The views of a run, once more: the same bits where backend, dtype, device and versions are the run's.
+
+    Raises, before the sampling, CheckpointError if the weights are others; OptionError if the picture or the normal maps have
+    changed since or were no files, if the run used given latents, which metadata.json does not hold, or if the pipeline or a
+    parameter is not what it was in the run.
     """
-    if parameters.get("latents_sha256") is not None:
+    parameters, model = run.parameters, pipeline.model
+    for name, sha256 in sha256_of_files(model.weight_files).items():
+        if run.weights.get(name) != sha256:
+            raise CheckpointError("the weights have changed since the run", path=name, hint="load the model of the run")
+    loaded = {name: getattr(model, name) for name in ("backend", "dtype", "device")}
+    loaded |= {"family": model.config.family, "fov_deg": model.config.camera.fov_deg}
+    for name, value in loaded.items():
+        if getattr(parameters, name) != value:
+            raise OptionError(name, expected=f"that of the loaded model, {value!r}", got=getattr(parameters, name))
+    if parameters.latents_sha256 is not None:
         raise OptionError("latents", expected="those of the run, which its metadata does not hold", got=None)
-    if parameters.get("image") is None:
+    if parameters.image is None:
         raise OptionError("image", expected="a file: the run's picture was given in memory", got=None)
-    if isinstance(parameters["normals"], list) and None in parameters["normals"]:
+    if parameters.normals is None and parameters.normals_sha256 is not None:
         raise OptionError("normals", expected="files: the run's normal maps were given in memory", got=None)
-    views = pipeline.generate(
-        parameters["image"],
-        cameras=np.asarray(parameters["cameras"], np.float32),
-        normals=parameters["normals"],
-        steps=parameters["steps"],
-        guidance=parameters["guidance"],
-        scheduler=parameters["scheduler"],
-        eta=parameters["eta"],
-        seed=parameters["seed"],
-        size_px=parameters["size_px"],
+    size_px = _whole("size_px", parameters.size_px, *SIZE_RANGE_PX)
+    reference = frame_subject(load_image(parameters.image), size_px=size_px, framing=model.config.framing)
+    normals = pipeline._normals(parameters.normals, views=len(parameters.cameras), size_px=size_px)
+    for name, pixels in (("image", reference), ("normals", normals)):
+        if _sha256(pixels) != getattr(parameters, f"{name}_sha256"):
+            raise OptionError(name, expected="as it was in the run; it has changed", got=getattr(parameters, name))
+    return pipeline.generate(
+        parameters.image,
+        cameras=parameters.cameras,
+        normals=parameters.normals,
+        steps=parameters.steps,
+        guidance=parameters.guidance,
+        scheduler=parameters.scheduler,
+        eta=parameters.eta,
+        seed=parameters.seed,
+        size_px=size_px,
         on_step=on_step,
     )
-    for name in ("image_sha256", "normals_sha256"):
-        if getattr(views.parameters, name) != parameters[name]:
-            raise CheckpointError(f"{name.removesuffix('_sha256')} has changed since the run")
-    return replace(views, parameters=replace(views.parameters, fov_deg=parameters["fov_deg"]))
 
 
 def _initial_latents(
@@ -296,14 +328,17 @@ def _initial_latents(
     """Noise of deviation 1, drawn view after view so that more views do not change the first ones; or the given latents."""
     if given is None:
         return np.random.default_rng(seed).standard_normal(shape, np.float32)
-    array = np.asarray(given)
-    if extra_frame and array.shape == (shape[0] + 1, *shape[1:]):
-        array = array[:-1]
-    if array.shape != shape or array.dtype.kind != "f":
-        raise OptionError("latents", expected=f"floats of shape {shape}", got=(array.dtype.name, np.shape(given)))
-    if not np.isfinite(array).all():
-        raise OptionError("latents", expected="finite", got="NaN or infinity")
-    return array.astype(np.float32)
+    if not isinstance(given, np.ndarray) or given.dtype.kind != "f":
+        got = given.dtype.name if isinstance(given, np.ndarray) else type(given).__name__
+        raise OptionError("latents", expected="a numpy array of floats", got=got)
+    frames = given[:-1] if extra_frame and len(given.shape) and len(given) == shape[0] + 1 else given
+    if frames.shape != shape:
+        raise OptionError("latents", expected=f"of shape {shape}", got=given.shape)
+    with np.errstate(over="ignore"):
+        latents = frames.astype(np.float32)
+    if not np.isfinite(latents).all():
+        raise OptionError("latents", expected="finite in float32", got="NaN, infinity or more than that")
+    return latents
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:
@@ -313,19 +348,19 @@ def _whole(name: str, value: object, low: int, high: int) -> int:
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:
-    fits = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not fits or not math.isfinite(float(value)) or not low <= float(value) <= high:  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not low <= value <= high:
         raise OptionError(name, expected=f"a number from {low:g} to {high:g}", got=value)
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
-def _names(normals: Normals | None) -> str | list[str | None] | None:
-    """The files of the normal maps, None in the place of a map that was given in memory."""
+def _names(normals: Normals | None) -> str | tuple[str, ...] | None:
+    """The folder or the files of the normal maps; None if one of them was given in memory."""
     if normals is None:
         return None
     if isinstance(normals, str | Path):
         return str(Path(normals).resolve())
-    return [str(Path(item).resolve()) if isinstance(item, str | Path) else None for item in normals]
+    names = tuple(str(Path(item).resolve()) for item in normals if isinstance(item, str | Path))
+    return names if len(names) == len(normals) else None
 
 
 def _sha256(array: NDArray[Any] | None) -> str | None:

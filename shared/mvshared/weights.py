@@ -207,9 +207,12 @@ def read_weights(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[st
 
 
 def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:
-    """`{file name: sha256}` of weight files."""
+    """`{component/file name: sha256}` of weight files. Raises CheckpointError for one that cannot be read."""
     hashes = {}
     for path in paths:
-        with path.open("rb") as file:
-            hashes[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                hashes[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as cause:
+            raise CheckpointError(f"cannot be read: {cause.strerror or cause}", path=path) from cause
     return hashes

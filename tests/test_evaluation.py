@@ -1,0 +1,184 @@
+"""Evaluation on held-out heads: the same subjects every time, figures that agree with a computation by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import BACKENDS, TINY_MODEL, Backend, record, write_tiny_model
+from numpy.typing import NDArray
+from skimage.metrics import structural_similarity
+
+import mvshared.evaluation
+from mvshared.backend import load
+from mvshared.camera import azimuth_elevation
+from mvshared.errors import OptionError
+from mvshared.evaluation import AZIMUTHS_DEG, Evaluation, evaluate, held_out_subject
+from mvshared.heads import DEFAULT_RADIUS, composite
+from mvshared.images import from_model, to_model
+from mvshared.metrics import Summary
+from mvshared.pipeline import Pipeline
+
+SIZE_PX = TINY_MODEL.defaults.size_px
+FIGURES = {"psnr_db", "ssim", "silhouette_iou", "copy_psnr_db", "copy_ssim", "vae_psnr_db", "vae_ssim"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def pipeline(request: pytest.FixtureRequest, folder: Path) -> Pipeline[Any]:
+    backend: Backend = request.param
+    return load(folder, backend=backend, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def evaluation(pipeline: Pipeline[Any]) -> Evaluation:
+    return evaluate(pipeline, range(2), steps=1)
+
+
+class Oracle(Pipeline[Any]):
+    """Gives the true views, and keeps the options of every call."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, name="oracle")
+        self.options: list[dict[str, Any]] = []
+
+    def generate(self, image: Any, **options: Any) -> Any:
+        identity = len(self.options)
+        self.options.append(options)
+        subject = held_out_subject(identity, size_px=len(image))
+        np.testing.assert_array_equal(image, subject.reference)
+        np.testing.assert_array_equal(options["cameras"], subject.cameras)
+        return SimpleNamespace(images=composite(subject.truth), reference=composite(image))
+
+
+def truths(identities: range, size_px: int = SIZE_PX) -> NDArray[np.uint8]:
+    return np.concatenate([composite(held_out_subject(identity, size_px=size_px).truth) for identity in identities])
+
+
+def figures(pictures: NDArray[np.uint8], references: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """PSNR by hand and scikit-image's SSIM, per view."""
+    squares = (pictures.astype(np.float64) - references) ** 2
+    similar = [
+        structural_similarity(x, y, gaussian_weights=True, use_sample_covariance=False, channel_axis=-1, data_range=255)
+        for x, y in zip(pictures, references, strict=True)
+    ]
+    return 10 * np.log10(255**2 / squares.mean(axis=(1, 2, 3))), np.asarray(similar)
+
+
+def assert_summarises(summary: Summary, values: NDArray[np.float64]) -> None:
+    assert summary == pytest.approx((values.mean(), values.std(), values.min(), values.max()), rel=1e-6)
+
+
+def test_a_held_out_subject_is_the_same_every_time() -> None:
+    first, second, other = (held_out_subject(identity, size_px=24) for identity in (3, 3, 4))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+    assert not any(np.array_equal(a, c) for a, c in zip(first, other, strict=True))
+    assert [array.shape for array in first] == [(24, 24, 4), (4, 24, 24, 4), (4, 24, 24, 4), (4, 4, 4)]
+
+
+def test_references_look_at_the_face_and_views_go_around_at_one_elevation(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[tuple[int, NDArray[np.float32]]] = []
+
+    def render(identity: int, cameras: NDArray[np.float32], *, size_px: int) -> Any:
+        rendered.append((identity, cameras))
+        return SimpleNamespace(rgba=np.zeros((len(cameras), 1)), normals=np.zeros((len(cameras), 1)))
+
+    monkeypatch.setattr(mvshared.evaluation, "render", render)
+    subjects = [held_out_subject(identity, size_px=8) for identity in range(40)]
+    assert [identity for identity, _ in rendered] == list(range(40))
+    references = azimuth_elevation([cameras[0] for _, cameras in rendered])
+    azimuths = (references.azimuths_deg + 180) % 360 - 180
+    for angles, low, high in ((azimuths, -15, 15), (references.elevations_deg, 0, 20)):
+        assert low <= angles.min() < low + 5 and high - 5 < angles.max() <= high
+    for subject, (_, cameras) in zip(subjects, rendered, strict=True):
+        np.testing.assert_array_equal(subject.cameras, cameras[1:])
+        around = azimuth_elevation(cameras[1:])
+        np.testing.assert_allclose(around.azimuths_deg, AZIMUTHS_DEG, atol=1e-3)
+        np.testing.assert_allclose(around.elevations_deg, around.elevations_deg[0], atol=1e-3)
+        np.testing.assert_allclose(around.radii, DEFAULT_RADIUS, rtol=1e-6)
+    elevations = np.array([azimuth_elevation(subject.cameras).elevations_deg[0] for subject in subjects])
+    assert 0 <= elevations.min() < 5 and 15 < elevations.max() <= 20
+
+
+def test_an_evaluation_covers_all_views_of_all_identities(evaluation: Evaluation) -> None:
+    assert (evaluation.identities, evaluation.views) == (2, 4)
+    assert evaluation.summaries().keys() == FIGURES
+    for name, summary in evaluation.summaries().items():
+        assert summary.min <= summary.mean <= summary.max, name
+    assert evaluation.silhouette_iou.min >= 0 and evaluation.silhouette_iou.max <= 1
+    assert [row.shape for row in evaluation.rows] == [(9, SIZE_PX, SIZE_PX, 3)] * 2
+    np.testing.assert_array_equal(np.concatenate([row[5:] for row in evaluation.rows]), truths(range(2)))
+    np.testing.assert_array_equal(evaluation.rows[1][0], composite(held_out_subject(1, size_px=SIZE_PX).reference))
+
+
+def test_the_figures_of_the_views_are_those_of_the_rows(evaluation: Evaluation) -> None:
+    generated, truth = (np.concatenate([row[part] for row in evaluation.rows]) for part in (slice(1, 5), slice(5, None)))
+    psnr_db, ssim = figures(generated, truth)
+    assert_summarises(evaluation.psnr_db, psnr_db)
+    assert_summarises(evaluation.ssim, ssim)
+    silhouettes, true_silhouettes = ((255 - x.astype(int)).max(axis=-1) > 0.05 * 255 for x in (generated, truth))
+    both, either = silhouettes & true_silhouettes, silhouettes | true_silhouettes
+    assert_summarises(evaluation.silhouette_iou, both.sum(axis=(1, 2)) / either.sum(axis=(1, 2)))
+
+
+def test_the_figures_of_copies_are_those_of_the_reference_against_every_view(evaluation: Evaluation) -> None:
+    references = [composite(held_out_subject(identity, size_px=SIZE_PX).reference) for identity in range(2)]
+    psnr_db, ssim = figures(np.repeat(np.stack(references), 4, axis=0), truths(range(2)))
+    assert_summarises(evaluation.copy_psnr_db, psnr_db)
+    assert_summarises(evaluation.copy_ssim, ssim)
+
+
+def test_the_figures_of_the_vae_are_those_of_the_true_views_encoded_and_decoded(
+    pipeline: Pipeline[Any], evaluation: Evaluation
+) -> None:
+    truth = truths(range(2))
+    psnr_db, ssim = figures(from_model(pipeline.model.decode(pipeline.model.encode_latents(to_model(truth)))), truth)
+    assert_summarises(evaluation.vae_psnr_db, psnr_db)
+    assert_summarises(evaluation.vae_ssim, ssim)
+
+
+def test_true_views_get_the_best_figures(pipeline: Pipeline[Any]) -> None:
+    result = evaluate(Oracle(pipeline.model), range(2))
+    assert result.psnr_db == Summary(mean=np.inf, std=0.0, min=np.inf, max=np.inf)
+    assert result.ssim == result.silhouette_iou == pytest.approx((1.0, 0.0, 1.0, 1.0))
+
+
+def test_options_reach_the_pipeline(pipeline: Pipeline[Any]) -> None:
+    oracle = Oracle(pipeline.model)
+    evaluate(oracle, range(2), steps=3, guidance=1.5, seed=8, normals=True)
+    for identity, options in enumerate(oracle.options):
+        assert (options["steps"], options["guidance"], options["seed"]) == (3, 1.5, 8)
+        np.testing.assert_array_equal(options["normals"], held_out_subject(identity, size_px=SIZE_PX).normals)
+    evaluate(oracle := Oracle(pipeline.model), range(1))
+    assert [oracle.options[0][name] for name in ("steps", "guidance", "seed", "normals")] == [None, None, 0, None]
+
+
+def test_another_picture_size_of_the_model_is_the_size_of_the_evaluation(tmp_path: Path) -> None:
+    config = replace(TINY_MODEL, defaults=replace(TINY_MODEL.defaults, size_px=48))
+    pipeline = load(write_tiny_model(tmp_path, config), backend="torch", device="cpu")
+    result = evaluate(pipeline, [7], steps=1, normals=True)
+    assert result.identities == 1 and result.rows[0].shape == (9, 48, 48, 3)
+    assert np.isfinite(result.psnr_db.mean)
+
+
+def test_normal_maps_for_a_model_that_takes_none_are_refused(tmp_path: Path) -> None:
+    config = replace(TINY_MODEL, unet=replace(TINY_MODEL.unet, in_channels=4))
+    recorded = record(load(write_tiny_model(tmp_path, config), backend="torch", device="cpu"))
+    with pytest.raises(OptionError, match="takes no normal maps") as caught:
+        evaluate(recorded.pipeline, range(1), normals=True)
+    assert caught.value.name == "normals"
+    assert not recorded.model.calls
+
+
+@pytest.mark.parametrize("identities", [range(0), [], ()])
+def test_an_evaluation_of_no_heads_is_refused(pipeline: Pipeline[Any], identities: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        evaluate(pipeline, identities)
+    assert caught.value.name == "identities"
