@@ -161,8 +161,11 @@ def run(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     as_json = "--json" in arguments
     try:
-        code = cli.main(args=arguments, prog_name="mvmlx", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        with cli.make_context("mvmlx", list(arguments)) as context:
+            cli.invoke(context)
+        return 0
+    except click.exceptions.Exit as end:  # of --help and --version
+        return end.exit_code
     except click.exceptions.NoArgsIsHelpError as help_wanted:
         click.echo(help_wanted.format_message())
         return 0

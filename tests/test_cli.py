@@ -1,0 +1,294 @@
+"""The command line as a user meets it: what the commands print, which files they leave, and how they end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from helpers import BACKENDS, Backend, write_tiny_model
+from PIL import Image
+
+import mvshared.commands
+from mvshared import __version__
+from mvshared.cli import cli, run
+from mvshared.images import load_image
+
+MVMLX = str(Path(sys.executable).with_name("mvmlx"))
+TINY = ["--model", "tiny", "--device", "cpu"]
+RUN_FILES = ["grid.png", "metadata.json", "transforms.json", "turntable.gif", "view_000.png", "view_001.png"]
+HEAVY = {"numpy", "torch", "mlx", "PIL", "safetensors", "tqdm"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def desk(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a picture and a model called `tiny`."""
+    (tmp_path / "tiny").symlink_to(models)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def pictures(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("view_*.png"))]
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# Help
+
+
+def every_command() -> list[tuple[str, click.Command]]:
+    return [("", cli), *cli.commands.items()]
+
+
+@pytest.mark.parametrize(("name", "command"), every_command(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_option_and_what_it_does(
+    name: str, command: click.Command, flag: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run([name, flag] if name else [flag]) == 0
+    text = capfd.readouterr().out
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help and all(option in text for option in parameter.opts), parameter.name
+
+
+def test_without_arguments_the_help_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    captured = capfd.readouterr()
+    assert "Commands:" in captured.out and not captured.err
+
+
+def test_the_version_is_the_packages(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capfd.readouterr().out == f"mvmlx, version {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"], ["generat"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys; from mvshared.cli import run; run({arguments!r}); print({HEAVY!r} & sys.modules.keys(), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.splitlines()[-1] == "set()"
+
+
+# Generate
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_generate_writes_a_run_and_says_where(backend: Backend, desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "picture.png", *TINY, "--backend", backend, "-o", "out"]) == 0
+    captured = capfd.readouterr()
+    assert captured.out == "2 views in out (see grid.png)\n"
+    assert captured.err == ""
+    assert files(desk / "out") == RUN_FILES
+    assert load_image(desk / "out" / "view_001.png").shape == (32, 32, 4)
+    assert json.loads((desk / "out" / "metadata.json").read_text())["parameters"]["backend"] == backend
+
+
+def test_without_an_output_folder_the_picture_names_it(desk: Path) -> None:
+    assert run(["generate", "picture.png", *TINY]) == 0
+    assert files(desk / "picture-views") == RUN_FILES
+
+
+def test_every_option_reaches_the_run(desk: Path) -> None:
+    (desk / "maps").mkdir()
+    for index in range(3):
+        Image.new("RGB", (32, 32), (128, 128, 250 - index)).save(desk / "maps" / f"{index}.png")
+    options = "--azimuths 10,20,350 --elevation 15 --steps 3 --guidance 1.5 --eta 0.5 --seed 9 --size 48 --dtype bfloat16"
+    assert (
+        run(["generate", "picture.png", *TINY, *options.split(), "--normals", "maps", "-o", "out", "--scheduler", "ddim"]) == 0
+    )
+    parameters = json.loads((desk / "out" / "metadata.json").read_text())["parameters"]
+    given = {"steps": 3, "guidance": 1.5, "eta": 0.5, "seed": 9, "size_px": 48, "dtype": "bfloat16", "scheduler": "ddim"}
+    assert {name: parameters[name] for name in given} == given
+    positions = np.asarray(parameters["cameras"])[:, :3, 3]
+    azimuths = np.degrees(np.arctan2(positions[:, 0], positions[:, 2])) % 360
+    np.testing.assert_allclose(azimuths, [10, 20, 350], atol=1e-3)
+    np.testing.assert_allclose(np.degrees(np.arcsin(positions[:, 1] / np.linalg.norm(positions, axis=1))), 15, atol=1e-3)
+    assert parameters["normals"] == str(desk / "maps") and parameters["normals_sha256"]
+    assert load_image(desk / "out" / "view_002.png").shape == (48, 48, 4)
+
+
+def test_cameras_of_a_run_can_be_used_again(desk: Path) -> None:
+    assert run(["generate", "picture.png", *TINY, "--azimuths", "5,170", "--elevation", "20", "-o", "first"]) == 0
+    assert run(["generate", "picture.png", *TINY, "--cameras", "first/transforms.json", "-o", "second"]) == 0
+    assert pictures(desk / "first") == pictures(desk / "second")
+
+
+def test_json_prints_an_event_a_line_in_their_order(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run(["generate", "picture.png", *TINY, "--backend", "torch", "--seed", "1", "--seed", "2", "--json", "-o", "out"]) == 0
+    )
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    found = events(captured.out)
+    assert [event["event"] for event in found] == ["loaded", "step", "step", "saved", "step", "step", "saved"]
+    assert found[0] == {"event": "loaded", "model": "tiny", "backend": "torch", "device": "cpu", "dtype": "float32"}
+    assert [(event["step"], event["steps"]) for event in found if event["event"] == "step"] == [(1, 2), (2, 2)] * 2
+    saved = [event for event in found if event["event"] == "saved"]
+    assert [(event["folder"], event["seed"], event["views"]) for event in saved] == [("out/seed_1", 1, 2), ("out/seed_2", 2, 2)]
+
+
+def test_several_seeds_are_the_runs_of_each(desk: Path) -> None:
+    assert run(["generate", "picture.png", *TINY, "--seed", "4", "--seed", "5", "--stepwise", "steps", "-o", "both"]) == 0
+    assert run(["generate", "picture.png", *TINY, "--seed", "5", "-o", "one"]) == 0
+    assert pictures(desk / "both" / "seed_5") == pictures(desk / "one")
+    assert pictures(desk / "both" / "seed_4") != pictures(desk / "one")
+    assert files(desk / "steps" / "seed_4") == files(desk / "steps" / "seed_5") == ["step_0001.png", "step_0002.png"]
+
+
+def test_stepwise_writes_a_picture_a_step_and_ends_at_the_result(desk: Path) -> None:
+    assert run(["generate", "picture.png", *TINY, "--steps", "3", "--stepwise", "steps", "-o", "out"]) == 0
+    assert files(desk / "steps") == ["step_0001.png", "step_0002.png", "step_0003.png"]
+    last, result = (load_image(path).astype(np.int16) for path in (desk / "steps" / "step_0003.png", desk / "out" / "grid.png"))
+    assert np.abs(last - result).mean() < 0.5  # the last step ends a little before clean latents
+
+
+@pytest.mark.parametrize("named", ["out", "out/metadata.json"])
+def test_config_repeats_a_run_bit_for_bit_from_any_folder(named: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--steps", "3", "--guidance", "2.5", "--eta", "0.3", "--seed", "8", "--views", "3"]
+    assert run(["generate", "picture.png", *TINY, *arguments, "-o", "out"]) == 0
+    (desk / "elsewhere").mkdir()
+    monkeypatch.chdir(desk / "elsewhere")
+    assert run(["generate", "--config", f"../{named}", "-o", "again"]) == 0
+    assert pictures(desk / "elsewhere" / "again") == pictures(desk / "out")
+    first, again = (
+        json.loads((folder / "metadata.json").read_text()) for folder in (desk / "out", desk / "elsewhere" / "again")
+    )
+    assert first == again
+
+
+def test_force_overwrites_a_run_and_keeps_other_files(desk: Path) -> None:
+    assert run(["generate", "picture.png", *TINY, "--views", "3", "-o", "out"]) == 0
+    (desk / "out" / "notes.txt").write_text("mine")
+    before = pictures(desk / "out")
+    assert run(["generate", "picture.png", *TINY, "--seed", "1", "-o", "out", "--force"]) == 0
+    assert files(desk / "out") == sorted([*RUN_FILES, "notes.txt"])
+    assert not set(before) & set(pictures(desk / "out"))
+
+
+# The other commands
+
+
+def test_models_lists_the_embedded_ones(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["models"]) == 0
+    assert re.fullmatch(
+        r"demo: 4 views of 128 pixels, \d+ steps, guidance [\d.]+, \d+\.\d MB, in the package\n", capfd.readouterr().out
+    )
+
+
+def test_render_heads_writes_captures_and_keeps_those_that_are_there(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["render-heads", "heads", "--identities", "100000:100002", "--views", "2", "--size", "32", "--processes", "1"]
+    assert run(command) == 0
+    before = {path: path.read_bytes() for path in (desk / "heads").rglob("*.png")}
+    assert len(before) == 2 * 2 * 2
+    assert run(command) == 0
+    assert {path: path.read_bytes() for path in (desk / "heads").rglob("*.png")} == before
+    assert capfd.readouterr().out.splitlines() == ["2 heads rendered, 2 in heads", "0 heads rendered, 2 in heads"]
+
+
+def test_train_trains_and_goes_on(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    render = ["render-heads", "heads", "--identities", "100000:100002", "--views", "2", "--size", "32", "--processes", "1"]
+    assert run(render) == 0
+    config = """
+stage = "vae"
+steps = {steps}
+batch_size = 1
+log_every = 1
+[data]
+folder = "heads"
+[vae]
+block_out_channels = [8, 8]
+layers_per_block = 1
+norm_num_groups = 4
+"""
+    for steps in (2, 4):
+        (desk / "vae.toml").write_text(config.format(steps=steps))
+        assert run(["train", "vae.toml", "-o", "run", "--device", "cpu"]) == 0
+    assert capfd.readouterr().out.splitlines()[1:] == ["trained model in run/model"] * 2
+    assert [line.split(",")[0] for line in (desk / "run" / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3", "4"]
+    assert files(desk / "run" / "samples") == ["step_000002.png", "step_000004.png"]
+
+
+def test_evaluate_prints_and_writes_the_same_figures(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", *TINY, "--identities", "0:2", "--steps", "1", "--normals", "-o", "out"]
+    assert run(command) == 0
+    table = capfd.readouterr().out
+    assert run([*command, "--json"]) == 0
+    [document] = events(capfd.readouterr().out)
+    assert json.loads((desk / "out" / "evaluation.json").read_text()) == document
+    assert "2 heads, 4 views each" in table
+    for name, figure in document["figures"].items():
+        assert re.search(rf"{name} +{figure['mean']:.3f} \+- {figure['std']:.3f}", table)
+    assert load_image(desk / "out" / "sheet_00.png").shape == (2 * 32, 9 * 32, 4)
+
+
+# Ends
+
+
+def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_half_written_file(desk: Path) -> None:
+    command = [MVMLX, "generate", "picture.png", *TINY, "--steps", "500", "--json", "--stepwise", "steps", "-o", "out"]
+    with subprocess.Popen(command, cwd=desk, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if json.loads(line)["event"] == "step":
+                break
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 130
+    assert errors == "mvmlx: error: interrupted; nothing half-written is left\n"
+    assert events(rest)[-1]["exit_code"] == 130
+    assert not (desk / "out" / "metadata.json").exists()
+    for path in (desk / "steps").iterdir():
+        load_image(path)
+
+
+def test_a_reader_that_goes_away_is_no_error(desk: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([MVMLX, "models"], cwd=desk, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert result.stderr == ""
+
+
+def test_a_fault_of_the_program_is_one_line_and_a_traceback_on_request(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(mvshared.commands, "list_models", broken)
+    assert run(["models"]) == 70
+    error = capfd.readouterr().err
+    assert error.startswith("mvmlx: error: ZeroDivisionError: division by zero (this is a fault of mvmlx: please report it")
+    assert error.count("\n") == 1
+    monkeypatch.setenv("MVMLX_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        run(["models"])
+
+
+def test_warnings_of_libraries_do_not_clutter_a_good_call(desk: Path) -> None:
+    command = [MVMLX, "generate", "picture.png", *TINY, "-o", "out"]
+    result = subprocess.run(command, cwd=desk, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "2 views in out (see grid.png)\n", "")
