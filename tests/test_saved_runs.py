@@ -263,6 +263,19 @@ def test_other_weights_are_refused(
     assert not other.model.calls
 
 
+def test_the_same_weights_with_another_configuration_are_refused(
+    model_folder: Path, recorded: Recorded, picture: Path, tmp_path: Path
+) -> None:
+    run = saved_run(recorded, tmp_path, picture)
+    shutil.copytree(model_folder, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.013}))
+    other = record(load(tmp_path / "model", backend="torch", device="cpu"))
+    with pytest.raises(OptionError, match="config_sha256"):
+        repeat(other.pipeline, run)
+    assert not other.model.calls
+
+
 def test_the_other_backend_is_refused(pipelines: dict[Backend, Pipeline[Any]], picture: Path, tmp_path: Path) -> None:
     run = read_run(pipelines["torch"].generate(picture, steps=1).save(tmp_path / "out"))
     with pytest.raises(OptionError, match="backend"):
@@ -271,7 +284,7 @@ def test_the_other_backend_is_refused(pipelines: dict[Backend, Pipeline[Any]], p
 
 PARAMETERS = (
     "model", "family", "backend", "dtype", "device", "image", "image_sha256", "normals", "normals_sha256", "latents_sha256",
-    "cameras", "fov_deg", "steps", "guidance", "scheduler", "eta", "seed", "size_px",
+    "cameras", "fov_deg", "steps", "guidance", "scheduler", "eta", "seed", "size_px", "config_sha256",
 )  # fmt: skip
 DELETED = object()
 WRONG_VALUES: tuple[Any, ...] = (DELETED, None, True, "x", -1, 10**400, [], {}, [None], [[[1.0]]], [["x"]])

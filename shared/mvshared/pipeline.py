@@ -5,8 +5,9 @@ products with floats here.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeAlias
 
@@ -17,6 +18,7 @@ from PIL import Image
 from mvshared.backend import A, Model
 from mvshared.camera import as_poses, camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import EMBEDDED, config_from_json
+from mvshared.config import ModelConfig
 from mvshared.errors import CheckpointError, ConfigError, NumericsError, OptionError
 from mvshared.export import finish, metadata, parameters_from_metadata, prepare, transforms, weights_from_metadata
 from mvshared.files import write_atomic, write_json
@@ -72,6 +74,7 @@ class Parameters:
     eta: float
     seed: int
     size_px: int
+    config_sha256: str
 
 
 class Run(NamedTuple):
@@ -190,6 +193,7 @@ class Pipeline(Generic[A]):
             eta=eta,
             seed=seed,
             size_px=size_px,
+            config_sha256=_config_sha256(config),
         )
         final = self._sample(initial, plan, poses, reference, normal_pixels, parameters, on_step)
         if not np.isfinite(final).all():
@@ -293,6 +297,7 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
             raise CheckpointError("the weights have changed since the run", path=name, hint="load the model of the run")
     loaded = {name: getattr(model, name) for name in ("backend", "dtype", "device")}
     loaded |= {"family": model.config.family, "fov_deg": model.config.camera.fov_deg}
+    loaded |= {"config_sha256": _config_sha256(model.config)}
     for name, value in loaded.items():
         if getattr(parameters, name) != value:
             raise OptionError(name, expected=f"that of the loaded model, {value!r}", got=getattr(parameters, name))
@@ -365,3 +370,7 @@ def _names(normals: Normals | None) -> str | tuple[str, ...] | None:
 
 def _sha256(array: NDArray[Any] | None) -> str | None:
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _config_sha256(config: ModelConfig) -> str:
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
