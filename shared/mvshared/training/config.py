@@ -91,8 +91,8 @@ class TrainConfig:
     """One stage of training.
 
     `vae_from` is the checkpoint folder whose VAE the U-Net stage uses, `init_from` one to start from; weights whose names begin
-    with one of `frozen` are not trained. `dtype` is that of the computation, `model_dtype` that of the trained model's files; the
-    run's own state is float32.
+    with one of `frozen` are not trained. `dtype` is that of the computation, `model_dtype` that of the trained model's files;
+    the run's own state is float32.
     """
 
     stage: Literal["vae", "unet"]
