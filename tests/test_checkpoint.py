@@ -86,6 +86,7 @@ def test_a_malformed_field_is_refused_by_name(folder: Path, tmp_path: Path, file
     [
         (UNetConfig, {"in_channels": 0}),
         (UNetConfig, {"in_channels": 3}),
+        (UNetConfig, {"in_channels": 4.0}),
         (UNetConfig, {"block_out_channels": ()}),
         (UNetConfig, {"block_out_channels": (320, 640)}),
         (UNetConfig, {"block_out_channels": (320, 640, 1280, 0)}),
@@ -110,10 +111,8 @@ def test_a_malformed_field_is_refused_by_name(folder: Path, tmp_path: Path, file
         (VAEConfig, {"latents_std": (1.0, 1.0, 1.0, -1.0)}),
         (SchedulerConfig, {"num_train_timesteps": 0}),
         (SchedulerConfig, {"beta_start": 0.0}),
-        (SchedulerConfig, {"beta_start": 0.5}),
         (SchedulerConfig, {"beta_end": 1.0}),
         (SchedulerConfig, {"steps_offset": -1}),
-        (SchedulerConfig, {"steps_offset": 1000}),
         (CameraConfig, {"radius": 0.0}),
         (CameraConfig, {"fov_deg": 0.0}),
         (Framing, {"height": 0.0}),
@@ -123,7 +122,7 @@ def test_a_malformed_field_is_refused_by_name(folder: Path, tmp_path: Path, file
 def test_a_configuration_that_makes_no_sense_cannot_be_made(kind: type[Any], values: dict[str, Any]) -> None:
     with pytest.raises(OptionError) as caught:
         kind(**values)
-    assert caught.value.name.split()[0] in (*values, "layers_per_block", "beta_start")
+    assert caught.value.name.split()[0] in (*values, "layers_per_block")
 
 
 def test_a_unet_and_a_vae_of_different_latents_make_no_model() -> None:

@@ -5,7 +5,8 @@ Sizes of the presets: the public configs of Stable Diffusion 2.1 and MVDream.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from operator import index
+from typing import Any, Literal, SupportsIndex
 
 from mvshared.errors import OptionError
 
@@ -14,13 +15,18 @@ BetaSchedule = Literal["linear", "scaled_linear"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
 
+def _at_least(value: object, low: int) -> bool:
+    """Whether it is a whole number, perhaps numpy's, of at least `low`."""
+    return isinstance(value, SupportsIndex) and index(value) >= low
+
+
 def _check_counts(config: Any, *names: str) -> None:
-    """Raise OptionError unless every field, or every entry of a field that is a tuple, is at least 1."""
+    """Raise OptionError unless every field, or every entry of a field that is a tuple, is a whole number of at least 1."""
     for name in names:
         value = getattr(config, name)
         entries = value if isinstance(value, tuple) else (value,)
-        if not entries or any(entry is not None and entry < 1 for entry in entries):
-            raise OptionError(name, expected="at least 1", got=value)
+        if not entries or not all(entry is None or _at_least(entry, 1) for entry in entries):
+            raise OptionError(name, expected="a whole number of at least 1", got=value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +155,14 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "num_train_timesteps")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            got = (self.beta_start, self.beta_end)
-            raise OptionError("beta_start and beta_end", expected="0 < beta_start <= beta_end < 1", got=got)
-        if not 0 <= self.steps_offset < self.num_train_timesteps:
-            raise OptionError("steps_offset", expected=f"0 to {self.num_train_timesteps - 1}", got=self.steps_offset)
+        if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
+            raise OptionError("num_train_timesteps", expected="at least 2 for zero terminal SNR", got=self.num_train_timesteps)
+        for name in ("beta_start", "beta_end"):
+            beta = getattr(self, name)
+            if not 0 < 1 - beta < 1:
+                raise OptionError(name, expected="a number between 0 and 1, both left out", got=beta)
+        if not _at_least(self.steps_offset, 0):
+            raise OptionError("steps_offset", expected="a whole number of at least 0", got=self.steps_offset)
 
 
 @dataclass(frozen=True, kw_only=True)
