@@ -1,0 +1,129 @@
+"""CLIP's tokenizer, from a checkpoint's tokenizer folder: text to token ids of one length.
+
+Byte-level BPE as in transformers' CLIPTokenizer (openai/CLIP, simple_tokenizer.py), run by the tokenizers library. Special
+tokens are whatever the folder's JSON files say: Stable Diffusion 1.5 pads with the end token, 2.1 with "!", and then every "!"
+of a text is the padding's token too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from mvshared.errors import CheckpointError, OptionError
+from mvshared.files import read_json_object
+
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+SPECIAL_TOKENS = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
+MAX_LENGTH = 77
+
+
+class Tokens(NamedTuple):
+    """Token ids int64 (b, max_length), and what of each text did not fit, empty where all of it did."""
+
+    ids: NDArray[np.int64]
+    cut: tuple[str, ...]
+
+
+class CLIPTokenizer:
+    """The tokenizer of a folder with vocab.json and merges.txt, or tokenizer.json.
+
+    Fields: `max_length`, the tokens per text, start and end included; `bos_token_id`, `eos_token_id`, `pad_token_id`.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        """Read the folder. Raises CheckpointError for files that are missing or malformed."""
+        folder = Path(folder)
+        settings = _settings(folder)
+        special = {name: _token(folder, settings.get(name, content)) for name, content in SPECIAL_TOKENS.items()}
+        self.max_length = _max_length(folder, settings)
+        self._tokenizer = _bpe(folder, unk_token=special["unk_token"].content)
+        vocabulary = self._tokenizer.get_vocab()
+        for name, token in special.items():
+            if token.content not in vocabulary:
+                raise CheckpointError(f"the {name} {token.content!r} is not in the vocabulary", path=folder)
+        self._tokenizer.add_special_tokens(list(special.values()))
+        ids = {name: vocabulary[token.content] for name, token in special.items()}
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = ids["bos_token"], ids["eos_token"], ids["pad_token"]
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Start token, the text's tokens as far as they fit, end token, padding. Raises OptionError for what is no text."""
+        ids = np.full((len(texts), self.max_length), self.pad_token_id, np.int64)
+        cut = []
+        for row, text in zip(ids, texts, strict=True):
+            if not isinstance(text, str):
+                raise OptionError("prompt", expected="a text", got=text)
+            # Lone surrogates are no characters, and the library takes UTF-8 only.
+            clean = text.encode("utf-8", "replace").decode("utf-8")
+            encoding = self._tokenizer.encode(clean, add_special_tokens=False)
+            room = self.max_length - 2
+            kept = encoding.ids[:room]
+            row[: len(kept) + 2] = [self.bos_token_id, *kept, self.eos_token_id]
+            cut.append(clean[encoding.offsets[room][0] :] if len(encoding.ids) > room else "")
+        return Tokens(ids, tuple(cut))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the folder's JSON files say of special tokens and lengths; the older file of special tokens counts more."""
+    settings: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            settings |= read_json_object(folder / name, error=CheckpointError)
+    return settings
+
+
+def _token(folder: Path, value: Any) -> AddedToken:
+    """A special token: its text, or an object with `content` and how it is matched."""
+    fields = value if isinstance(value, dict) else {"content": value}
+    options = {name: fields[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in fields}
+    content = fields.get("content")
+    if not isinstance(content, str) or not content or not all(isinstance(option, bool) for option in options.values()):
+        raise CheckpointError(f"a special token must be a text or an object with content, got {value!r}", path=folder)
+    return AddedToken(content, special=True, **({"normalized": False} | options))
+
+
+def _max_length(folder: Path, settings: dict[str, Any]) -> int:
+    value = settings.get("model_max_length", MAX_LENGTH)
+    if not isinstance(value, int | float) or value < 3:
+        raise CheckpointError(f"model_max_length must be a number of at least 3, got {value!r}", path=folder)
+    return MAX_LENGTH if value > 1_000_000 else int(value)  # 1e30 stands for no limit
+
+
+def _bpe(folder: Path, *, unk_token: str) -> Tokenizer:
+    vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    try:
+        if vocab.exists() and merges.exists():
+            tokenizer = Tokenizer(
+                BPE.from_file(str(vocab), str(merges), unk_token=unk_token, end_of_word_suffix="</w>", fuse_unk=False)
+            )
+        elif whole.exists():
+            tokenizer = Tokenizer.from_file(str(whole))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        else:
+            raise CheckpointError("has neither vocab.json and merges.txt nor tokenizer.json", path=folder)
+    except CheckpointError:
+        raise
+    except Exception as cause:  # the library raises nothing more special
+        raise CheckpointError(f"is no tokenizer: {cause}", path=folder) from cause
+    if not isinstance(tokenizer.model, BPE):
+        raise CheckpointError(f"must hold a BPE tokenizer, got {type(tokenizer.model).__name__}", path=whole)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer

@@ -1,0 +1,134 @@
+"""The tokenizer against transformers' CLIPTokenizer, and what is refused."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+
+from mvshared.errors import CheckpointError, OptionError
+from mvshared.tokenizer import CLIPTokenizer
+
+FOLDER = Path(__file__).parent / "fixtures" / "tiny-mvdream" / "tokenizer"
+COUNT = 2000
+# Letters, marks that NFC joins, letters whose lower case is longer, joined emoji, digits that are no ASCII, control characters,
+# spaces of all kinds, scripts without spaces, contractions, special tokens and what only looks like them.
+PIECES = [
+    *"abc ABC  xyz", *"éñüßİ\u0131\u017fKÅ", "A\u030a", "e\u0301\u0323", *"🙂🏽", "👩\u200d👩\u200d👧", *"!!!??..,,''\"",
+    *"0129½²٣", *"漢字かな한국어", *"عربहिไทย", "\x00", "\x01", "\x1f", "\x7f", "\x85", "\u2028", "\u200b", "\u00a0", "\ufeff",
+    "\t", "\r\n", "\ud7ff", "\U0010ffff", "'s", "'T", "'re", "'ve ", "'m", "'ll", "'d",
+    "<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>", "<|", "|>", "</w>", "owl",
+]  # fmt: skip
+
+
+def texts() -> list[str]:
+    """Seeded texts from nothing to far more than fits."""
+    source = random.Random(0)
+    fixed = ["", " ", "a", "!", "a red owl, 3d asset", "x" * 500, "owl " * 200, "🙂" * 100, "<|endoftext|>", "a<|endoftext|>b"]
+    return fixed + ["".join(source.choices(PIECES, k=source.choice([1, 3, 10, 40, 120]))) for _ in range(COUNT - len(fixed))]
+
+
+def token(content: str) -> dict[str, Any]:
+    """A special token as in the folders of Stable Diffusion."""
+    return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+
+
+def variant(folder: Path, **files: Any) -> Path:
+    """A copy of the folder with some JSON files replaced, or left out where None."""
+    shutil.copytree(FOLDER, folder)
+    for name, document in files.items():
+        (folder / f"{name}.json").unlink(missing_ok=True)
+        if document is not None:
+            (folder / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+def stable_diffusion(pad_token: str) -> dict[str, Any]:
+    start, end = token("<|startoftext|>"), token("<|endoftext|>")
+    return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad_token}
+
+
+def one_file(folder: Path) -> Path:
+    """The folder as transformers saves it: one tokenizer.json."""
+    transformers.CLIPTokenizer.from_pretrained(FOLDER).save_pretrained(folder)
+    assert not (folder / "merges.txt").exists()
+    return folder
+
+
+FOLDERS = {
+    "as it is": lambda path: FOLDER,
+    "Stable Diffusion 2.1": lambda path: variant(path, special_tokens_map=stable_diffusion("!")),
+    "Stable Diffusion 1.5": lambda path: variant(path, special_tokens_map=stable_diffusion("<|endoftext|>")),
+    "no settings": lambda path: variant(path, special_tokens_map=None, tokenizer_config=None),
+    "one file": one_file,
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_token_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    folder = FOLDERS[name](tmp_path / "tokenizer")
+    oracle = transformers.CLIPTokenizer.from_pretrained(folder)
+    expected = oracle(texts(), padding="max_length", max_length=77, truncation=True, return_tensors="np")["input_ids"]
+    tokenizer = CLIPTokenizer(folder)
+    ids = tokenizer(texts()).ids
+    assert ids.dtype == np.int64
+    wrong = [text for text, own, other in zip(texts(), ids, expected, strict=True) if (own != other).any()]
+    assert not wrong, f"{len(wrong)} of {COUNT}, such as {wrong[0]!a}"
+    assert tokenizer.pad_token_id == oracle.pad_token_id
+
+
+def test_what_does_not_fit_is_reported() -> None:
+    tokenizer = CLIPTokenizer(FOLDER)
+    tokens = tokenizer(["owl " * 74 + "small", "owl " * 75 + "small Owl", "owl"])
+    assert tokens.cut == ("", "small Owl", "")
+    assert tokens.ids.shape == (3, 77)
+    assert (tokens.ids[:, 0] == tokenizer.bos_token_id).all()
+    assert (tokens.ids[:2, -1] == tokenizer.eos_token_id).all()
+    assert (tokens.ids[2, 3:] == tokenizer.pad_token_id).all()
+
+
+def test_the_padding_is_the_folder_s_own(tmp_path: Path) -> None:
+    assert CLIPTokenizer(FOLDER).pad_token_id == 0
+    other = variant(tmp_path / "other", special_tokens_map=stable_diffusion("<|endoftext|>"))
+    assert CLIPTokenizer(other).pad_token_id == CLIPTokenizer(other).eos_token_id != 0
+
+
+def test_the_length_is_the_folder_s_own(tmp_path: Path) -> None:
+    for length, expected in ((5, 5), (1e30, 77)):
+        folder = variant(tmp_path / str(length), tokenizer_config={"model_max_length": length})
+        assert CLIPTokenizer(folder)(["owl " * 99]).ids.shape == (1, expected)
+
+
+def test_lone_surrogates_count_as_question_marks() -> None:
+    tokenizer = CLIPTokenizer(FOLDER)
+    assert (tokenizer(["owl \udcff"]).ids == tokenizer(["owl ?"]).ids).all()
+
+
+def test_what_is_no_text_is_refused() -> None:
+    wrong: Any = [b"owl"]
+    with pytest.raises(OptionError, match="prompt must be a text, got b'owl'"):
+        CLIPTokenizer(FOLDER)(wrong)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"vocab": None}, "neither vocab.json and merges.txt nor tokenizer.json"),
+        ({"vocab": {"a": "b"}}, "is no tokenizer"),
+        ({"vocab": {"a": 0, "<|endoftext|>": 1}}, "out of vocabulary"),
+        ({"vocab": None, "tokenizer": {"version": "1.0"}}, "is no tokenizer"),
+        ({"special_tokens_map": {"pad_token": "[PAD]"}}, r"the pad_token '\[PAD\]' is not in the vocabulary"),
+        ({"special_tokens_map": {"pad_token": {"text": "!"}}}, "must be a text or an object with content"),
+        ({"special_tokens_map": {"pad_token": token("!") | {"lstrip": 1}}}, "must be a text or an object with content"),
+        ({"special_tokens_map": ["!"]}, "must hold a JSON object"),
+        ({"tokenizer_config": {"model_max_length": 2}}, "model_max_length must be a number of at least 3, got 2"),
+        ({"tokenizer_config": {"model_max_length": "77"}}, "model_max_length must be a number"),
+    ],
+)
+def test_broken_folders_are_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        CLIPTokenizer(variant(tmp_path / "broken", **files))
