@@ -21,15 +21,16 @@ class KeyValues(NamedTuple):
     values: mx.array
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, *, options: AttentionOptions) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array, *, options: AttentionOptions, causal: bool = False) -> mx.array:
     """softmax(q k^T / sqrt(d)) v of queries (b, n, l, d) to keys and values (b, n, m, d), as (b, n, l, d).
 
-    The softmax is in float32 whatever the dtype.
+    `causal` lets a token attend to itself and to those before it; there l = m. The softmax is in float32 whatever the dtype.
     """
     if options.implementation == "fused":
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        mask = "causal" if causal else None
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
     if options.implementation == "plain":
-        return _plain_attention(q, k, v)
+        return _plain_attention(q, k, v, first=0 if causal else None)
     batch, heads, queries, width = q.shape
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
     plan = score_slices(heads=batch * heads, queries=queries, keys=k.shape[1], budget_bytes=options.budget_bytes)
@@ -40,12 +41,16 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, options: AttentionOption
         piece = q[head, query]
         if out[0]:  # evaluation is lazy: without an order, twice as many pieces are in flight together
             piece = mx.depends(piece, (out[-1] or out[-2])[-1])
-        out[-1].append(_plain_attention(piece, k[head], v[head]))
+        out[-1].append(_plain_attention(piece, k[head], v[head], first=query.start if causal else None))
     return mx.concatenate([mx.concatenate(row, axis=1) for row in out]).reshape(batch, heads, queries, width)
 
 
-def _plain_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+def _plain_attention(q: mx.array, k: mx.array, v: mx.array, *, first: int | None) -> mx.array:
+    """Of all queries, or causally of those from number `first` on."""
     scores = (q.astype(mx.float32) * q.shape[-1] ** -0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
+    if first is not None:
+        later = mx.triu(mx.ones(scores.shape[-2:]), first + 1).astype(mx.bool_)
+        scores = mx.where(later, -mx.inf, scores)
     return mx.softmax(scores, axis=-1).astype(v.dtype) @ v
 
 

@@ -22,15 +22,15 @@ class KeyValues(NamedTuple):
     values: Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, options: AttentionOptions) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, options: AttentionOptions, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of queries (b, n, l, d) to keys and values (b, n, m, d), as (b, n, l, d).
 
-    The softmax is in float32 whatever the dtype.
+    `causal` lets a token attend to itself and to those before it; there l = m. The softmax is in float32 whatever the dtype.
     """
     if options.implementation == "fused":
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     if options.implementation == "plain":
-        return _plain_attention(q, k, v)
+        return _plain_attention(q, k, v, first=0 if causal else None)
     batch, heads, queries, width = q.shape
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
     plan = score_slices(heads=batch * heads, queries=queries, keys=k.shape[1], budget_bytes=options.budget_bytes)
@@ -38,12 +38,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, options: AttentionOptions) -> 
     for head, query in plan:
         if query.start == 0:
             out.append([])
-        out[-1].append(_plain_attention(q[head, query], k[head], v[head]))
+        out[-1].append(_plain_attention(q[head, query], k[head], v[head], first=query.start if causal else None))
     return torch.cat([torch.cat(row, dim=1) for row in out]).reshape(batch, heads, queries, width)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first: int | None) -> Tensor:
+    """Of all queries, or causally of those from number `first` on."""
     scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+    if first is not None:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
+        scores = scores.masked_fill(later, -torch.inf)
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 

@@ -202,9 +202,9 @@ def test_sliced_attention_keeps_its_scores_within_the_budget(
     module, sizes = ATTENTION[backend], []
     plain = module._plain_attention
 
-    def measured(q: Any, k: Any, v: Any) -> Any:
+    def measured(q: Any, k: Any, v: Any, *, first: int | None) -> Any:
         sizes.append(q.shape[0] * q.shape[1] * k.shape[1] * SCORE_BYTES)
-        return plain(q, k, v)
+        return plain(q, k, v, first=first)
 
     monkeypatch.setattr(module, "_plain_attention", measured)
     arrays = queries_keys_values()

@@ -6,13 +6,14 @@ Sizes of the presets: the public configs of Stable Diffusion 2.1 and MVDream.
 
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, get_args
 
 from mvshared.errors import OptionError
 
 PredictionType = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["linear", "scaled_linear"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
+Activation = Literal["gelu", "quick_gelu"]
 
 
 def _at_least(value: object, low: int) -> bool:
@@ -27,6 +28,18 @@ def _check_counts(config: Any, *names: str) -> None:
         entries = value if isinstance(value, tuple) else (value,)
         if not entries or not all(entry is None or _at_least(entry, 1) for entry in entries):
             raise OptionError(name, expected="a whole number of at least 1", got=value)
+
+
+def _check_transformer(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
+    """Raise OptionError for widths and counts of a CLIP tower that make none."""
+    _check_counts(config, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
+    if config.hidden_size % config.num_attention_heads:
+        expected = f"a multiple of num_attention_heads ({config.num_attention_heads})"
+        raise OptionError("hidden_size", expected=expected, got=config.hidden_size)
+    if not config.layer_norm_eps > 0:
+        raise OptionError("layer_norm_eps", expected="above 0", got=config.layer_norm_eps)
+    if config.hidden_act not in get_args(Activation):
+        raise OptionError("hidden_act", expected=f"one of {', '.join(get_args(Activation))}", got=config.hidden_act)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +150,70 @@ class VAEConfig:
     def downscale(self) -> int:
         """Pixels per latent, in height and width."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig:
+    """CLIP's text tower (transformers' CLIPTextModel). `projection_dim` None leaves out the pooled state's projection."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 23
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 77
+    hidden_act: Activation = "gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int | None = None
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "vocab_size", "max_position_embeddings")
+        _check_transformer(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPVisionConfig:
+    """CLIP's vision tower (transformers' CLIPVisionModel). `projection_dim` None leaves out the pooled state's projection."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: Activation = "gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "num_channels", "image_size", "patch_size")
+        _check_transformer(self)
+        if self.image_size < self.patch_size:
+            raise OptionError("image_size", expected=f"at least patch_size ({self.patch_size})", got=self.image_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture: one of the class, one per patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResamplerConfig:
+    """ImageDream's `image_embed`: `num_queries` tokens of `output_dim` from the vision tower's of `embedding_dim`."""
+
+    embedding_dim: int = 1280
+    output_dim: int = 1024
+    hidden_dim: int = 1024
+    depth: int = 4
+    heads: int = 12
+    dim_head: int = 64
+    num_queries: int = 16
+    ff_mult: int = 4
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "embedding_dim", "output_dim", "hidden_dim", "depth", "heads", "dim_head", "num_queries", "ff_mult")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,19 @@ from mvshared.errors import OptionError
 Shape = tuple[int, ...]
 
 
-def check_pictures(name: str, shape: Shape, *, channels: int, multiple: int = 1) -> None:
-    """Raise OptionError unless `shape` is (n, h, w, channels), not empty, h and w multiples of `multiple`."""
+def check_pictures(name: str, shape: Shape, *, channels: int, multiple: int = 1, side: int | None = None) -> None:
+    """Raise OptionError unless `shape` is (n, h, w, channels), not empty, h and w multiples of `multiple`, or both `side`."""
+    if side is not None and shape[1:] != (side, side, channels):
+        raise OptionError(name, expected=f"of shape (n, {side}, {side}, {channels})", got=shape)
     if len(shape) != 4 or shape[3] != channels or 0 in shape or shape[1] % multiple or shape[2] % multiple:
         expected = f"of shape (n, h, w, {channels})" + (f" with h and w multiples of {multiple}" if multiple > 1 else "")
         raise OptionError(name, expected=expected, got=shape)
+
+
+def check_tokens(shape: Shape, *, longest: int) -> None:
+    """Raise OptionError unless token ids have the shape (b, l), not empty, l at most `longest`."""
+    if len(shape) != 2 or 0 in shape or shape[1] > longest:
+        raise OptionError("token ids", expected=f"of shape (b, l) with l at most {longest}", got=shape)
 
 
 def check_unet_inputs(
