@@ -1,0 +1,83 @@
+"""Pictures for CLIP's vision tower: shortest side to a size, centre crop, normalised; as transformers' CLIPImageProcessor.
+
+The numbers come from a checkpoint's preprocessor_config.json.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mvshared.errors import CheckpointError, OptionError
+from mvshared.files import read_json_object
+
+ALWAYS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPImageConfig:
+    """How a picture is prepared: `resample` is Pillow's number of the filter, 3 the bicubic one."""
+
+    shortest_edge: int = 224
+    crop_size: int = 224
+    resample: int = 3
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop_size <= self.shortest_edge:
+            expected = f"from 1 to shortest_edge ({self.shortest_edge})"
+            raise OptionError("crop_size", expected=expected, got=self.crop_size)
+        if self.resample not in tuple(Image.Resampling):
+            raise OptionError("resample", expected="one of Pillow's filters, 0 to 5", got=self.resample)
+        if not all(std > 0 for std in self.image_std):
+            raise OptionError("image_std", expected="above 0", got=self.image_std)
+
+
+def read_clip_image_config(path: Path) -> CLIPImageConfig:
+    """The preparation that a preprocessor_config.json describes. Raises CheckpointError for one that CLIP does not have."""
+    document = read_json_object(path, error=CheckpointError)
+    skipped = [name for name in ALWAYS if document.get(name, True) is not True]
+    if skipped:
+        raise CheckpointError(f"{skipped[0]} must be true, got {document[skipped[0]]!r}", path=path)
+    defaults = CLIPImageConfig()
+    values: dict[str, Any] = {
+        "shortest_edge": _side(document.get("size", defaults.shortest_edge), path),
+        "crop_size": _side(document.get("crop_size", defaults.crop_size), path),
+    }
+    for name in ("resample", "rescale_factor", "image_mean", "image_std"):
+        value = document.get(name, getattr(defaults, name))
+        numbers = value if isinstance(value, list | tuple) else [value]
+        kinds = int if name == "resample" else int | float
+        if len(numbers) != (3 if name.startswith("image_") else 1) or not all(isinstance(n, kinds) for n in numbers):
+            raise CheckpointError(f"{name} is malformed: {value!r}", path=path)
+        values[name] = tuple(numbers) if name.startswith("image_") else numbers[0]
+    try:
+        return CLIPImageConfig(**values)
+    except OptionError as refused:
+        raise CheckpointError(str(refused), path=path) from refused
+
+
+def clip_pixels(image: NDArray[np.uint8], config: CLIPImageConfig) -> NDArray[np.float32]:
+    """Normalised pixels float32 (crop_size, crop_size, 3) of a picture uint8 (h, w, 3) of any size."""
+    height, width = image.shape[:2]
+    long = int(config.shortest_edge * max(height, width) / min(height, width))
+    size = (config.shortest_edge, long) if width <= height else (long, config.shortest_edge)
+    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling(config.resample)))
+    top, left = ((side - config.crop_size) // 2 for side in resized.shape[:2])
+    cropped = resized[top : top + config.crop_size, left : left + config.crop_size]
+    mean, std = (np.asarray(values, np.float32) for values in (config.image_mean, config.image_std))
+    return (cropped.astype(np.float32) * np.float32(config.rescale_factor) - mean) / std
+
+
+def _side(value: Any, path: Path) -> int:
+    """A size as the configs write it: a number, {"shortest_edge": n} or {"height": n, "width": n}."""
+    sides = list(value.values()) if isinstance(value, dict) else [value]
+    known = not isinstance(value, dict) or set(value) in ({"shortest_edge"}, {"height", "width"})
+    if not known or not all(isinstance(side, int) for side in sides) or len(set(sides)) != 1:
+        raise CheckpointError(f"a size must be one number for both sides, got {value!r}", path=path)
+    return sides[0]
