@@ -5,6 +5,7 @@ Tokens are (b, l, c) where l runs over views, rows and columns of one object. Ea
 context, so cross-attention and feed-forward need no knowledge of the views.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -72,11 +73,48 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, key_values: KeyValues, *, options: AttentionOptions) -> mx.array:
         """Tokens (b, l, c) that attend to `key_values`, as (b, l, c)."""
-        out = attention(self._split_heads(self.to_q(x)), *key_values, options=options)
-        return self.to_out[0](out.swapaxes(1, 2).flatten(2))
+        return self._merge_heads(attention(self._split_heads(self.to_q(x)), *key_values, options=options))
+
+    def _merge_heads(self, x: mx.array) -> mx.array:
+        return self.to_out[0](x.swapaxes(1, 2).flatten(2))
 
     def _split_heads(self, x: mx.array) -> mx.array:
         return mx.unflatten(x, -1, (self.heads, -1)).swapaxes(1, 2)
+
+
+class CrossKeyValues(NamedTuple):
+    """Keys and values of a context and of image tokens, which have their own projections; None without image tokens."""
+
+    context: KeyValues
+    image: KeyValues | None
+
+
+class CrossAttention(Attention):
+    """Attention to a context, plus that of the same queries to image tokens if there are any (IP-Adapter, arXiv 2308.06721)."""
+
+    def __init__(self, channels: int, heads: int, *, context_dim: int, image_tokens: bool) -> None:
+        super().__init__(channels, heads, context_dim=context_dim)
+        if image_tokens:
+            self.to_k_ip = nn.Linear(context_dim, channels, bias=False)
+            self.to_v_ip = nn.Linear(context_dim, channels, bias=False)
+
+    def cross_keys_values(self, context: mx.array, image_tokens: mx.array | None, *, image_scale: float) -> CrossKeyValues:
+        """Of a context (b, l, context_dim) and image tokens (b, m, context_dim), whose share is weighted by `image_scale`."""
+        text = self.keys_values(context)
+        if image_tokens is None:
+            return CrossKeyValues(text, None)
+        keys, values = self.to_k_ip(image_tokens), self.to_v_ip(image_tokens) * image_scale
+        return CrossKeyValues(text, KeyValues(self._split_heads(keys), self._split_heads(values)))
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: mx.array, cross: CrossKeyValues, *, options: AttentionOptions
+    ) -> mx.array:
+        """Tokens (b, l, c) that attend to `cross`, as (b, l, c)."""
+        q = self._split_heads(self.to_q(x))
+        out = attention(q, *cross.context, options=options)
+        if cross.image is not None:
+            out = out + attention(q, *cross.image, options=options)
+        return self._merge_heads(out)
 
 
 class SpatialAttention(Attention):
@@ -96,22 +134,22 @@ class SpatialAttention(Attention):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention if `context_dim` is given, feed-forward, each with a norm before and a residual."""
 
-    def __init__(self, channels: int, heads: int, *, context_dim: int | None) -> None:
+    def __init__(self, channels: int, heads: int, *, context_dim: int | None, image_tokens: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, heads)
         if context_dim is not None:
             self.norm2 = nn.LayerNorm(channels)
-            self.attn2 = Attention(channels, heads, context_dim=context_dim)
+            self.attn2 = CrossAttention(channels, heads, context_dim=context_dim, image_tokens=image_tokens)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def __call__(self, x: mx.array, context: mx.array | None, *, options: AttentionOptions) -> mx.array:
-        """Tokens (b, l, c) and a context (b, m, context_dim), None without cross-attention, to (b, l, c)."""
+    def __call__(self, x: mx.array, cross: CrossKeyValues | None, *, options: AttentionOptions) -> mx.array:
+        """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c)."""
         h = self.norm1(x)
         x = x + self.attn1(h, self.attn1.keys_values(h), options=options)
-        if context is not None:
-            x = x + self.attn2(self.norm2(x), self.attn2.keys_values(context), options=options)
+        if cross is not None:
+            x = x + self.attn2(self.norm2(x), cross, options=options)
         return x + self.ff(self.norm3(x))
 
 
@@ -122,17 +160,31 @@ class SpatialTransformer(nn.Module):
     tensor shapes.
     """
 
-    def __init__(self, channels: int, heads: int, *, depth: int, context_dim: int | None, groups: int, linear: bool) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        depth: int,
+        context_dim: int | None,
+        image_tokens: bool,
+        groups: int,
+        linear: bool,
+    ) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = [TransformerBlock(channels, heads, context_dim=context_dim) for _ in range(depth)]
+        self.transformer_blocks = [
+            TransformerBlock(channels, heads, context_dim=context_dim, image_tokens=image_tokens) for _ in range(depth)
+        ]
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def __call__(self, x: mx.array, context: mx.array | None, *, views: int, options: AttentionOptions) -> mx.array:
-        """Views (b v, h, w, c) and a context (b, m, context_dim) to (b v, h, w, c)."""
+    def __call__(
+        self, x: mx.array, cross: Sequence[CrossKeyValues] | None, *, views: int, options: AttentionOptions
+    ) -> mx.array:
+        """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c)."""
         n, h, w, c = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(n // views, views * h * w, c)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context, options=options)
+        for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
+            tokens = block(tokens, kv, options=options)
         return x + self.proj_out(tokens.reshape(x.shape))

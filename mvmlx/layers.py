@@ -18,6 +18,8 @@ class GroupNorm(nn.Module):
     """Group normalisation of (n, h, w, c) with statistics in float32.
 
     MLX's own, with `pytorch_compatible`, loses digits on the CPU where the mean is large, and rounds before the affine part.
+    A group that is constant, as an empty reference frame makes them, must come out as zero: what the mean's rounding left of it
+    would grow by 1 / sqrt(eps). So every group's first value is subtracted before the mean.
     """
 
     def __init__(self, groups: int, channels: int, *, eps: float) -> None:
@@ -30,7 +32,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(n, h, w, c) to (n, h, w, c)."""
         grouped = x.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups).astype(mx.float32)
-        centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
+        shifted = grouped - grouped[:, :1, :, :1]
+        centred = shifted - shifted.mean(axis=(1, 3), keepdims=True)
         scale = mx.rsqrt(centred.square().mean(axis=(1, 3), keepdims=True) + self.eps)
         weight, bias = (p.reshape(self.groups, -1) for p in (self.weight, self.bias))
         return (centred * (scale * weight) + bias).astype(x.dtype).reshape(x.shape)
@@ -150,10 +153,10 @@ def timestep_embedding(timesteps: mx.array, channels: int) -> mx.array:
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
 
-def run_block(block: nn.Module, *inputs: mx.array | None, recompute: bool, **static: Any) -> mx.array:
+def run_block(block: nn.Module, *inputs: Any, recompute: bool, **static: Any) -> mx.array:
     """Call a module; with `recompute`, keep its inputs only and compute it again for the gradient (gradient checkpointing).
 
-    `static` holds arguments that are no arrays.
+    `inputs` are arrays, lists and tuples of them, or None; `static` holds arguments that are none of these.
     """
     if not recompute:
         return block(*inputs, **static)

@@ -6,16 +6,19 @@ picture can ride along as one more frame (ImageDream, arXiv 2312.02201).
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.attention import SpatialTransformer
+from mvmlx.attention import CrossKeyValues, SpatialTransformer
+from mvmlx.clip import Resampler
 from mvmlx.layers import Downsample, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, run_block, timestep_embedding
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import UNetConfig
-from mvshared.shapes import check_unet_inputs
+from mvshared.shapes import check_context, check_unet_inputs
+
+Cross = Sequence[Sequence[CrossKeyValues]]  # of every block of every transformer, in the order in which they run
 
 
 class Level(nn.Module):
@@ -43,6 +46,7 @@ class Level(nn.Module):
                 config.heads(level),
                 depth=config.transformer_layers_per_block[level],
                 context_dim=config.cross_attention_dim,
+                image_tokens=config.resampler is not None,
                 groups=groups,
                 linear=config.use_linear_projection,
             )
@@ -70,6 +74,8 @@ class MultiViewUNet(nn.Module):
         self.attention_options = attention_options
         self.gradient_checkpointing = gradient_checkpointing
         channels, levels = config.block_out_channels, range(len(config.block_out_channels))
+        if config.resampler is not None:
+            self.image_embed = Resampler(config.resampler)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], config.time_embed_dim)
         if config.camera_dim is not None:
@@ -99,26 +105,56 @@ class MultiViewUNet(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
+    def cross_keys_values(
+        self, context: mx.array | None, *, image_states: mx.array | None = None, image_scale: float = 1.0
+    ) -> Cross | None:
+        """What the views attend to beside themselves, for every transformer: it is constant over the sampling steps.
+
+        context (b, l, cross_attention_dim), shared by the views, is None for a model without cross-attention. image_states
+        (b, r, m, embedding_dim) are the vision tower's of r reference pictures, whose tokens count `image_scale` times. Raises
+        OptionError for shapes that do not fit.
+        """
+        check_context(
+            self.config,
+            context=None if context is None else context.shape,
+            image_states=None if image_states is None else image_states.shape,
+        )
+        if context is None:
+            return None
+        dtype, tokens = self.conv_in.weight.dtype, None
+        if image_states is not None:
+            tokens = self.image_embed(image_states.flatten(0, 1), options=self.attention_options)
+            tokens = mx.unflatten(tokens, 0, image_states.shape[:2]).flatten(1, 2)
+        context = context.astype(dtype)
+        return [
+            [
+                block.attn2.cross_keys_values(context, tokens, image_scale=image_scale)
+                for block in transformer.transformer_blocks
+            ]
+            for transformer in self._transformers()
+        ]
+
     def __call__(
         self,
         sample: mx.array,
         timesteps: mx.array,
         *,
-        context: mx.array | None = None,
+        cross: Cross | None = None,
         camera: mx.array | None = None,
         reference: mx.array | None = None,
     ) -> mx.array:
         """Denoise sample (b, v, h, w, in_channels) at timesteps (b,); returns (b, v, h, w, out_channels) in the weights' dtype.
 
-        context (b, l, cross_attention_dim) is shared by the views. Without camera (b, v, camera_dim) the camera embedding is
-        left out. reference (b, h, w, out_channels) is a clean latent; a model with a reference frame sees zeros without it.
+        cross is what `cross_keys_values` gave, None for a model without cross-attention. Without camera (b, v, camera_dim) the
+        camera embedding is left out. reference (b, h, w, out_channels) is a clean latent; a model with a reference frame sees
+        zeros without it.
         Raises OptionError for shapes that do not fit.
         """
         check_unet_inputs(
             self.config,
             sample=sample.shape,
             timesteps=timesteps.shape,
-            context=None if context is None else context.shape,
+            attended=None if cross is None else self._objects(cross, sample.shape[0]),
             camera=None if camera is None else camera.shape,
             reference=None if reference is None else reference.shape,
         )
@@ -127,8 +163,7 @@ class MultiViewUNet(nn.Module):
         frames = self._append_reference(sample.astype(dtype), reference)
         f = frames.shape[1]  # v, and the reference
         emb = self._embed(timesteps, camera, frames=f)
-        context = None if context is None else context.astype(dtype)
-        run = partial(self._run, emb=emb, context=context, frames=f)
+        run = partial(self._run, emb=emb, cross=repeat(None) if cross is None else iter(cross), frames=f)
 
         x = self.conv_in(frames.flatten(0, 1))
         skips = [x]
@@ -150,6 +185,15 @@ class MultiViewUNet(nn.Module):
         x = mx.unflatten(x, 0, (b, f))[:, :v].flatten(0, 1)
         x = self.conv_out(nn.silu(self.conv_norm_out(x)))
         return mx.unflatten(x, 0, (b, v))
+
+    def _transformers(self) -> Iterator[SpatialTransformer]:
+        """The transformers in the order in which they run."""
+        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from level.attentions
+
+    def _objects(self, cross: Cross, default: int) -> int:
+        """How many objects the keys are of; a model may have no transformer at all."""
+        return cross[0][0].context.keys.shape[0] if cross else default
 
     def _append_reference(self, sample: mx.array, reference: mx.array | None) -> mx.array:
         """Frames (b, v + 1, h, w, in_channels): the reference comes last, the channels of its normal map are zero."""
@@ -177,7 +221,7 @@ class MultiViewUNet(nn.Module):
         x: mx.array,
         *,
         emb: mx.array,
-        context: mx.array | None,
+        cross: Iterator[Sequence[CrossKeyValues] | None],
         frames: int,
     ) -> mx.array:
         recompute = self.gradient_checkpointing
@@ -185,4 +229,4 @@ class MultiViewUNet(nn.Module):
         if transformer is None:
             return x
         options = self.attention_options
-        return run_block(transformer, x, context, recompute=recompute, views=frames, options=options)
+        return run_block(transformer, x, next(cross), recompute=recompute, views=frames, options=options)

@@ -146,10 +146,10 @@ def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool, **static: Any) -> Tensor:
+def run_block(block: nn.Module, *inputs: Any, recompute: bool, **static: Any) -> Tensor:
     """Call a module; with `recompute`, keep its inputs only and compute it again for the gradient (gradient checkpointing).
 
-    `static` holds arguments that are no arrays.
+    `inputs` are arrays, lists and tuples of them, or None; `static` holds arguments that are none of these.
     """
     if not (recompute and torch.is_grad_enabled()):
         return block(*inputs, **static)

@@ -309,6 +309,15 @@ def test_norms_of_large_float16_activations_are_finite_and_right(backend: Backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_of_constant_groups_are_zero(backend: Backend) -> None:
+    """What rounding leaves of the mean would be some 300 times larger behind the norm."""
+    x = np.broadcast_to(np.linspace(0.1, 7, 32, dtype=np.float32), (2, 16, 16, 32)).copy()
+    norm = LAYERS[backend].GroupNorm(32, 32, eps=1e-5)
+    out = norm(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if backend == "torch" else norm(mx.array(x))
+    assert np.abs(to_numpy(out)).max() <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_written_out_attention_survives_scores_beyond_float16(backend: Backend) -> None:
     arrays = queries_keys_values(np.float16, scale=200.0)
     assert np.abs(arrays[0].astype(np.float64) @ arrays[1].astype(np.float64).swapaxes(-1, -2)).max() > 65504
@@ -406,8 +415,9 @@ def test_gradient_checkpointing_computes_blocks_twice(backend: Backend, monkeypa
         ({"sample": np.zeros((2, 0, 8, 12, 8), np.float32)}, r"sample must be of shape \(b, v, h, w, 8\)"),
         ({"sample": np.zeros((2, 1, 7, 12, 8), np.float32)}, "multiples of 2"),
         ({"timesteps": np.zeros(3, np.float32)}, r"timesteps must be of shape \(2,\)"),
-        ({"context": None}, r"context must be of shape \(2, l, 24\), got None"),
-        ({"context": np.zeros((2, 7, 25), np.float32)}, r"context must be of shape \(2, l, 24\)"),
+        ({"context": None}, r"context must be of shape \(b, l, 24\), got None"),
+        ({"context": np.zeros((2, 7, 25), np.float32)}, r"context must be of shape \(b, l, 24\)"),
+        ({"context": np.zeros((1, 7, 24), np.float32)}, "cross must be of 2 objects, got 1"),
         ({"camera": np.zeros((2, 2, 16), np.float32)}, r"camera must be of shape \(2, 1, 16\)"),
         ({"reference": np.zeros((2, 8, 12, 8), np.float32)}, r"reference must be of shape \(2, 8, 12, 4\)"),
     ],

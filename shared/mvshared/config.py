@@ -43,13 +43,30 @@ def _check_transformer(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResamplerConfig:
+    """ImageDream's `image_embed`: `num_queries` tokens of `output_dim` from the vision tower's of `embedding_dim`."""
+
+    embedding_dim: int = 1280
+    output_dim: int = 1024
+    hidden_dim: int = 1024
+    depth: int = 4
+    heads: int = 12
+    dim_head: int = 64
+    num_queries: int = 16
+    ff_mult: int = 4
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "embedding_dim", "output_dim", "hidden_dim", "depth", "heads", "dim_head", "num_queries", "ff_mult")
+
+
+@dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """A multi-view U-Net of the Stable Diffusion shape.
 
     Per level, from fine to coarse: `block_out_channels`, `layers_per_block`, `transformer_layers_per_block`,
     `attention_levels`, and `num_attention_heads`, which if not given follows from the heads' width `attention_head_dim`.
-    `cross_attention_dim` None leaves out cross-attention, `camera_dim` None the camera MLP. `reference_frame` adds the clean
-    latent of the reference picture as one more frame.
+    `cross_attention_dim` None leaves out cross-attention, `camera_dim` None the camera MLP, `resampler` None the image tokens.
+    `reference_frame` adds the clean latent of the reference picture as one more frame.
     """
 
     in_channels: int = 4
@@ -66,6 +83,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     camera_dim: int | None = None
+    resampler: ResamplerConfig | None = None
     reference_frame: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +94,9 @@ class UNetConfig:
             raise OptionError("in_channels", expected=f"at least out_channels ({self.out_channels})", got=self.in_channels)
         if not self.norm_eps > 0:
             raise OptionError("norm_eps", expected="above 0", got=self.norm_eps)
+        if self.resampler is not None and self.resampler.output_dim != self.cross_attention_dim:
+            expected = f"cross_attention_dim ({self.cross_attention_dim})"
+            raise OptionError("output_dim of the resampler", expected=expected, got=self.resampler.output_dim)
         levels = len(self.block_out_channels)
         for name in ("layers_per_block", "transformer_layers_per_block", "attention_levels"):
             if len(getattr(self, name)) != levels:
@@ -200,23 +221,6 @@ class CLIPVisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResamplerConfig:
-    """ImageDream's `image_embed`: `num_queries` tokens of `output_dim` from the vision tower's of `embedding_dim`."""
-
-    embedding_dim: int = 1280
-    output_dim: int = 1024
-    hidden_dim: int = 1024
-    depth: int = 4
-    heads: int = 12
-    dim_head: int = 64
-    num_queries: int = 16
-    ff_mult: int = 4
-
-    def __post_init__(self) -> None:
-        _check_counts(self, "embedding_dim", "output_dim", "hidden_dim", "depth", "heads", "dim_head", "num_queries", "ff_mult")
-
-
-@dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """The noise schedule and the default spacing of timesteps (diffusers' scheduler_config.json)."""
 
@@ -315,4 +319,5 @@ class ModelConfig:
 
 SD21 = UNetConfig(cross_attention_dim=1024)
 MVDREAM = replace(SD21, camera_dim=16)
+IMAGEDREAM = replace(MVDREAM, resampler=ResamplerConfig(), reference_frame=True)
 SD_VAE = VAEConfig()

@@ -26,15 +26,15 @@ def check_unet_inputs(
     *,
     sample: Shape,
     timesteps: Shape,
-    context: Shape | None,
+    attended: int | None,
     camera: Shape | None,
     reference: Shape | None,
 ) -> None:
     """Raise OptionError unless the shapes fit each other and the config.
 
-    sample (b, v, h, w, in_channels) with h and w multiples of `config.downscale`, timesteps (b,), context (b, l, c) exactly if
-    the config has cross-attention, camera (b, v, camera_dim) only if it has a camera, reference (b, h, w, out_channels) only if
-    it has a reference frame.
+    sample (b, v, h, w, in_channels) with h and w multiples of `config.downscale`, timesteps (b,), `attended` the number of
+    objects b whose keys and values are given, exactly if the config has cross-attention; camera (b, v, camera_dim) only if the
+    config has a camera, reference (b, h, w, out_channels) only if it has a reference frame.
     """
     if len(sample) != 5 or 0 in sample or sample[4] != config.in_channels:
         raise OptionError("sample", expected=f"of shape (b, v, h, w, {config.in_channels})", got=sample)
@@ -43,11 +43,11 @@ def check_unet_inputs(
         raise OptionError("sample", expected=f"of a height and width that are multiples of {config.downscale}", got=sample)
     if timesteps != (batch,):
         raise OptionError("timesteps", expected=f"of shape {(batch,)}, one per object", got=timesteps)
-    if config.cross_attention_dim is None:
-        if context is not None:
-            raise OptionError("context", expected="None for a model without cross-attention", got=context)
-    elif context is None or len(context) != 3 or context[0] != batch or context[2] != config.cross_attention_dim:
-        raise OptionError("context", expected=f"of shape ({batch}, l, {config.cross_attention_dim})", got=context)
+    if (attended is None) != (config.cross_attention_dim is None):
+        expected = "None for a model without cross-attention" if attended else "given: this model has cross-attention"
+        raise OptionError("cross", expected=expected, got=attended)
+    if attended not in (None, batch):
+        raise OptionError("cross", expected=f"of {batch} objects", got=attended)
     if camera is not None:
         if config.camera_dim is None:
             raise OptionError("camera", expected="None for a model without a camera embedding", got=camera)
@@ -58,3 +58,23 @@ def check_unet_inputs(
             raise OptionError("reference", expected="None for a model without a reference frame", got=reference)
         if reference != (batch, height, width, config.out_channels):
             raise OptionError("reference", expected=f"of shape {(batch, height, width, config.out_channels)}", got=reference)
+
+
+def check_context(config: UNetConfig, *, context: Shape | None, image_states: Shape | None) -> None:
+    """Raise OptionError unless a U-Net with this config can attend to what has these shapes.
+
+    context (b, l, cross_attention_dim) exactly if the config has cross-attention; image_states (b, r, m, embedding_dim) of r
+    pictures only if it has a resampler.
+    """
+    if config.cross_attention_dim is None:
+        if context is not None:
+            raise OptionError("context", expected="None for a model without cross-attention", got=context)
+    elif context is None or len(context) != 3 or 0 in context or context[2] != config.cross_attention_dim:
+        raise OptionError("context", expected=f"of shape (b, l, {config.cross_attention_dim})", got=context)
+    if image_states is None:
+        return
+    if config.resampler is None or context is None:
+        raise OptionError("image_states", expected="None for a model without image tokens", got=image_states)
+    batch, width = context[0], config.resampler.embedding_dim
+    if len(image_states) != 4 or 0 in image_states or (image_states[0], image_states[3]) != (batch, width):
+        raise OptionError("image_states", expected=f"of shape ({batch}, r, m, {width})", got=image_states)

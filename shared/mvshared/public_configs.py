@@ -1,0 +1,181 @@
+"""Configurations as the public checkpoints write them, read into this project's: every field is used, neutral, or refused.
+
+Sources: diffusers' UNet2DConditionModel, AutoencoderKL and DDIMScheduler; MultiViewUNetModel of ashawkey/mvdream_diffusers,
+whose fields are those of LDM's openaimodel.py; transformers' CLIPTextConfig and CLIPVisionConfig.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mvshared.config import ResamplerConfig, UNetConfig
+from mvshared.errors import CheckpointError
+
+Document = Mapping[str, Any]
+
+# Values that change nothing of what the models here compute; a field with another one is refused.
+LDM_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "dims": (2,),
+    "conv_resample": (True,),
+    "use_scale_shift_norm": (False,),
+    "resblock_updown": (False,),
+    "num_classes": (None,),
+    "n_embed": (None,),
+    "adm_in_channels": (None,),
+    "disable_self_attentions": (None,),
+    "num_attention_blocks": (None,),
+    "disable_middle_self_attn": (False,),
+    "num_heads": (-1, None),
+    "num_heads_upsample": (-1, None),
+}
+DIFFUSERS_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "addition_embed_type": (None,),
+    "addition_embed_type_num_heads": (64,),
+    "addition_time_embed_dim": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "projection_class_embeddings_input_dim": (None,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+# Fields that say nothing about the result: sizes of the training, precision of an implementation, regularisation.
+IGNORED = {"sample_size", "image_size", "upcast_attention", "dropout", "use_checkpoint", "use_fp16", "legacy"}
+IGNORED |= {"use_new_attention_order", "use_spatial_transformer", "spatial_transformer_attn_type"}
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+
+class Fields:
+    """A document whose fields are taken one by one; what nobody took in the end is refused."""
+
+    def __init__(self, document: Document, *, path: Path) -> None:
+        self.left = {name: value for name, value in document.items() if not name.startswith("_")}
+        self.path = path
+
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
+        """The value of a field, of the given kind. Raises CheckpointError if it is another, or missing without a default."""
+        value = self.left.pop(name, default)
+        if value is ...:
+            raise CheckpointError(f"the field {name!r} is missing", path=self.path)
+        if value is not default and (not isinstance(value, kind) or (isinstance(value, bool) and kind is int)):
+            raise self.malformed(name, value)
+        return value
+
+    def per_level(self, name: str, levels: int, default: Any = ...) -> tuple[int, ...]:
+        """A field that is one whole number for all levels, or a list with one for each."""
+        value = self.take(name, (int, list, tuple), default)
+        values = (value,) * levels if isinstance(value, int) else tuple(value)
+        if len(values) != levels or not all(isinstance(each, int) for each in values):
+            raise self.malformed(name, value)
+        return values
+
+    def finish(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise CheckpointError for a field that is left and is neither ignored nor of a neutral value."""
+        for name, value in self.left.items():
+            if name in IGNORED or (name in neutral and value in neutral[name]):
+                continue
+            if name in neutral:
+                expected = " or ".join(map(repr, neutral[name]))
+                raise CheckpointError(f"{name} must be {expected} for the models here, got {value!r}", path=self.path)
+            raise CheckpointError(f"unknown field {name!r} ({value!r})", path=self.path)
+
+    def malformed(self, name: str, value: Any) -> CheckpointError:
+        """The error for a value that the field cannot have."""
+        return CheckpointError(f"{name} is malformed: {value!r}", path=self.path)
+
+
+def ldm_unet(document: Document, *, path: Path) -> UNetConfig:
+    """The U-Net of a `MultiViewUNetModel` config: MVDream's, or with `ip_dim` ImageDream's. Raises CheckpointError."""
+    fields = Fields(document, path=path)
+    multipliers = fields.take("channel_mult", (list, tuple))
+    width, levels = fields.take("model_channels", int), len(multipliers)
+    factors = fields.take("attention_resolutions", (list, tuple))
+    context_dim, ip_dim = fields.take("context_dim", int), fields.take("ip_dim", int, 0)
+    if fields.take("ip_weight", (int, float), 1.0) != 1.0:
+        raise CheckpointError("ip_weight must be 1: the weight of the image tokens is set at generation", path=path)
+    heads, embedding_dim = fields.take("resampler_heads", int, 12), fields.take("resampler_embedding_dim", int, 1280)
+    resampler = ResamplerConfig(
+        embedding_dim=embedding_dim, output_dim=context_dim, hidden_dim=context_dim, heads=heads, num_queries=max(1, ip_dim)
+    )
+    config = UNetConfig(
+        in_channels=fields.take("in_channels", int),
+        out_channels=fields.take("out_channels", int),
+        block_out_channels=tuple(width * multiplier for multiplier in multipliers),
+        layers_per_block=fields.per_level("num_res_blocks", levels),
+        transformer_layers_per_block=fields.per_level("transformer_depth", levels, 1),
+        attention_levels=tuple(2**level in factors for level in range(levels)),
+        attention_head_dim=fields.take("num_head_channels", int),
+        cross_attention_dim=context_dim,
+        camera_dim=fields.take("camera_dim", int, None),
+        resampler=resampler if ip_dim else None,
+        reference_frame=fields.take("reference_frame", bool, bool(ip_dim)),
+    )
+    fields.finish(LDM_UNET_NEUTRAL)
+    return config
+
+
+def diffusers_unet(document: Document, *, path: Path) -> UNetConfig:
+    """The U-Net of a `UNet2DConditionModel` config, such as Stable Diffusion's. Raises CheckpointError."""
+    fields = Fields(document, path=path)
+    channels = tuple(fields.take("block_out_channels", (list, tuple)))
+    levels = len(channels)
+    attention = _attention_levels(fields, "down_block_types", DOWN_BLOCKS, levels)
+    if _attention_levels(fields, "up_block_types", UP_BLOCKS, levels) != attention[::-1]:
+        raise CheckpointError("up_block_types must be down_block_types the other way round", path=path)
+    # diffusers' attention_head_dim is the number of heads, by a mistake that its own documentation keeps.
+    heads = fields.per_level("attention_head_dim", levels, 8)
+    given = fields.take("num_attention_heads", (int, list, tuple, type(None)), None)
+    if given is not None:
+        heads = (given,) * levels if isinstance(given, int) else tuple(given)
+    config = UNetConfig(
+        in_channels=fields.take("in_channels", int, 4),
+        out_channels=fields.take("out_channels", int, 4),
+        block_out_channels=channels,
+        layers_per_block=fields.per_level("layers_per_block", levels, 2),
+        transformer_layers_per_block=fields.per_level("transformer_layers_per_block", levels, 1),
+        attention_levels=attention,
+        num_attention_heads=heads,
+        cross_attention_dim=fields.take("cross_attention_dim", int, 1280),
+        use_linear_projection=fields.take("use_linear_projection", bool, False),
+        norm_num_groups=fields.take("norm_num_groups", int, 32),
+        norm_eps=fields.take("norm_eps", float, 1e-5),
+    )
+    fields.finish(DIFFUSERS_UNET_NEUTRAL)
+    return config
+
+
+def _attention_levels(fields: Fields, name: str, kinds: Mapping[str, bool], levels: int) -> tuple[bool, ...]:
+    blocks = fields.take(name, (list, tuple))
+    if len(blocks) != levels or not all(block in kinds for block in blocks):
+        raise fields.malformed(name, blocks)
+    return tuple(kinds[block] for block in blocks)
+
+
+UNETS: dict[str, Callable[..., UNetConfig]] = {
+    "MultiViewUNetModel": ldm_unet,
+    "UNet2DConditionModel": diffusers_unet,
+}
