@@ -29,7 +29,7 @@ def unet_step(*, model: str, backend: str, dtype: str) -> Prepared:
     x = loaded.from_numpy(latents)
     condition = loaded.condition(
         cameras=camera_vectors(poses) if config.unet.camera_dim else None,
-        reference=x[0] if config.unet.reference_frame else None,
+        reference=x[:1] if config.unet.reference_frame else None,
         normals=None,
         guided=False,
     )

@@ -182,7 +182,7 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:
         sample,
         timesteps,
         camera=camera if config.camera_dim else None,
-        reference=reference if config.reference_frame else None,
+        reference=reference[:, None] if config.reference_frame else None,
     )
     return (out - target).square().mean()
 

@@ -12,12 +12,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
-from mvshared.checkpoint import find_model, read_model_config, weight_file
-from mvshared.config import ModelConfig, VAEConfig
-from mvshared.errors import BackendError
+from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
+from mvshared.config import ModelConfig, UNetConfig, VAEConfig
+from mvshared.errors import BackendError, OptionError
 from mvshared.shapes import check_pictures
 from mvshared.weights import check_names_and_shapes, match_tensors
-from mvtorch.unet import MultiViewUNet
+from mvtorch.clip import CLIPTextModel, CLIPVisionModel
+from mvtorch.unet import Cross, MultiViewUNet
 from mvtorch.vae import AutoencoderKL
 
 
@@ -25,9 +26,11 @@ from mvtorch.vae import AutoencoderKL
 class Condition:
     """What stays constant over the sampling steps; batches are [unconditional, conditional] if guided, else [conditional].
 
-    Cameras (b, v, 16), reference latents (b, h, w, c), latents of the normal maps (b, v, h, w, c).
+    What the views attend to beside themselves, cameras (b, v, 16), reference latents (b, r, h, w, c), latents of the normal
+    maps (b, v, h, w, c).
     """
 
+    cross: Cross | None
     cameras: Tensor | None
     reference: Tensor | None
     normals: Tensor | None
@@ -35,7 +38,7 @@ class Condition:
 
 
 class MultiViewModel:
-    """A U-Net and a VAE on one device: implements `mvshared.backend.Model`."""
+    """A U-Net, a VAE and the encoders of its conditions on one device: implements `mvshared.backend.Model`."""
 
     config: ModelConfig
     backend: BackendName
@@ -49,12 +52,15 @@ class MultiViewModel:
         unet: MultiViewUNet,
         vae: AutoencoderKL,
         *,
+        text_encoder: CLIPTextModel | None = None,
+        image_encoder: CLIPVisionModel | None = None,
         device: str,
         dtype: Dtype,
         weight_files: Sequence[Path],
     ) -> None:
         self.backend = "torch"
         self.config, self.unet, self.vae = config, unet, vae
+        self.text_encoder, self.image_encoder = text_encoder, image_encoder
         self.device, self.dtype, self.weight_files = device, dtype, weight_files
 
     def from_numpy(self, x: NDArray[np.float32]) -> Tensor:
@@ -73,12 +79,39 @@ class MultiViewModel:
         with torch.inference_mode():
             return self.vae.scale_latents(self.vae.encode(self.from_numpy(pixels), batch=1).mean.float())
 
-    def condition(
-        self, *, cameras: NDArray[np.float32] | None, reference: Tensor | None, normals: Tensor | None, guided: bool
-    ) -> Condition:
-        """What `denoise` needs of camera vectors (v, 16), a clean latent (h, w, c) and latents of normal maps (v, h, w, c).
+    def encode_prompt(self, token_ids: NDArray[np.int64]) -> Tensor:
+        """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
+        if self.text_encoder is None:
+            raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
+        with torch.inference_mode():
+            return self.text_encoder(torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
 
-        The unconditional half has no reference; cameras and normal maps say what is looked at, so both halves have them.
+    def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
+        """The vision tower's states before its last layer (n, m, c), float32, of normalised pixels (n, s, s, 3).
+
+        Raises OptionError without a vision tower.
+        """
+        if self.image_encoder is None:
+            raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
+        with torch.inference_mode():
+            return self.image_encoder(self.from_numpy(pixels)).hidden_states[-2].float()
+
+    def condition(
+        self,
+        *,
+        text: Tensor | None = None,
+        image_states: Tensor | None = None,
+        image_scale: float = 1.0,
+        cameras: NDArray[np.float32] | None,
+        reference: Tensor | None,
+        normals: Tensor | None,
+        guided: bool,
+    ) -> Condition:
+        """What `denoise` needs of text states ([unconditional, conditional] if guided, else [conditional]; n, l, c), states
+        (r, m, c) and clean latents (r, h, w, c) of r pictures, camera vectors (v, 16) and latents of normal maps (v, h, w, c).
+
+        The unconditional half has zeros for the pictures; cameras and normal maps say what is looked at, so both halves have
+        them. Raises OptionError for shapes that do not fit.
         """
 
         def batched(x: Tensor | None, *, drop: bool = False) -> Tensor | None:
@@ -88,8 +121,13 @@ class MultiViewModel:
 
         with torch.inference_mode():
             views = None if cameras is None else self.from_numpy(cameras)
+            states = batched(image_states, drop=True)
             return Condition(
-                cameras=batched(views), reference=batched(reference, drop=True), normals=batched(normals), guided=guided
+                cross=self.unet.cross_keys_values(text, image_states=states, image_scale=image_scale),
+                cameras=batched(views),
+                reference=batched(reference, drop=True),
+                normals=batched(normals),
+                guided=guided,
             )
 
     def denoise(self, x: Tensor, t: float, condition: Condition, guidance: float) -> Tensor:
@@ -105,7 +143,9 @@ class MultiViewModel:
                 zeros = sample.new_zeros((*sample.shape[:-1], unet.normal_channels))
                 sample = torch.cat([sample, zeros if condition.normals is None else condition.normals], dim=-1)
             timesteps = torch.full((batch,), t, dtype=torch.float32, device=self.device)
-            out = self.unet(sample, timesteps, camera=condition.cameras, reference=condition.reference).float()
+            out = self.unet(
+                sample, timesteps, cross=condition.cross, camera=condition.cameras, reference=condition.reference
+            ).float()
             if not condition.guided:
                 return out[0]
             unconditional, conditional = out
@@ -149,37 +189,53 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str = "aut
     chosen_dtype = choose_dtype(dtype, device=chosen_device)
     folder = find_model(name)
     config = read_model_config(folder)
-    files = [weight_file(folder, "unet"), weight_file(folder, "vae")]
+    files = {component: weight_files(folder, component) for component in components(config)}
     with torch.device("meta"):
-        unet, vae = MultiViewUNet(config.unet), AutoencoderKL(config.vae)
-    for module, file in ((unet, files[0]), (vae, files[1])):
-        load_weights(module, file, dtype=chosen_dtype, device=chosen_device)
-        module.eval()
-    return MultiViewModel(config, unet, vae, device=chosen_device, dtype=chosen_dtype, weight_files=files)
+        parts = _parts(config)
+    for component, part in parts.items():
+        unet = config.unet if component == "unet" else None
+        load_weights(part, files[component], dtype=chosen_dtype, device=chosen_device, unet=unet)
+        part.eval()
+    weights = [file for component in files for file in files[component]]
+    return MultiViewModel(config, **parts, device=chosen_device, dtype=chosen_dtype, weight_files=weights)
 
 
-def load_weights(module: nn.Module, path: Path, *, dtype: Dtype, device: str) -> None:
-    """Read a weight file into a module, one tensor at a time; the module's own weights are never needed.
+def _parts(config: ModelConfig) -> dict[Component, Any]:
+    """The networks of a model, without weights."""
+    parts: dict[Component, Any] = {"unet": MultiViewUNet(config.unet), "vae": AutoencoderKL(config.vae)}
+    if config.text_encoder is not None:
+        parts["text_encoder"] = CLIPTextModel(config.text_encoder)
+    if config.image_encoder is not None:
+        parts["image_encoder"] = CLIPVisionModel(config.image_encoder)
+    return parts
 
-    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+
+def load_weights(
+    module: nn.Module, paths: Sequence[Path], *, dtype: Dtype, device: str, unet: UNetConfig | None = None
+) -> None:
+    """Read weight files into a module, one tensor at a time; the module's own weights are never needed.
+
+    `unet` is the config, if the module is a U-Net. Raises CheckpointError for a damaged file and TensorMismatchError if names
+    or shapes differ.
     """
     shapes = weight_shapes(module)
-    names = match_tensors(path, shapes)
+    stored = match_tensors(paths, shapes, unet=unet)
     tensors = {}
-    with safe_open(path, framework="pt") as file:
-        for name, name_in_file in names.items():
-            tensor = file.get_tensor(name_in_file).reshape(shapes[name])
-            layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-            tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in (name for name, place in stored.items() if place.path == path):
+                tensor = file.get_tensor(stored[name].name).reshape(shapes[name])
+                layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+                tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
-def load_vae(config: VAEConfig, path: Path, *, device: str = "auto") -> VAECodec:
-    """The VAE of a weight file, in float32. Raises CheckpointError and BackendError."""
+def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") -> VAECodec:
+    """The VAE of weight files, in float32. Raises CheckpointError and BackendError."""
     chosen = choose_device(device)
     with torch.device("meta"):
         vae = AutoencoderKL(config)
-    load_weights(vae, path, dtype="float32", device=chosen)
+    load_weights(vae, paths, dtype="float32", device=chosen)
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():

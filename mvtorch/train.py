@@ -267,7 +267,7 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> Tensor:
         sample,
         timesteps,
         camera=camera if config.camera_dim else None,
-        reference=reference if config.reference_frame else None,
+        reference=reference[:, None] if config.reference_frame else None,
     )
     return F.mse_loss(out.float(), target)
 

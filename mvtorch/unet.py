@@ -149,8 +149,8 @@ class MultiViewUNet(nn.Module):
         """Denoise sample (b, v, h, w, in_channels) at timesteps (b,); returns (b, v, h, w, out_channels) in the weights' dtype.
 
         cross is what `cross_keys_values` gave, None for a model without cross-attention. Without camera (b, v, camera_dim) the
-        camera embedding is left out. reference (b, h, w, out_channels) is a clean latent; a model with a reference frame sees
-        zeros without it.
+        camera embedding is left out. reference (b, r, h, w, out_channels) are clean latents of r pictures; a model with a
+        reference frame sees one of zeros without them.
         Raises OptionError for shapes that do not fit.
         """
         check_unet_inputs(
@@ -164,7 +164,7 @@ class MultiViewUNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         b, v = sample.shape[:2]
         frames = self._append_reference(sample.to(dtype), reference)
-        f = frames.shape[1]  # v, and the reference
+        f = frames.shape[1]  # v, and the references
         emb = self._embed(timesteps, camera, frames=f)
         run = partial(self._run, emb=emb, cross=repeat(None) if cross is None else iter(cross), frames=f)
 
@@ -199,17 +199,17 @@ class MultiViewUNet(nn.Module):
         return cross[0][0].context.keys.shape[0] if cross else default
 
     def _append_reference(self, sample: Tensor, reference: Tensor | None) -> Tensor:
-        """Frames (b, v + 1, h, w, in_channels): the reference comes last, the channels of its normal map are zero."""
+        """Frames (b, v + r, h, w, in_channels): references come last, the channels of their normal maps are zero."""
         if not self.config.reference_frame:
             return sample
         if reference is None:
-            frame = torch.zeros_like(sample[:, 0])
+            clean = torch.zeros_like(sample[:, :1])
         else:
-            frame = F.pad(reference.to(sample.dtype), (0, self.config.normal_channels))
-        return torch.cat([sample, frame[:, None]], dim=1)
+            clean = F.pad(reference.to(sample.dtype), (0, self.config.normal_channels))
+        return torch.cat([sample, clean], dim=1)
 
     def _embed(self, timesteps: Tensor, camera: Tensor | None, *, frames: int) -> Tensor:
-        """Embeddings (b f, time_embed_dim) of the time and, if given, the cameras; the reference frame's camera is zeros."""
+        """Embeddings (b f, time_embed_dim) of the time and, if given, the cameras; a reference frame's camera is zeros."""
         dtype = self.conv_in.weight.dtype
         emb = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]).to(dtype))[:, None]
         if camera is not None:

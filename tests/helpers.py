@@ -111,7 +111,7 @@ def unet_inputs(config: UNetConfig, *, batch: int = 2, views: int = 1, size: tup
         timesteps=np.linspace(3.5, 981.0, batch, dtype=np.float32),
         context=None if config.cross_attention_dim is None else normal(batch, 7, config.cross_attention_dim),
         camera=None if config.camera_dim is None else normal(batch, views, config.camera_dim),
-        reference=normal(batch, *size, config.out_channels) if config.reference_frame else None,
+        reference=normal(batch, 1, *size, config.out_channels) if config.reference_frame else None,
     )
 
 

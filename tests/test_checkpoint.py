@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers import TINY_MODEL, write_tiny_model
 
-from mvshared.checkpoint import find_model, read_model_config, weight_file
+from mvshared.checkpoint import find_model, read_model_config, weight_files
 from mvshared.config import CameraConfig, Framing, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.errors import CheckpointError, OptionError
 
@@ -34,7 +34,7 @@ def test_the_embedded_model_is_found_by_name_whatever_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert weight_file(find_model("demo"), "unet").is_file()
+    assert weight_files(find_model("demo"), "unet")[0].is_file()
     assert read_model_config(find_model("demo")).family == "demo"
 
 

@@ -21,6 +21,7 @@ from mvshared.cli import cli, run
 from mvshared.images import load_image
 
 MVMLX = str(Path(sys.executable).with_name("mvmlx"))
+FIXTURES = Path(__file__).parent / "fixtures"
 TINY = ["--model", "tiny", "--device", "cpu"]
 RUN_FILES = ["grid.png", "metadata.json", "transforms.json", "turntable.gif", "view_000.png", "view_001.png"]
 HEAVY = {"numpy", "torch", "mlx", "PIL", "safetensors", "tqdm"}
@@ -104,6 +105,29 @@ def test_generate_writes_a_run_and_says_where(backend: Backend, desk: Path, capf
     assert files(desk / "out") == RUN_FILES
     assert load_image(desk / "out" / "view_001.png").shape == (32, 32, 4)
     assert json.loads((desk / "out" / "metadata.json").read_text())["parameters"]["backend"] == backend
+
+
+def test_a_prompt_alone_makes_views_of_a_text_model(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text_model = ["--model", str(FIXTURES / "tiny-mvdream"), "--device", "cpu", "--backend", "torch"]
+    assert run(["generate", "--prompt", "owl " * 75 + "a red owl", *text_model, "--steps", "1"]) == 0
+    captured = capfd.readouterr()
+    assert captured.out == "4 views in views (see grid.png)\n"
+    assert captured.err == "mvmlx: warning: the prompt is longer than 75 tokens; left out is: a red owl\n"
+    parameters = json.loads((desk / "views" / "metadata.json").read_text())["parameters"]
+    assert (parameters["image"], parameters["negative_prompt"], parameters["guidance"]) == (None, "", 5.0)
+    assert run(["generate", "--config", "views", "-o", "again"]) == 0
+    assert pictures(desk / "again") == pictures(desk / "views")
+
+
+def test_several_pictures_and_a_prompt_reach_an_image_model(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    image_model = ["--model", str(FIXTURES / "tiny-imagedream"), "--device", "cpu", "--backend", "torch", "--steps", "1"]
+    words = ["--prompt", "an owl", "--negative-prompt", "blurry", "--image-scale", "0.5"]
+    assert run(["generate", "picture.png", "picture.png", *image_model, *words, "--json"]) == 0
+    assert [event["event"] for event in events(capfd.readouterr().out)] == ["loaded", "step", "saved"]
+    parameters = json.loads((desk / "picture-views" / "metadata.json").read_text())["parameters"]
+    picture = str((desk / "picture.png").resolve())
+    given = {"image": [picture, picture], "prompt": "an owl", "negative_prompt": "blurry", "image_scale": 0.5}
+    assert {name: parameters[name] for name in given} == given
 
 
 def test_without_an_output_folder_the_picture_names_it(desk: Path) -> None:

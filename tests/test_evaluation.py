@@ -48,7 +48,7 @@ class Oracle(Pipeline[Any]):
         super().__init__(model, name="oracle")
         self.options: list[dict[str, Any]] = []
 
-    def generate(self, image: Any, **options: Any) -> Any:
+    def generate(self, image: Any = None, **options: Any) -> Any:
         identity = len(self.options)
         self.options.append(options)
         subject = held_out_subject(identity, size_px=len(image))

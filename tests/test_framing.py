@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -12,8 +13,8 @@ from PIL import Image, ImageDraw
 
 from mvshared.config import Framing
 from mvshared.errors import ImageError, OptionError
-from mvshared.framing import foreground_mask, frame_subject
-from mvshared.images import load_image
+from mvshared.framing import foreground_mask, frame_picture, frame_subject
+from mvshared.images import composite, from_model, load_image, resize_bilinear, to_model
 
 SUBJECT = Framing(mode="subject")
 SIZE = 64
@@ -245,3 +246,47 @@ def test_a_picture_that_shows_nothing_is_refused(mode: Literal["subject", "pad",
     clear = np.zeros((20, 30, 4), np.uint8)
     with pytest.raises(ImageError, match="shows nothing"):
         frame_subject(clear, size_px=16, framing=Framing(mode=mode))
+
+
+# Pictures for the public models
+
+BILINEAR = Framing(mode="pad", resample="bilinear")
+
+
+@pytest.mark.parametrize(("size", "size_px"), [((64, 64), 32), ((33, 50), 24), ((10, 7), 31), ((1, 1), 8), ((40, 40), 40)])
+def test_pictures_are_resized_as_pytorch_interpolates(size: tuple[int, int], size_px: int) -> None:
+    pixels = np.random.default_rng(0).uniform(-1, 1, (*size, 3)).astype(np.float32)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(tensor, (size_px, size_px), mode="bilinear", align_corners=False)
+    np.testing.assert_allclose(resize_bilinear(pixels, size_px), expected[0].permute(1, 2, 0), atol=1e-5)
+
+
+def test_an_encoder_sees_the_picture_at_its_own_size_in_a_white_square() -> None:
+    rgba = np.random.default_rng(0).integers(0, 256, (60, 40, 4), np.uint8)
+    framed = frame_picture(rgba, size_px=32, framing=BILINEAR)
+    assert framed.full.shape == (60, 60, 3)
+    assert (framed.full[:, :10] == 255).all() and (framed.full[:, 50:] == 255).all()
+    np.testing.assert_array_equal(framed.full[:, 10:50], composite(rgba, (255, 255, 255)))
+    np.testing.assert_array_equal(framed.pixels, resize_bilinear(to_model(framed.full), 32))
+    np.testing.assert_array_equal(framed.picture, from_model(framed.pixels))
+
+
+def test_a_picture_of_the_right_size_is_not_touched() -> None:
+    rgba = np.full((32, 32, 4), 255, np.uint8)
+    rgba[..., :3] = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    framed = frame_picture(rgba, size_px=32, framing=BILINEAR)
+    for pixels in (framed.full, framed.picture):
+        np.testing.assert_array_equal(pixels, rgba[..., :3])
+    np.testing.assert_array_equal(framed.pixels, to_model(framed.full))
+
+
+def test_without_padding_the_whole_picture_is_resized() -> None:
+    rgba = np.full((20, 40, 4), 255, np.uint8)
+    framed = frame_picture(rgba, size_px=16, framing=Framing(mode="none", resample="bilinear"))
+    assert (framed.full.shape, framed.picture.shape) == ((20, 40, 3), (16, 16, 3))
+
+
+def test_nothing_to_see_is_refused_for_every_framing() -> None:
+    for framing in (BILINEAR, Framing(mode="none"), Framing(mode="subject")):
+        with pytest.raises(ImageError, match="all of it is transparent"):
+            frame_picture(np.zeros((8, 8, 4), np.uint8), size_px=8, framing=framing)

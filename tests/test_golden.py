@@ -10,19 +10,25 @@ import pytest
 import torch
 from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close, assert_different, from_numpy, to_numpy
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import mvmlx.model
 import mvmlx.unet
 import mvtorch.model
 import mvtorch.unet
-from mvshared.errors import OptionError
+from mvshared.backend import load
+from mvshared.camera import azimuth_elevation, camera_vectors
+from mvshared.errors import MvWarning, OptionError
 from mvshared.names import ldm_unet_names
-from mvshared.public_configs import ldm_unet
+from mvshared.pipeline import Pipeline, Views, read_run, repeat
+from mvshared.public_configs import IMAGEDREAM_NEGATIVE_PROMPT, ldm_unet
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ("tiny-mvdream", "tiny-imagedream")
 VIEWS = 4
+LATENTS_RMS = 1e-4  # of a whole run in float32
+HALF_LATENTS_RMS = 2e-2  # of a whole run in float16
 
 
 @cache
@@ -69,7 +75,7 @@ def first_call(name: str) -> Call:
         context=views(given["in_context"])[:, 0],
         camera=views(given["in_camera"]),
         image_states=views(given["in_ip"])[:, :1] if image else None,
-        reference=given["in_ip_img"].transpose(0, 2, 3, 1) if image else None,
+        reference=given["in_ip_img"].transpose(0, 2, 3, 1)[:, None] if image else None,
         out=views(given["out"]).transpose(0, 1, 3, 4, 2),
     )
 
@@ -122,3 +128,122 @@ def test_image_states_that_do_not_fit_are_refused(backend: Backend) -> None:
             call(model, given._replace(image_states=np.zeros(shape, np.float32)))
     with pytest.raises(OptionError, match="image_states must be None for a model without image tokens"):
         call(unet("tiny-mvdream", backend), first_call("tiny-mvdream")._replace(image_states=given.image_states))
+
+
+# Whole runs
+
+
+@cache
+def parameters(name: str) -> dict[str, str]:
+    with safe_open(FIXTURES / name / "golden.safetensors", framework="np") as file:
+        return file.metadata()
+
+
+@cache
+def pipeline(name: str, backend: Backend, dtype: str) -> Pipeline[Any]:
+    return load(FIXTURES / name, backend=backend, dtype=dtype, device="cpu")
+
+
+def generate(name: str, backend: Backend, *, dtype: str = "float32", **changes: Any) -> Views:
+    """The run of the golden file, from the same initial latents."""
+    given = parameters(name)
+    arguments: dict[str, Any] = {
+        "image": FIXTURES / name / "input.png" if (FIXTURES / name / "input.png").exists() else None,
+        "prompt": given["prompt"],
+        "negative_prompt": given["negative_prompt"],
+        "views": int(given["num_frames"]),
+        "elevation_deg": float(given["elevation"]),
+        "steps": int(given["steps"]),
+        "guidance": float(given["guidance_scale"]),
+        "size_px": int(given["size"]),
+        "latents": golden(name)["initial_latents"].transpose(0, 2, 3, 1),
+    }
+    return pipeline(name, backend, dtype).generate(**(arguments | changes))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_token_ids_are_those_of_the_reference_run(name: str) -> None:
+    ids = pipeline(name, "torch", "float32").tokenizer([parameters(name)["prompt"]]).ids
+    assert ids[0].tolist() == json.loads(parameters(name)["token_ids"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_text_states_are_those_of_the_reference_run(name: str, backend: Backend) -> None:
+    pipe = pipeline(name, backend, "float32")
+    states = pipe.model.encode_prompt(pipe.tokenizer([parameters(name)["prompt"]]).ids)
+    assert_close(states, golden(name)["prompt_embeds"], rms=FLOAT32_RMS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_runs_give_what_the_reference_code_does(name: str, backend: Backend) -> None:
+    views, expected = generate(name, backend), golden(name)
+    np.testing.assert_allclose(camera_vectors(views.cameras), expected["camera"][:VIEWS], atol=1e-6)
+    assert_close(views.latents, expected["final_latents"].transpose(0, 2, 3, 1)[:VIEWS], rms=LATENTS_RMS)
+    levels = np.abs(views.images.astype(np.float64) - expected["images"][:VIEWS] * 255)
+    assert (levels <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_float16_runs_stay_close(name: str, backend: Backend) -> None:
+    views = generate(name, backend, dtype="float16")
+    assert_close(views.latents, golden(name)["final_latents"].transpose(0, 2, 3, 1)[:VIEWS], rms=HALF_LATENTS_RMS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_pictures_are_taken_at_once(backend: Backend) -> None:
+    """The same picture twice weighs more in the joint attention; another second picture changes the views."""
+    picture = FIXTURES / "tiny-imagedream" / "input.png"
+    one, same, other = (
+        generate("tiny-imagedream", backend, image=image, latents=None, steps=1).latents
+        for image in (picture, [picture, picture], [picture, np.full((128, 128, 3), 30, np.uint8)])
+    )
+    assert_different(same, one, rms=1e-5)
+    assert_different(other, same, rms=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("tiny-mvdream", {"image": FIXTURES / "tiny-imagedream" / "input.png"}, "image must be left out: this model takes no"),
+        ("tiny-mvdream", {"prompt": None}, "prompt must be given: this model makes its views from text"),
+        ("tiny-mvdream", {"prompt": 5}, "prompt must be a text, got 5"),
+        ("tiny-mvdream", {"normals": [np.zeros((8, 8, 3), np.uint8)] * 4}, "normals must be left out"),
+        ("tiny-imagedream", {"image": None}, "image must be 1 to 8 pictures for this model, got 0"),
+        ("tiny-imagedream", {"image": ["input.png"] * 9}, "image must be 1 to 8 pictures for this model, got 9"),
+        ("tiny-imagedream", {"image_scale": 2.5}, "image_scale must be a number from 0 to 2, got 2.5"),
+    ],
+)
+def test_what_a_model_cannot_use_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        generate(name, "torch", **changes)
+
+
+def test_a_picture_alone_is_enough_and_has_the_family_s_defaults() -> None:
+    picture = FIXTURES / "tiny-imagedream" / "input.png"
+    with pytest.warns(MvWarning, match="the negative_prompt is longer"):  # in the tiny vocabulary
+        used = pipeline("tiny-imagedream", "torch", "float32").generate(picture, steps=1).parameters
+    assert (used.prompt, used.negative_prompt) == ("", IMAGEDREAM_NEGATIVE_PROMPT)
+    assert (used.guidance, used.size_px, len(used.cameras)) == (5.0, 128, 4)
+    assert azimuth_elevation(used.cameras).elevations_deg == pytest.approx([5.0] * 4, abs=1e-4)
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_said_so() -> None:
+    with pytest.warns(MvWarning, match="the prompt is longer than 75 tokens; left out is: small owl"):
+        generate("tiny-mvdream", "torch", prompt="owl " * 75 + "small owl", steps=1)
+
+
+def test_a_run_with_a_prompt_is_repeated_bit_for_bit(tmp_path: Path) -> None:
+    pipe = pipeline("tiny-imagedream", "torch", "float32")
+    picture = FIXTURES / "tiny-imagedream" / "input.png"
+    views = pipe.generate([picture, picture], prompt="an owl", negative_prompt="", image_scale=0.5, steps=2, seed=3)
+    again = repeat(pipe, read_run(views.save(tmp_path / "out")))
+    np.testing.assert_array_equal(again.latents, views.latents)
+    assert again.parameters == views.parameters
+
+
+def test_families_come_from_the_configs() -> None:
+    families = [pipeline(name, "torch", "float32").model.config.family for name in NAMES]
+    assert families == ["mvdream", "imagedream"]

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 import mvmlx.model
 import mvtorch.model
 import mvtorch.train
-from mvshared.checkpoint import WEIGHT_FILE, weight_file, write_component, write_model_config
+from mvshared.checkpoint import WEIGHT_FILE, weight_files, write_component, write_model_config
 from mvshared.config import ModelConfig, SchedulerConfig, UNetConfig
 from mvshared.errors import BackendError, CheckpointError, OptionError, TensorMismatchError
 from mvshared.weights import read_weights
@@ -67,7 +67,7 @@ def pixels(n: int = 2) -> NDArray[np.float32]:
 def denoise(model: Any, *, cameras: bool, reference: bool, normals: bool, guidance: float | None) -> NDArray[np.float32]:
     condition = model.condition(
         cameras=normal(VIEWS, 16, seed=2) if cameras else None,
-        reference=model.from_numpy(normal(4, 6, 4, seed=3)) if reference else None,
+        reference=model.from_numpy(normal(1, 4, 6, 4, seed=3)) if reference else None,
         normals=model.from_numpy(normal(VIEWS, 4, 6, 4, seed=4)) if normals else None,
         guided=guidance is not None,
     )
@@ -199,7 +199,7 @@ def test_an_mlx_model_loaded_in_one_thread_works_in_another_and_leaves_its_defau
 
 
 def test_a_vae_alone_is_the_same_on_both_backends(folder: Path) -> None:
-    ours, twin = (MODULES[name].load_vae(VAE, weight_file(folder, "vae"), device="cpu") for name in ("mlx", "torch"))
+    ours, twin = (MODULES[name].load_vae(VAE, weight_files(folder, "vae"), device="cpu") for name in ("mlx", "torch"))
     assert_close(ours.encode(pixels()), twin.encode(pixels()), rms=FLOAT32_RMS)
     assert_close(ours.decode(normal(2, 4, 6, 4)), twin.decode(normal(2, 4, 6, 4)), rms=FLOAT32_RMS)
     model = load("torch", folder)
@@ -260,7 +260,7 @@ def test_missing_unexpected_and_mis_shaped_tensors_are_named_with_the_file(tmp_p
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_truncated_weight_file_is_refused(tmp_path: Path, backend: Backend) -> None:
-    file = weight_file(write_checkpoint(tmp_path, FULL), "vae")
+    file = weight_files(write_checkpoint(tmp_path, FULL), "vae")[0]
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="truncated"):
         load(backend, tmp_path)
@@ -268,7 +268,7 @@ def test_a_truncated_weight_file_is_refused(tmp_path: Path, backend: Backend) ->
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tensor_under_its_old_and_its_new_name_is_refused(tmp_path: Path, backend: Backend) -> None:
-    file = weight_file(write_checkpoint(tmp_path, FULL), "vae")
+    file = weight_files(write_checkpoint(tmp_path, FULL), "vae")[0]
     weights = safetensors.numpy.load_file(file)
     weights["decoder.mid_block.attentions.0.query.weight"] = weights["decoder.mid_block.attentions.0.to_q.weight"] + 1
     safetensors.numpy.save_file(weights, file)
@@ -285,7 +285,7 @@ def test_tensors_of_whole_numbers_are_refused(tmp_path: Path, backend: Backend) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_old_names_of_the_vae_attention_are_read(tmp_path: Path, folder: Path, backend: Backend) -> None:
-    file = weight_file(write_checkpoint(tmp_path, FULL), "vae")
+    file = weight_files(write_checkpoint(tmp_path, FULL), "vae")[0]
     weights = safetensors.numpy.load_file(file)
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
         for name in [name for name in weights if f".{new}." in name]:
@@ -305,9 +305,9 @@ def test_bfloat16_and_float16_files_are_read_as_the_same_numbers_everywhere(tmp_
         safetensors.torch.save_file({name: t.to(dtype).contiguous() for name, t in module.state_dict().items()}, file)
         expected = {name: t.to(dtype).float().numpy() for name, t in module.state_dict().items()}
         ours, twin = make_unet(PLAIN, "mlx"), make_unet(PLAIN, "torch")
-        mvmlx.model.load_weights(ours, file, dtype="float32", device="cpu")
-        mvtorch.model.load_weights(twin, file, dtype="float32", device="cpu")
-        loaded = (mvmlx.model.get_weights(ours), mvtorch.model.get_weights(twin), read_weights(file, shapes))
+        mvmlx.model.load_weights(ours, [file], dtype="float32", device="cpu")
+        mvtorch.model.load_weights(twin, [file], dtype="float32", device="cpu")
+        loaded = (mvmlx.model.get_weights(ours), mvtorch.model.get_weights(twin), read_weights([file], shapes))
         for name, array in expected.items():
             for weights in loaded:
                 np.testing.assert_array_equal(weights[name], array, strict=True)
@@ -354,7 +354,7 @@ def test_a_vae_with_old_attention_names_and_1x1_convolutions_is_the_same_vae(
 ) -> None:
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old: Weights = {}
-    for name, array in safetensors.numpy.load_file(weight_file(folder, "vae")).items():
+    for name, array in safetensors.numpy.load_file(weight_files(folder, "vae")[0]).items():
         part = next((part for part in old_names if f".attentions.0.{part}." in name), None)
         if part is not None:
             name = name.replace(part, old_names[part])
@@ -365,7 +365,7 @@ def test_a_vae_with_old_attention_names_and_1x1_convolutions_is_the_same_vae(
     safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in old.items()}, path)
     module = MODULES[backend]
     pixels = np.tanh(normal(1, 16, 16, 3))
-    current = module.load_vae(VAE, weight_file(folder, "vae"), device="cpu")
-    assert np.array_equal(module.load_vae(VAE, path, device="cpu").encode(pixels), current.encode(pixels))
-    shapes = {name: array.shape for name, array in read_weights(path, mvtorch.train.vae_weight_shapes(VAE)).items()}
+    current = module.load_vae(VAE, weight_files(folder, "vae"), device="cpu")
+    assert np.array_equal(module.load_vae(VAE, [path], device="cpu").encode(pixels), current.encode(pixels))
+    shapes = {name: array.shape for name, array in read_weights([path], mvtorch.train.vae_weight_shapes(VAE)).items()}
     assert shapes["decoder.mid_block.attentions.0.to_q.weight"] == (VAE.block_out_channels[-1],) * 2

@@ -205,7 +205,7 @@ def test_the_sampler_is_a_loop_over_diffusers_ddim_scheduler(
     oracle.set_timesteps(steps)
     condition = model.condition(
         cameras=camera_vectors(orbit([45, 225], 0)),
-        reference=model.encode_latents(to_model(PICTURE[None]))[0],
+        reference=model.encode_latents(to_model(PICTURE[None])),
         normals=model.encode_latents(to_model(np.stack(NORMALS))),
         guided=True,
     )
@@ -228,6 +228,7 @@ def test_guidance_1_skips_the_unconditional_half(pipeline: Pipeline[Any]) -> Non
         batches.append(tuple(sample.shape))
         return unet(sample, *args, **kwargs)
 
+    counting.cross_keys_values = unet.cross_keys_values  # pyright: ignore[reportFunctionMemberAccess]
     model.unet = counting
     for guidance in (1, 1.5):
         generate(Pipeline(model, name=pipeline.name), steps=1, views=3, guidance=guidance)
@@ -238,8 +239,8 @@ def test_guidance_extrapolates_from_the_output_without_reference(pipeline: Pipel
     model = pipeline.model
     cameras = camera_vectors(orbit([45, 225], 0))
     x = model.from_numpy(np.random.default_rng(3).standard_normal((2, 8, 8, 4), np.float32))
-    reference = model.encode_latents(to_model(PICTURE[None]))[0]
-    zeros = model.from_numpy(np.zeros((8, 8, 4), np.float32))
+    reference = model.encode_latents(to_model(PICTURE[None]))
+    zeros = model.from_numpy(np.zeros((1, 8, 8, 4), np.float32))
     conditional, unconditional = (
         model.to_numpy(
             model.denoise(x, 500.0, model.condition(cameras=cameras, reference=latent, normals=None, guided=False), 1.0)

@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mvshared.clip_images import CLIPImageConfig, clip_pixels, read_clip_image_config
+from mvshared.clip_images import clip_pixels, read_clip_image_config
+from mvshared.config import CLIPImageConfig
 from mvshared.errors import CheckpointError, OptionError
 
 # Smaller and larger than the crop, square and not, one pixel, and sides whose quotient rounds badly.

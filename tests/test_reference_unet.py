@@ -7,6 +7,7 @@ the camera embedding to the time embedding.
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -112,11 +113,12 @@ def denoise_with_diffusers(config: UNetConfig, inputs: UNetInputs) -> torch.Tens
     sample, timesteps, context, camera, reference = (from_numpy(ours, x) for x in inputs)
     b, views = sample.shape[:2]
     if config.reference_frame:
-        clean = torch.zeros_like(sample[:, :1])
+        count = 1 if reference is None else reference.shape[1]
+        clean = torch.zeros_like(sample[:, :1]).repeat(1, count, 1, 1, 1)
         if reference is not None:
-            clean[:, 0, ..., : config.out_channels] = reference
+            clean[..., : config.out_channels] = reference
         sample = torch.cat([sample, clean], dim=1)
-        camera = None if camera is None else torch.cat([camera, torch.zeros_like(camera[:, :1])], dim=1)
+        camera = None if camera is None else torch.cat([camera, camera.new_zeros(b, count, camera.shape[2])], dim=1)
     frames = sample.shape[1]
     processors: dict[str, Any] = {
         name: JointAttention(frames) if ".attn1." in name else AttnProcessor() for name in oracle.attn_processors
@@ -163,6 +165,15 @@ def test_the_reference_is_one_more_frame_with_a_zero_camera_as_in_imagedream(
     inputs = unet_inputs(config, views=views)
     expected = denoise_with_diffusers(config, inputs)
     assert_close(denoise(make_unet(config, backend), inputs), expected, rms=FLOAT32_RMS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_references_are_as_many_frames(backend: Backend) -> None:
+    inputs = unet_inputs(REFERENCE, views=2)
+    assert inputs.reference is not None
+    inputs = inputs._replace(reference=np.concatenate([inputs.reference, -inputs.reference, inputs.reference / 2], axis=1))
+    expected = denoise_with_diffusers(REFERENCE, inputs)
+    assert_close(denoise(make_unet(REFERENCE, backend), inputs), expected, rms=FLOAT32_RMS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from helpers import BACKENDS, FLOAT32_RMS, TINY_VAE, Backend, assert_close, from_numpy, make_vae, norm_eps, to_numpy
 
 from mvshared.config import VAEConfig
-from mvshared.weights import rename_old_vae_attention
+from mvshared.names import rename_old_vae_attention
 
 CONFIGS = {
     "three levels": TINY_VAE,

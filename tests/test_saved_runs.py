@@ -283,8 +283,9 @@ def test_the_other_backend_is_refused(pipelines: dict[Backend, Pipeline[Any]], p
 
 
 PARAMETERS = (
-    "model", "family", "backend", "dtype", "device", "image", "image_sha256", "normals", "normals_sha256", "latents_sha256",
-    "cameras", "fov_deg", "steps", "guidance", "scheduler", "eta", "seed", "size_px", "config_sha256",
+    "model", "family", "backend", "dtype", "device", "image", "image_sha256", "image_scale", "prompt", "negative_prompt",
+    "normals", "normals_sha256", "latents_sha256", "cameras",
+    "fov_deg", "steps", "guidance", "scheduler", "eta", "seed", "size_px", "config_sha256",
 )  # fmt: skip
 DELETED = object()
 WRONG_VALUES: tuple[Any, ...] = (DELETED, None, True, "x", -1, 10**400, [], {}, [None], [[[1.0]]], [["x"]])

@@ -28,7 +28,7 @@ import mvshared.training.loop
 import mvtorch.model
 import mvtorch.train
 from mvshared.captures import load_capture
-from mvshared.checkpoint import read_model_config, weight_file
+from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.errors import (
     BackendError,
     ConfigError,
@@ -194,7 +194,7 @@ def test_training_starts_from_the_weights_of_init_from(data: Path, vae: Path, tm
     still = OptimizerConfig(learning_rate=1e-30, final_learning_rate=0.0, weight_decay=0.0)
     run(vae_config(data, steps=1, init_from=str(vae), optimizer=still), tmp_path / "run")
     for name, array in weights_of(tmp_path / "run", "vae").items():
-        np.testing.assert_allclose(array, load_file(weight_file(vae, "vae"))[name], atol=1e-7)
+        np.testing.assert_allclose(array, load_file(weight_files(vae, "vae")[0])[name], atol=1e-7)
     with pytest.raises(TensorMismatchError, match="mis-shaped"):
         run(vae_config(data, init_from=str(vae), vae=replace(VAE, latent_channels=3)), tmp_path / "other")
 

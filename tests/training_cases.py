@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from mvshared.camera import orbit
 from mvshared.captures import write_capture
-from mvshared.checkpoint import weight_file
+from mvshared.checkpoint import weight_files
 from mvshared.config import SchedulerConfig
 from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig
 from mvshared.training.loop import train
@@ -94,4 +94,4 @@ def toml(config: TrainConfig) -> str:
 
 
 def weights_of(run_folder: Path, component: str) -> dict[str, NDArray[Any]]:
-    return load_file(weight_file(run_folder / "model", component))  # type: ignore[arg-type]
+    return load_file(weight_files(run_folder / "model", component)[0])  # type: ignore[arg-type]

@@ -27,11 +27,10 @@ INSTALL_HINTS: dict[BackendName, str] = {
 
 
 class Array(Protocol):
-    """What the pipeline does with a backend's arrays: sums, products with Python floats, and taking one of several."""
+    """What the pipeline does with a backend's arrays: sums, and products with Python floats."""
 
     def __add__(self, other: Any, /) -> Any: ...
     def __rmul__(self, other: float, /) -> Any: ...
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 A = TypeVar("A", bound=Array)
@@ -58,11 +57,30 @@ class Model(Protocol[A]):
         """Latents (n, h, w, c), float32, scaled for the U-Net: the posterior's mean of pixels (n, H, W, 3) in [-1, 1]."""
         ...
 
-    def condition(self, *, cameras: NDArray[np.float32] | None, reference: A | None, normals: A | None, guided: bool) -> Any:
+    def encode_prompt(self, token_ids: NDArray[np.int64]) -> A:
+        """The text tower's last states (n, l, c) of token ids (n, l)."""
+        ...
+
+    def encode_image(self, pixels: NDArray[np.float32]) -> A:
+        """The vision tower's states before its last layer (n, m, c) of normalised pixels (n, s, s, 3)."""
+        ...
+
+    def condition(
+        self,
+        *,
+        text: A | None = None,
+        image_states: A | None = None,
+        image_scale: float = 1.0,
+        cameras: NDArray[np.float32] | None,
+        reference: A | None,
+        normals: A | None,
+        guided: bool,
+    ) -> Any:
         """Everything that stays constant over the sampling steps, for `denoise`.
 
-        Camera vectors (v, 16), the clean reference latent (h, w, c), latents of the normal maps (v, h, w, c). `guided` prepares
-        the unconditional half too.
+        Text states ([unconditional, conditional] if guided, else [conditional]; n, l, c), states (r, m, c) of r pictures and
+        the weight of their tokens, camera vectors (v, 16), clean reference latents (r, h, w, c), latents of the normal maps
+        (v, h, w, c). `guided` prepares the unconditional half too.
         """
         ...
 

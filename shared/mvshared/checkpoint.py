@@ -1,10 +1,11 @@
 """Checkpoint folders in diffusers' layout: model_index.json, then a folder with config.json and weights per component.
 
-`model_index.json` of a model that this project made also names its family, camera and generation defaults.
+Folders of this project name family, camera and generation defaults in `model_index.json`; those of public checkpoints have a
+`_class_name` in every config, which says what to make of it.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from importlib.resources import files
 from pathlib import Path
@@ -15,11 +16,40 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from mvshared.config import CameraConfig, Framing, GenerationDefaults, ModelConfig, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.clip_images import read_clip_image_config
+from mvshared.config import (
+    CameraConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Framing,
+    GenerationDefaults,
+    ModelConfig,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import FileError, read_json_object, write_atomic, write_json
+from mvshared.public_configs import (
+    UNETS,
+    clip_text,
+    clip_vision,
+    diffusers_scheduler,
+    diffusers_vae,
+    family_defaults,
+    family_of,
+)
+from mvshared.weights import read_header
+
+Component = Literal["unet", "vae", "text_encoder", "image_encoder"]
 
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHT_STEMS: dict[Component, str] = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "image_encoder": "model",
+}
 FORMAT_VERSION = 1
 EMBEDDED = {"demo": "demo"}
 
@@ -29,6 +59,7 @@ class _Dataclass(Protocol):
 
 
 Config = TypeVar("Config", bound=_Dataclass)
+Tower = TypeVar("Tower", CLIPTextConfig, CLIPVisionConfig)
 
 
 def find_model(name: Path | str) -> Path:
@@ -46,34 +77,112 @@ def find_model(name: Path | str) -> Path:
     return folder.absolute()
 
 
-def weight_file(folder: Path, component: Literal["unet", "vae"]) -> Path:
-    """The weight file of a component. Raises CheckpointError if it is missing."""
-    path = folder / component / WEIGHT_FILE
-    if not path.is_file():
-        raise CheckpointError("the weight file is missing", path=path)
-    return path
+def weight_files(folder: Path, component: Component) -> list[Path]:
+    """The weight files of a component: one, its float16 variant if there is no other, or the shards that an index names.
+
+    Raises CheckpointError if one is missing.
+    """
+    stem = WEIGHT_STEMS[component]
+    for variant in ("", ".fp16"):
+        path = folder / component / f"{stem}{variant}.safetensors"
+        if path.is_file():
+            return [path]
+        for index in (path.with_name(f"{path.name}.index.json"), path.with_name(f"{stem}.safetensors.index{variant}.json")):
+            if index.is_file():
+                return _shards(index)
+    raise CheckpointError("the weight file is missing", path=folder / component / f"{stem}.safetensors")
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json_object(index, error=CheckpointError).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError("must hold a weight_map of tensors to files", path=index)
+    files = [index.with_name(Path(name).name) for name in sorted(set(names.values()))]
+    for file, name in zip(files, sorted(set(names.values())), strict=True):
+        if Path(name).name != name:
+            raise CheckpointError(f"a shard must lie beside its index, got {name!r}", path=index)
+        if not file.is_file():
+            raise CheckpointError("the weight file is missing", path=file)
+    return files
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The configuration of the checkpoint in `folder`. Raises CheckpointError for missing or malformed fields."""
     index = read_json_object(folder / "model_index.json", error=CheckpointError)
-    if index.get("format_version") != FORMAT_VERSION:
+    try:
+        if "format_version" in index:
+            return _own_model(folder, index)
+        return _public_model(folder, index)
+    except OptionError as refused:
+        raise CheckpointError(str(refused), path=folder) from refused
+
+
+def read_vae_config(folder: Path) -> VAEConfig:
+    """The config of the VAE in a checkpoint folder, of this project or of diffusers. Raises CheckpointError."""
+    path = folder / "vae" / "config.json"
+    document = read_json_object(path, error=CheckpointError)
+    if "_class_name" in document:
+        return diffusers_vae(document, path=path)
+    return config_from_json(VAEConfig, document, path=path)
+
+
+def components(config: ModelConfig) -> list[Component]:
+    """The parts of a model that have weights."""
+    encoders: dict[Component, object] = {"text_encoder": config.text_encoder, "image_encoder": config.image_encoder}
+    return ["unet", "vae", *(name for name, encoder in encoders.items() if encoder is not None)]
+
+
+def _own_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
+    if index["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"format_version must be {FORMAT_VERSION}, got {index.get('format_version')!r}",
+            f"format_version must be {FORMAT_VERSION}, got {index['format_version']!r}",
             path=folder / "model_index.json",
-            hint="only checkpoints that mvmlx wrote can be read by this version",
+            hint="this version of mvmlx did not write it",
         )
     parts: dict[str, Any] = {
         "unet": read_config(UNetConfig, folder / "unet" / "config.json"),
-        "vae": read_config(VAEConfig, folder / "vae" / "config.json"),
+        "vae": read_vae_config(folder),
         "scheduler": read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
     }
     for name, kind in {"camera": CameraConfig, "defaults": GenerationDefaults, "framing": Framing}.items():
         parts[name] = config_from_json(kind, index.get(name, {}), path=folder / "model_index.json", table=name)
-    try:
-        return ModelConfig(family=str(index.get("family", "custom")), **parts)
-    except OptionError as refused:
-        raise CheckpointError(str(refused), path=folder) from refused
+    return ModelConfig(family=str(index.get("family", "custom")), **parts)
+
+
+def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
+    """MVDream, ImageDream or Stable Diffusion, by the class names and sizes in the components' configs."""
+    unet_path = folder / "unet" / "config.json"
+    document = read_json_object(unet_path, error=CheckpointError)
+    kind = document.get("_class_name")
+    if kind not in UNETS:
+        raise CheckpointError(f"_class_name must be one of {', '.join(UNETS)}, got {kind!r}", path=unet_path)
+    unet = UNETS[kind](document, path=unet_path)
+    vae = read_vae_config(folder)
+    scheduler_path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = diffusers_scheduler(read_json_object(scheduler_path, error=CheckpointError), path=scheduler_path)
+    encoders: dict[str, Any] = {"text_encoder": _tower(folder, "text_encoder", clip_text)}
+    if unet.resampler is not None:
+        encoders["image_encoder"] = _tower(folder, "image_encoder", clip_vision)
+        encoders["image_processor"] = read_clip_image_config(folder / "feature_extractor" / "preprocessor_config.json")
+    family = family_of(unet, scheduler)
+    latent_px = document.get("sample_size", document.get("image_size"))
+    size_px = latent_px * vae.downscale if isinstance(latent_px, int) else 256
+    return ModelConfig(
+        family=family,
+        unet=unet,
+        vae=vae,
+        scheduler=scheduler,
+        defaults=family_defaults(family, size_px=size_px),
+        framing=Framing(mode="pad", resample="bilinear"),
+        **encoders,
+    )
+
+
+def _tower(folder: Path, component: Literal["text_encoder", "image_encoder"], read: Callable[..., Tower]) -> Tower:
+    path = folder / component / "config.json"
+    names = {name for file in weight_files(folder, component) for name in read_header(file).tensors}
+    projection = not names.isdisjoint({"text_projection.weight", "visual_projection.weight"})
+    return read(read_json_object(path, error=CheckpointError), path=path, projection=projection)
 
 
 def read_config(cls: type[Config], path: Path) -> Config:

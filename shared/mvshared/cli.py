@@ -63,7 +63,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("image", required=False, type=click.Path(path_type=Path))
+@click.argument("image", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--model", default="demo", show_default=True, help="An embedded model's name (see `mvmlx models`), or a checkpoint folder."
 )
@@ -72,6 +72,9 @@ def cli() -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output folder.  [default: the picture's name with -views]"
 )
+@click.option("--prompt", help="What to show, for a model that takes text.")
+@click.option("--negative-prompt", help="What not to show.  [default: the model's]")
+@click.option("--image-scale", type=float, default=1.0, show_default=True, help="Weight of the pictures' tokens, 0 to 2.")
 @click.option("--views", type=int, help="Number of views, spread evenly.  [default: the model's]")
 @click.option("--azimuths", type=NumberList(), help="Degrees around the object, such as 45,135: 0 is the front, 90 its left.")
 @click.option("--cameras", type=click.Path(path_type=Path), help="JSON file of cameras, such as a transforms.json.")
@@ -89,7 +92,7 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print events, one JSON object a line.")
 @click.pass_context
 def generate(ctx: click.Context, **options: Any) -> None:
-    """Generate views of what IMAGE shows."""
+    """Generate views of what IMAGE shows, or what a prompt says. Several pictures show one subject."""
     from mvshared.commands import generate_views
 
     given = {

@@ -3,7 +3,6 @@
 The numbers come from a checkpoint's preprocessor_config.json.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mvshared.config import CLIPImageConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import read_json_object
 
 ALWAYS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CLIPImageConfig:
-    """How a picture is prepared: `resample` is Pillow's number of the filter, 3 the bicubic one."""
-
-    shortest_edge: int = 224
-    crop_size: int = 224
-    resample: int = 3
-    rescale_factor: float = 1 / 255
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.crop_size <= self.shortest_edge:
-            expected = f"from 1 to shortest_edge ({self.shortest_edge})"
-            raise OptionError("crop_size", expected=expected, got=self.crop_size)
-        if self.resample not in tuple(Image.Resampling):
-            raise OptionError("resample", expected="one of Pillow's filters, 0 to 5", got=self.resample)
-        if not all(std > 0 for std in self.image_std):
-            raise OptionError("image_std", expected="above 0", got=self.image_std)
 
 
 def read_clip_image_config(path: Path) -> CLIPImageConfig:

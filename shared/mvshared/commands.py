@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from mvshared.backend import load
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import EMBEDDED, find_model, read_model_config
-from mvshared.errors import OptionError
+from mvshared.errors import MvWarning, OptionError
 from mvshared.export import check_free
 from mvshared.files import check_folder, make_folder, write_atomic, write_json
 from mvshared.images import encode_png, grid, sheet
@@ -63,7 +64,12 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
     for folder, run in zip(folders, runs, strict=True):
         if len(folders) > 1 and options["stepwise"] is not None:
             reporter.stepwise = options["stepwise"] / folder.name
-        views = run(reporter)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MvWarning)
+            views = run(reporter)
+        for text in sorted({str(each.message) for each in caught if issubclass(each.category, MvWarning)}):
+            reporter.event("warning", message=text)
+            click.echo(f"mvmlx: warning: {text}", err=True)
         views.save(folder, force=options["force"])
         reporter.event("saved", folder=str(folder), views=len(views.images), seed=views.parameters.seed)
         if not options["as_json"]:
@@ -71,7 +77,7 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
 
 
 def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
-    output, image = options["output"], options["image"]
+    output, image = options["output"], options["image"][0] if options["image"] else None
     if output is None:
         source = options["config"].resolve().parent if options["config"] is not None else image
         output = Path(f"{source.stem}-views") if source is not None else Path("views")
@@ -93,8 +99,9 @@ def _repeated_run(config: Path, given: set[str]) -> Callable[[Reporter], Views]:
 
 
 def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Reporter], Views]]:
-    if options["image"] is None:
-        raise OptionError("image", expected="a picture to start from", got=None, hint="mvmlx generate PICTURE")
+    if not options["image"] and options["prompt"] is None:
+        hint = "mvmlx generate PICTURE, or --prompt with a model that takes text"
+        raise OptionError("image", expected="a picture to start from", got=None, hint=hint)
     if len(set(seeds)) != len(seeds):
         raise OptionError("seed", expected="different for every result", got=seeds)
     radius = read_model_config(find_model(options["model"])).camera.radius
@@ -107,7 +114,10 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
             model = loaded[0].model
             reporter.event("loaded", model=options["model"], backend=model.backend, device=model.device, dtype=model.dtype)
         return loaded[0].generate(
-            options["image"],
+            list(options["image"]) or None,
+            prompt=options["prompt"],
+            negative_prompt=options["negative_prompt"],
+            image_scale=options["image_scale"],
             views=options["views"],
             azimuths_deg=options["azimuths"],
             elevation_deg=options["elevation"],

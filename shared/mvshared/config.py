@@ -43,6 +43,27 @@ def _check_transformer(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CLIPImageConfig:
+    """How a picture is prepared: `resample` is Pillow's number of the filter, 3 the bicubic one."""
+
+    shortest_edge: int = 224
+    crop_size: int = 224
+    resample: int = 3
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop_size <= self.shortest_edge:
+            expected = f"from 1 to shortest_edge ({self.shortest_edge})"
+            raise OptionError("crop_size", expected=expected, got=self.crop_size)
+        if self.resample not in range(6):
+            raise OptionError("resample", expected="one of Pillow's filters, 0 to 5", got=self.resample)
+        if not all(std > 0 for std in self.image_std):
+            raise OptionError("image_std", expected="above 0", got=self.image_std)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResamplerConfig:
     """ImageDream's `image_embed`: `num_queries` tokens of `output_dim` from the vision tower's of `embedding_dim`."""
 
@@ -279,10 +300,12 @@ class Framing:
 
     `subject` scales it to `height`, at most `width` wide, its lower edge at `bottom`, centred; a square picture whose subject
     has a height within `kept_heights` and stands within `kept_offset` of that place is kept. `pad` only pads to a square,
-    `none` resizes the picture whatever its shape.
+    `none` resizes the picture whatever its shape. `resample` is how: `bilinear` without anti-aliasing, as PyTorch's interpolate
+    does and the public models were given their pictures, only where nothing is framed.
     """
 
     mode: Literal["subject", "pad", "none"] = "pad"
+    resample: Literal["lanczos", "bilinear"] = "lanczos"
     height: float = 0.9
     width: float = 0.98
     bottom: float = 1.0
@@ -297,17 +320,25 @@ class Framing:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole model: its family name, its parts, and its defaults."""
+    """A whole model: its family name, its parts, and its defaults.
+
+    `text_encoder` is there exactly if the U-Net has cross-attention, `image_encoder` and its `image_processor` exactly if it
+    has a resampler.
+    """
 
     family: str
     unet: UNetConfig
     vae: VAEConfig
     scheduler: SchedulerConfig
+    text_encoder: CLIPTextConfig | None = None
+    image_encoder: CLIPVisionConfig | None = None
+    image_processor: CLIPImageConfig | None = None
     camera: CameraConfig = CameraConfig()
     defaults: GenerationDefaults = GenerationDefaults()
     framing: Framing = Framing()
 
     def __post_init__(self) -> None:
+        self._check_encoders()
         if self.unet.out_channels != self.vae.latent_channels:
             raise OptionError(
                 "out_channels of the U-Net", expected=f"the VAE's {self.vae.latent_channels}", got=self.unet.out_channels
@@ -315,6 +346,21 @@ class ModelConfig:
         if self.unet.normal_channels not in (0, self.vae.latent_channels):
             expected = f"{self.vae.latent_channels}, or twice that for normal maps"
             raise OptionError("in_channels of the U-Net", expected=expected, got=self.unet.in_channels)
+
+    def _check_encoders(self) -> None:
+        unet, text, vision = self.unet, self.text_encoder, self.image_encoder
+        wanted = {"cross_attention_dim": (unet.cross_attention_dim, text and text.hidden_size)}
+        wanted["embedding_dim of the resampler"] = (
+            unet.resampler and unet.resampler.embedding_dim,
+            vision and vision.hidden_size,
+        )
+        for name, (needed, got) in wanted.items():
+            if needed != got:
+                encoder = "text encoder" if name == "cross_attention_dim" else "image encoder"
+                raise OptionError(name, expected=f"the {encoder}'s hidden_size, {got}", got=needed)
+        if vision is not None and (self.image_processor is None or self.image_processor.crop_size != vision.image_size):
+            got = None if self.image_processor is None else self.image_processor.crop_size
+            raise OptionError("crop_size", expected=f"the image encoder's image_size, {vision.image_size}", got=got)
 
 
 SD21 = UNetConfig(cross_attention_dim=1024)

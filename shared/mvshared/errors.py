@@ -36,6 +36,10 @@ def _restore(kind: type[MvError], arguments: tuple[Any, ...], values: dict[str, 
     return error
 
 
+class MvWarning(UserWarning):
+    """Something that a caller gave was used only in part. The command line prints it in one line and goes on."""
+
+
 class OptionError(MvError):
     """A parameter has a value that is not allowed. Fields: `name`, `expected`, `got`."""
 

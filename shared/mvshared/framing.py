@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 from mvshared.config import Framing
 from mvshared.errors import ImageError, OptionError
-from mvshared.images import composite, resize_rgba
+from mvshared.images import composite, from_model, resize_bilinear, resize_rgba, to_model
 
 BORDER_TOLERANCE = 24  # of 255, for a background to count as one colour
 BORDER_SHARE = 0.75  # of the border's pixels that must have that colour; a bust may touch the lower border
@@ -25,6 +25,26 @@ class Box(NamedTuple):
     top: float
     right: float
     bottom: float
+
+
+class Framed(NamedTuple):
+    """A picture for a model: `full` uint8 (h, w, 3) at its own size, for an encoder that scales it by itself; `picture` uint8
+    and `pixels` float32 in [-1, 1], both (size_px, size_px, 3)."""
+
+    full: NDArray[np.uint8]
+    picture: NDArray[np.uint8]
+    pixels: NDArray[np.float32]
+
+
+def frame_picture(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing, background: Color = (255, 255, 255)) -> Framed:
+    """A picture (h, w, 4) as a model with this framing is given it. Raises as `frame_subject` does."""
+    if framing.mode == "subject" or framing.resample == "lanczos":
+        picture = frame_subject(rgba, size_px=size_px, framing=framing, background=background)
+        return Framed(picture, picture, to_model(picture))
+    _check_visible(rgba)
+    full = composite(_squared(rgba) if framing.mode == "pad" else rgba, background)
+    pixels = resize_bilinear(to_model(full), size_px)
+    return Framed(full, from_model(pixels), pixels)
 
 
 def foreground_mask(rgba: NDArray[np.uint8]) -> NDArray[np.float32] | None:
@@ -55,8 +75,7 @@ def frame_subject(
     """
     if size_px < 1:
         raise OptionError("size_px", expected="1 or more", got=size_px)
-    if not rgba[..., 3].any():
-        raise ImageError("the picture shows nothing: all of it is transparent")
+    _check_visible(rgba)
     if framing.mode == "none":
         return composite(resize_rgba(rgba, size_px, size_px), background)
     small = _at_most(rgba, SEARCH_PX)
@@ -77,6 +96,21 @@ def frame_subject(
     if kept:
         return composite(resize_rgba(picture, size_px, size_px), background)
     return composite(_placed(picture, _box(~empty), size_px=size_px, framing=framing), background)
+
+
+def _check_visible(rgba: NDArray[np.uint8]) -> None:
+    if not rgba[..., 3].any():
+        raise ImageError("the picture shows nothing: all of it is transparent")
+
+
+def _squared(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The picture in the middle of a transparent square."""
+    height, width = rgba.shape[:2]
+    side = max(height, width)
+    canvas = np.zeros((side, side, 4), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[top : top + height, left : left + width] = rgba
+    return canvas
 
 
 def _has_alpha(rgba: NDArray[np.uint8]) -> bool:

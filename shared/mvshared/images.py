@@ -222,6 +222,18 @@ def resize_rgba(rgba: NDArray[np.uint8], width: int, height: int) -> NDArray[np.
     return np.asarray(Image.fromarray(rgba).resize((width, height), Image.Resampling.LANCZOS)).copy()
 
 
+def resize_bilinear(pixels: NDArray[np.float32], size_px: int) -> NDArray[np.float32]:
+    """Pixels (h, w, c) at (size_px, size_px, c), bilinear and not antialiased: PyTorch's interpolate, align_corners=False."""
+    for axis in (0, 1):
+        length = pixels.shape[axis]
+        position = np.maximum((np.arange(size_px) + 0.5) * (length / size_px) - 0.5, 0)
+        low = position.astype(np.int64)
+        share = (position - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        high = np.minimum(low + 1, length - 1)
+        pixels = pixels.take(low, axis) * (1 - share) + pixels.take(high, axis) * share
+    return pixels
+
+
 def grid(images: NDArray[np.uint8], *, columns: int | None = None, pad_px: int = 0) -> NDArray[np.uint8]:
     """Pictures (v, h, w, 3) side by side in rows of `columns` (4 if not given), `pad_px` apart, white where there is none.
 

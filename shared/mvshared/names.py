@@ -1,15 +1,21 @@
-"""Names of tensors in checkpoints that do not follow diffusers: those of the original Stable Diffusion code ("LDM").
+"""Names of tensors in checkpoints that are not the models' own.
 
-The models of this project carry diffusers' names; a table per model says what each tensor is called elsewhere. Sources: CompVis
-latent-diffusion, openaimodel.py; bytedance/MVDream and ImageDream, which keep its names.
+The models of this project carry the names of diffusers and transformers. Tables say what a tensor is called elsewhere: in
+U-Nets of the original Stable Diffusion code ("LDM": CompVis latent-diffusion, openaimodel.py; MVDream and ImageDream keep its
+names), in VAEs of diffusers before 0.15, in CLIP's towers of transformers before 5.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from mvshared.config import UNetConfig
 
 LDM_UNET_MARK = "input_blocks.0.0.weight"  # a weight file with this name is one of LDM's U-Nets
+CLIP_PREFIXES = ("text_model.", "vision_model.")
+BUFFERS = ("embeddings.position_ids",)  # numbers that older files hold and every model knows by itself
+
+# Attention of the VAE's mid block in checkpoints written before diffusers 0.15.
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 _OUTER = {
     "time_embedding.linear_1": "time_embed.0",
@@ -31,6 +37,31 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+
+
+def own_names(stored: Collection[str], *, expected: Collection[str], unet: UNetConfig | None) -> dict[str, str]:
+    """`{stored name: the model's name}` of the tensors in a checkpoint; buffers are left out, unknown names stay what they are.
+
+    `expected` are the model's names; `unet` is its config, if it is a U-Net.
+    """
+    if unet is not None and LDM_UNET_MARK in stored:
+        table = {ldm: own for own, ldm in ldm_unet_names(expected, unet).items()}
+        return {name: table.get(name, name) for name in stored}
+    names = {}
+    for name in stored:
+        prefix = next((prefix for prefix in CLIP_PREFIXES if name.startswith(prefix)), "")
+        own = rename_old_vae_attention(name[len(prefix) :])
+        if own not in BUFFERS:
+            names[name] = own
+    return names
+
+
+def rename_old_vae_attention(name: str) -> str:
+    """The current name of a VAE tensor, for names old and new."""
+    match = re.fullmatch(r"(.*\bmid_block\.attentions\.0\.)(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in OLD_VAE_ATTENTION:
+        return name
+    return f"{match[1]}{OLD_VAE_ATTENTION[match[2]]}.{match[3]}"
 
 
 def ldm_unet_names(names: Iterable[str], config: UNetConfig) -> dict[str, str]:

@@ -6,8 +6,10 @@ products with floats here.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeAlias
 
@@ -17,21 +19,26 @@ from PIL import Image
 
 from mvshared.backend import A, Model
 from mvshared.camera import as_poses, camera_vectors, even_azimuths, orbit
-from mvshared.checkpoint import EMBEDDED, config_from_json
+from mvshared.checkpoint import EMBEDDED, config_from_json, find_model
+from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
-from mvshared.errors import CheckpointError, ConfigError, NumericsError, OptionError
+from mvshared.errors import CheckpointError, ConfigError, MvWarning, NumericsError, OptionError
 from mvshared.export import finish, metadata, parameters_from_metadata, prepare, transforms, weights_from_metadata
 from mvshared.files import write_atomic, write_json
-from mvshared.framing import frame_subject
-from mvshared.images import encode_png, from_model, grid, load_image, load_normals, save_png, save_turntable, to_model
+from mvshared.framing import Framed, frame_picture
+from mvshared.images import encode_png, from_model, grid, load_image, load_normals, save_png, save_turntable
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
+from mvshared.tokenizer import CLIPTokenizer
 from mvshared.weights import sha256_of_files
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
+Pictures: TypeAlias = Picture | Sequence[Picture]
 Normals: TypeAlias = str | Path | Sequence[str | Path | NDArray[Any]]
 
 MAX_VIEWS = 64
+MAX_PICTURES = 8
 GUIDANCE_RANGE = (1.0, 20.0)
+IMAGE_SCALE_RANGE = (0.0, 2.0)
 SIZE_RANGE_PX = (16, 2048)
 
 
@@ -53,7 +60,7 @@ class Parameters:
     """A run, completely: everything that changes a pixel, resolved and checked, as JSON values.
 
     `image_sha256` and `normals_sha256` are of the prepared pixels; `image` and `normals`, absolute paths, are None beside them
-    where pixels were given in memory. `cameras` are poses (v, 4, 4).
+    where pixels were given in memory. Prompts are None for a model that takes no text. `cameras` are poses (v, 4, 4).
     """
 
     model: str
@@ -61,8 +68,11 @@ class Parameters:
     backend: str
     dtype: str
     device: str
-    image: str | None
+    image: str | tuple[str, ...] | None
     image_sha256: str | None
+    image_scale: float
+    prompt: str | None
+    negative_prompt: str | None
     normals: str | tuple[str, ...] | None
     normals_sha256: str | None
     latents_sha256: str | None
@@ -82,6 +92,14 @@ class Run(NamedTuple):
 
     parameters: Parameters
     weights: Mapping[str, str]
+
+
+class Prompts(NamedTuple):
+    """The prompt, the negative one, and token ids int64 (2, l): first those of the negative prompt."""
+
+    prompt: str
+    negative: str
+    ids: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +144,23 @@ class Pipeline(Generic[A]):
         self.model = model
         self.name = name if name in EMBEDDED else str(Path(name).resolve())
 
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer of the model's folder. Raises CheckpointError if it is missing or does not fit the text encoder."""
+        folder, text = find_model(self.name) / "tokenizer", self.model.config.text_encoder
+        tokenizer = CLIPTokenizer(folder)
+        if text is not None and tokenizer.max_length > text.max_position_embeddings:
+            places = text.max_position_embeddings
+            raise CheckpointError(f"has {tokenizer.max_length} tokens, the text encoder has {places} positions", path=folder)
+        return tokenizer
+
     def generate(
         self,
-        image: Picture,
+        image: Pictures | None = None,
         *,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
+        image_scale: float = 1.0,
         views: int | None = None,
         azimuths_deg: Sequence[float] | None = None,
         elevation_deg: float | None = None,
@@ -144,13 +175,16 @@ class Pipeline(Generic[A]):
         latents: NDArray[np.float32] | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> Views:
-        """Views of what `image` shows.
+        """Views of what `image` shows, `prompt` says, or both, as the model takes them.
+
+        Several pictures of one subject add their image tokens and reference frames; `image_scale` weighs the tokens. A prompt
+        that is longer than the text encoder takes is cut, with an MvWarning that says where.
 
         The cameras are, in this order: `cameras`, matrices (v, 4, 4) or pairs (azimuth_deg, elevation_deg); `azimuths_deg` at
         `elevation_deg`; `views` cameras spread evenly. Azimuth 0 looks at the object's front. `normals` is a folder or a list
         of normal maps, one per view. `guidance` 1 skips the unconditional half. `latents` float32 (v, h, w, c) replaces the
-        initial noise of `seed`; with a reference frame it may have one more frame, which is ignored. What is None comes from
-        the model's defaults. `on_step` is called after every step.
+        initial noise of `seed`; with reference frames it may have as many frames more, which are ignored. What is None comes
+        from the model's defaults. `on_step` is called after every step.
 
         Raises OptionError, CameraError and ImageError for arguments that are not allowed, before any long work, and
         NumericsError if the latents end in NaN or infinity.
@@ -170,8 +204,10 @@ class Pipeline(Generic[A]):
         poses = self._poses(views, azimuths_deg, elevation_deg, cameras)
         count, size = len(poses), size_px // config.vae.downscale
         shape = (count, size, size, config.vae.latent_channels)
-        initial = _initial_latents(latents, shape, seed=seed, extra_frame=config.unet.reference_frame)
-        reference = frame_subject(load_image(image), size_px=size_px, framing=config.framing)
+        pictures = self._pictures(image, size_px=size_px)
+        image_scale = _number("image_scale", image_scale, *IMAGE_SCALE_RANGE)
+        prompts = self._prompts(prompt, negative_prompt, pictures=len(pictures))
+        initial = _initial_latents(latents, shape, seed=seed, extra=len(pictures) if config.unet.reference_frame else 0)
         normal_pixels = self._normals(normals, views=count, size_px=size_px)
 
         parameters = Parameters(
@@ -180,8 +216,11 @@ class Pipeline(Generic[A]):
             backend=self.model.backend,
             dtype=self.model.dtype,
             device=self.model.device,
-            image=str(Path(image).resolve()) if isinstance(image, str | Path) else None,
-            image_sha256=_sha256(reference),
+            image=_image_names(image),
+            image_sha256=_pictures_sha256(pictures),
+            image_scale=image_scale,
+            prompt=None if prompts is None else prompts.prompt,
+            negative_prompt=None if prompts is None else prompts.negative,
             normals=_names(normals),
             normals_sha256=_sha256(normal_pixels),
             latents_sha256=None if latents is None else _sha256(initial),
@@ -195,7 +234,8 @@ class Pipeline(Generic[A]):
             size_px=size_px,
             config_sha256=_config_sha256(config),
         )
-        final = self._sample(initial, plan, poses, reference, normal_pixels, parameters, on_step)
+        conditions = self._conditions(poses, pictures, normal_pixels, prompts, parameters)
+        final = self._sample(initial, plan, conditions, parameters, on_step)
         if not np.isfinite(final).all():
             hint = "are the weights damaged?" if self.model.dtype == "float32" else "use --dtype float32"
             raise NumericsError("the final latents are not finite", where="sampling", hint=hint)
@@ -203,29 +243,46 @@ class Pipeline(Generic[A]):
             images=from_model(self.model.decode(self.model.from_numpy(final))),
             latents=final,
             cameras=poses,
-            reference=reference,
+            reference=pictures[0].picture if pictures else None,
             parameters=parameters,
             weight_files=self.model.weight_files,
+        )
+
+    def _conditions(
+        self,
+        poses: NDArray[np.float32],
+        pictures: Sequence[Framed],
+        normals: NDArray[np.float32] | None,
+        prompts: Prompts | None,
+        parameters: Parameters,
+    ) -> Any:
+        """What the model's `condition` makes of all that stays constant over the steps."""
+        model, config, guided = self.model, self.model.config, parameters.guidance != 1
+        states = reference = None
+        if config.image_processor is not None:
+            states = model.encode_image(np.stack([clip_pixels(each.full, config.image_processor) for each in pictures]))
+        if config.unet.reference_frame:
+            reference = model.encode_latents(np.stack([each.pixels for each in pictures]))
+        return model.condition(
+            text=None if prompts is None else model.encode_prompt(prompts.ids[0 if guided else 1 :]),
+            image_states=states,
+            image_scale=parameters.image_scale,
+            cameras=camera_vectors(poses) if config.unet.camera_dim else None,
+            reference=reference,
+            normals=None if normals is None else model.encode_latents(normals),
+            guided=guided,
         )
 
     def _sample(
         self,
         initial: NDArray[np.float32],
         plan: Sequence[Step],
-        poses: NDArray[np.float32],
-        reference: NDArray[np.uint8],
-        normals: NDArray[np.float32] | None,
+        condition: Any,
         parameters: Parameters,
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
         """Run the sampler from the initial latents to the final ones, both (v, h, w, c)."""
-        model, unet = self.model, self.model.config.unet
-        condition = model.condition(
-            cameras=camera_vectors(poses) if unet.camera_dim else None,
-            reference=model.encode_latents(to_model(reference[None]))[0] if unet.reference_frame else None,
-            normals=None if normals is None else model.encode_latents(normals),
-            guided=parameters.guidance != 1,
-        )
+        model = self.model
         x = model.from_numpy(initial)
         for index, step in enumerate(plan):
             out = model.denoise(x, step.timestep, condition, parameters.guidance)
@@ -243,6 +300,40 @@ class Pipeline(Generic[A]):
             return from_model(self.model.decode(step.x0_x * before[0] + step.x0_out * before[1]))
 
         return Progress(number, steps, step.timestep, lambda: self.model.to_numpy(x), preview)
+
+    def _pictures(self, image: Pictures | None, *, size_px: int) -> list[Framed]:
+        """The reference pictures, framed; none for a model that takes none."""
+        unet = self.model.config.unet
+        takes_pictures = unet.reference_frame or unet.resampler is not None
+        given: list[Any] = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
+        if not takes_pictures:
+            if given:
+                raise OptionError(
+                    "image", expected="left out: this model takes no picture", got=_image_names(image) or "pixels"
+                )
+            return []
+        if not 1 <= len(given) <= MAX_PICTURES:
+            raise OptionError("image", expected=f"1 to {MAX_PICTURES} pictures for this model", got=len(given))
+        return [frame_picture(load_image(each), size_px=size_px, framing=self.model.config.framing) for each in given]
+
+    def _prompts(self, prompt: str | None, negative_prompt: str | None, *, pictures: int) -> Prompts | None:
+        """Both prompts and their token ids; None for a model without text."""
+        config = self.model.config
+        if config.text_encoder is None:
+            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+                if value is not None:
+                    raise OptionError(name, expected="left out: this model takes no text", got=value)
+            return None
+        if prompt is None and not pictures:
+            raise OptionError("prompt", expected="given: this model makes its views from text", got=None)
+        positive = "" if prompt is None else prompt
+        negative = config.defaults.negative_prompt if negative_prompt is None else negative_prompt
+        tokens = self.tokenizer([negative, positive])
+        for name, cut in zip(("negative_prompt", "prompt"), tokens.cut, strict=True):
+            if cut:
+                room = self.tokenizer.max_length - 2
+                warnings.warn(f"the {name} is longer than {room} tokens; left out is: {cut}", MvWarning, stacklevel=3)
+        return Prompts(positive, negative, tokens.ids)
 
     def _poses(
         self,
@@ -264,9 +355,17 @@ class Pipeline(Generic[A]):
             count = _whole("views", defaults.views if views is None else views, 1, MAX_VIEWS)
             azimuths = even_azimuths(count, start_deg=defaults.azimuth_start_deg) if azimuths_deg is None else azimuths_deg
             poses = orbit(azimuths, defaults.elevation_deg if elevation_deg is None else elevation_deg, radius=camera.radius)
+        one_view = not (self.model.config.unet.camera_dim or self._joins_views())
+        if one_view and len(poses) != 1:
+            raise OptionError(named[0] if named else "views", expected="1: this model knows no cameras", got=len(poses))
         if len(poses) > MAX_VIEWS:
             raise OptionError(named[0], expected=f"at most {MAX_VIEWS} views", got=len(poses))
         return poses
+
+    def _joins_views(self) -> bool:
+        """Whether something else than cameras tells the views apart or holds them together."""
+        unet = self.model.config.unet
+        return unet.reference_frame or bool(unet.normal_channels) or unet.cross_attention_dim is None
 
     def _normals(self, normals: Normals | None, *, views: int, size_px: int) -> NDArray[np.float32] | None:
         if normals is None:
@@ -303,18 +402,21 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
             raise OptionError(name, expected=f"that of the loaded model, {value!r}", got=getattr(parameters, name))
     if parameters.latents_sha256 is not None:
         raise OptionError("latents", expected="those of the run, which its metadata does not hold", got=None)
-    if parameters.image is None:
+    if parameters.image is None and parameters.image_sha256 is not None:
         raise OptionError("image", expected="a file: the run's picture was given in memory", got=None)
     if parameters.normals is None and parameters.normals_sha256 is not None:
         raise OptionError("normals", expected="files: the run's normal maps were given in memory", got=None)
     size_px = _whole("size_px", parameters.size_px, *SIZE_RANGE_PX)
-    reference = frame_subject(load_image(parameters.image), size_px=size_px, framing=model.config.framing)
+    pictures = pipeline._pictures(parameters.image, size_px=size_px)
     normals = pipeline._normals(parameters.normals, views=len(parameters.cameras), size_px=size_px)
-    for name, pixels in (("image", reference), ("normals", normals)):
-        if _sha256(pixels) != getattr(parameters, f"{name}_sha256"):
+    for name, sha256 in (("image", _pictures_sha256(pictures)), ("normals", _sha256(normals))):
+        if sha256 != getattr(parameters, f"{name}_sha256"):
             raise OptionError(name, expected="as it was in the run; it has changed", got=getattr(parameters, name))
     return pipeline.generate(
         parameters.image,
+        prompt=parameters.prompt,
+        negative_prompt=parameters.negative_prompt,
+        image_scale=parameters.image_scale,
         cameras=parameters.cameras,
         normals=parameters.normals,
         steps=parameters.steps,
@@ -328,15 +430,16 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
 
 
 def _initial_latents(
-    given: NDArray[np.float32] | None, shape: tuple[int, ...], *, seed: int, extra_frame: bool
+    given: NDArray[np.float32] | None, shape: tuple[int, ...], *, seed: int, extra: int
 ) -> NDArray[np.float32]:
-    """Noise of deviation 1, drawn view after view so that more views do not change the first ones; or the given latents."""
+    """Noise of deviation 1, drawn view after view so that more views do not change the first ones; or the given latents,
+    without the `extra` frames at their end, if they have them."""
     if given is None:
         return np.random.default_rng(seed).standard_normal(shape, np.float32)
     if not isinstance(given, np.ndarray) or given.dtype.kind != "f":
         got = given.dtype.name if isinstance(given, np.ndarray) else type(given).__name__
         raise OptionError("latents", expected="a numpy array of floats", got=got)
-    frames = given[:-1] if extra_frame and len(given.shape) and len(given) == shape[0] + 1 else given
+    frames = given[: shape[0]] if extra and given.ndim and len(given) == shape[0] + extra else given
     if frames.shape != shape:
         raise OptionError("latents", expected=f"of shape {shape}", got=given.shape)
     with np.errstate(over="ignore"):
@@ -356,6 +459,24 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not low <= value <= high:
         raise OptionError(name, expected=f"a number from {low:g} to {high:g}", got=value)
     return float(value)
+
+
+def _image_names(image: Pictures | None) -> str | tuple[str, ...] | None:
+    """The file or the files of the pictures; None if one of them was given in memory."""
+    if isinstance(image, str | Path):
+        return str(Path(image).resolve())
+    if not isinstance(image, list | tuple):
+        return None
+    names = tuple(str(Path(each).resolve()) for each in image if isinstance(each, str | Path))
+    return names if len(names) == len(image) else None
+
+
+def _pictures_sha256(pictures: Sequence[Framed]) -> str | None:
+    """Of all that a model can see of the pictures."""
+    if not pictures:
+        return None
+    parts = [np.ascontiguousarray(array).tobytes() for each in pictures for array in (each.full, each.pixels)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _names(normals: Normals | None) -> str | tuple[str, ...] | None:

@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mvshared.config import ResamplerConfig, UNetConfig
+from mvshared.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    GenerationDefaults,
+    ResamplerConfig,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from mvshared.errors import CheckpointError
 
 Document = Mapping[str, Any]
@@ -62,9 +70,20 @@ DIFFUSERS_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
+VAE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "shift_factor": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+}
+SCHEDULER_NEUTRAL: dict[str, tuple[Any, ...]] = {"clip_sample": (False,), "thresholding": (False,), "trained_betas": (None,)}
 # Fields that say nothing about the result: sizes of the training, precision of an implementation, regularisation.
 IGNORED = {"sample_size", "image_size", "upcast_attention", "dropout", "use_checkpoint", "use_fp16", "legacy"}
-IGNORED |= {"use_new_attention_order", "use_spatial_transformer", "spatial_transformer_attn_type"}
+IGNORED |= {"force_upcast", "use_new_attention_order", "use_spatial_transformer", "spatial_transformer_attn_type"}
+IMAGEDREAM_NEGATIVE_PROMPT = (
+    "uniform low no texture ugly, boring, bad anatomy, blurry, pixelated, obscure, unnatural colors, poor lighting, dull, and "
+    "unclear."
+)
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
@@ -79,6 +98,8 @@ class Fields:
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
         """The value of a field, of the given kind. Raises CheckpointError if it is another, or missing without a default."""
         value = self.left.pop(name, default)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
         if value is ...:
             raise CheckpointError(f"the field {name!r} is missing", path=self.path)
         if value is not default and (not isinstance(value, kind) or (isinstance(value, bool) and kind is int)):
@@ -92,6 +113,13 @@ class Fields:
         if len(values) != levels or not all(isinstance(each, int) for each in values):
             raise self.malformed(name, value)
         return values
+
+    def choice(self, name: str, allowed: tuple[str, ...], default: str) -> Any:
+        """A field with one of a few values. Raises CheckpointError for another."""
+        value = self.take(name, str, default)
+        if value not in allowed:
+            raise CheckpointError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", path=self.path)
+        return value
 
     def finish(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise CheckpointError for a field that is left and is neither ignored nor of a neutral value."""
@@ -173,6 +201,115 @@ def _attention_levels(fields: Fields, name: str, kinds: Mapping[str, bool], leve
     if len(blocks) != levels or not all(block in kinds for block in blocks):
         raise fields.malformed(name, blocks)
     return tuple(kinds[block] for block in blocks)
+
+
+def diffusers_vae(document: Document, *, path: Path) -> VAEConfig:
+    """The VAE of an `AutoencoderKL` config. Raises CheckpointError."""
+    fields = Fields(document, path=path)
+    channels = tuple(fields.take("block_out_channels", (list, tuple)))
+    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        blocks = fields.take(name, (list, tuple))
+        if list(blocks) != [kind] * len(channels):
+            raise fields.malformed(name, blocks)
+    optional = (list, tuple, type(None))
+    mean, std = (fields.take(name, optional, None) for name in ("latents_mean", "latents_std"))
+    config = VAEConfig(
+        in_channels=fields.take("in_channels", int, 3),
+        out_channels=fields.take("out_channels", int, 3),
+        latent_channels=fields.take("latent_channels", int, 4),
+        block_out_channels=channels,
+        layers_per_block=fields.take("layers_per_block", int, 1),
+        norm_num_groups=fields.take("norm_num_groups", int, 32),
+        mid_block_add_attention=fields.take("mid_block_add_attention", bool, True),
+        scaling_factor=fields.take("scaling_factor", float, 0.18215),
+        latents_mean=None if mean is None else tuple(mean),
+        latents_std=None if std is None else tuple(std),
+        sample_size=fields.take("sample_size", int, 256),
+    )
+    fields.finish(VAE_NEUTRAL)
+    return config
+
+
+def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
+    """The noise schedule of a scheduler_config.json, whatever sampler it names; that sampler's own fields are left aside.
+
+    What a file leaves out has diffusers' default. Raises CheckpointError.
+    """
+    fields, ddim = Fields(document, path=path), document.get("_class_name", "DDIMScheduler") == "DDIMScheduler"
+    for name, neutral in SCHEDULER_NEUTRAL.items():
+        value = fields.left.get(name, ddim if name == "clip_sample" else neutral[0])
+        if value not in neutral:
+            raise CheckpointError(f"{name} must be {neutral[0]!r} for the samplers here, got {value!r}", path=path)
+    return SchedulerConfig(
+        num_train_timesteps=fields.take("num_train_timesteps", int, 1000),
+        beta_start=fields.take("beta_start", float, 0.0001),
+        beta_end=fields.take("beta_end", float, 0.02),
+        beta_schedule=fields.choice("beta_schedule", ("linear", "scaled_linear"), "linear"),
+        prediction_type=fields.choice("prediction_type", ("epsilon", "v_prediction"), "epsilon"),
+        timestep_spacing=fields.choice("timestep_spacing", ("leading", "trailing", "linspace"), "leading"),
+        steps_offset=fields.take("steps_offset", int, 0),
+        set_alpha_to_one=fields.take("set_alpha_to_one", bool, ddim),
+        rescale_betas_zero_snr=fields.take("rescale_betas_zero_snr", bool, False),
+    )
+
+
+def clip_text(document: Document, *, path: Path, projection: bool) -> CLIPTextConfig:
+    """The text tower of a transformers config; `projection` says whether the weights have one. Raises CheckpointError."""
+    fields = Fields(document, path=path)
+    return CLIPTextConfig(
+        vocab_size=fields.take("vocab_size", int, 49408),
+        max_position_embeddings=fields.take("max_position_embeddings", int, 77),
+        eos_token_id=fields.take("eos_token_id", int, 49407),
+        **_clip_tower(fields, projection=projection),
+    )
+
+
+def clip_vision(document: Document, *, path: Path, projection: bool) -> CLIPVisionConfig:
+    """The vision tower of a transformers config; `projection` says whether the weights have one. Raises CheckpointError."""
+    fields = Fields(document, path=path)
+    return CLIPVisionConfig(
+        num_channels=fields.take("num_channels", int, 3),
+        image_size=fields.take("image_size", int, 224),
+        patch_size=fields.take("patch_size", int, 32),
+        **_clip_tower(fields, projection=projection),
+    )
+
+
+def _clip_tower(fields: Fields, *, projection: bool) -> dict[str, Any]:
+    """What both towers have; transformers gives the vision tower larger defaults, so sizes must be there."""
+    return {
+        "hidden_size": fields.take("hidden_size", int),
+        "intermediate_size": fields.take("intermediate_size", int),
+        "num_hidden_layers": fields.take("num_hidden_layers", int),
+        "num_attention_heads": fields.take("num_attention_heads", int),
+        "hidden_act": fields.choice("hidden_act", ("gelu", "quick_gelu"), "quick_gelu"),
+        "layer_norm_eps": fields.take("layer_norm_eps", float, 1e-5),
+        "projection_dim": fields.take("projection_dim", int, 512) if projection else None,
+    }
+
+
+def family_of(unet: UNetConfig, scheduler: SchedulerConfig) -> str:
+    """The family that a public U-Net belongs to."""
+    if unet.camera_dim is not None:
+        return "mvdream" if unet.resampler is None else "imagedream"
+    if unet.cross_attention_dim == 768:
+        return "sd15"
+    return "sd21" if scheduler.prediction_type == "epsilon" else "sd21-768"
+
+
+def family_defaults(family: str, *, size_px: int) -> GenerationDefaults:
+    """What `generate` takes for a family when the caller does not say.
+
+    MVDream and ImageDream: 30 steps and guidance 5 of run_mvdream.py and run_imagedream.py (ashawkey/mvdream_diffusers);
+    elevations of the pipelines that Hugging Face hosts; ImageDream's negative prompt of its own demo.py.
+    """
+    match family:
+        case "mvdream":
+            return GenerationDefaults(elevation_deg=15.0, size_px=size_px)
+        case "imagedream":
+            return GenerationDefaults(elevation_deg=5.0, size_px=size_px, negative_prompt=IMAGEDREAM_NEGATIVE_PROMPT)
+        case _:
+            return GenerationDefaults(views=1, steps=50, guidance=7.5, size_px=size_px)
 
 
 UNETS: dict[str, Callable[..., UNetConfig]] = {

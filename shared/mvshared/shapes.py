@@ -34,7 +34,8 @@ def check_unet_inputs(
 
     sample (b, v, h, w, in_channels) with h and w multiples of `config.downscale`, timesteps (b,), `attended` the number of
     objects b whose keys and values are given, exactly if the config has cross-attention; camera (b, v, camera_dim) only if the
-    config has a camera, reference (b, h, w, out_channels) only if it has a reference frame.
+    config has a camera, reference (b, r, h, w, out_channels) of r pictures only if it has a reference
+    frame.
     """
     if len(sample) != 5 or 0 in sample or sample[4] != config.in_channels:
         raise OptionError("sample", expected=f"of shape (b, v, h, w, {config.in_channels})", got=sample)
@@ -56,8 +57,13 @@ def check_unet_inputs(
     if reference is not None:
         if not config.reference_frame:
             raise OptionError("reference", expected="None for a model without a reference frame", got=reference)
-        if reference != (batch, height, width, config.out_channels):
-            raise OptionError("reference", expected=f"of shape {(batch, height, width, config.out_channels)}", got=reference)
+        if (
+            len(reference) != 5
+            or 0 in reference
+            or (reference[0], *reference[2:]) != (batch, height, width, config.out_channels)
+        ):
+            expected = f"of shape ({batch}, r, {height}, {width}, {config.out_channels})"
+            raise OptionError("reference", expected=expected, got=reference)
 
 
 def check_context(config: UNetConfig, *, context: Shape | None, image_states: Shape | None) -> None:

@@ -1,4 +1,4 @@
-"""Weight files: strict reading of safetensors headers, exact checks of names and shapes, tables of exceptional names.
+"""Weight files: strict reading of safetensors headers, exact checks of names and shapes.
 
 Format: https://github.com/huggingface/safetensors#format - eight bytes of header length (little endian), a JSON header, the
 tensors back to back. The header is validated here before any array library sees the file.
@@ -6,16 +6,17 @@ tensors back to back. The header is validated here before any array library sees
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.config import UNetConfig
 from mvshared.errors import CheckpointError, TensorMismatchError
+from mvshared.names import own_names
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -23,14 +24,6 @@ DTYPE_BYTES = {
 }  # fmt: skip
 WEIGHT_DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}  # numpy has no bfloat16: its bits
 MAX_HEADER_BYTES = 100_000_000
-
-# Attention of the VAE's mid block in checkpoints written before diffusers 0.15.
-OLD_VAE_ATTENTION_NAMES = (
-    (re.compile(r"\.query\.(weight|bias)$"), r".to_q.\1"),
-    (re.compile(r"\.key\.(weight|bias)$"), r".to_k.\1"),
-    (re.compile(r"\.value\.(weight|bias)$"), r".to_v.\1"),
-    (re.compile(r"\.proj_attn\.(weight|bias)$"), r".to_out.0.\1"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +42,14 @@ class Header:
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+
+
+class Stored(NamedTuple):
+    """Where a tensor is: the file, its name in there, and its entry in the header."""
+
+    path: Path
+    name: str
+    info: TensorInfo
 
 
 def read_header(path: Path | str) -> Header:
@@ -141,14 +142,6 @@ def _check_layout(tensors: Mapping[str, TensorInfo], *, data_bytes: int, path: P
         )
 
 
-def rename_old_vae_attention(name: str) -> str:
-    """The current name of a VAE tensor, for names old and new."""
-    if ".mid_block.attentions." in f".{name}":
-        for pattern, replacement in OLD_VAE_ATTENTION_NAMES:
-            name = pattern.sub(replacement, name)
-    return name
-
-
 def check_names_and_shapes(
     *, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], path: Path | str | None
 ) -> None:
@@ -164,45 +157,54 @@ def check_names_and_shapes(
         raise TensorMismatchError(path=path, missing=missing, unexpected=unexpected, misshaped=misshaped)
 
 
-def match_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """`{name in the model: name in the file}` of a weight file that holds exactly the `expected` names and shapes.
+def match_tensors(
+    paths: Sequence[Path], expected: Mapping[str, tuple[int, ...]], *, unet: UNetConfig | None = None
+) -> dict[str, Stored]:
+    """`{name in the model: where it is stored}` of weight files that together hold exactly the `expected` names and shapes.
 
-    A linear layer of a VAE's attention may be stored as a 1x1 convolution (o, i, 1, 1): it has to be reshaped as it is read.
+    `unet` is the config, if the model is a U-Net. A linear layer of a VAE's attention may be stored as a 1x1 convolution
+    (o, i, 1, 1): it has to be reshaped as it is read.
 
-    Raises CheckpointError for a damaged file, a tensor that is there under two names or holds no floating-point numbers, and
+    Raises CheckpointError for a damaged file, a tensor that is there twice or holds no floating-point numbers, and
     TensorMismatchError if names or shapes differ.
     """
-    tensors = read_header(path).tensors
-    names: dict[str, str] = {}
-    for name, info in tensors.items():
-        renamed = rename_old_vae_attention(name)
-        if renamed in names:
-            raise CheckpointError(f"holds one tensor under two names: {names[renamed]!r} and {name!r}", path=path)
+    stored: dict[str, tuple[Path, TensorInfo]] = {}
+    for path in paths:
+        for name, info in read_header(path).tensors.items():
+            if name in stored:
+                raise CheckpointError(f"holds {name!r}, which {stored[name][0].name} holds too", path=path)
+            stored[name] = (path, info)
+    tensors: dict[str, Stored] = {}
+    for name, own in own_names(stored, expected=expected, unet=unet).items():
+        path, info = stored[name]
+        if own in tensors:
+            raise CheckpointError(f"holds one tensor under two names: {tensors[own].name!r} and {name!r}", path=path)
         if info.dtype not in WEIGHT_DTYPES:
             allowed = ", ".join(WEIGHT_DTYPES)
             raise CheckpointError(f"{name!r} must be one of {allowed}, got {info.dtype}", path=path)
-        names[renamed] = name
-    found = {renamed: tensors[name].shape for renamed, name in names.items()}
+        tensors[own] = Stored(path, name, info)
+    found = {own: tensor.info.shape for own, tensor in tensors.items()}
     for name, shape in found.items():
         if shape[2:] == (1, 1) and expected.get(name) == shape[:2] and ".mid_block.attentions." in f".{name}":
             found[name] = shape[:2]
-    check_names_and_shapes(expected=expected, found=found, path=path)
-    return names
+    check_names_and_shapes(expected=expected, found=found, path=paths[0] if len(paths) == 1 else paths[0].parent)
+    return tensors
 
 
-def read_weights(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
-    """The tensors of a weight file as float32 arrays, by their names in the model. Raises as `match_tensors` does."""
-    names, tensors = match_tensors(path, expected), read_header(path).tensors
+def read_weights(
+    paths: Sequence[Path], expected: Mapping[str, tuple[int, ...]], *, unet: UNetConfig | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """The tensors of weight files as float32 arrays, by their names in the model. Raises as `match_tensors` does."""
     weights = {}
-    with path.open("rb") as file:
-        data_start = 8 + int.from_bytes(file.read(8), "little")
-        for name, name_in_file in names.items():
-            info = tensors[name_in_file]
-            file.seek(data_start + info.start)
-            array = np.frombuffer(file.read(info.end - info.start), np.dtype(WEIGHT_DTYPES[info.dtype]).newbyteorder("<"))
-            if info.dtype == "BF16":
-                array = (array.astype(np.uint32) << 16).view(np.float32)
-            weights[name] = array.astype(np.float32).reshape(expected[name])
+    for name, stored in match_tensors(paths, expected, unet=unet).items():
+        with stored.path.open("rb") as file:
+            data_start = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(data_start + stored.info.start)
+            dtype = np.dtype(WEIGHT_DTYPES[stored.info.dtype]).newbyteorder("<")
+            array = np.frombuffer(file.read(stored.info.end - stored.info.start), dtype)
+        if stored.info.dtype == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        weights[name] = array.astype(np.float32).reshape(expected[name])
     return weights
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from mvshared.backend import PACKAGES, choose_backend
-from mvshared.checkpoint import read_config, weight_file, write_component, write_model_config
+from mvshared.checkpoint import read_vae_config, weight_files, write_component, write_model_config
 from mvshared.config import ModelConfig, VAEConfig
 from mvshared.errors import ConfigError, NumericsError, OutputError
 from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
@@ -213,7 +213,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         framing=config.framing,
     )
 
-    vae_weights = read_weights(weight_file(Path(config.vae_from), "vae"), module.vae_weight_shapes(vae))
+    vae_weights = read_weights(weight_files(Path(config.vae_from), "vae"), module.vae_weight_shapes(vae))
 
     def save_model() -> None:
         target = folder / "model"
@@ -236,14 +236,14 @@ def _latents(config: TrainConfig, folder: Path, *, backend: str, device: str) ->
     They are kept in the run folder under the hash of the VAE's weights.
     """
     assert config.vae_from is not None
-    file = weight_file(Path(config.vae_from), "vae")
-    (key,) = sha256_of_files([file]).values()
-    paths = [folder / f"latents-{name}-{key[:12]}.npz" for name in ("training", "held-out")]
-    vae = read_config(VAEConfig, file.parent / "config.json")
+    files = weight_files(Path(config.vae_from), "vae")
+    key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
+    paths = [folder / f"latents-{name}-{key}.npz" for name in ("training", "held-out")]
+    vae = read_vae_config(Path(config.vae_from))
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
     if not all(path.exists() for path in paths):
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
-        encode = package.load_vae(raw, file, device=device).encode
+        encode = package.load_vae(raw, files, device=device).encode
         captures = find_captures(config.data.folder, held_out=config.data.held_out)
         _prepare(folder, config)
         for path, folders in zip(paths, captures, strict=True):
@@ -278,7 +278,8 @@ def _initial(
 ) -> dict[str, NDArray[np.float32]]:
     """Weights to start from: those of `init_from`, or random ones."""
     if config.init_from is not None:
-        return read_weights(weight_file(Path(config.init_from), component), shapes)
+        unet = config.unet if component == "unet" else None
+        return read_weights(weight_files(Path(config.init_from), component), shapes, unet=unet)
     if component == "vae":
         return initial_vae_weights(shapes, seed=config.seed)
     return initial_weights(shapes, seed=config.seed, zeros=UNET_ZEROS)

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from mvshared.backend import PACKAGES, choose_backend, load
 from mvshared.camera import azimuth_elevation
 from mvshared.captures import load_capture
-from mvshared.checkpoint import read_config, weight_file
-from mvshared.config import VAEConfig
+from mvshared.checkpoint import read_vae_config, weight_files
 from mvshared.files import make_folder, write_atomic
 from mvshared.images import encode_png, from_model, sheet
 from mvshared.training.config import TrainConfig
@@ -42,8 +41,7 @@ def _read(config: TrainConfig, paths: Any) -> NDArray[np.float32]:
 
 def _reconstructions(config: TrainConfig, folders: list[Path], model: Path, *, backend: str, device: str) -> NDArray[np.uint8]:
     package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
-    file = weight_file(model, "vae")
-    vae = package.load_vae(read_config(VAEConfig, file.parent / "config.json"), file, device=device)
+    vae = package.load_vae(read_vae_config(model), weight_files(model, "vae"), device=device)
     rows = []
     for folder in folders:
         pixels = _read(config, load_capture(folder).image_paths[:VIEWS])

@@ -1,0 +1,299 @@
+"""Folders as the public checkpoints have them: families, sizes and schedules from their configs, weights in every layout."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from mvshared.backend import load
+from mvshared.checkpoint import read_model_config, weight_files
+from mvshared.config import MVDREAM, SD21, SD_VAE, SchedulerConfig
+from mvshared.errors import CheckpointError, OptionError
+from mvshared.public_configs import diffusers_scheduler, diffusers_unet, diffusers_vae, ldm_unet
+
+FIXTURES = Path(__file__).parent / "fixtures"
+HERE = Path("config.json")
+
+# What the public folders say, without the fields that are diffusers' defaults.
+MVDREAM_UNET = {
+    "_class_name": "MultiViewUNetModel",
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "channel_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attention_resolutions": [4, 2, 1],
+    "num_head_channels": 64,
+    "transformer_depth": 1,
+    "context_dim": 1024,
+    "camera_dim": 16,
+}
+SD21_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.8.0",
+    "act_fn": "silu",
+    "attention_head_dim": [5, 10, 20, 20],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 1024,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "use_linear_projection": True,
+}
+SD_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def test_the_public_mvdream_config_is_the_preset() -> None:
+    assert ldm_unet(MVDREAM_UNET, path=HERE) == MVDREAM
+
+
+def test_the_public_imagedream_config_has_its_resampler_and_its_frame() -> None:
+    config = ldm_unet(MVDREAM_UNET | {"ip_dim": 16, "ip_weight": 1.0}, path=HERE)
+    assert config.reference_frame
+    assert config.resampler is not None
+    assert (config.resampler.num_queries, config.resampler.heads, config.resampler.embedding_dim) == (16, 12, 1280)
+
+
+def test_the_local_variant_has_tokens_and_no_frame() -> None:
+    config = ldm_unet(MVDREAM_UNET | {"ip_dim": 16, "reference_frame": False}, path=HERE)
+    assert config.resampler is not None
+    assert not config.reference_frame
+
+
+def test_the_public_stable_diffusion_2_1_config_is_the_preset() -> None:
+    config = diffusers_unet(SD21_UNET, path=HERE)
+    assert [config.heads(level) for level in range(4)] == [SD21.heads(level) for level in range(4)]
+    assert vars(config) | {"num_attention_heads": None} == vars(SD21)
+
+
+def test_stable_diffusion_1_5_has_eight_heads_and_convolutions_around_its_transformers() -> None:
+    changes = {"attention_head_dim": 8, "cross_attention_dim": 768}
+    given = {name: value for name, value in SD21_UNET.items() if name != "use_linear_projection"} | changes
+    config = diffusers_unet(given, path=HERE)
+    assert [config.heads(level) for level in range(4)] == [8] * 4
+    assert (config.cross_attention_dim, config.use_linear_projection) == (768, False)
+
+
+def test_every_field_of_diffusers_own_configs_is_known() -> None:
+    """With diffusers' defaults written out, as save_pretrained does it."""
+    unet = UNet2DConditionModel(block_out_channels=(32, 32, 32, 32), cross_attention_dim=16)
+    assert diffusers_unet(dict(unet.config), path=HERE).cross_attention_dim == 16
+    assert diffusers_vae(dict(AutoencoderKL(block_out_channels=(32,)).config), path=HERE).block_out_channels == (32,)
+    schedule = dict(DDIMScheduler(**SD_SCHEDULER).config)
+    assert diffusers_scheduler(schedule, path=HERE) == SchedulerConfig()
+    schedule = dict(PNDMScheduler(**{n: v for n, v in SD_SCHEDULER.items() if n != "clip_sample"}).config)
+    assert diffusers_scheduler(schedule | {"_class_name": "PNDMScheduler"}, path=HERE) == SchedulerConfig()
+
+
+def test_what_a_scheduler_leaves_out_has_the_default_of_diffusers() -> None:
+    config = diffusers_scheduler({"_class_name": "DDIMScheduler", "clip_sample": False}, path=HERE)
+    oracle = DDIMScheduler(clip_sample=False).config
+    assert {name: oracle[name] for name in vars(config)} == vars(config)
+    other = diffusers_scheduler({"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}, path=HERE)
+    assert (other.set_alpha_to_one, other.prediction_type) == (False, "v_prediction")
+
+
+@pytest.mark.parametrize(
+    ("read", "document", "message"),
+    [
+        (ldm_unet, MVDREAM_UNET | {"num_classes": 10}, "num_classes must be None"),
+        (ldm_unet, MVDREAM_UNET | {"surprise": 1}, "unknown field 'surprise'"),
+        (ldm_unet, {"model_channels": 320}, "the field 'channel_mult' is missing"),
+        (ldm_unet, MVDREAM_UNET | {"num_res_blocks": [2, 2]}, "num_res_blocks is malformed"),
+        (ldm_unet, MVDREAM_UNET | {"context_dim": "1024"}, "context_dim is malformed"),
+        (ldm_unet, MVDREAM_UNET | {"context_dim": True}, "context_dim is malformed"),
+        (ldm_unet, MVDREAM_UNET | {"ip_dim": 16, "ip_weight": 0.5}, "ip_weight must be 1"),
+        (diffusers_unet, SD21_UNET | {"class_embed_type": "projection"}, "class_embed_type must be None"),
+        (diffusers_unet, SD21_UNET | {"down_block_types": ["KDownBlock2D"] * 4}, "down_block_types is malformed"),
+        (diffusers_unet, SD21_UNET | {"up_block_types": ["CrossAttnUpBlock2D"] * 4}, "the other way round"),
+        (diffusers_unet, SD21_UNET | {"attention_head_dim": [5, 10]}, "attention_head_dim is malformed"),
+        (diffusers_vae, {"block_out_channels": [32], "down_block_types": ["X"]}, "down_block_types is malformed"),
+        (diffusers_scheduler, SD_SCHEDULER | {"clip_sample": True}, "clip_sample must be False"),
+        (diffusers_scheduler, {"_class_name": "DDIMScheduler"}, "clip_sample must be False"),
+        (diffusers_scheduler, SD_SCHEDULER | {"trained_betas": [0.1]}, "trained_betas must be None"),
+        (diffusers_scheduler, SD_SCHEDULER | {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule must be one of"),
+        (diffusers_scheduler, SD_SCHEDULER | {"steps_offset": 1.5}, "steps_offset is malformed"),
+    ],
+)
+def test_configs_that_the_models_here_cannot_be_are_refused(read: Any, document: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(document, path=HERE)
+
+
+# Whole folders
+
+
+def stable_diffusion(folder: Path, **schedule: Any) -> Path:
+    """A tiny Stable Diffusion, saved by diffusers and transformers themselves."""
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(16, 16),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+        norm_num_groups=8,
+    ).save_pretrained(folder / "vae")
+    text = CLIPTextConfig(
+        vocab_size=525, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, eos_token_id=524
+    )
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    DDIMScheduler(**(SD_SCHEDULER | schedule)).save_pretrained(folder / "scheduler")
+    shutil.copytree(FIXTURES / "tiny-mvdream" / "tokenizer", folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_folder_that_diffusers_saved_computes_what_diffusers_does(backend: Backend, tmp_path: Path) -> None:
+    pipe = load(stable_diffusion(tmp_path), backend=backend, device="cpu")
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
+    views = pipe.generate(prompt="a red owl", negative_prompt="dull", steps=3, guidance=7.5, latents=latents, size_px=16)
+    ids = torch.from_numpy(pipe.tokenizer(["dull", "a red owl"]).ids)
+    unet, scheduler = (
+        UNet2DConditionModel.from_pretrained(tmp_path / "unet"),
+        DDIMScheduler(**SD_SCHEDULER),
+    )
+    with torch.no_grad():
+        text = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")(input_ids=ids).last_hidden_state
+        scheduler.set_timesteps(3)
+        x = torch.from_numpy(latents).permute(0, 3, 1, 2)
+        for t in scheduler.timesteps:
+            unconditional, conditional = unet(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=text).sample.chunk(2)
+            x = scheduler.step(unconditional + 7.5 * (conditional - unconditional), int(t), x).prev_sample  # pyright: ignore
+    assert_close(views.latents, x.permute(0, 2, 3, 1), rms=5 * FLOAT32_RMS)
+
+
+def test_families_and_defaults_come_from_the_sizes(tmp_path: Path) -> None:
+    config = read_model_config(stable_diffusion(tmp_path / "epsilon"))
+    assert (config.family, config.defaults.views, config.defaults.guidance, config.defaults.size_px) == ("sd21", 1, 7.5, 16)
+    assert read_model_config(stable_diffusion(tmp_path / "v", prediction_type="v_prediction")).family == "sd21-768"
+
+
+def test_a_model_without_cameras_makes_one_view(tmp_path: Path) -> None:
+    pipe = load(stable_diffusion(tmp_path), backend="torch", device="cpu")
+    with pytest.raises(OptionError, match="views must be 1: this model knows no cameras, got 2"):
+        pipe.generate(prompt="owl", views=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shards_and_the_float16_variant_are_read(backend: Backend, tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    arguments: dict[str, Any] = {"prompt": "owl", "steps": 1, "guidance": 1, "size_px": 16}
+    expected = load(folder, backend=backend, device="cpu").generate(**arguments).latents
+    (file,) = weight_files(folder, "unet")
+    weights = safetensors.numpy.load_file(file)
+    file.unlink()
+    places = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(sorted(weights))}
+    for part in set(places.values()):
+        mine = {name: weights[name] for name in weights if places[name] == part}
+        safetensors.numpy.save_file(mine, file.with_name(part))
+    index = file.with_name(f"{file.name}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert len(weight_files(folder, "unet")) == 2
+    np.testing.assert_array_equal(load(folder, backend=backend, device="cpu").generate(**arguments).latents, expected)
+    index.unlink()
+    half = {name: array.astype(np.float16) for name, array in weights.items()}
+    safetensors.numpy.save_file(half, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert_close(load(folder, backend=backend, device="cpu").generate(**arguments).latents, expected, rms=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({}, "must hold a weight_map"),
+        ({"a": 1}, "must hold a weight_map"),
+        ({"a": "../escape.safetensors"}, "a shard must lie beside its index"),
+        ({"a": "gone.safetensors"}, "gone.safetensors: the weight file is missing"),
+    ],
+)
+def test_broken_indices_are_refused(weight_map: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=message):
+        weight_files(tmp_path, "unet")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    (file,) = weight_files(folder, "vae")
+    shutil.copy(file, file.with_name("b.safetensors"))
+    file.rename(file.with_name("a.safetensors"))
+    names = {"a": "a.safetensors", "b": "b.safetensors"}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CheckpointError, match=r"which a\.safetensors holds too"):
+        load(folder, backend="torch", device="cpu")
+
+
+def test_other_classes_are_refused(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(CheckpointError, match="_class_name must be one of MultiViewUNetModel, UNet2DConditionModel, got 'Flux"):
+        read_model_config(folder)
+
+
+def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": 48}))
+    with pytest.raises(CheckpointError, match="cross_attention_dim must be the text encoder's hidden_size, 32, got 48"):
+        read_model_config(folder)
+
+
+def test_the_vae_preset_is_the_public_config() -> None:
+    given = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 256,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    assert diffusers_vae(given, path=HERE) == SD_VAE
