@@ -13,7 +13,7 @@ from mvshared.checkpoint import find_model
 from mvshared.evaluation import HELD_OUT, Evaluation, evaluate, held_out_subject
 from mvshared.heads import DEFAULT_RADIUS, render
 from mvshared.images import load_image
-from mvshared.pipeline import Views
+from mvshared.runs import Views
 
 MAX_BYTES = 20_000_000
 SUBJECT = 11  # below HELD_OUT: never rendered for training

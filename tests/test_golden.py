@@ -21,8 +21,9 @@ from mvshared.backend import load
 from mvshared.camera import azimuth_elevation, camera_vectors
 from mvshared.errors import MvWarning, OptionError
 from mvshared.names import ldm_unet_names
-from mvshared.pipeline import Pipeline, Views, read_run, repeat
+from mvshared.pipeline import Pipeline, repeat
 from mvshared.public_configs import IMAGEDREAM_NEGATIVE_PROMPT, ldm_unet
+from mvshared.runs import Views, read_run
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ("tiny-mvdream", "tiny-imagedream")

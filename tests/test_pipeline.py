@@ -17,7 +17,8 @@ from mvshared.camera import camera_vectors, orbit
 from mvshared.config import ModelConfig, SchedulerConfig
 from mvshared.errors import CameraError, OptionError
 from mvshared.images import to_model
-from mvshared.pipeline import Pipeline, Views
+from mvshared.pipeline import Pipeline
+from mvshared.runs import Views
 
 LATENTS_RMS = 1e-4
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

@@ -15,13 +15,14 @@ from helpers import BACKENDS, Backend, Recorded, record, write_tiny_model
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-import mvshared.pipeline
+import mvshared.runs
 from mvshared.backend import load
 from mvshared.camera import load_cameras, orbit
 from mvshared.checkpoint import WEIGHT_FILE
 from mvshared.errors import CheckpointError, MvError, OptionError, OutputError
 from mvshared.images import load_image, save_png
-from mvshared.pipeline import Pipeline, Run, Views, read_run, repeat
+from mvshared.pipeline import Pipeline, repeat
+from mvshared.runs import Run, Views, read_run
 from mvshared.weights import sha256_of_files
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -133,7 +134,7 @@ def test_a_save_that_breaks_off_leaves_no_finished_run_and_the_next_one_works(
 
     views.save(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(mvshared.pipeline, writer, fail)
+        patch.setattr(mvshared.runs, writer, fail)
         with pytest.raises(type(error)):
             views.save(tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "metadata.json").exists()
@@ -326,13 +327,13 @@ def test_edited_hashes_of_the_weights_are_refused(recorded: Recorded, picture: P
 INTERRUPTED = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import mvshared.pipeline
+import mvshared.runs
 from mvshared.cli import main
 def stall(*_):
     print("saving", flush=True)
     time.sleep(60)
 if sys.argv[1]:
-    setattr(mvshared.pipeline, sys.argv[1], stall)
+    setattr(mvshared.runs, sys.argv[1], stall)
 sys.argv = ["mvmlx", *sys.argv[2:]]
 main()
 """

@@ -18,7 +18,8 @@ from mvshared.errors import MvWarning, OptionError
 from mvshared.export import check_free
 from mvshared.files import check_folder, make_folder, write_atomic, write_json
 from mvshared.images import encode_png, grid, sheet
-from mvshared.pipeline import Pipeline, Progress, Views, read_run, repeat
+from mvshared.pipeline import Pipeline, Progress, repeat
+from mvshared.runs import Views, read_run
 
 # What may stand beside --config: it changes where the result goes, not what it is.
 BESIDE_CONFIG = {"config", "output", "force", "as_json", "stepwise"}

@@ -1,0 +1,96 @@
+"""What a run of the pipeline was and what it made: its parameters, its views, and the folder that holds both."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvshared.checkpoint import config_from_json
+from mvshared.errors import ConfigError
+from mvshared.export import finish, metadata, parameters_from_metadata, prepare, transforms, weights_from_metadata
+from mvshared.files import write_atomic, write_json
+from mvshared.images import encode_png, grid, save_png, save_turntable
+from mvshared.weights import sha256_of_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """A run, completely: everything that changes a pixel, resolved and checked, as JSON values.
+
+    `image_sha256` and `normals_sha256` are of the prepared pixels; `image` and `normals`, absolute paths, are None beside them
+    where pixels were given in memory. Prompts are None for a model that takes no text. `cameras` are poses (v, 4, 4).
+    """
+
+    model: str
+    family: str
+    backend: str
+    dtype: str
+    device: str
+    image: str | tuple[str, ...] | None
+    image_sha256: str | None
+    image_scale: float
+    prompt: str | None
+    negative_prompt: str | None
+    normals: str | tuple[str, ...] | None
+    normals_sha256: str | None
+    latents_sha256: str | None
+    cameras: tuple[tuple[tuple[float, ...], ...], ...]
+    fov_deg: float
+    steps: int
+    guidance: float
+    scheduler: str
+    eta: float
+    seed: int
+    size_px: int
+    config_sha256: str
+
+
+class Run(NamedTuple):
+    """What a finished run's metadata.json says: its parameters, and the SHA-256 of the weight files by name."""
+
+    parameters: Parameters
+    weights: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """The result of `Pipeline.generate`.
+
+    `images` uint8 (v, h, w, 3), `latents` float32 (v, h / f, w / f, c), `cameras` float32 (v, 4, 4) camera-to-world with OpenGL
+    axes, `reference` the prepared picture uint8 (h, w, 3) or None, `parameters` what repeats the run.
+    """
+
+    images: NDArray[np.uint8]
+    latents: NDArray[np.float32]
+    cameras: NDArray[np.float32]
+    reference: NDArray[np.uint8] | None
+    parameters: Parameters
+    weight_files: Sequence[Path]
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write view_000.png ..., grid.png, turntable.gif, transforms.json and, last, metadata.json; returns the folder.
+
+        Raises OutputError if the folder holds a finished run and no `force` is given, or cannot be written; CheckpointError if
+        the weight files are gone, whose hashes belong to the metadata.
+        """
+        names = [f"view_{index:03}.png" for index in range(len(self.images))]
+        height, width = self.images.shape[1:3]
+        cameras = transforms(self.cameras, width_px=width, height_px=height, fov_deg=self.parameters.fov_deg, file_names=names)
+        document = metadata(vars(self.parameters), weights=sha256_of_files(self.weight_files))
+        target = prepare(folder, force=force)
+        for name, image in zip(names, self.images, strict=True):
+            save_png(target / name, image)
+        write_atomic(target / "grid.png", encode_png(grid(self.images)))
+        save_turntable(target / "turntable.gif", self.images)
+        write_json(target / "transforms.json", cameras)
+        finish(target, document)
+        return target
+
+
+def read_run(path: Path | str) -> Run:
+    """The run of a metadata.json, or of the output folder that holds it. Raises ConfigError for a malformed file."""
+    document = parameters_from_metadata(path, known=[field.name for field in fields(Parameters)])
+    return Run(config_from_json(Parameters, document, path=Path(path), error=ConfigError), weights_from_metadata(path))
