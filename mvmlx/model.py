@@ -263,6 +263,11 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     return VAECodec(encode, decode)
 
 
+def expected_shapes(config: ModelConfig) -> dict[Component, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the weights of every component, without a checkpoint and without memory for them."""
+    return {component: weight_shapes(part) for component, part in _parts(config).items()}
+
+
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a checkpoint of this module."""
     return {name: _checkpoint_shape(array.shape) for name, array in _weights(module)}

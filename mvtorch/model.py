@@ -248,6 +248,12 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     return VAECodec(encode, decode)
 
 
+def expected_shapes(config: ModelConfig) -> dict[Component, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the weights of every component, without a checkpoint and without memory for them."""
+    with torch.device("meta"):
+        return {component: weight_shapes(part) for component, part in _parts(config).items()}
+
+
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a checkpoint of this module."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -112,6 +112,17 @@ def models() -> None:
 
 
 @cli.command()
+@click.argument("model")
+@click.option("--backend", default="auto", show_default=True, help="auto, mlx or torch.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def info(model: str, backend: str, as_json: bool) -> None:
+    """Say what is in MODEL, an embedded model's name or a checkpoint folder, and what is wrong with it."""
+    from mvshared.commands import show_model
+
+    show_model(model, backend=backend, as_json=as_json)
+
+
+@cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Run folder; a run in it goes on.")
 @backend_options

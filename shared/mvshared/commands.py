@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from tqdm import tqdm
 from mvshared.backend import load
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import EMBEDDED, find_model, read_model_config
-from mvshared.errors import MvWarning, OptionError
+from mvshared.errors import CheckpointError, MvWarning, OptionError
 from mvshared.export import check_free
 from mvshared.files import check_folder, make_folder, write_atomic, write_json
 from mvshared.images import encode_png, grid, sheet
+from mvshared.inspection import Report, inspect
 from mvshared.pipeline import Pipeline, Progress, repeat
 from mvshared.runs import Views, read_run
 
@@ -147,6 +149,36 @@ def list_models() -> None:
             f"{name}: {defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance "
             f"{defaults.guidance:g}, {size_mb:.1f} MB, in the package"
         )
+
+
+def show_model(name: str, *, backend: str, as_json: bool) -> None:
+    """`mvmlx info`. Raises CheckpointError if something is wrong with the folder."""
+    report = inspect(name, backend=backend)
+    if as_json:
+        document = {"folder": str(report.folder), "family": report.config.family if report.config else None}
+        document |= {"components": [asdict(each) for each in report.components], "faults": report.faults}
+        click.echo(json.dumps(document | {"memory_bytes": report.memory_bytes()}))
+    else:
+        _print_report(report)
+    if report.faults:
+        count = len(report.faults)
+        raise CheckpointError(f"{count} fault{'s' if count > 1 else ''}; the first: {report.faults[0]}")
+
+
+def _print_report(report: Report) -> None:
+    if report.config is not None:
+        defaults = report.config.defaults
+        views = f"{defaults.views} view{'s' if defaults.views > 1 else ''} of {defaults.size_px} pixels"
+        click.echo(f"family {report.config.family}: {views}, {defaults.steps} steps, guidance {defaults.guidance:g}")
+    for each in report.components:
+        dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in sorted(each.dtypes.items()))
+        files = f"{each.files} file{'s' if each.files > 1 else ''}"
+        click.echo(f"{each.name}: {each.parameters:,} parameters in {each.tensors} tensors ({dtypes}) of {files}")
+    if report.components:
+        memory = ", ".join(f"{size / 1e9:.3f} GB in {dtype}" for dtype, size in report.memory_bytes().items())
+        click.echo(f"memory for these weights: {memory}")
+    for fault in report.faults:
+        click.echo(f"fault: {fault}")
 
 
 def train_model(config: Path, output: Path, *, backend: str, device: str) -> None:

@@ -1,0 +1,81 @@
+"""What is in a checkpoint folder, and what is wrong with it, without loading the weights."""
+
+import importlib
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from mvshared.backend import PACKAGES, choose_backend
+from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
+from mvshared.config import ModelConfig
+from mvshared.errors import MvError
+from mvshared.tokenizer import CLIPTokenizer
+from mvshared.weights import match_tensors
+
+BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentReport:
+    """One component's weights: how many files, tensors and numbers, and how many tensors of each dtype in the files."""
+
+    name: Component
+    files: int
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A checkpoint folder: its config (None if it cannot be read), its sound components, and every fault in one line."""
+
+    folder: Path
+    config: ModelConfig | None
+    components: tuple[ComponentReport, ...]
+    faults: tuple[str, ...]
+
+    def memory_bytes(self) -> dict[str, int]:
+        """What the weights of the sound components need, by dtype; activations come on top."""
+        numbers = sum(component.parameters for component in self.components)
+        return {dtype: numbers * size for dtype, size in BYTES_PER_NUMBER.items()}
+
+
+def inspect(name: Path | str, *, backend: str = "auto") -> Report:
+    """Look at an embedded model or a checkpoint folder: configs, names and shapes of all tensors, the tokenizer.
+
+    The models of a backend say which tensors belong there. Faults of the folder are in the report. Raises CheckpointError for a
+    folder that is none, OptionError and BackendError for the backend.
+    """
+    expected_shapes = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model").expected_shapes
+    folder = find_model(name)
+    faults: list[str] = []
+    try:
+        config = read_model_config(folder)
+    except MvError as fault:
+        return Report(folder=folder, config=None, components=(), faults=(str(fault),))
+    expected = expected_shapes(config)
+    reports = []
+    for component in components(config):
+        try:
+            files = weight_files(folder, component)
+            stored = match_tensors(files, expected[component], unet=config.unet if component == "unet" else None)
+        except MvError as fault:
+            faults.append(str(fault))
+            continue
+        reports.append(
+            ComponentReport(
+                name=component,
+                files=len(files),
+                tensors=len(stored),
+                parameters=sum(prod(place.info.shape) for place in stored.values()),
+                dtypes=dict(Counter(place.info.dtype for place in stored.values())),
+            )
+        )
+    if config.text_encoder is not None:
+        try:
+            CLIPTokenizer(folder / "tokenizer")
+        except MvError as fault:
+            faults.append(str(fault))
+    return Report(folder=folder, config=config, components=tuple(reports), faults=tuple(faults))
