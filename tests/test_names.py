@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvshared.config import MVDREAM, SD21, SD_VAE, CLIPTextConfig, CLIPVisionConfig, UNetConfig
+from mvshared.config import IMAGEDREAM, MVDREAM, SD21, SD_VAE, CLIPTextConfig, CLIPVisionConfig, UNetConfig
 from mvshared.names import LDM_UNET_MARK, ldm_unet_names
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.model import weight_shapes
@@ -55,10 +55,11 @@ def test_clip_has_every_tensor(name: str, kind: type[torch.nn.Module], config: C
     assert shapes == expected
 
 
-def test_mvdream_has_every_tensor_under_its_ldm_name() -> None:
-    shapes = unet_shapes(MVDREAM)
-    names = ldm_unet_names(shapes, MVDREAM)
-    assert {names[name]: shape for name, shape in shapes.items()} == manifest("mvdream_ldm_unet")
+@pytest.mark.parametrize(("name", "config"), [("mvdream_ldm_unet", MVDREAM), ("imagedream_ldm_unet", IMAGEDREAM)])
+def test_mvdream_and_imagedream_have_every_tensor_under_its_ldm_name(name: str, config: UNetConfig) -> None:
+    shapes = unet_shapes(config)
+    names = ldm_unet_names(shapes, config)
+    assert {names[own]: shape for own, shape in shapes.items()} == manifest(name)
     assert LDM_UNET_MARK in names.values()
 
 
