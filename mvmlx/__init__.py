@@ -1,7 +1,9 @@
 """MLX backend of mvmlx, for Apple silicon first. Every model file has a twin of the same name in mvtorch."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -19,3 +21,16 @@ def load(name: str | Path = "demo", *, dtype: str | None = None, device: str = "
     from mvshared.pipeline import Pipeline
 
     return Pipeline(load_model(name, dtype=dtype, device=device), name=str(name))
+
+
+def observe(model: Any, fn: "Callable[[str, mx.array, float], None]") -> AbstractContextManager[None]:
+    """Within the context, `fn(name, array, seconds)` is called after every block of a pipeline, a model or a network.
+
+    See `mvmlx.observation.observe`. Names are the same in both backends; if `model` is no
+    single network, they begin with unet, vae, text_encoder or image_encoder.
+    """
+    from mvmlx.observation import observe as observe_networks
+
+    if hasattr(model, "generate"):
+        model = model.model
+    return model.observe(fn) if hasattr(model, "observe") else observe_networks(model, fn)

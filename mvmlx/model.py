@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
+from mvmlx.observation import Observer, observe
 from mvmlx.unet import Cross, MultiViewUNet
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
@@ -68,6 +69,12 @@ class MultiViewModel:
         self.config, self.unet, self.vae = config, unet, vae
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
         self.device, self.dtype, self.weight_files = device, dtype, weight_files
+
+    def observe(self, fn: Observer) -> AbstractContextManager[None]:
+        """See `mvmlx.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
+        encoders = {"text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
+        encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
 
     def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
         """A float32 copy on the device."""
@@ -235,15 +242,31 @@ def load_weights(
     `unet` is the config, if the module is a U-Net. Raises CheckpointError for a damaged file and TensorMismatchError if names
     or shapes differ.
     """
-    shapes = weight_shapes(module)
+    with _on_device(device):
+        tensors = read_tensors(paths, weight_shapes(module), dtype=dtype, device=device, unet=unet)
+        module.load_weights(list(tensors.items()), strict=True)
+
+
+def read_tensors(
+    paths: Sequence[Path],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: Dtype,
+    device: str,
+    unet: UNetConfig | None = None,
+) -> dict[str, mx.array]:
+    """The tensors of weight files by their names in the model, kernels channels-last.
+
+    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    """
     stored = match_tensors(paths, shapes, unet=unet)
     with _on_device(device):
         lazy: dict[Path, Any] = {path: mx.load(str(path)) for path in paths}
-        tensors = []
+        tensors = {}
         for name, place in stored.items():
             tensor = lazy[place.path].pop(place.name).reshape(shapes[name]).astype(getattr(mx, dtype))
-            tensors.append((name, _from_checkpoint(tensor)))
-        module.load_weights(tensors, strict=True)
+            tensors[name] = _from_checkpoint(tensor)
+        return tensors
 
 
 def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") -> VAECodec:

@@ -1,6 +1,7 @@
 """Loading a checkpoint folder into PyTorch, and the Model that the shared pipeline drives."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mvshared.errors import BackendError, OptionError
 from mvshared.shapes import check_pictures
 from mvshared.weights import check_names_and_shapes, match_tensors
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
+from mvtorch.observation import Observer, observe
 from mvtorch.unet import Cross, MultiViewUNet
 from mvtorch.vae import AutoencoderKL
 
@@ -62,6 +64,12 @@ class MultiViewModel:
         self.config, self.unet, self.vae = config, unet, vae
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
         self.device, self.dtype, self.weight_files = device, dtype, weight_files
+
+    def observe(self, fn: Observer) -> AbstractContextManager[None]:
+        """See `mvtorch.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
+        encoders = {"text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
+        encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
 
     def from_numpy(self, x: NDArray[np.float32]) -> Tensor:
         """A float32 copy on the device."""
@@ -218,7 +226,22 @@ def load_weights(
     `unet` is the config, if the module is a U-Net. Raises CheckpointError for a damaged file and TensorMismatchError if names
     or shapes differ.
     """
-    shapes = weight_shapes(module)
+    tensors = read_tensors(paths, weight_shapes(module), dtype=dtype, device=device, unet=unet)
+    module.load_state_dict(tensors, strict=True, assign=True)
+
+
+def read_tensors(
+    paths: Sequence[Path],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: Dtype,
+    device: str,
+    unet: UNetConfig | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of weight files by their names in the model, kernels in channels_last memory.
+
+    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    """
     stored = match_tensors(paths, shapes, unet=unet)
     tensors = {}
     for path in paths:
@@ -227,7 +250,7 @@ def load_weights(
                 tensor = file.get_tensor(stored[name].name).reshape(shapes[name])
                 layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
                 tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
-    module.load_state_dict(tensors, strict=True, assign=True)
+    return tensors
 
 
 def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") -> VAECodec:

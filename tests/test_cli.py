@@ -23,7 +23,7 @@ from mvshared.images import load_image
 MVMLX = str(Path(sys.executable).with_name("mvmlx"))
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = ["--model", "tiny", "--device", "cpu"]
-RUN_FILES = ["grid.png", "metadata.json", "transforms.json", "turntable.gif", "view_000.png", "view_001.png"]
+RUN_FILES = ["grid.png", "latents.npy", "metadata.json", "transforms.json", "turntable.gif", "view_000.png", "view_001.png"]
 HEAVY = {"numpy", "torch", "mlx", "PIL", "safetensors", "tqdm"}
 
 

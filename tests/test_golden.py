@@ -18,8 +18,10 @@ import mvmlx.unet
 import mvtorch.model
 import mvtorch.unet
 from mvshared.backend import load
-from mvshared.camera import azimuth_elevation, camera_vectors
+from mvshared.camera import azimuth_elevation, camera_vectors, load_cameras
+from mvshared.cli import run
 from mvshared.errors import MvWarning, OptionError
+from mvshared.images import load_image
 from mvshared.names import ldm_unet_names
 from mvshared.pipeline import Pipeline, repeat
 from mvshared.public_configs import IMAGEDREAM_NEGATIVE_PROMPT, ldm_unet
@@ -248,3 +250,31 @@ def test_a_run_with_a_prompt_is_repeated_bit_for_bit(tmp_path: Path) -> None:
 def test_families_come_from_the_configs() -> None:
     families = [pipeline(name, "torch", "float32").model.config.family for name in NAMES]
     assert families == ["mvdream", "imagedream"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_runs_of_the_command_line_give_what_the_reference_code_does(name: str, backend: Backend, tmp_path: Path) -> None:
+    used, expected = parameters(name), golden(name)
+    np.save(tmp_path / "latents.npy", expected["initial_latents"].transpose(0, 2, 3, 1))
+    picture = [str(FIXTURES / name / "input.png")] if name == "tiny-imagedream" else []
+    arguments = ["generate", *picture, "--model", str(FIXTURES / name), "--backend", backend, "--device", "cpu"]
+    arguments += ["--prompt", used["prompt"], "--negative-prompt", used["negative_prompt"]]
+    arguments += [
+        "--size",
+        used["size"],
+        "--steps",
+        used["steps"],
+        "--guidance",
+        used["guidance_scale"],
+        "--elevation",
+        used["elevation"],
+    ]
+    arguments += ["--latents", str(tmp_path / "latents.npy"), "--dtype", "float32", "-o", str(tmp_path / "out")]
+    assert run(arguments) == 0
+    latents = np.load(tmp_path / "out" / "latents.npy")
+    assert_close(latents, expected["final_latents"].transpose(0, 2, 3, 1)[:VIEWS], rms=LATENTS_RMS)
+    pictures = np.stack([load_image(tmp_path / "out" / f"view_{view:03}.png")[..., :3] for view in range(VIEWS)])
+    assert (np.abs(pictures.astype(np.float64) - expected["images"][:VIEWS] * 255) <= 1).mean() >= 0.999
+    vectors = camera_vectors(load_cameras(tmp_path / "out" / "transforms.json", radius=1.0).poses)
+    np.testing.assert_allclose(vectors, expected["camera"][:VIEWS], atol=1e-6)

@@ -14,7 +14,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close
-from transformers import CLIPTextConfig, CLIPTextModel
+from public_folders import SD_SCHEDULER, stable_diffusion
+from transformers import CLIPTextModel
 
 from mvshared.backend import load
 from mvshared.checkpoint import read_model_config, weight_files
@@ -65,14 +66,6 @@ SD21_UNET = {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     "use_linear_projection": True,
 }
-SD_SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 def test_the_public_mvdream_config_is_the_preset() -> None:
@@ -90,6 +83,15 @@ def test_the_local_variant_has_tokens_and_no_frame() -> None:
     config = ldm_unet(MVDREAM_UNET | {"ip_dim": 16, "reference_frame": False}, path=HERE)
     assert config.resampler is not None
     assert not config.reference_frame
+
+
+def test_mvdream_on_stable_diffusion_1_5_has_its_heads_by_number() -> None:
+    given = {name: value for name, value in MVDREAM_UNET.items() if name != "num_head_channels"}
+    config = ldm_unet(given | {"num_heads": 8, "context_dim": 768}, path=HERE, linear=False)
+    assert [config.heads(level) for level in range(4)] == [8] * 4
+    assert (config.cross_attention_dim, config.use_linear_projection, config.camera_dim) == (768, False, 16)
+    with pytest.raises(CheckpointError, match="num_head_channels or num_heads must be given"):
+        ldm_unet(given, path=HERE)
 
 
 def test_the_public_stable_diffusion_2_1_config_is_the_preset() -> None:
@@ -153,35 +155,6 @@ def test_configs_that_the_models_here_cannot_be_are_refused(read: Any, document:
 
 
 # Whole folders
-
-
-def stable_diffusion(folder: Path, **schedule: Any) -> Path:
-    """A tiny Stable Diffusion, saved by diffusers and transformers themselves."""
-    torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=32,
-        norm_num_groups=8,
-    ).save_pretrained(folder / "unet")
-    AutoencoderKL(
-        block_out_channels=(16, 16),  # pyright: ignore[reportArgumentType]
-        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
-        norm_num_groups=8,
-    ).save_pretrained(folder / "vae")
-    text = CLIPTextConfig(
-        vocab_size=525, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, eos_token_id=524
-    )
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    DDIMScheduler(**(SD_SCHEDULER | schedule)).save_pretrained(folder / "scheduler")
-    shutil.copytree(FIXTURES / "tiny-mvdream" / "tokenizer", folder / "tokenizer")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    return folder
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -270,7 +243,7 @@ def test_other_classes_are_refused(tmp_path: Path) -> None:
     folder = stable_diffusion(tmp_path)
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxTransformer2DModel"}))
-    with pytest.raises(CheckpointError, match="_class_name must be one of MultiViewUNetModel, UNet2DConditionModel, got 'Flux"):
+    with pytest.raises(CheckpointError, match="_class_name must be MultiViewUNetModel or UNet2DConditionModel, got 'Flux"):
         read_model_config(folder)
 
 

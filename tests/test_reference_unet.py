@@ -32,6 +32,7 @@ import mvmlx.layers
 import mvtorch.layers
 from mvshared.config import UNetConfig
 from mvshared.errors import OptionError
+from mvtorch.diffusers_model import unet_arguments
 
 LINEAR = replace(TINY_UNET, transformer_layers_per_block=(2, 1))
 CONFIGS = {
@@ -81,23 +82,7 @@ class JointAttention:
 
 def diffusers_unet(config: UNetConfig) -> UNet2DConditionModel:
     """diffusers' model of a config, with the weights of `make_unet`; they must fit exactly."""
-    attends = config.attention_levels
-    arguments: dict[str, Any] = {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "block_out_channels": config.block_out_channels,
-        "layers_per_block": list(config.layers_per_block),
-        "transformer_layers_per_block": list(config.transformer_layers_per_block),
-        "attention_head_dim": tuple(config.heads(level) for level in range(len(attends))),
-        "cross_attention_dim": config.cross_attention_dim or 8,
-        "use_linear_projection": config.use_linear_projection,
-        "norm_num_groups": config.norm_num_groups,
-        "norm_eps": config.norm_eps,
-        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if config.mid_attention else "UNetMidBlock2D",
-        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-    }
-    oracle = UNet2DConditionModel(**arguments)
+    oracle = UNet2DConditionModel(**unet_arguments(config))
     if config.cross_attention_dim is None:  # diffusers' blocks can do without, its U-Net cannot ask for it
         for block in oracle.modules():
             if isinstance(block, BasicTransformerBlock):

@@ -28,7 +28,7 @@ from mvshared.weights import sha256_of_files
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 MAPS = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
 VIEW_FILES = {"view_000.png", "view_001.png"}
-RUN_FILES = VIEW_FILES | {"grid.png", "turntable.gif", "transforms.json", "metadata.json"}
+RUN_FILES = VIEW_FILES | {"grid.png", "turntable.gif", "latents.npy", "transforms.json", "metadata.json"}
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,35 @@ def test_a_picture_that_changed_is_refused_before_any_work(
     assert not recorded.model.calls
 
 
+def test_a_run_from_latents_in_a_file_is_repeated_unless_they_changed(
+    pipeline: Pipeline[Any], picture: Path, tmp_path: Path
+) -> None:
+    first = pipeline.generate(picture, seed=5)
+    first.save(tmp_path / "first")
+    latents = tmp_path / "first" / "latents.npy"
+    np.testing.assert_array_equal(np.load(latents), first.latents)
+    views = pipeline.generate(picture, latents=latents)
+    run = read_run(views.save(tmp_path / "second"))
+    assert run.parameters.latents == str(latents)
+    np.testing.assert_array_equal(repeat(pipeline, run).latents, views.latents)
+    np.testing.assert_array_equal(pipeline.generate(picture, latents=np.load(latents)).latents, views.latents)
+    np.save(latents, first.latents + 1)
+    with pytest.raises(OptionError, match="latents must be as it was in the run; it has changed"):
+        repeat(pipeline, run)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None])
+def test_latents_that_are_no_file_of_floats_are_refused(
+    recorded: Recorded, picture: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "latents.npy"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(OptionError, match=r"latents must be an \.npy file of floats"):
+        recorded.pipeline.generate(picture, latents=path)
+    assert not recorded.model.calls
+
+
 def test_a_picture_or_a_normal_map_that_is_gone_is_refused(
     recorded: Recorded, picture: Path, maps: Path, tmp_path: Path
 ) -> None:
@@ -285,7 +314,7 @@ def test_the_other_backend_is_refused(pipelines: dict[Backend, Pipeline[Any]], p
 
 PARAMETERS = (
     "model", "family", "backend", "dtype", "device", "image", "image_sha256", "image_scale", "prompt", "negative_prompt",
-    "normals", "normals_sha256", "latents_sha256", "cameras",
+    "normals", "normals_sha256", "latents", "latents_sha256", "cameras",
     "fov_deg", "steps", "guidance", "scheduler", "eta", "seed", "size_px", "config_sha256",
 )  # fmt: skip
 DELETED = object()

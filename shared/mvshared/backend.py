@@ -3,6 +3,7 @@
 import importlib
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
@@ -44,6 +45,10 @@ class Model(Protocol[A]):
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+
+    def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
+        """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
+        ...
 
     def from_numpy(self, x: NDArray[np.float32]) -> A:
         """A float32 array on the device."""

@@ -31,13 +31,14 @@ from mvshared.config import (
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import FileError, read_json_object, write_atomic, write_json
 from mvshared.public_configs import (
-    UNETS,
     clip_text,
     clip_vision,
     diffusers_scheduler,
+    diffusers_unet,
     diffusers_vae,
     family_defaults,
     family_of,
+    ldm_unet,
 )
 from mvshared.weights import read_header
 
@@ -153,10 +154,14 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
     """MVDream, ImageDream or Stable Diffusion, by the class names and sizes in the components' configs."""
     unet_path = folder / "unet" / "config.json"
     document = read_json_object(unet_path, error=CheckpointError)
-    kind = document.get("_class_name")
-    if kind not in UNETS:
-        raise CheckpointError(f"_class_name must be one of {', '.join(UNETS)}, got {kind!r}", path=unet_path)
-    unet = UNETS[kind](document, path=unet_path)
+    match document.get("_class_name"):
+        case "MultiViewUNetModel":
+            unet = ldm_unet(document, path=unet_path, linear=_linear_projections(folder))
+        case "UNet2DConditionModel":
+            unet = diffusers_unet(document, path=unet_path)
+        case other:
+            expected = "MultiViewUNetModel or UNet2DConditionModel"
+            raise CheckpointError(f"_class_name must be {expected}, got {other!r}", path=unet_path)
     vae = read_vae_config(folder)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = diffusers_scheduler(read_json_object(scheduler_path, error=CheckpointError), path=scheduler_path)
@@ -176,6 +181,12 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
         framing=Framing(mode="pad", resample="bilinear"),
         **encoders,
     )
+
+
+def _linear_projections(folder: Path) -> bool:
+    """Whether the projections around the U-Net's transformers are linear layers: (o, i), and not (o, i, 1, 1)."""
+    shapes = {name: info.shape for file in weight_files(folder, "unet") for name, info in read_header(file).tensors.items()}
+    return not any(len(shape) == 4 and name.endswith(".proj_in.weight") for name, shape in shapes.items())
 
 
 def _tower(folder: Path, component: Literal["text_encoder", "image_encoder"], read: Callable[..., Tower]) -> Tower:

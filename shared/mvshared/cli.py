@@ -85,6 +85,7 @@ def cli() -> None:
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM, 0 to 1.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
+@click.option("--latents", type=click.Path(path_type=Path), help="Initial latents instead of the seed's noise, an .npy file.")
 @click.option("--normals", type=click.Path(path_type=Path), help="Folder of normal maps, one per view in the order of names.")
 @click.option("--stepwise", type=click.Path(path_type=Path), help="Folder for a preview of every step.")
 @click.option("--config", type=click.Path(path_type=Path), help="Repeat the run of a metadata.json.")
@@ -120,6 +121,21 @@ def info(model: str, backend: str, as_json: bool) -> None:
     from mvshared.commands import show_model
 
     show_model(model, backend=backend, as_json=as_json)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--against", required=True, help="What to compare with: mlx, torch or diffusers.")
+@backend_options
+@click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16; the reference has float32.")
+@click.option("--tolerance", type=float, help="Relative RMS that a block may differ by.  [default: 2e-5 in float32]")
+@click.option("--save", type=click.Path(path_type=Path), help="Folder for the activations of both sides, as .npy files.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per block.")
+def validate(model: str, **options: Any) -> None:
+    """Run MODEL's networks on the same inputs in two implementations and compare them block by block."""
+    from mvshared.commands import validate_model
+
+    validate_model(model, options)
 
 
 @cli.command()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mvshared.backend import load
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import EMBEDDED, find_model, read_model_config
-from mvshared.errors import CheckpointError, MvWarning, OptionError
+from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
 from mvshared.export import check_free
 from mvshared.files import check_folder, make_folder, write_atomic, write_json
 from mvshared.images import encode_png, grid, sheet
@@ -132,6 +132,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
             eta=options["eta"],
             seed=seed,
             size_px=options["size"],
+            latents=options["latents"],
             on_step=reporter.step,
         )
 
@@ -179,6 +180,37 @@ def _print_report(report: Report) -> None:
         click.echo(f"memory for these weights: {memory}")
     for fault in report.faults:
         click.echo(f"fault: {fault}")
+
+
+def validate_model(name: str, options: dict[str, Any]) -> None:
+    """`mvmlx validate`. Raises NumericsError if a block leaves the tolerance."""
+    from mvshared.validation import validate
+
+    as_json = options.pop("as_json")
+    result = validate(name, **options)
+    if as_json:
+        for check in result.checks:
+            click.echo(json.dumps({"event": "block", **asdict(check)}))
+    else:
+        click.echo(f"{name}: {result.backend} in {result.dtype} against {result.against} in float32")
+        click.echo(f"{'relative RMS':>13} {'max':>9} {'seconds':>9} {'reference':>9}  block (shape)")
+        for check in result.checks:
+            mark = "  <- first to leave the tolerance" if check is result.first_failure else ""
+            shape = ", ".join(map(str, check.shape))
+            figures = f"{check.rms_error:13.2e} {check.max_error:9.2e}"
+            for seconds in (check.seconds, check.reference_seconds):
+                figures += f"{'-':>10}" if seconds is None else f" {seconds:9.4f}"
+            click.echo(f"{figures}  {check.name} ({shape}){mark}")
+    for missing in result.unmatched:
+        click.echo(f"not compared: {missing} has no counterpart in {result.against}", err=True)
+    worst = max(result.checks, key=lambda check: check.rms_error)
+    if result.first_failure is not None:
+        bad = result.first_failure
+        difference = f"{bad.rms_error:.2g} relative RMS, allowed are {result.tolerance:g}"
+        raise NumericsError(f"differs from {result.against} by {difference}", where=bad.name)
+    if not as_json:
+        count = len(result.checks)
+        click.echo(f"{count} blocks agree within {result.tolerance:g}; the largest is {worst.rms_error:.2e}, {worst.name}")
 
 
 def train_model(config: Path, output: Path, *, backend: str, device: str) -> None:

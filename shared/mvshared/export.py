@@ -22,7 +22,7 @@ from mvshared.files import check_folder, make_folder, read_json_object, write_at
 
 METADATA = "metadata.json"
 UNFINISHED = ".unfinished"
-RUN_FILES = re.compile(r"view_\d{3,}\.png|grid\.png|turntable\.gif|transforms\.json")
+RUN_FILES = re.compile(r"view_\d{3,}\.png|grid\.png|turntable\.gif|latents\.npy|transforms\.json")
 
 METADATA_FORMAT = "mvmlx-run"
 METADATA_VERSION = 1

@@ -4,24 +4,33 @@ The sampler's steps are plain floats (mvshared.schedule), noise is numpy's, and 
 products with floats here.
 """
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
+from mvshared.arguments import (
+    Latents,
+    Normals,
+    Pictures,
+    array_sha256,
+    config_sha256,
+    image_names,
+    initial_latents,
+    load_latents,
+    normals_names,
+    number,
+    pictures_sha256,
+    whole,
+)
 from mvshared.backend import A, Model
 from mvshared.camera import as_poses, camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import EMBEDDED, find_model
 from mvshared.clip_images import clip_pixels
-from mvshared.config import ModelConfig
 from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
 from mvshared.framing import Framed, frame_picture
 from mvshared.images import from_model, load_image, load_normals
@@ -29,10 +38,6 @@ from mvshared.runs import Parameters, Run, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.weights import sha256_of_files
-
-Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
-Pictures: TypeAlias = Picture | Sequence[Picture]
-Normals: TypeAlias = str | Path | Sequence[str | Path | NDArray[Any]]
 
 MAX_VIEWS = 64
 MAX_PICTURES = 8
@@ -97,7 +102,7 @@ class Pipeline(Generic[A]):
         eta: float = 0.0,
         seed: int = 0,
         size_px: int | None = None,
-        latents: NDArray[np.float32] | None = None,
+        latents: Latents | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> Views:
         """Views of what `image` shows, `prompt` says, or both, as the model takes them.
@@ -107,22 +112,22 @@ class Pipeline(Generic[A]):
 
         The cameras are, in this order: `cameras`, matrices (v, 4, 4) or pairs (azimuth_deg, elevation_deg); `azimuths_deg` at
         `elevation_deg`; `views` cameras spread evenly. Azimuth 0 looks at the object's front. `normals` is a folder or a list
-        of normal maps, one per view. `guidance` 1 skips the unconditional half. `latents` float32 (v, h, w, c) replaces the
-        initial noise of `seed`; with reference frames it may have as many frames more, which are ignored. What is None comes
-        from the model's defaults. `on_step` is called after every step.
+        of normal maps, one per view. `guidance` 1 skips the unconditional half. `latents` float32 (v, h, w, c), or an
+        .npy file of them, replaces the initial noise of `seed`; with reference frames it may have as many more, which are
+        ignored. What is None comes from the model's defaults. `on_step` is called after every step.
 
         Raises OptionError, CameraError and ImageError for arguments that are not allowed, before any long work, and
         NumericsError if the latents end in NaN or infinity.
         """
         config, defaults = self.model.config, self.model.config.defaults
-        size_px = _whole("size_px", defaults.size_px if size_px is None else size_px, *SIZE_RANGE_PX)
+        size_px = whole("size_px", defaults.size_px if size_px is None else size_px, *SIZE_RANGE_PX)
         factor = config.vae.downscale * config.unet.downscale
         if size_px % factor:
             raise OptionError("size_px", expected=f"a multiple of {factor} for this model", got=size_px)
-        steps = _whole("steps", defaults.steps if steps is None else steps, 1, MAX_STEPS)
-        guidance = _number("guidance", defaults.guidance if guidance is None else guidance, *GUIDANCE_RANGE)
-        seed = _whole("seed", seed, 0, 2**63 - 1)
-        eta = _number("eta", eta, 0, 1)
+        steps = whole("steps", defaults.steps if steps is None else steps, 1, MAX_STEPS)
+        guidance = number("guidance", defaults.guidance if guidance is None else guidance, *GUIDANCE_RANGE)
+        seed = whole("seed", seed, 0, 2**63 - 1)
+        eta = number("eta", eta, 0, 1)
         if scheduler not in tuple(SAMPLERS):
             raise OptionError("scheduler", expected=f"one of {', '.join(SAMPLERS)}", got=scheduler)
         plan = sampler_steps(scheduler, config.scheduler, steps=steps, eta=eta)
@@ -130,9 +135,10 @@ class Pipeline(Generic[A]):
         count, size = len(poses), size_px // config.vae.downscale
         shape = (count, size, size, config.vae.latent_channels)
         pictures = self._pictures(image, size_px=size_px)
-        image_scale = _number("image_scale", image_scale, *IMAGE_SCALE_RANGE)
+        image_scale = number("image_scale", image_scale, *IMAGE_SCALE_RANGE)
         prompts = self._prompts(prompt, negative_prompt, pictures=len(pictures))
-        initial = _initial_latents(latents, shape, seed=seed, extra=len(pictures) if config.unet.reference_frame else 0)
+        given = load_latents(latents)
+        initial = initial_latents(given, shape, seed=seed, extra=len(pictures) if config.unet.reference_frame else 0)
         normal_pixels = self._normals(normals, views=count, size_px=size_px)
 
         parameters = Parameters(
@@ -141,14 +147,15 @@ class Pipeline(Generic[A]):
             backend=self.model.backend,
             dtype=self.model.dtype,
             device=self.model.device,
-            image=_image_names(image),
-            image_sha256=_pictures_sha256(pictures),
+            image=image_names(image),
+            image_sha256=pictures_sha256(pictures),
             image_scale=image_scale,
             prompt=None if prompts is None else prompts.prompt,
             negative_prompt=None if prompts is None else prompts.negative,
-            normals=_names(normals),
-            normals_sha256=_sha256(normal_pixels),
-            latents_sha256=None if latents is None else _sha256(initial),
+            normals=normals_names(normals),
+            normals_sha256=array_sha256(normal_pixels),
+            latents=str(Path(latents).resolve()) if isinstance(latents, str | Path) else None,
+            latents_sha256=array_sha256(given),
             cameras=tuple(tuple(map(tuple, pose)) for pose in poses.tolist()),
             fov_deg=config.camera.fov_deg,
             steps=len(plan),
@@ -157,7 +164,7 @@ class Pipeline(Generic[A]):
             eta=eta,
             seed=seed,
             size_px=size_px,
-            config_sha256=_config_sha256(config),
+            config_sha256=config_sha256(config),
         )
         conditions = self._conditions(poses, pictures, normal_pixels, prompts, parameters)
         final = self._sample(initial, plan, conditions, parameters, on_step)
@@ -233,9 +240,7 @@ class Pipeline(Generic[A]):
         given: list[Any] = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
         if not takes_pictures:
             if given:
-                raise OptionError(
-                    "image", expected="left out: this model takes no picture", got=_image_names(image) or "pixels"
-                )
+                raise OptionError("image", expected="left out: this model takes no picture", got=image_names(image) or "pixels")
             return []
         if not 1 <= len(given) <= MAX_PICTURES:
             raise OptionError("image", expected=f"1 to {MAX_PICTURES} pictures for this model", got=len(given))
@@ -277,7 +282,7 @@ class Pipeline(Generic[A]):
                 raise OptionError("elevation_deg", expected="left out where cameras is given", got=elevation_deg)
             poses = as_poses(cameras, camera.radius)
         else:
-            count = _whole("views", defaults.views if views is None else views, 1, MAX_VIEWS)
+            count = whole("views", defaults.views if views is None else views, 1, MAX_VIEWS)
             azimuths = even_azimuths(count, start_deg=defaults.azimuth_start_deg) if azimuths_deg is None else azimuths_deg
             poses = orbit(azimuths, defaults.elevation_deg if elevation_deg is None else elevation_deg, radius=camera.radius)
         one_view = not (self.model.config.unet.camera_dim or self._joins_views())
@@ -298,16 +303,15 @@ class Pipeline(Generic[A]):
         if not isinstance(normals, str | Path | Sequence | np.ndarray):
             raise OptionError("normals", expected="a folder or a list of normal maps", got=normals)
         if not self.model.config.unet.normal_channels:
-            raise OptionError("normals", expected="left out: this model takes no normal maps", got=_names(normals) or "arrays")
+            raise OptionError("normals", expected="left out: this model takes no normal maps", got=normals_names(normals))
         return load_normals(normals, views=views, size_px=size_px)
 
 
 def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], None] | None = None) -> Views:
     """The views of a run, once more: the same bits where backend, dtype, device and versions are the run's.
 
-    Raises, before the sampling, CheckpointError if the weights are others; OptionError if the picture or the normal maps have
-    changed since or were no files, if the run used given latents, which metadata.json does not hold, or if the pipeline or a
-    parameter is not what it was in the run.
+    Raises, before the sampling, CheckpointError if the weights are others; OptionError if the picture, the normal maps or the
+    given latents have changed since or were no files, or if the pipeline or a parameter is not what it was in the run.
     """
     parameters, model = run.parameters, pipeline.model
     for name, sha256 in sha256_of_files(model.weight_files).items():
@@ -315,20 +319,22 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
             raise CheckpointError("the weights have changed since the run", path=name, hint="load the model of the run")
     loaded = {name: getattr(model, name) for name in ("backend", "dtype", "device")}
     loaded |= {"family": model.config.family, "fov_deg": model.config.camera.fov_deg}
-    loaded |= {"config_sha256": _config_sha256(model.config)}
+    loaded |= {"config_sha256": config_sha256(model.config)}
     for name, value in loaded.items():
         if getattr(parameters, name) != value:
             raise OptionError(name, expected=f"that of the loaded model, {value!r}", got=getattr(parameters, name))
-    if parameters.latents_sha256 is not None:
-        raise OptionError("latents", expected="those of the run, which its metadata does not hold", got=None)
+    if parameters.latents is None and parameters.latents_sha256 is not None:
+        raise OptionError("latents", expected="a file: the run's latents were given in memory", got=None)
     if parameters.image is None and parameters.image_sha256 is not None:
         raise OptionError("image", expected="a file: the run's picture was given in memory", got=None)
     if parameters.normals is None and parameters.normals_sha256 is not None:
         raise OptionError("normals", expected="files: the run's normal maps were given in memory", got=None)
-    size_px = _whole("size_px", parameters.size_px, *SIZE_RANGE_PX)
+    size_px = whole("size_px", parameters.size_px, *SIZE_RANGE_PX)
     pictures = pipeline._pictures(parameters.image, size_px=size_px)
     normals = pipeline._normals(parameters.normals, views=len(parameters.cameras), size_px=size_px)
-    for name, sha256 in (("image", _pictures_sha256(pictures)), ("normals", _sha256(normals))):
+    latents = load_latents(parameters.latents)
+    now = {"image": pictures_sha256(pictures), "normals": array_sha256(normals), "latents": array_sha256(latents)}
+    for name, sha256 in now.items():
         if sha256 != getattr(parameters, f"{name}_sha256"):
             raise OptionError(name, expected="as it was in the run; it has changed", got=getattr(parameters, name))
     return pipeline.generate(
@@ -344,73 +350,6 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
         eta=parameters.eta,
         seed=parameters.seed,
         size_px=size_px,
+        latents=parameters.latents,
         on_step=on_step,
     )
-
-
-def _initial_latents(
-    given: NDArray[np.float32] | None, shape: tuple[int, ...], *, seed: int, extra: int
-) -> NDArray[np.float32]:
-    """Noise of deviation 1, drawn view after view so that more views do not change the first ones; or the given latents,
-    without the `extra` frames at their end, if they have them."""
-    if given is None:
-        return np.random.default_rng(seed).standard_normal(shape, np.float32)
-    if not isinstance(given, np.ndarray) or given.dtype.kind != "f":
-        got = given.dtype.name if isinstance(given, np.ndarray) else type(given).__name__
-        raise OptionError("latents", expected="a numpy array of floats", got=got)
-    frames = given[: shape[0]] if extra and given.ndim and len(given) == shape[0] + extra else given
-    if frames.shape != shape:
-        raise OptionError("latents", expected=f"of shape {shape}", got=given.shape)
-    with np.errstate(over="ignore"):
-        latents = frames.astype(np.float32)
-    if not np.isfinite(latents).all():
-        raise OptionError("latents", expected="finite in float32", got="NaN, infinity or more than that")
-    return latents
-
-
-def _whole(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise OptionError(name, expected=f"a whole number from {low} to {high}", got=value)
-    return int(value)
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not low <= value <= high:
-        raise OptionError(name, expected=f"a number from {low:g} to {high:g}", got=value)
-    return float(value)
-
-
-def _image_names(image: Pictures | None) -> str | tuple[str, ...] | None:
-    """The file or the files of the pictures; None if one of them was given in memory."""
-    if isinstance(image, str | Path):
-        return str(Path(image).resolve())
-    if not isinstance(image, list | tuple):
-        return None
-    names = tuple(str(Path(each).resolve()) for each in image if isinstance(each, str | Path))
-    return names if len(names) == len(image) else None
-
-
-def _pictures_sha256(pictures: Sequence[Framed]) -> str | None:
-    """Of all that a model can see of the pictures."""
-    if not pictures:
-        return None
-    parts = [np.ascontiguousarray(array).tobytes() for each in pictures for array in (each.full, each.pixels)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def _names(normals: Normals | None) -> str | tuple[str, ...] | None:
-    """The folder or the files of the normal maps; None if one of them was given in memory."""
-    if normals is None:
-        return None
-    if isinstance(normals, str | Path):
-        return str(Path(normals).resolve())
-    names = tuple(str(Path(item).resolve()) for item in normals if isinstance(item, str | Path))
-    return names if len(names) == len(normals) else None
-
-
-def _sha256(array: NDArray[Any] | None) -> str | None:
-    return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def _config_sha256(config: ModelConfig) -> str:
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,7 @@ Sources: diffusers' UNet2DConditionModel, AutoencoderKL and DDIMScheduler; Multi
 whose fields are those of LDM's openaimodel.py; transformers' CLIPTextConfig and CLIPVisionConfig.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ LDM_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "disable_self_attentions": (None,),
     "num_attention_blocks": (None,),
     "disable_middle_self_attn": (False,),
-    "num_heads": (-1, None),
     "num_heads_upsample": (-1, None),
 }
 DIFFUSERS_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -136,8 +135,11 @@ class Fields:
         return CheckpointError(f"{name} is malformed: {value!r}", path=self.path)
 
 
-def ldm_unet(document: Document, *, path: Path) -> UNetConfig:
-    """The U-Net of a `MultiViewUNetModel` config: MVDream's, or with `ip_dim` ImageDream's. Raises CheckpointError."""
+def ldm_unet(document: Document, *, path: Path, linear: bool = True) -> UNetConfig:
+    """The U-Net of a `MultiViewUNetModel` config: MVDream's, or with `ip_dim` ImageDream's. Raises CheckpointError.
+
+    `linear` says whether the weights' projections around the transformers are linear layers, where the config does not.
+    """
     fields = Fields(document, path=path)
     multipliers = fields.take("channel_mult", (list, tuple))
     width, levels = fields.take("model_channels", int), len(multipliers)
@@ -145,10 +147,16 @@ def ldm_unet(document: Document, *, path: Path) -> UNetConfig:
     context_dim, ip_dim = fields.take("context_dim", int), fields.take("ip_dim", int, 0)
     if fields.take("ip_weight", (int, float), 1.0) != 1.0:
         raise CheckpointError("ip_weight must be 1: the weight of the image tokens is set at generation", path=path)
-    heads, embedding_dim = fields.take("resampler_heads", int, 12), fields.take("resampler_embedding_dim", int, 1280)
     resampler = ResamplerConfig(
-        embedding_dim=embedding_dim, output_dim=context_dim, hidden_dim=context_dim, heads=heads, num_queries=max(1, ip_dim)
+        embedding_dim=fields.take("resampler_embedding_dim", int, 1280),
+        output_dim=context_dim,
+        hidden_dim=context_dim,
+        heads=fields.take("resampler_heads", int, 12),
+        num_queries=max(1, ip_dim),
     )
+    head_channels, heads = fields.take("num_head_channels", int, -1), fields.take("num_heads", int, -1)
+    if head_channels < 1 and heads < 1:
+        raise CheckpointError("num_head_channels or num_heads must be given", path=path)
     config = UNetConfig(
         in_channels=fields.take("in_channels", int),
         out_channels=fields.take("out_channels", int),
@@ -156,8 +164,10 @@ def ldm_unet(document: Document, *, path: Path) -> UNetConfig:
         layers_per_block=fields.per_level("num_res_blocks", levels),
         transformer_layers_per_block=fields.per_level("transformer_depth", levels, 1),
         attention_levels=tuple(2**level in factors for level in range(levels)),
-        attention_head_dim=fields.take("num_head_channels", int),
+        num_attention_heads=(heads,) * levels if head_channels < 1 else None,
+        attention_head_dim=max(head_channels, 1),
         cross_attention_dim=context_dim,
+        use_linear_projection=fields.take("use_linear_in_transformer", bool, linear),
         camera_dim=fields.take("camera_dim", int, None),
         resampler=resampler if ip_dim else None,
         reference_frame=fields.take("reference_frame", bool, bool(ip_dim)),
@@ -310,9 +320,3 @@ def family_defaults(family: str, *, size_px: int) -> GenerationDefaults:
             return GenerationDefaults(elevation_deg=5.0, size_px=size_px, negative_prompt=IMAGEDREAM_NEGATIVE_PROMPT)
         case _:
             return GenerationDefaults(views=1, steps=50, guidance=7.5, size_px=size_px)
-
-
-UNETS: dict[str, Callable[..., UNetConfig]] = {
-    "MultiViewUNetModel": ldm_unet,
-    "UNet2DConditionModel": diffusers_unet,
-}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +21,9 @@ from mvshared.weights import sha256_of_files
 class Parameters:
     """A run, completely: everything that changes a pixel, resolved and checked, as JSON values.
 
-    `image_sha256` and `normals_sha256` are of the prepared pixels; `image` and `normals`, absolute paths, are None beside them
-    where pixels were given in memory. Prompts are None for a model that takes no text. `cameras` are poses (v, 4, 4).
+    `image_sha256` and `normals_sha256` are of the prepared pixels, `latents_sha256` of the initial latents if they were given;
+    `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. Prompts are None
+    for a model that takes no text. `cameras` are poses (v, 4, 4).
     """
 
     model: str
@@ -36,6 +38,7 @@ class Parameters:
     negative_prompt: str | None
     normals: str | tuple[str, ...] | None
     normals_sha256: str | None
+    latents: str | None
     latents_sha256: str | None
     cameras: tuple[tuple[tuple[float, ...], ...], ...]
     fov_deg: float
@@ -71,7 +74,8 @@ class Views:
     weight_files: Sequence[Path]
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write view_000.png ..., grid.png, turntable.gif, transforms.json and, last, metadata.json; returns the folder.
+        """Write view_000.png ..., grid.png, turntable.gif, latents.npy, transforms.json and, last, metadata.json; returns the
+        folder.
 
         Raises OutputError if the folder holds a finished run and no `force` is given, or cannot be written; CheckpointError if
         the weight files are gone, whose hashes belong to the metadata.
@@ -85,6 +89,9 @@ class Views:
             save_png(target / name, image)
         write_atomic(target / "grid.png", encode_png(grid(self.images)))
         save_turntable(target / "turntable.gif", self.images)
+        with BytesIO() as file:
+            np.save(file, self.latents)
+            write_atomic(target / "latents.npy", file.getvalue())
         write_json(target / "transforms.json", cameras)
         finish(target, document)
         return target

@@ -1,0 +1,394 @@
+"""The networks of diffusers and transformers in the place of this project's own: what `mvmlx validate` compares with.
+
+diffusers has neither joint attention over views, nor cameras, nor a reference frame; they are added to its U-Net from outside,
+with its own attention processors of IP-Adapter for the image tokens. diffusers and transformers are imported by nothing else
+here, and only once a model is loaded.
+"""
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mvshared.backend import BackendName, Dtype
+from mvshared.checkpoint import components, find_model, read_model_config, weight_files
+from mvshared.config import ResamplerConfig, UNetConfig
+from mvshared.errors import BackendError, OptionError
+from mvshared.files import read_json_object
+from mvtorch.model import choose_device, choose_dtype, expected_shapes, read_tensors
+from mvtorch.observation import Observer, observe
+
+
+class Condition(NamedTuple):
+    """What stays constant over the steps, with a batch per half of the guidance; see `mvtorch.model.Condition`."""
+
+    text: Tensor | None
+    image_states: Tensor | None
+    image_scale: float
+    cameras: Tensor | None
+    reference: Tensor | None
+    normals: Tensor | None
+    guided: bool
+
+
+class DiffusersModel:
+    """Implements `mvshared.backend.Model` with diffusers' U-Net and VAE and transformers' CLIP, on a folder's weights."""
+
+    backend: BackendName
+    device: str
+    dtype: Dtype
+    weight_files: Sequence[Path]
+
+    def __init__(self, name: str | Path, *, dtype: str | None = None, device: str = "auto") -> None:
+        """Raises CheckpointError, OptionError and BackendError, also if diffusers or transformers is not installed."""
+        self.backend, self.device = "torch", choose_device(device)
+        self.dtype = choose_dtype(dtype, device=self.device)
+        folder = find_model(name)
+        self.config = read_model_config(folder)
+        shapes = expected_shapes(self.config)
+        self.weight_files = [file for component in components(self.config) for file in weight_files(folder, component)]
+        self._networks: dict[str, Any] = {}
+        for component in components(self.config):
+            network = _BUILDERS[component](folder, self.config)
+            tensors = read_tensors(
+                weight_files(folder, component),
+                shapes[component],
+                dtype=self.dtype,
+                device=self.device,
+                unet=self.config.unet if component == "unet" else None,
+            )
+            _set_weights(network, tensors, resampler=self.config.unet.resampler if component == "unet" else None)
+            nn.Module.to(network, device=self.device, dtype=getattr(torch, self.dtype))
+            self._networks[component] = network.eval()
+
+    def observe(self, fn: Observer) -> AbstractContextManager[None]:
+        """As `mvtorch.observation.observe`, with this project's names for the blocks."""
+
+        def renamed(name: str, array: Tensor, seconds: float) -> None:
+            component, _, path = name.partition(".")
+            if path.endswith(".group_norm"):  # tokens lie (n, c, l) there
+                array = array.transpose(1, 2)
+            fn(f"{component}.{_own_name(path)}" if path else component, array, seconds)
+
+        return observe(self._networks, renamed)
+
+    def from_numpy(self, x: NDArray[np.float32]) -> Tensor:
+        """A float32 copy on the device."""
+        return torch.tensor(np.ascontiguousarray(x, dtype=np.float32), device=self.device)
+
+    def to_numpy(self, x: Tensor) -> NDArray[np.float32]:
+        """A float32 copy."""
+        return x.detach().float().cpu().contiguous().numpy().copy()
+
+    def encode_latents(self, pixels: NDArray[np.float32]) -> Tensor:
+        """Scaled latents (n, h, w, c) of pixels (n, H, W, 3) in [-1, 1]: the posterior's mean."""
+        mean, scale = self._latent_statistics()
+        with torch.inference_mode():
+            means = [
+                self._networks["vae"].encode(_channels_first(self._cast(x[None]))).latent_dist.mean
+                for x in self.from_numpy(pixels)
+            ]
+            return (torch.cat(means).float().permute(0, 2, 3, 1) - mean) * scale
+
+    def encode_prompt(self, token_ids: NDArray[np.int64]) -> Tensor:
+        """The text tower's last states (n, l, c) of token ids (n, l)."""
+        with torch.inference_mode():
+            states = self._network("text_encoder", "prompt")(torch.tensor(token_ids, device=self.device))
+            return states.last_hidden_state.float()
+
+    def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
+        """The vision tower's states before its last layer (n, m, c) of normalised pixels (n, s, s, 3)."""
+        with torch.inference_mode():
+            x = _channels_first(self._cast(self.from_numpy(pixels)))
+            return self._network("image_encoder", "image")(x, output_hidden_states=True).hidden_states[-2].float()
+
+    def condition(
+        self,
+        *,
+        text: Tensor | None = None,
+        image_states: Tensor | None = None,
+        image_scale: float = 1.0,
+        cameras: NDArray[np.float32] | None,
+        reference: Tensor | None,
+        normals: Tensor | None,
+        guided: bool,
+    ) -> Condition:
+        """See `mvshared.backend.Model.condition`."""
+
+        def batched(x: Tensor | None, *, drop: bool = False) -> Tensor | None:
+            if x is None:
+                return None
+            return torch.stack([torch.zeros_like(x) if drop else x, x]) if guided else x[None]
+
+        return Condition(
+            text=text,
+            image_states=batched(image_states, drop=True),
+            image_scale=image_scale,
+            cameras=batched(None if cameras is None else self.from_numpy(cameras)),
+            reference=batched(reference, drop=True),
+            normals=batched(normals),
+            guided=guided,
+        )
+
+    def denoise(self, x: Tensor, t: float, condition: Condition, guidance: float) -> Tensor:
+        """See `mvshared.backend.Model.denoise`."""
+        unet, config = self._networks["unet"], self.config.unet
+        with torch.inference_mode():
+            batch, views = (2 if condition.guided else 1), len(x)
+            sample = x[None].expand(batch, *x.shape)
+            if config.normal_channels:
+                zeros = sample.new_zeros((*sample.shape[:-1], config.normal_channels))
+                sample = torch.cat([sample, zeros if condition.normals is None else condition.normals], dim=-1)
+            if condition.reference is not None:
+                clean = nn.functional.pad(condition.reference, (0, config.normal_channels))
+                sample = torch.cat([sample, clean], dim=1)
+            frames = sample.shape[1]
+            cameras = condition.cameras
+            if cameras is not None:
+                cameras = self._cast(nn.functional.pad(cameras, (0, 0, 0, frames - views)).flatten(0, 1))
+            tokens = self._image_tokens(condition)
+            unet.extras.set(frames=frames, views=views, cameras=cameras, image_scale=condition.image_scale)
+            context: Any = None
+            if condition.text is not None:
+                context = self._cast(condition.text).repeat_interleave(frames, dim=0)
+                if tokens is not None:
+                    context = (context, [tokens.repeat_interleave(frames, dim=0)])
+            timesteps = torch.full((batch * frames,), t, dtype=torch.float32, device=self.device)
+            frames_first = _channels_first(self._cast(sample).flatten(0, 1))
+            out = unet(frames_first, timesteps, context, return_dict=False)[0]
+            out = out.float().permute(0, 2, 3, 1).unflatten(0, (batch, views))
+            if not condition.guided:
+                return out[0]
+            return out[0] + guidance * (out[1] - out[0])
+
+    def decode(self, x: Tensor) -> NDArray[np.float32]:
+        """Pixels (v, H, W, 3) of scaled latents (v, h, w, c)."""
+        mean, scale = self._latent_statistics()
+        with torch.inference_mode():
+            latents = _channels_first(self._cast(x / scale + mean))
+            pixels = [self._networks["vae"].decode(view[None]).sample for view in latents]
+            return self.to_numpy(torch.cat(pixels).permute(0, 2, 3, 1))
+
+    def _image_tokens(self, condition: Condition) -> Tensor | None:
+        """Tokens (b, r m, c) of the pictures."""
+        states = condition.image_states
+        if states is None:
+            return None
+        tokens = self._networks["unet"].image_embed(self._cast(states).flatten(0, 1))
+        return tokens.unflatten(0, states.shape[:2]).flatten(1, 2)
+
+    def _network(self, component: str, argument: str) -> Any:
+        if component not in self._networks:
+            raise OptionError(argument, expected=f"left out: this model has no {component}", got="a value")
+        return self._networks[component]
+
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        vae = self.config.vae
+        mean = self.from_numpy(np.array(vae.latents_mean or [0.0] * vae.latent_channels, np.float32))
+        std = self.from_numpy(np.array(vae.latents_std or [1.0] * vae.latent_channels, np.float32))
+        return mean, vae.scaling_factor / std
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(getattr(torch, self.dtype))
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """(n, h, w, c) as (n, c, h, w), in memory too: PyTorch's group norm for channels_last loses digits on the CPU."""
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
+class _Extras:
+    """What a call adds to diffusers' U-Net: frames that attend to each other, cameras, and the scale of image tokens."""
+
+    def __init__(self, unet: Any) -> None:
+        self.frames = self.views = 1
+        self.cameras: Tensor | None = None
+        self.unet = [unet]  # in a list, or the network would be a part of itself
+        unet.time_embedding.register_forward_hook(self._add_cameras)
+        unet.conv_norm_out.register_forward_pre_hook(self._drop_references)
+
+    def set(self, *, frames: int, views: int, cameras: Tensor | None, image_scale: float) -> None:
+        self.frames, self.views, self.cameras = frames, views, cameras
+        for processor in self.unet[0].attn_processors.values():
+            if hasattr(processor, "scale"):
+                processor.scale = [image_scale]
+
+    def attend(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Self-attention over the tokens of all frames of an object: diffusers' own, on other groups."""
+        n, tokens, channels = hidden_states.shape
+        joint = hidden_states.reshape(n // self.frames, self.frames * tokens, channels)
+        plain = _library("diffusers.models.attention_processor").AttnProcessor2_0()
+        return plain(attn, joint, *args, **kwargs).reshape(n, tokens, channels)
+
+    def _add_cameras(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out if self.cameras is None else out + self.unet[0].camera_embedding(self.cameras)
+
+    def _drop_references(self, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        return args[0].unflatten(0, (-1, self.frames))[:, : self.views].flatten(0, 1)
+
+
+def _library(name: str) -> Any:
+    """A module of diffusers or transformers. Raises BackendError if the library is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as missing:
+        raise BackendError(
+            f"{name.partition('.')[0]} is not installed", backend="torch", hint="pip install 'mvmlx[validate]'"
+        ) from missing
+
+
+def _build_unet(folder: Path, config: Any) -> nn.Module:
+    kind: Any = _library("diffusers.models.unets.unet_2d_condition").UNet2DConditionModel
+    document = read_json_object(folder / "unet" / "config.json")
+    with torch.device("cpu"):
+        if document.get("_class_name") == "UNet2DConditionModel":
+            unet: Any = kind.from_config(document)
+        else:
+            unet = kind(**unet_arguments(config.unet))
+    _add_parts(unet, config.unet)
+    return unet
+
+
+def unet_arguments(config: UNetConfig) -> dict[str, Any]:
+    """What diffusers' UNet2DConditionModel is made with to have the blocks of a config."""
+    attends = config.attention_levels
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": config.block_out_channels,
+        "layers_per_block": list(config.layers_per_block),
+        "transformer_layers_per_block": list(config.transformer_layers_per_block),
+        "attention_head_dim": tuple(config.heads(level) for level in range(len(attends))),
+        "cross_attention_dim": config.cross_attention_dim or 8,
+        "use_linear_projection": config.use_linear_projection,
+        "norm_num_groups": config.norm_num_groups,
+        "norm_eps": config.norm_eps,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if config.mid_attention else "UNetMidBlock2D",
+        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+    }
+
+
+def _add_parts(unet: Any, config: UNetConfig) -> None:
+    """Cameras, image tokens and joint attention."""
+    embeddings, processors = _library("diffusers.models.embeddings"), _library("diffusers.models.attention_processor")
+    if config.cross_attention_dim is None:  # diffusers' blocks can do without, its U-Net cannot ask for it
+        for block in unet.modules():
+            if type(block).__name__ == "BasicTransformerBlock":
+                block.norm2, block.attn2 = None, None
+    if config.camera_dim is not None:
+        unet.camera_embedding = embeddings.TimestepEmbedding(config.camera_dim, config.time_embed_dim)
+    unet.extras = _Extras(unet)
+    chosen: dict[str, Any] = {}
+    for name in unet.attn_processors:
+        if ".attn1." in name:
+            chosen[name] = unet.extras.attend
+        elif config.resampler is None:
+            chosen[name] = processors.AttnProcessor2_0()
+        else:
+            channels = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+            tokens = (config.resampler.num_queries,)
+            chosen[name] = processors.IPAdapterAttnProcessor2_0(channels, config.cross_attention_dim, num_tokens=tokens)
+    unet.set_attn_processor(chosen)
+    if config.resampler is not None:
+        r = config.resampler
+        unet.image_embed = embeddings.IPAdapterPlusImageProjection(
+            r.embedding_dim, r.output_dim, r.hidden_dim, r.depth, r.dim_head, r.heads, r.num_queries, r.ff_mult
+        )
+
+
+def _build_vae(folder: Path, config: Any) -> nn.Module:
+    kind: Any = _library("diffusers.models.autoencoders.autoencoder_kl").AutoencoderKL
+    document = read_json_object(folder / "vae" / "config.json")
+    if document.get("_class_name") == "AutoencoderKL":
+        return kind.from_config(document)
+    vae, levels = config.vae, len(config.vae.block_out_channels)
+    return kind(
+        in_channels=vae.in_channels,
+        out_channels=vae.out_channels,
+        latent_channels=vae.latent_channels,
+        block_out_channels=vae.block_out_channels,
+        layers_per_block=vae.layers_per_block,
+        norm_num_groups=vae.norm_num_groups,
+        mid_block_add_attention=vae.mid_block_add_attention,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+    )
+
+
+def _build_text_encoder(folder: Path, config: Any) -> nn.Module:
+    return _build_tower(folder, "text_encoder", "CLIPText", config.text_encoder)
+
+
+def _build_image_encoder(folder: Path, config: Any) -> nn.Module:
+    return _build_tower(folder, "image_encoder", "CLIPVision", config.image_encoder)
+
+
+def _build_tower(folder: Path, component: str, prefix: str, config: Any) -> nn.Module:
+    transformers = _library("transformers")
+    document = read_json_object(folder / component / "config.json")
+    given = document if "model_type" in document or "architectures" in document else asdict(config)
+    projected = "" if config.projection_dim is None else "WithProjection"
+    return getattr(transformers, f"{prefix}Model{projected}")(getattr(transformers, f"{prefix}Config").from_dict(given))
+
+
+_BUILDERS = {
+    "unet": _build_unet,
+    "vae": _build_vae,
+    "text_encoder": _build_text_encoder,
+    "image_encoder": _build_image_encoder,
+}
+
+# Parts of a layer of diffusers' Resampler, and ours.
+_RESAMPLER_PARTS = {
+    "ln0": "0.norm1",
+    "ln1": "0.norm2",
+    "attn.to_q": "0.to_q",
+    "attn.to_out.0": "0.to_out",
+    "ff.0": "1.0",
+    "ff.1.net.0.proj": "1.1",
+    "ff.1.net.2": "1.3",
+}
+_RESAMPLER_LAYER = re.compile(r"(image_embed\.layers\.\d+)\.(.+)")
+
+
+def _own_name(path: str) -> str:
+    """This project's name of a block of diffusers or transformers."""
+    name = re.sub(r"\.processor\.(to_[kv]_ip)\.0", r".\1", re.sub(r"^(text|vision)_model\.", "", path))
+    layer = _RESAMPLER_LAYER.fullmatch(name)
+    return f"{layer[1]}.{_RESAMPLER_PARTS.get(layer[2], layer[2])}" if layer else name
+
+
+def _set_weights(network: nn.Module, tensors: Mapping[str, Tensor], *, resampler: ResamplerConfig | None) -> None:
+    """Load weights with this project's names, every one."""
+    theirs = set(network.state_dict())
+    prefix = next((p for p in ("text_model.", "vision_model.") if any(name.startswith(p) for name in theirs)), "")
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for other, tensor_there in _their_names(name, tensor, resampler=resampler):
+            renamed[other if other in theirs else f"{prefix}{other}"] = tensor_there
+    buffers = {name for name in theirs - renamed.keys() if name.endswith("position_ids")}
+    network.load_state_dict({**renamed, **{name: network.state_dict()[name] for name in buffers}}, strict=True)
+
+
+def _their_names(name: str, tensor: Tensor, *, resampler: ResamplerConfig | None) -> Iterator[tuple[str, Tensor]]:
+    """A weight of ours with diffusers' name, or the two that it is there."""
+    path, _, kind = name.rpartition(".")
+    layer = _RESAMPLER_LAYER.fullmatch(path)
+    if resampler is not None and path.endswith(("to_k_ip", "to_v_ip")):
+        path = re.sub(r"\.(to_[kv]_ip)$", r".processor.\1.0", path)
+    elif resampler is not None and layer and layer[2] == "0.to_kv":
+        for half, values in zip(("to_k", "to_v"), tensor.chunk(2), strict=True):
+            yield f"{layer[1]}.attn.{half}.{kind}", values
+        return
+    elif resampler is not None and layer:
+        path = f"{layer[1]}.{next(theirs for theirs, own in _RESAMPLER_PARTS.items() if own == layer[2])}"
+    yield f"{path}.{kind}" if path else kind, tensor

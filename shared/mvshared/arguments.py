@@ -1,0 +1,102 @@
+"""What a caller gave to `generate`: checked, and named for the run's metadata."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mvshared.config import ModelConfig
+from mvshared.errors import OptionError
+from mvshared.framing import Framed
+
+Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
+Pictures: TypeAlias = Picture | Sequence[Picture]
+Normals: TypeAlias = str | Path | Sequence[str | Path | NDArray[Any]]
+Latents: TypeAlias = str | Path | NDArray[np.floating[Any]]
+
+
+def load_latents(given: Latents | None) -> NDArray[Any] | None:
+    """Latents as an array, from an .npy file if a path was given. Raises OptionError for what is neither."""
+    if isinstance(given, str | Path):
+        try:
+            return np.load(given, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as cause:
+            raise OptionError("latents", expected="an .npy file of floats", got=str(given), hint=str(cause)) from cause
+    if given is not None and not isinstance(given, np.ndarray):
+        raise OptionError("latents", expected="a numpy array of floats", got=type(given).__name__)
+    return given
+
+
+def initial_latents(given: NDArray[Any] | None, shape: tuple[int, ...], *, seed: int, extra: int) -> NDArray[np.float32]:
+    """Noise of deviation 1, drawn view after view so that more views do not change the first ones; or the given latents,
+    without the `extra` frames at their end, if they have them."""
+    if given is None:
+        return np.random.default_rng(seed).standard_normal(shape, np.float32)
+    if given.dtype.kind != "f":
+        raise OptionError("latents", expected="a numpy array of floats", got=given.dtype.name)
+    frames = given[: shape[0]] if extra and given.ndim and len(given) == shape[0] + extra else given
+    if frames.shape != shape:
+        raise OptionError("latents", expected=f"of shape {shape}", got=given.shape)
+    with np.errstate(over="ignore"):
+        latents = frames.astype(np.float32)
+    if not np.isfinite(latents).all():
+        raise OptionError("latents", expected="finite in float32", got="NaN, infinity or more than that")
+    return latents
+
+
+def whole(name: str, value: object, low: int, high: int) -> int:
+    """The value as an int. Raises OptionError for what is none, or out of bounds."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise OptionError(name, expected=f"a whole number from {low} to {high}", got=value)
+    return int(value)
+
+
+def number(name: str, value: object, low: float, high: float) -> float:
+    """The value as a float. Raises OptionError for what is none, or out of bounds."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not low <= value <= high:
+        raise OptionError(name, expected=f"a number from {low:g} to {high:g}", got=value)
+    return float(value)
+
+
+def image_names(image: Pictures | None) -> str | tuple[str, ...] | None:
+    """The file or the files of the pictures; None if one of them was given in memory."""
+    if isinstance(image, str | Path):
+        return str(Path(image).resolve())
+    if not isinstance(image, list | tuple):
+        return None
+    names = tuple(str(Path(each).resolve()) for each in image if isinstance(each, str | Path))
+    return names if len(names) == len(image) else None
+
+
+def pictures_sha256(pictures: Sequence[Framed]) -> str | None:
+    """Of all that a model can see of the pictures."""
+    if not pictures:
+        return None
+    parts = [np.ascontiguousarray(array).tobytes() for each in pictures for array in (each.full, each.pixels)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def normals_names(normals: Normals | None) -> str | tuple[str, ...] | None:
+    """The folder or the files of the normal maps; None if one of them was given in memory."""
+    if normals is None:
+        return None
+    if isinstance(normals, str | Path):
+        return str(Path(normals).resolve())
+    names = tuple(str(Path(item).resolve()) for item in normals if isinstance(item, str | Path))
+    return names if len(names) == len(normals) else None
+
+
+def array_sha256(array: NDArray[Any] | None) -> str | None:
+    """Of the values; None for None."""
+    return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def config_sha256(config: ModelConfig) -> str:
+    """Of all that a config says."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,278 @@
+"""Two implementations on the same weights and inputs, compared block by block: `mvmlx validate`.
+
+Each network gets the same inputs on both sides, those that this side's networks made before, so that errors add up within a
+network and not from one to the next. Activations go to disk as they come: one of each side is in memory at a time.
+"""
+
+import gc
+import importlib
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvshared.backend import PACKAGES, BackendName, Dtype, Model, available_backends, choose_backend, parse_dtype
+from mvshared.camera import camera_vectors, even_azimuths, orbit
+from mvshared.checkpoint import find_model
+from mvshared.clip_images import clip_pixels
+from mvshared.config import ModelConfig
+from mvshared.errors import OptionError
+from mvshared.files import make_folder
+from mvshared.framing import frame_picture
+from mvshared.images import load_image
+from mvshared.tokenizer import CLIPTokenizer
+
+Against = Literal["mlx", "torch", "diffusers"]
+
+TOLERANCES: dict[Dtype, float] = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}  # relative RMS per block
+PROMPT = "a photo of an owl, 3d asset"
+GUIDANCE = 5.0
+ELEVATION_DEG = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One block on both sides: the largest difference, relative to the largest value there, and the relative RMS.
+
+    Seconds are None for what is no block: the scaled latents, the guided output of the U-Net, the pixels.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    max_error: float
+    rms_error: float
+    seconds: float | None
+    reference_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """All checks in the order in which the blocks ran; `unmatched` are blocks that only this side has."""
+
+    backend: BackendName
+    against: Against
+    dtype: Dtype
+    tolerance: float
+    checks: tuple[Check, ...]
+    unmatched: tuple[str, ...]
+
+    @property
+    def first_failure(self) -> Check | None:
+        """The first block that leaves the tolerance, or is not finite."""
+        return next((check for check in self.checks if not check.rms_error <= self.tolerance), None)
+
+
+class Inputs(NamedTuple):
+    """What the networks are given: a random sample, token ids, pictures, cameras."""
+
+    sample: NDArray[np.float32]
+    timestep: float
+    cameras: NDArray[np.float32] | None
+    token_ids: NDArray[np.int64] | None
+    clip_pixels: NDArray[np.float32] | None
+    pixels: NDArray[np.float32]
+
+
+class States(NamedTuple):
+    """What the first side's encoders made, for both U-Nets."""
+
+    text: NDArray[np.float32] | None
+    image: NDArray[np.float32] | None
+    reference: NDArray[np.float32]
+
+
+def validate(
+    name: str | Path,
+    *,
+    against: str,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str | None = None,
+    tolerance: float | None = None,
+    save: Path | None = None,
+    on_check: Callable[[Check], None] | None = None,
+) -> Validation:
+    """Run the networks of a model in a backend and in `against`, the other backend or diffusers, and compare every block.
+
+    The reference computes in float32 on the CPU. `tolerance` is the relative RMS that a block may differ by, TOLERANCES if not
+    given. `save` is a folder for the activations, `SIDE/BLOCK.npy`; `on_check` is called with every comparison.
+    Raises OptionError, BackendError and CheckpointError.
+    """
+    if against not in get_args(Against):
+        raise OptionError("against", expected="mlx, torch or diffusers", got=against)
+    chosen = _backend_under_test(backend, against=against)  # type: ignore[arg-type]
+    used_dtype = parse_dtype(dtype, default="float32")
+    limit = TOLERANCES[used_dtype] if tolerance is None else tolerance
+    if not 0 < limit < float("inf"):
+        raise OptionError("tolerance", expected="above 0", got=tolerance)
+    with ExitStack() as stack:
+        folder = make_folder(save) if save else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mvmlx-")))
+        recorder = _Recorder(make_folder(folder / chosen))
+        model = _load(chosen, name, dtype=used_dtype, device=device)
+        inputs = _inputs(model.config, find_model(name))
+        states = _run(model, inputs, recorder, states=None)
+        del model
+        gc.collect()
+        keep = make_folder(folder / against) if save else None
+        comparer = _Comparer(recorder, frames=_frames(inputs), keep=keep)
+        reference = _load(against, name, dtype="float32", device="cpu")  # type: ignore[arg-type]
+        _run(reference, inputs, comparer, states=states)
+        checks = comparer.in_order()
+    if on_check is not None:
+        for check in checks:
+            on_check(check)
+    return Validation(
+        backend=chosen,
+        against=against,  # type: ignore[arg-type]
+        dtype=used_dtype,
+        tolerance=limit,
+        checks=checks,
+        unmatched=tuple(name for name in recorder.blocks if name not in comparer.checks),
+    )
+
+
+def _backend_under_test(backend: str, *, against: Against) -> BackendName:
+    if against == backend:
+        raise OptionError("against", expected="another implementation than the backend", got=against)
+    if backend == "auto" and against != "diffusers":
+        backend = "mlx" if against == "torch" else "torch"
+    for needed in ("torch",) if against == "diffusers" else (against,):
+        if needed not in available_backends():
+            choose_backend(needed)  # raises with the hint how to install it
+    return choose_backend(backend)
+
+
+def _load(side: Against, name: str | Path, *, dtype: Dtype, device: str) -> Model[Any]:
+    if side == "diffusers":
+        return importlib.import_module(f"{PACKAGES['torch']}.diffusers_model").DiffusersModel(name, dtype=dtype, device=device)
+    return importlib.import_module(f"{PACKAGES[side]}.model").load_model(name, dtype=dtype, device=device)
+
+
+def _inputs(config: ModelConfig, folder: Path) -> Inputs:
+    defaults, rng = config.defaults, np.random.default_rng(0)
+    size = defaults.size_px // config.vae.downscale
+    framed = frame_picture(load_image(_picture(defaults.size_px)), size_px=defaults.size_px, framing=config.framing)
+    poses = orbit(even_azimuths(defaults.views), ELEVATION_DEG, radius=config.camera.radius)
+    processor = config.image_processor
+    return Inputs(
+        sample=rng.standard_normal((defaults.views, size, size, config.vae.latent_channels), dtype=np.float32),
+        timestep=float(config.scheduler.num_train_timesteps // 2),
+        cameras=camera_vectors(poses) if config.unet.camera_dim else None,
+        token_ids=None if config.text_encoder is None else CLIPTokenizer(folder / "tokenizer")(["", PROMPT]).ids,
+        clip_pixels=None if processor is None else clip_pixels(framed.full, processor)[None],
+        pixels=framed.pixels[None],
+    )
+
+
+def _picture(size_px: int) -> NDArray[np.uint8]:
+    """Gradients with texture everywhere: flat areas would leave the norms little but rounding to divide by."""
+    y, x = np.mgrid[:size_px, :size_px] / size_px
+    texture = np.random.default_rng(1).integers(-64, 64, (size_px, size_px, 3))
+    return (np.stack([x, y, 1 - x], axis=-1) * 127 + 64 + texture).astype(np.uint8)
+
+
+def _frames(inputs: Inputs) -> tuple[int, ...]:
+    """How often the reference may compute once per frame what this project computes once: for the views, with a reference."""
+    return len(inputs.sample), len(inputs.sample) + 1
+
+
+def _run(model: Model[Any], inputs: Inputs, observer: Any, *, states: States | None) -> States:
+    """Every network once. Without `states`, the U-Net gets those of this model's own encoders."""
+    config = model.config
+
+    def observed(name: str, array: Any, seconds: float) -> None:
+        observer(name, model.to_numpy(array), seconds)
+
+    with model.observe(observed):
+        text = None if inputs.token_ids is None else model.to_numpy(model.encode_prompt(inputs.token_ids))
+        image = None if inputs.clip_pixels is None else model.to_numpy(model.encode_image(inputs.clip_pixels))
+        reference = model.to_numpy(model.encode_latents(inputs.pixels))
+        states = states or States(text, image, reference)
+        condition = model.condition(
+            text=None if states.text is None else model.from_numpy(states.text),
+            image_states=None if states.image is None else model.from_numpy(states.image),
+            cameras=inputs.cameras,
+            reference=model.from_numpy(states.reference) if config.unet.reference_frame else None,
+            normals=None,
+            guided=True,
+        )
+        out = model.denoise(model.from_numpy(inputs.sample), inputs.timestep, condition, GUIDANCE)
+        pixels = model.decode(model.from_numpy(states.reference))
+    for name, array in (("latents", reference), ("unet.guided", model.to_numpy(out)), ("pixels", pixels)):
+        observer(name, array, None)
+    return states
+
+
+class _Recorder:
+    """Keeps activations on disk, and the blocks' shapes and times."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.blocks: dict[str, tuple[tuple[int, ...], float | None]] = {}
+
+    def __call__(self, name: str, array: NDArray[np.float32], seconds: float | None) -> None:
+        self.blocks[name] = (array.shape, seconds)
+        np.save(self.folder / f"{name}.npy", array)
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+
+class _Comparer:
+    """Compares activations with recorded ones of the same name."""
+
+    def __init__(self, recorder: _Recorder, *, frames: tuple[int, ...], keep: Path | None) -> None:
+        self.recorder, self.frames, self.keep = recorder, frames, keep
+        self.checks: dict[str, Check] = {}
+
+    def __call__(self, name: str, expected: NDArray[np.float32], seconds: float | None) -> None:
+        if self.keep is not None:
+            np.save(self.keep / f"{name}.npy", expected)
+        if name not in self.recorder.blocks:
+            return
+        shape, own_seconds = self.recorder.blocks[name]
+        max_error, rms_error = _errors(self.recorder.load(name), _once(expected, shape, frames=self.frames))
+        self.checks[name] = Check(
+            name=name,
+            shape=shape,
+            max_error=max_error,
+            rms_error=rms_error,
+            seconds=own_seconds,
+            reference_seconds=seconds,
+        )
+
+    def in_order(self) -> tuple[Check, ...]:
+        """By the order in which the recorded blocks ran."""
+        return tuple(self.checks[name] for name in self.recorder.blocks if name in self.checks)
+
+
+def _once(expected: NDArray[np.float32], shape: tuple[int, ...], *, frames: tuple[int, ...]) -> NDArray[np.float32]:
+    """Without the repetitions of what is the same in every frame of an object."""
+    for count in frames:
+        if expected.shape[0] == shape[0] * count and expected.size == count * int(np.prod(shape)):
+            return expected[::count]
+    return expected
+
+
+def _errors(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> tuple[float, float]:
+    """Largest and root mean square difference, each relative to that of `expected`; infinite for another number of values.
+
+    Tokens may be grouped differently, in the same order.
+    """
+    if actual.size != expected.size:
+        return float("inf"), float("inf")
+    a, e = actual.ravel().astype(np.float64), expected.ravel().astype(np.float64)
+    difference = np.abs(a - e)
+    if not np.isfinite(difference).all():
+        return float("inf"), float("inf")
+    if not difference.any():
+        return 0.0, 0.0
+    largest, rms = np.abs(e).max(), np.sqrt(np.mean(e**2))
+    if not largest:
+        return float("inf"), float("inf")
+    return float(difference.max() / largest), float(np.sqrt(np.mean(difference**2)) / rms)

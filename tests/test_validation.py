@@ -1,0 +1,172 @@
+"""`mvmlx validate`: every family against diffusers and against the other backend, and faults found where they are."""
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from helpers import BACKENDS, Backend, make_unet
+from public_folders import stable_diffusion
+
+import mvmlx.layers
+import mvtorch.layers
+from mvshared.checkpoint import read_model_config, weight_files
+from mvshared.cli import run
+from mvshared.errors import BackendError, OptionError
+from mvshared.names import ldm_unet_names
+from mvshared.validation import TOLERANCES, validate
+from mvtorch.model import get_weights
+
+FIXTURES = Path(__file__).parent / "fixtures"
+# The U-Nets of diffusers' folders; 8 heads and convolutional projections are Stable Diffusion 1's.
+STABLE_DIFFUSIONS: dict[str, dict[str, Any]] = {
+    "sd15": {"unet": {"attention_head_dim": 8}},
+    "sd21": {"unet": {"attention_head_dim": [2, 4], "use_linear_projection": True}},
+    "sd21-768": {
+        "unet": {"attention_head_dim": [2, 4], "use_linear_projection": True},
+        "prediction_type": "v_prediction",
+    },
+    "other layer counts": {
+        "unet": {
+            "block_out_channels": (32, 32, 64),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": [1, 3, 2],
+            "transformer_layers_per_block": [1, 2, 3],
+        }
+    },
+}
+
+
+def write_unet(folder: Path, **fields: Any) -> Path:
+    """The folder's U-Net again with other fields in its config and random weights under LDM's names."""
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    config = read_model_config(folder).unet
+    if "use_linear_in_transformer" in fields:
+        config = replace(config, use_linear_projection=fields["use_linear_in_transformer"])
+    weights = get_weights(make_unet(config, "torch"))
+    names = ldm_unet_names(weights, config)
+    (file,) = weight_files(folder, "unet")
+    safetensors.numpy.save_file({names[name]: np.ascontiguousarray(array) for name, array in weights.items()}, file)
+    return folder
+
+
+def copied(name: str, folder: Path) -> Path:
+    for source in (FIXTURES / name).rglob("*"):
+        if source.is_file():
+            target = folder / source.relative_to(FIXTURES / name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {name: stable_diffusion(tmp_path_factory.mktemp("sd"), **arguments) for name, arguments in STABLE_DIFFUSIONS.items()}
+    made["mvdream"], made["imagedream"] = FIXTURES / "tiny-mvdream", FIXTURES / "tiny-imagedream"
+    on_sd15 = {"num_head_channels": -1, "num_heads": 8, "use_linear_in_transformer": False}
+    made["mvdream on sd15"] = write_unet(copied("tiny-mvdream", tmp_path_factory.mktemp("mvdream")), **on_sd15)
+    made["imagedream local"] = write_unet(
+        copied("tiny-imagedream", tmp_path_factory.mktemp("imagedream")), reference_frame=False
+    )
+    made["demo"] = Path("demo")
+    return made
+
+
+FAMILIES = [*STABLE_DIFFUSIONS, "mvdream", "imagedream", "mvdream on sd15", "imagedream local", "demo"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_block_of_every_family_agrees_with_diffusers(name: str, backend: Backend, families: dict[str, Path]) -> None:
+    result = validate(families[name], against="diffusers", backend=backend, device="cpu")
+    assert result.first_failure is None
+    assert max(check.rms_error for check in result.checks) > 0
+    assert len(result.checks) > 200
+    assert not [missing for missing in result.unmatched if ".image_embed.layers." not in missing]
+
+
+def test_the_backends_agree_block_by_block(families: dict[str, Path]) -> None:
+    for against in BACKENDS:
+        result = validate(families["imagedream"], against=against, device="cpu")
+        assert result.backend != against
+        assert (result.first_failure, result.unmatched) == (None, ())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_within_its_tolerance(dtype: Any, backend: Backend, families: dict[str, Path]) -> None:
+    result = validate(families["mvdream"], against="diffusers", backend=backend, dtype=dtype, device="cpu")
+    assert result.tolerance == TOLERANCES[dtype]
+    assert result.first_failure is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_first_block_that_is_wrong_is_named(
+    backend: Backend, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The tanh approximation of GELU instead of the exact one: an error of some 1e-4."""
+
+    def approximate(self: Any, x: Any) -> Any:
+        if backend == "torch":
+            x, gate = self.proj(x).chunk(2, dim=-1)
+            return x * torch.nn.functional.gelu(gate, approximate="tanh")
+        x, gate = mx.split(self.proj(x), 2, axis=-1)
+        return x * 0.5 * gate * (1 + mx.tanh(0.7978845608 * (gate + 0.044715 * gate**3)))
+
+    layers: Any = mvtorch.layers if backend == "torch" else mvmlx.layers
+    monkeypatch.setattr(layers.GEGLU, "forward" if backend == "torch" else "__call__", approximate)
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0"
+    arguments = ["validate", str(families["mvdream"]), "--against", "diffusers", "--backend", backend, "--device", "cpu"]
+    assert run(arguments) == 10
+    out, err = capfd.readouterr()
+    assert f"mvmlx: error: {name}: differs from diffusers by" in err
+    (marked,) = [line for line in out.splitlines() if "first to leave the tolerance" in line]
+    assert name in marked
+    assert f"{name}.proj (" in out
+    assert run([*arguments, "--tolerance", "0.1"]) == 0
+
+
+def test_a_table_or_json_is_printed_and_both_sides_are_saved(
+    families: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["validate", str(families["mvdream"]), "--against", "diffusers", "--backend", "torch", "--device", "cpu"]
+    assert run([*arguments, "--save", str(tmp_path / "activations")]) == 0
+    out = capfd.readouterr().out
+    assert "309 blocks agree within 2e-05; the largest is" in out
+    assert "unet.conv_in (10" not in out
+    assert "unet.conv_in (8, 16, 16, 32)" in out
+    ours, theirs = (np.load(tmp_path / "activations" / side / "unet.conv_in.npy") for side in ("torch", "diffusers"))
+    assert ours.shape == (8, 16, 16, 32)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert run([*arguments, "--json"]) == 0
+    blocks = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert len(blocks) == 309
+    assert {"event", "name", "shape", "max_error", "rms_error", "seconds", "reference_seconds"} == set(blocks[0])
+
+
+def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="against must be mlx, torch or diffusers, got 'jax'"):
+        validate("demo", against="jax")
+    with pytest.raises(OptionError, match="against must be another implementation than the backend, got 'torch'"):
+        validate("demo", against="torch", backend="torch")
+    for tolerance in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(OptionError, match="tolerance must be above 0"):
+            validate("demo", against="torch", tolerance=tolerance)
+    original = importlib.import_module
+
+    def without_diffusers(name: str, *args: Any) -> Any:
+        if name.startswith("diffusers"):
+            raise ImportError(name)
+        return original(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", without_diffusers)
+    with pytest.raises(BackendError, match=r"diffusers is not installed \(pip install 'mvmlx\[validate\]'\)"):
+        validate("demo", against="diffusers", backend="torch", device="cpu")
