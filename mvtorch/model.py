@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
-from mvshared.config import ModelConfig, UNetConfig, VAEConfig
+from mvshared.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.shapes import check_pictures
 from mvshared.weights import check_names_and_shapes, match_tensors
@@ -210,12 +210,19 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str = "aut
 
 def _parts(config: ModelConfig) -> dict[Component, Any]:
     """The networks of a model, without weights."""
-    parts: dict[Component, Any] = {"unet": MultiViewUNet(config.unet), "vae": AutoencoderKL(config.vae)}
-    if config.text_encoder is not None:
-        parts["text_encoder"] = CLIPTextModel(config.text_encoder)
-    if config.image_encoder is not None:
-        parts["image_encoder"] = CLIPVisionModel(config.image_encoder)
-    return parts
+    return {component: _network(getattr(config, component)) for component in components(config)}
+
+
+def _network(config: NetworkConfig) -> Any:
+    match config:
+        case UNetConfig():
+            return MultiViewUNet(config)
+        case VAEConfig():
+            return AutoencoderKL(config)
+        case CLIPTextConfig():
+            return CLIPTextModel(config)
+        case CLIPVisionConfig():
+            return CLIPVisionModel(config)
 
 
 def load_weights(
@@ -273,8 +280,13 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
 
 def expected_shapes(config: ModelConfig) -> dict[Component, dict[str, tuple[int, ...]]]:
     """Names and shapes of the weights of every component, without a checkpoint and without memory for them."""
+    return {component: network_shapes(getattr(config, component)) for component in components(config)}
+
+
+def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of a network, without a checkpoint and without memory for them."""
     with torch.device("meta"):
-        return {component: weight_shapes(part) for component, part in _parts(config).items()}
+        return weight_shapes(_network(config))
 
 
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -178,9 +178,12 @@ def test_a_folder_that_diffusers_saved_computes_what_diffusers_does(backend: Bac
 
 
 def test_families_and_defaults_come_from_the_sizes(tmp_path: Path) -> None:
-    config = read_model_config(stable_diffusion(tmp_path / "epsilon"))
+    linear = {"use_linear_projection": True}
+    config = read_model_config(stable_diffusion(tmp_path / "epsilon", unet=linear))
     assert (config.family, config.defaults.views, config.defaults.guidance, config.defaults.size_px) == ("sd21", 1, 7.5, 16)
-    assert read_model_config(stable_diffusion(tmp_path / "v", prediction_type="v_prediction")).family == "sd21-768"
+    v = stable_diffusion(tmp_path / "v", unet=linear, prediction_type="v_prediction")
+    assert read_model_config(v).family == "sd21-768"
+    assert read_model_config(stable_diffusion(tmp_path / "convolutions")).family == "sd15"
 
 
 def test_a_model_without_cameras_makes_one_view(tmp_path: Path) -> None:

@@ -124,6 +124,29 @@ def info(model: str, backend: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: as it is stored]")
+@click.option("--family", help="What the tensors do not tell: sd21-768 or imagedream-local.  [default: what they are]")
+@click.option(
+    "--with", "extra", type=click.Path(path_type=Path), multiple=True, help="File or folder with what SOURCE lacks; repeatable."
+)
+@click.option("--like", type=click.Path(path_type=Path), help="Folder of the same sizes to take configs and tokenizer from.")
+@click.option("--shard-gb", type=float, default=5.0, show_default=True, help="Largest size of a weight file.")
+@click.option("--force", is_flag=True, help="Write into a folder that is not empty, or over a file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def convert(source: Path, dest: Path, **options: Any) -> None:
+    """Convert SOURCE to the folder DEST in diffusers' layout.
+
+    SOURCE is a .safetensors, .pt, .ckpt or .pth file under the names of the original code, or a folder of diffusers' layout to
+    store in another dtype. If DEST ends in .safetensors, a folder becomes one file under the original names.
+    """
+    from mvshared.commands import convert_checkpoint
+
+    convert_checkpoint(source, dest, options)
+
+
+@cli.command()
 @click.argument("model")
 @click.option("--against", required=True, help="What to compare with: mlx, torch or diffusers.")
 @backend_options

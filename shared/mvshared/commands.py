@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -180,6 +181,30 @@ def _print_report(report: Report) -> None:
         click.echo(f"memory for these weights: {memory}")
     for fault in report.faults:
         click.echo(f"fault: {fault}")
+
+
+def convert_checkpoint(source: Path, dest: Path, options: dict[str, Any]) -> None:
+    """`mvmlx convert`."""
+    from mvshared.conversion.convert import convert
+
+    as_json, shard_gb = options.pop("as_json"), options.pop("shard_gb")
+    with tqdm(desc="converting", unit="B", unit_scale=True, disable=None) as bar:
+
+        def count(name: str, size: int) -> None:
+            bar.update(size)
+
+        report = convert(source, dest, shard_bytes=round(shard_gb * 1e9), on_tensor=count, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"folder": str(report.folder)}, default=dict))
+        return
+    click.echo(f"{report.family} in {report.folder}")
+    for each in report.written:
+        dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in each.dtypes.items())
+        click.echo(f"  {each.component}: {each.tensors} tensors ({dtypes}) in {each.files} file{'s' if each.files > 1 else ''}")
+    for reason, number in Counter(report.left_out.values()).items():
+        click.echo(f"  left out: {number} tensor{'s' if number > 1 else ''}, {reason}")
+    if report.missing:
+        click.echo(f"mvmlx: warning: not a whole model yet; add with --with: {', '.join(report.missing)}", err=True)
 
 
 def validate_model(name: str, options: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Sizes of the presets: the public configs of Stable Diffusion 2.1 and MVDream.
 
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
 from mvshared.errors import OptionError
 
@@ -239,6 +239,9 @@ class CLIPVisionConfig:
     def tokens(self) -> int:
         """Tokens of a picture: one of the class, one per patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
+
+
+NetworkConfig: TypeAlias = UNetConfig | VAEConfig | CLIPTextConfig | CLIPVisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -302,7 +302,7 @@ def family_of(unet: UNetConfig, scheduler: SchedulerConfig) -> str:
     """The family that a public U-Net belongs to."""
     if unet.camera_dim is not None:
         return "mvdream" if unet.resampler is None else "imagedream"
-    if unet.cross_attention_dim == 768:
+    if not unet.use_linear_projection:
         return "sd15"
     return "sd21" if scheduler.prediction_type == "epsilon" else "sd21-768"
 

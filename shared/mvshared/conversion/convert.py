@@ -1,0 +1,381 @@
+"""`mvmlx convert`: a checkpoint file into a folder of diffusers' layout, a folder into another dtype, a folder into one file.
+
+A folder is made file by file, each written whole or not at all, model_index.json last: before that it is no checkpoint. What a
+broken run has finished, the next one finds and keeps.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from mvshared.backend import parse_dtype
+from mvshared.checkpoint import Component, find_model, read_model_config, weight_files
+from mvshared.config import SchedulerConfig, UNetConfig
+from mvshared.conversion.configs import scheduler_document
+from mvshared.conversion.networks import Part, convert_network, network_shapes
+from mvshared.conversion.one_file import write_one_file
+from mvshared.conversion.raw import FLOATS, STORED, RawTensor, cast, read_safetensors, shards, write_safetensors
+from mvshared.conversion.report import Report, written
+from mvshared.conversion.sources import read_file, sort_tensors
+from mvshared.errors import CheckpointError, OptionError, OutputError
+from mvshared.files import make_folder, read_json_object, write_json
+from mvshared.schedule import alphas_cumprod
+
+UPSCALER = "sd-x2-latent-upscaler"
+FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-768", UPSCALER)
+SIZES_PX = {"sd15": 512, "sd21": 512, "sd21-768": 768}
+REPORT, STATE = "conversion.json", ".conversion.json"
+FILE_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+PLAIN_FOLDERS = ("tokenizer", "feature_extractor", "scheduler")
+GIGABYTE = 1_000_000_000
+DEFAULT_SHARD_BYTES = 5 * GIGABYTE
+
+OnTensor = Callable[[str, int], None]
+
+
+@dataclass(kw_only=True)
+class _Collected:
+    """The parts that sources give, by component, and folders whose files are copied."""
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    alphas_cumprod: RawTensor | None = None
+    upscaler: bool = False
+
+    def has(self, component: str) -> bool:
+        return component in self.parts or component in self.folders
+
+
+def convert(
+    source: Path,
+    dest: Path,
+    *,
+    dtype: str | None = None,
+    family: str | None = None,
+    extra: Sequence[Path] = (),
+    like: Path | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    on_tensor: OnTensor = lambda name, size: None,
+) -> Report:
+    """Convert a checkpoint file or folder to a folder, or a folder to one file if `dest` ends in .safetensors.
+
+    `extra` are files and folders with what `source` lacks: a tokenizer, an image encoder. `like` is a checkpoint folder of the
+    same sizes, whose configs, schedule and tokenizer are taken: tensors do not tell how many heads there are, and without it
+    they have those of the public models. `dtype` None keeps that of each tensor. `family` decides where the tensors do not.
+    `on_tensor` gets the name and bytes of every tensor that is written.
+    Raises CheckpointError for a source that is damaged, TensorMismatchError for tensors too many or too few, OptionError,
+    OutputError for a folder that holds something else, BackendError for a pickle where PyTorch is not installed.
+    """
+    stored = None if dtype is None else STORED[parse_dtype(dtype, default="float32")]
+    if family is not None and family not in FAMILIES:
+        raise OptionError("family", expected=f"one of {', '.join(FAMILIES)}", got=family)
+    if shard_bytes < 1:
+        raise OptionError("shard size", expected="above 0", got=shard_bytes)
+    if source.is_dir() and dest.suffix == ".safetensors":
+        return write_one_file(source, dest, stored=stored, force=force, on_tensor=on_tensor)
+    collected = _Collected()
+    _collect(collected, source, local=family == "imagedream-local")
+    for each in extra:
+        _collect(collected, each, local=family == "imagedream-local")
+    if source.is_dir() and family is None:
+        family = read_model_config(source).family
+    if like is not None:
+        _take_configs(collected, find_model(like))
+    chosen = _family(collected, family)
+    if like is None and chosen in SIZES_PX:
+        _set_sample_size(collected, SIZES_PX[chosen])
+    _check_schedule(collected.alphas_cumprod, path=source)
+    return _write(
+        collected,
+        dest,
+        family=chosen,
+        stored=stored,
+        shard_bytes=shard_bytes,
+        state=_Progress(
+            dest, _fingerprint([source, *extra, *([like] if like else [])], stored, chosen, shard_bytes), force=force
+        ),
+        index=source / "model_index.json" if source.is_dir() else None,
+        on_tensor=on_tensor,
+    )
+
+
+# Reading
+
+
+def _collect(collected: _Collected, path: Path, *, local: bool) -> None:
+    """Add what is in a file or a folder; the first source that has a component is the one that counts."""
+    if not path.exists():
+        raise CheckpointError("no such file or folder", path=path)
+    if path.is_dir():
+        _collect_folder(collected, path)
+        return
+    source = sort_tensors(read_file(path), path=path)
+    collected.left_out |= source.left_out
+    collected.alphas_cumprod = collected.alphas_cumprod or source.alphas_cumprod
+    for layout, tensors in source.networks.items():
+        parts, left_out = convert_network(layout, tensors, path=path, reference_frame=not local)
+        prefix = source.prefixes[layout]
+        collected.left_out |= {f"{prefix}{name}": why for name, why in left_out.items()}
+        collected.upscaler |= layout == "k_upscaler"
+        for part in parts:
+            if collected.has(part.component):
+                raise CheckpointError(f"holds another {part.component}: one source has it already", path=path)
+            names = {f"{prefix}{other}": own for other, own in part.names.items()}
+            collected.parts[part.component] = replace(part, names=names)
+
+
+def _collect_folder(collected: _Collected, path: Path) -> None:
+    """A folder of diffusers' layout, a tokenizer's, or one with a CLIP tower of transformers."""
+    if (path / "vocab.json").is_file() or (path / "tokenizer.json").is_file():
+        collected.folders.setdefault("tokenizer", path)
+    config = read_json_object(path / "config.json") if (path / "config.json").is_file() else {}
+    kind = str(config.get("model_type", ""))
+    if kind.startswith(("clip_vision", "clip_text")):
+        collected.folders.setdefault("image_encoder" if "vision" in kind else "text_encoder", path)
+        if (path / "preprocessor_config.json").is_file():
+            collected.folders.setdefault("feature_extractor", path)
+    for name in (*get_args(Component), *PLAIN_FOLDERS):
+        if (path / name).is_dir() and not collected.has(name):
+            collected.folders[name] = path / name
+    if not any(part == path or path in part.parents for part in collected.folders.values()):
+        raise CheckpointError("holds no component of a checkpoint", path=path)
+
+
+def _take_configs(collected: _Collected, like: Path) -> None:
+    """The JSON files of a folder instead of those from the shapes. Raises CheckpointError if its tensors are others."""
+    config = read_model_config(like)
+    for component, part in collected.parts.items():
+        given = getattr(config, component)
+        if part.config is None or given is None or network_shapes(given) != network_shapes(part.config):
+            raise CheckpointError(f"its {component} has other tensors than the one to convert", path=like)
+        path = f"{component}/config.json"
+        document = read_json_object(like / path, error=CheckpointError)
+        if component in ("unet", "vae") and "_class_name" not in document:
+            raise CheckpointError("is no config of diffusers", path=like / path)
+        documents = {**part.documents, path: document}
+        collected.parts[component] = replace(part, config=given, documents=documents)
+    for name in PLAIN_FOLDERS:
+        if (like / name).is_dir():
+            collected.folders.setdefault(name, like / name)
+
+
+def _family(collected: _Collected, family: str | None) -> str:
+    """The family that the tensors are of, or the given one if they can be of it. Raises OptionError if they cannot."""
+    if collected.upscaler:
+        allowed: tuple[str, ...] = (UPSCALER,)
+    elif "unet" not in collected.parts:
+        return family or "custom"
+    else:
+        unet = collected.parts["unet"].config
+        assert isinstance(unet, UNetConfig)
+        if unet.camera_dim is not None:
+            allowed = ("mvdream",) if unet.resampler is None else ("imagedream", "imagedream-local")
+        else:
+            allowed = ("sd21", "sd21-768") if unet.use_linear_projection else ("sd15",)
+    if family is not None and family not in allowed:
+        raise OptionError("family", expected=f"{' or '.join(allowed)}, which these tensors are", got=family)
+    return family or allowed[0]
+
+
+def _check_schedule(stored: RawTensor | None, *, path: Path) -> None:
+    """Raise CheckpointError if a file was trained with another noise schedule than the families here."""
+    if stored is None:
+        return
+    found = cast(stored, "F32", name="alphas_cumprod").read().view(np.float32) if stored.dtype in FLOATS else None
+    expected = alphas_cumprod(SchedulerConfig())
+    if found is None or found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3, atol=1e-6):
+        raise CheckpointError("was trained with another noise schedule than Stable Diffusion's", path=path)
+
+
+# Writing a folder
+
+
+class _Progress:
+    """Which files of a conversion are written; kept in the folder until it is complete."""
+
+    def __init__(self, dest: Path, fingerprint: str, *, force: bool) -> None:
+        self.dest, self.fingerprint = dest, fingerprint
+        self.done: dict[str, str] = {}
+        if dest.exists() and not dest.is_dir():
+            raise OutputError("is a file, and a folder is needed", path=dest, hint="name another folder")
+        state = dest / STATE
+        if state.is_file():
+            document = read_json_object(state)
+            if document.get("fingerprint") == fingerprint:
+                self.done = {name: sha for name, sha in dict(document.get("files", {})).items() if self._kept(name, sha)}
+        elif dest.is_dir() and any(dest.iterdir()) and not force:
+            raise OutputError("is not empty", path=dest, hint="name another folder, or use --force")
+
+    def _kept(self, name: str, sha256: str) -> bool:
+        path = self.dest / name
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+    def add(self, name: str, sha256: str) -> None:
+        self.done[name] = sha256
+        write_json(self.dest / STATE, {"fingerprint": self.fingerprint, "files": self.done})
+
+    def finish(self) -> None:
+        (self.dest / STATE).unlink(missing_ok=True)
+
+
+def _fingerprint(paths: Sequence[Path], stored: str | None, family: str, shard_bytes: int) -> str:
+    """Of the sources, as far as their sizes and times tell, and of the options."""
+    lines = [f"{stored} {family} {shard_bytes}"]
+    for path in paths:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        lines += [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _write(
+    collected: _Collected,
+    dest: Path,
+    *,
+    family: str,
+    stored: str | None,
+    shard_bytes: int,
+    state: _Progress,
+    index: Path | None,
+    on_tensor: OnTensor,
+) -> Report:
+    make_folder(dest)
+    (dest / "model_index.json").unlink(missing_ok=True)
+    parts, names = [], {}
+    for component in get_args(Component):
+        if component in collected.parts:
+            part = collected.parts[component]
+            tensors, documents, renamed = part.tensors, part.documents, part.names
+        elif component in collected.folders:
+            tensors, documents = _folder_tensors(collected.folders[component], component), {}
+            renamed = {name: (name,) for name in tensors}
+            _copy_files(collected.folders[component], dest / component, only=("config.json",))
+        else:
+            continue
+        for name, document in documents.items():
+            make_folder((dest / name).parent)
+            write_json(dest / name, document)
+        tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
+        _check_dtypes(tensors)
+        files = _write_weights(dest, component, tensors, shard_bytes=shard_bytes, state=state, on_tensor=on_tensor)
+        parts.append(written(component, tensors, files=files))
+        names[component] = renamed
+    for name in PLAIN_FOLDERS:
+        if name in collected.folders:
+            _copy_files(collected.folders[name], dest / name)
+    if "scheduler" not in collected.folders and family != "custom":
+        prediction = "v_prediction" if family == "sd21-768" else "epsilon"
+        make_folder(dest / "scheduler")
+        document = scheduler_document(SchedulerConfig(prediction_type=prediction))
+        write_json(dest / "scheduler" / "scheduler_config.json", document)
+    missing = tuple(name for name in _needed(family) if not (dest / name).is_dir())
+    report = Report(folder=dest, family=family, written=tuple(parts), names=names, left_out=collected.left_out, missing=missing)
+    write_json(
+        dest / REPORT, {"family": family, "names": names, "left_out": dict(collected.left_out), "missing": list(missing)}
+    )
+    if index is not None:
+        _copy_files(index.parent, dest, only=("model_index.json",))
+    elif not missing and family != "custom":
+        write_json(dest / "model_index.json", _model_index(family))
+    state.finish()
+    return report
+
+
+def _set_sample_size(collected: _Collected, size_px: int) -> None:
+    for component, divisor in (("unet", 8), ("vae", 1)):
+        if component in collected.parts:
+            part = collected.parts[component]
+            documents = {name: {**each, "sample_size": size_px // divisor} for name, each in part.documents.items()}
+            collected.parts[component] = replace(part, documents=documents)
+
+
+def _folder_tensors(folder: Path, component: Component) -> dict[str, RawTensor]:
+    files = weight_files(folder.parent, component) if folder.name == component else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError("holds no .safetensors weights", path=folder)
+    return {name: tensor for file in files for name, tensor in read_safetensors(file).items() if tensor.dtype in FLOATS}
+
+
+def _check_dtypes(tensors: Mapping[str, RawTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            allowed = ", ".join(FLOATS.values())
+            raise CheckpointError(f"{name!r} must be one of {allowed}, got {tensor.dtype}")
+
+
+def _write_weights(
+    dest: Path,
+    component: Component,
+    tensors: Mapping[str, RawTensor],
+    *,
+    shard_bytes: int,
+    state: _Progress,
+    on_tensor: OnTensor,
+) -> int:
+    """Write a component in as many files as its size needs; returns how many."""
+    stem = FILE_NAMES.get(component, "model")
+    groups = shards(tensors, shard_bytes=shard_bytes)
+    make_folder(dest / component)
+    places: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        numbered = f"{stem}-{number:05}-of-{len(groups):05}" if len(groups) > 1 else stem
+        name = f"{component}/{numbered}.safetensors"
+        places |= dict.fromkeys(group, f"{numbered}.safetensors")
+        if name not in state.done:
+            state.add(name, write_safetensors(dest / name, group, on_tensor=on_tensor))
+        else:
+            for tensor in group:
+                on_tensor(tensor, group[tensor].bytes)
+    if len(groups) > 1:
+        size = sum(tensor.bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        write_json(dest / component / f"{stem}.safetensors.index.json", index)
+    return len(groups)
+
+
+def _copy_files(source: Path, dest: Path, *, only: Sequence[str] | None = None) -> None:
+    """Copy the files of a folder that are no weights, or those of the given names."""
+    make_folder(dest)
+    try:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and (file.name in only if only else file.suffix in (".json", ".txt", ".model")):
+                shutil.copyfile(file, dest / file.name)
+    except OSError as cause:
+        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=dest) from cause
+
+
+def _needed(family: str) -> tuple[str, ...]:
+    """The folders that a family needs."""
+    base = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    return (*base, "image_encoder", "feature_extractor") if family.startswith("imagedream") else base
+
+
+def _model_index(family: str) -> dict[str, Any]:
+    """model_index.json as the public folders of a family have it."""
+    parts: dict[str, Any] = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    if family.startswith("sd"):
+        pipeline = "StableDiffusionLatentUpscalePipeline" if family == UPSCALER else "StableDiffusionPipeline"
+        if family != UPSCALER:
+            parts |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    else:
+        pipeline = "MVDreamPipeline"
+        parts |= {"unet": ["mv_unet", "MultiViewUNetModel"], "requires_safety_checker": False}
+        if family != "mvdream":
+            parts["image_encoder"] = ["transformers", "CLIPVisionModel"]
+            parts["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    return {"_class_name": pipeline, **parts}

@@ -1,0 +1,75 @@
+"""A folder's checkpoint in one file, as the original code of its family has it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
+from mvshared.config import ModelConfig
+from mvshared.conversion.links import Link, open_clip_links, plain_links, unet_links, vae_links
+from mvshared.conversion.networks import PROJECTIONS, network_shapes
+from mvshared.conversion.raw import RawTensor, cast, read_safetensors, write_safetensors
+from mvshared.conversion.report import Report, written
+from mvshared.errors import OutputError
+from mvshared.files import make_folder
+from mvshared.weights import match_tensors
+
+
+def write_one_file(
+    source: Path, dest: Path, *, stored: str | None, force: bool, on_tensor: Callable[[str, int], None]
+) -> Report:
+    """Write a folder's whole checkpoint to one file, under the names of its family's original code.
+
+    `stored` is safetensors' name of the dtype, None keeps each tensor's. Raises OutputError and CheckpointError.
+    """
+    if dest.exists() and not force:
+        raise OutputError("exists", path=dest, hint="name another file, or use --force")
+    folder = find_model(source)
+    config = read_model_config(folder)
+    tensors: dict[str, RawTensor] = {}
+    names: dict[str, dict[str, tuple[str, ...]]] = {}
+    for component in components(config):
+        own = _own_tensors(folder, component, config)
+        prefix, links = _original_links(component, config, names=list(own))
+        names[component] = {}
+        for link in links:
+            tensors[f"{prefix}{link.other}"] = link.to_other(own)
+            for name in link.own:
+                names[component][name] = (f"{prefix}{link.other}",)
+    tensors = {name: cast(tensors[name], stored or tensors[name].dtype, name=name) for name in sorted(tensors)}
+    make_folder(dest.parent)
+    write_safetensors(dest, tensors, on_tensor=on_tensor)
+    account = written("checkpoint", tensors, files=1)
+    return Report(folder=dest, family=config.family, written=(account,), names=names, left_out={}, missing=())
+
+
+def _own_tensors(folder: Path, component: Component, config: ModelConfig) -> dict[str, RawTensor]:
+    """The tensors of a component under this project's names, with their shapes here."""
+    files = weight_files(folder, component)
+    shapes = network_shapes(getattr(config, component))
+    raw = {file: read_safetensors(file) for file in files}
+    own = {}
+    for name, place in match_tensors(files, shapes, unet=config.unet if component == "unet" else None).items():
+        tensor = raw[place.path][place.name]
+        own[name] = _reshaped(tensor, shapes[name])
+    return own
+
+
+def _reshaped(tensor: RawTensor, shape: tuple[int, ...]) -> RawTensor:
+    return RawTensor(dtype=tensor.dtype, shape=shape, read=lambda: tensor.read().reshape(shape))
+
+
+def _original_links(component: Component, config: ModelConfig, *, names: Sequence[str]) -> tuple[str, list[Link]]:
+    """The prefix of a component in the original checkpoints of its family, and the names behind it."""
+    imagedream = config.unet.resampler is not None
+    match component:
+        case "unet":
+            return "model.diffusion_model.", unet_links(names, config.unet)
+        case "vae":
+            return "vae_model." if imagedream else "first_stage_model.", vae_links(names)
+        case "text_encoder" if not config.unet.use_linear_projection:
+            links = plain_links(names, prefix="text_model.", unprefixed=PROJECTIONS)
+            return "cond_stage_model.transformer.", links
+        case "text_encoder":
+            return "clip_model.model." if imagedream else "cond_stage_model.model.", open_clip_links(names, prefix="")
+        case "image_encoder":
+            return "clip_model.model.", open_clip_links(names, prefix="visual.")

@@ -1,0 +1,609 @@
+"""Checkpoints under the names of the original code to folders and back: against diffusers' converter, bit by bit."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint as convert_open_clip_with_diffusers
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from helpers import randomise
+from transformers import CLIPTextConfig as TransformersTextConfig
+from transformers import CLIPTextModel, CLIPVisionModel
+
+from mvshared.backend import load
+from mvshared.checkpoint import read_model_config, weight_files
+from mvshared.cli import run
+from mvshared.config import (
+    CLIPImageConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    NetworkConfig,
+    ResamplerConfig,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from mvshared.conversion.configs import (
+    clip_document,
+    diffusers_unet_document,
+    image_processor_document,
+    ldm_unet_document,
+    scheduler_document,
+    vae_document,
+)
+from mvshared.conversion.convert import STATE, convert
+from mvshared.conversion.raw import RawTensor, cast
+from mvshared.errors import CheckpointError, MvError, OptionError, OutputError, TensorMismatchError
+from mvshared.inspection import inspect
+from mvshared.names import ldm_unet_names
+from mvshared.schedule import alphas_cumprod
+from mvtorch.model import _network, network_shapes
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TOKENIZER = FIXTURES / "tiny-mvdream" / "tokenizer"
+
+# As wide as heads are in the public models, or a multiple of that: shapes do not tell how many heads there are.
+UNET = UNetConfig(
+    block_out_channels=(64, 128),
+    layers_per_block=(1, 2),
+    transformer_layers_per_block=(1, 2),
+    attention_levels=(True, True),
+    cross_attention_dim=64,
+)
+SD15 = replace(UNET, use_linear_projection=False, num_attention_heads=(8, 8), transformer_layers_per_block=(1, 1))
+MVDREAM = replace(UNET, camera_dim=16)
+RESAMPLER = ResamplerConfig(
+    embedding_dim=128, output_dim=64, hidden_dim=64, depth=4, heads=2, dim_head=64, num_queries=4, ff_mult=4
+)
+IMAGEDREAM = replace(MVDREAM, resampler=RESAMPLER, reference_frame=True)
+VAE = VAEConfig(block_out_channels=(32, 64), layers_per_block=1)
+TEXT = CLIPTextConfig(
+    vocab_size=525, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1, eos_token_id=524
+)
+VISION = CLIPVisionConfig(
+    hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
+)
+MODELS: dict[str, UNetConfig] = {"sd15": SD15, "sd21": UNET, "sd21-768": UNET, "mvdream": MVDREAM, "imagedream": IMAGEDREAM}
+
+
+def weights(config: NetworkConfig) -> dict[str, torch.Tensor]:
+    network = _network(config)
+    randomise(network)
+    return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+
+
+def write_folder(folder: Path, unet: UNetConfig, *, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint folder of diffusers' layout, written by the test itself; MVDream's U-Net has LDM's names there."""
+    text = replace(TEXT, hidden_act="quick_gelu" if unet is SD15 else "gelu")
+    parts: dict[str, tuple[NetworkConfig, dict[str, Any], str]] = {
+        "unet": (unet, diffusers_unet_document(unet, sample_size=64), "diffusion_pytorch_model"),
+        "vae": (VAE, vae_document(VAE), "diffusion_pytorch_model"),
+        "text_encoder": (text, clip_document(text), "model"),
+    }
+    if unet.camera_dim is not None:
+        parts["unet"] = (unet, ldm_unet_document(unet, image_size=32), "diffusion_pytorch_model")
+    if unet.resampler is not None:
+        parts["image_encoder"] = (VISION, clip_document(VISION), "model")
+        processor = image_processor_document(CLIPImageConfig(shortest_edge=56, crop_size=56))
+        (folder / "feature_extractor").mkdir(parents=True)
+        (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(processor))
+    for component, (config, document, stem) in parts.items():
+        (folder / component).mkdir(parents=True)
+        (folder / component / "config.json").write_text(json.dumps(document))
+        tensors = {name: tensor.to(dtype) for name, tensor in weights(config).items()}
+        if component == "unet" and unet.camera_dim is not None:
+            names = ldm_unet_names(tensors, unet)
+            tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        safetensors.torch.save_file(tensors, folder / component / f"{stem}.safetensors", metadata={"format": "pt"})
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_document(SchedulerConfig())))
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: write_folder(tmp_path_factory.mktemp(name), unet) for name, unet in MODELS.items() if name != "sd21-768"}
+
+
+@pytest.fixture(scope="module")
+def originals(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same checkpoints in one file each, under the original names."""
+    files = {name: tmp_path_factory.mktemp(name) / f"{name}.safetensors" for name in folders}
+    for name, folder in folders.items():
+        convert(folder, files[name])
+    return files
+
+
+def tensors_of(folder: Path, component: Any) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder, component):
+        found |= safetensors.torch.load_file(file)
+    return found
+
+
+def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+# Names against diffusers' own converter
+
+
+def test_unet_names_are_those_of_diffusers_converter(tmp_path: Path) -> None:
+    """With the same number of layers at every level, as diffusers' converter counts them."""
+    unet = replace(SD15, layers_per_block=(2, 2))
+    original = tmp_path / "original.safetensors"
+    folder = write_folder(tmp_path / "folder", unet)
+    convert(folder, original)
+    document = json.loads((folder / "unet" / "config.json").read_text())
+    oracle: Any = UNet2DConditionModel.from_config(document)
+    assert_same_tensors(
+        convert_ldm_unet_checkpoint(safetensors.torch.load_file(original), dict(oracle.config)), tensors_of(folder, "unet")
+    )
+
+
+def test_vae_names_are_those_of_diffusers_converter(folders: dict[str, Path], originals: dict[str, Path]) -> None:
+    config = json.loads((folders["sd21"] / "vae" / "config.json").read_text())
+    converted = convert_ldm_vae_checkpoint(safetensors.torch.load_file(originals["sd21"]), config)
+    assert_same_tensors(converted, tensors_of(folders["sd21"], "vae"))
+
+
+def test_open_clip_names_are_those_of_diffusers_converter(folders: dict[str, Path], originals: dict[str, Path]) -> None:
+    prefix = "cond_stage_model.model."
+    original = safetensors.torch.load_file(originals["sd21"])
+    original[f"{prefix}text_projection"] = torch.zeros(64, 64)  # diffusers takes the width of the attention from it
+    text = CLIPTextModel(
+        TransformersTextConfig(
+            vocab_size=525,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            bos_token_id=523,
+            eos_token_id=524,
+            pad_token_id=0,
+        )
+    )
+    converted = convert_open_clip_with_diffusers(text, original, prefix=prefix)
+    own = {name.removeprefix("text_model."): tensor for name, tensor in converted.items() if "projection" not in name}
+    own.pop("embeddings.position_ids", None)
+    assert_same_tensors(own, tensors_of(folders["sd21"], "text_encoder"))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_diffusers_loads_a_converted_stable_diffusion(name: str, originals: dict[str, Path], tmp_path: Path) -> None:
+    convert(originals[name], tmp_path / "out", extra=[TOKENIZER])
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    picture = pipe(
+        "an owl", num_inference_steps=2, height=16, width=16, output_type="np", generator=torch.Generator().manual_seed(0)
+    )
+    assert np.isfinite(picture.images).all()  # pyright: ignore
+    ours = load(tmp_path / "out", backend="torch", device="cpu").model
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        expected = pipe.text_encoder(input_ids=ids).last_hidden_state
+    np.testing.assert_allclose(ours.encode_prompt(ids.numpy()).numpy(), expected.numpy(), atol=1e-4)
+
+
+def test_transformers_loads_a_converted_vision_tower(originals: dict[str, Path], tmp_path: Path) -> None:
+    convert(originals["imagedream"], tmp_path / "out", extra=[TOKENIZER])
+    tower = CLIPVisionModel.from_pretrained(tmp_path / "out" / "image_encoder")
+    pixels = np.random.default_rng(0).standard_normal((1, 56, 56, 3), dtype=np.float32)
+    with torch.no_grad():
+        states = tower(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True).hidden_states[-2]
+    ours = load(tmp_path / "out", backend="torch", device="cpu").model.encode_image(pixels)
+    np.testing.assert_allclose(ours.numpy(), states.numpy(), atol=1e-4)
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "mvdream", "imagedream"])
+def test_a_round_trip_is_bit_equal(name: str, folders: dict[str, Path], originals: dict[str, Path], tmp_path: Path) -> None:
+    report = convert(originals[name], tmp_path / "folder", extra=[TOKENIZER])
+    assert (report.family, report.missing, report.left_out) == (name, (), {})
+    for component in report.names:
+        prefixes = ("text_model.", "vision_model.")
+        found = {re.sub(r"^(text|vision)_model\.", "", n): t for n, t in tensors_of(report.folder, component).items()}
+        assert all(not n.startswith(prefixes) for n in found)
+        assert_same_tensors(found, tensors_of(folders[name], component))
+    expected, found = read_model_config(folders[name]), read_model_config(report.folder)
+    assert replace(found.unet, num_attention_heads=None) == replace(expected.unet, num_attention_heads=None)
+    assert [found.unet.heads(level) for level in range(2)] == [expected.unet.heads(level) for level in range(2)]
+    assert (found.vae.block_out_channels, found.text_encoder) == (expected.vae.block_out_channels, expected.text_encoder)
+    assert (found.image_encoder, found.scheduler, found.family) == (expected.image_encoder, expected.scheduler, name)
+    convert(report.folder, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == originals[name].read_bytes()
+    assert not inspect(report.folder).faults
+
+
+def test_every_name_is_in_the_report(originals: dict[str, Path], tmp_path: Path) -> None:
+    convert(originals["imagedream"], tmp_path / "out", extra=[TOKENIZER])
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    stored = set(safetensors.torch.load_file(originals["imagedream"]))
+    assert {name for names in report["names"].values() for name in names} | set(report["left_out"]) == stored
+    for component, names in report["names"].items():
+        assert {own for each in names.values() for own in each} == set(tensors_of(tmp_path / "out", component))
+    joined = report["names"]["text_encoder"]["clip_model.model.transformer.resblocks.0.attn.in_proj_weight"]
+    assert [name.split(".")[-2] for name in joined] == ["q_proj", "k_proj", "v_proj"]
+
+
+# Pickles and the odds and ends of real checkpoints
+
+
+def as_trained(original: Path) -> dict[str, torch.Tensor]:
+    """With what the published files hold beside the weights."""
+    tensors = safetensors.torch.load_file(original)
+    tensors["alphas_cumprod"] = torch.from_numpy(alphas_cumprod(SchedulerConfig()).astype(np.float32))
+    tensors["betas"] = torch.zeros(1000)
+    tensors["model_ema.decay"] = torch.tensor(0.9999)
+    tensors["model_ema.diffusion_modelinput_blocks00weight"] = torch.zeros(3)
+    tensors["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
+    tensors["cond_stage_model.model.attn_mask"] = torch.zeros(77, 77)
+    return tensors
+
+
+@pytest.mark.parametrize("layout", ["plain", "state_dict", "lightning", "legacy"])
+def test_pickles_are_read_as_tensors(layout: str, originals: dict[str, Path], tmp_path: Path) -> None:
+    tensors: Any = as_trained(originals["sd21"])
+    content = tensors if layout == "plain" else {"state_dict": tensors, "epoch": 3, "global_step": 470000}
+    if layout == "lightning":
+        module = type(sys)("pytorch_lightning.callbacks.model_checkpoint")
+        kind = type("ModelCheckpoint", (), {"__module__": module.__name__})
+        module.__dict__["ModelCheckpoint"] = kind
+        names = ["pytorch_lightning", "pytorch_lightning.callbacks"]
+        sys.modules |= {name: type(sys)(name) for name in names} | {module.__name__: module}
+        content["callbacks"] = {kind: {"best_model_path": "x"}}
+    torch.save(content, tmp_path / "sd.ckpt", _use_new_zipfile_serialization=layout != "legacy")
+    for name in list(sys.modules):
+        if name.startswith("pytorch_lightning"):
+            del sys.modules[name]
+    report = convert(tmp_path / "sd.ckpt", tmp_path / "out", extra=[TOKENIZER], family="sd21-768")
+    assert sorted(report.left_out) == sorted(tensors.keys() - safetensors.torch.load_file(originals["sd21"]).keys())
+    assert read_model_config(tmp_path / "out").scheduler.prediction_type == "v_prediction"
+    convert(tmp_path / "out", tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == originals["sd21"].read_bytes()
+
+
+class Malicious:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy", "bare pickle"])
+def test_a_malicious_pickle_is_refused_and_nothing_of_it_runs(
+    layout: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trap, path = tmp_path / "ran", tmp_path / "evil.ckpt"
+    content = {"state_dict": {"a": torch.zeros(2)}, "callbacks": Malicious(f"touch {trap}")}
+    if layout == "bare pickle":
+        path.write_bytes(pickle.dumps({"a": Malicious(f"touch {trap}")}))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=layout == "zip")
+    with path.open("rb") as file:  # the trap works: an ordinary unpickler would run it
+        assert b"system" in file.read()
+    assert run(["convert", str(path), str(tmp_path / "out")]) == 5
+    assert "evil.ckpt: is no checkpoint of tensors alone" in capfd.readouterr().err
+    assert not trap.exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a checkpoint", b"\x80\x02}q\x00."])
+def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        convert(tmp_path / "a.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_open_clip_tower_loses_its_last_layer_as_stable_diffusion_2_has_it(
+    originals: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = as_trained(originals["sd21"])
+    prefix = "cond_stage_model.model."
+    last = [name for name in tensors if f"{prefix}transformer.resblocks.1." in name]
+    tensors |= {name.replace("resblocks.1.", "resblocks.2."): tensors[name] + 1 for name in last}
+    tensors[f"{prefix}text_projection"] = torch.zeros(64, 64)
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "whole.safetensors")
+    report = convert(tmp_path / "whole.safetensors", tmp_path / "out", extra=[TOKENIZER])
+    assert read_model_config(tmp_path / "out").text_encoder == TEXT
+    assert report.left_out[f"{prefix}text_projection"] == "behind the text states that the U-Net takes"
+    assert f"{prefix}transformer.resblocks.2.ln_1.weight" in report.left_out
+
+
+def test_another_noise_schedule_is_refused(originals: dict[str, Path], tmp_path: Path) -> None:
+    tensors = as_trained(originals["sd21"])
+    tensors["alphas_cumprod"] = tensors["alphas_cumprod"] ** 2
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="was trained with another noise schedule"):
+        convert(tmp_path / "a.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lost", r"1 missing: middle_block\.0\.in_layers\.2\.weight"),
+        ("invented", r"1 unexpected: model\.diffusion_model\.control\.weight|1 unexpected: control\.weight"),
+        ("foreign", r"1 unexpected: lora\.weight"),
+        ("misshaped", r"1 mis-shaped: middle_block\.0\.in_layers\.2\.weight"),
+    ],
+)
+def test_a_tensor_too_many_or_too_few_is_refused_by_name(
+    change: str, message: str, originals: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = safetensors.torch.load_file(originals["mvdream"])
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    if change == "lost":
+        del tensors[name]
+    elif change == "misshaped":
+        tensors[name] = torch.zeros(3, 3)
+    else:
+        tensors["model.diffusion_model.control.weight" if change == "invented" else "lora.weight"] = torch.zeros(2)
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(TensorMismatchError, match=message):
+        convert(tmp_path / "a.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_families_that_the_tensors_are_not_are_refused(originals: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="family must be mvdream, which these tensors are, got 'sd21'"):
+        convert(originals["mvdream"], tmp_path / "out", family="sd21")
+    with pytest.raises(OptionError, match="family must be one of mvdream,"):
+        convert(originals["mvdream"], tmp_path / "out", family="flux")
+    convert(originals["imagedream"], tmp_path / "local", family="imagedream-local", extra=[TOKENIZER])
+    config = read_model_config(tmp_path / "local").unet
+    assert config.resampler is not None
+    assert not config.reference_frame
+
+
+def test_head_counts_come_from_a_folder_of_the_same_sizes(tmp_path: Path, folders: dict[str, Path]) -> None:
+    source = FIXTURES / "tiny-imagedream"  # 16 wide heads
+    convert(source, tmp_path / "tiny.safetensors")
+    convert(tmp_path / "tiny.safetensors", tmp_path / "out", like=source)
+    assert read_model_config(tmp_path / "out") == read_model_config(source)
+    picture = source / "input.png"
+    arguments: dict[str, Any] = {"prompt": "an owl", "negative_prompt": "", "steps": 1, "size_px": 128}
+    ours, theirs = (
+        load(folder, backend="torch", device="cpu").generate(picture, **arguments).latents
+        for folder in (tmp_path / "out", source)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(CheckpointError, match="its text_encoder has other tensors than the one to convert"):
+        convert(tmp_path / "tiny.safetensors", tmp_path / "other", like=folders["imagedream"])
+
+
+# Parts, dtypes, shards
+
+
+def test_parts_come_from_several_sources(originals: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tensors = safetensors.torch.load_file(originals["imagedream"])
+    prefixes = {"unet": "model.diffusion_model.", "vae": "vae_model.", "clip": "clip_model.model."}
+    for part, prefix in prefixes.items():
+        alone = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        safetensors.torch.save_file(alone, tmp_path / f"{part}.safetensors")
+    unet, vae, clip = (str(tmp_path / f"{part}.safetensors") for part in prefixes)
+    assert run(["convert", unet, str(tmp_path / "part")]) == 0
+    assert "not a whole model yet; add with --with: vae, text_encoder, tokenizer, image_encoder" in capfd.readouterr().err
+    assert not (tmp_path / "part" / "model_index.json").exists()
+    others = ["--with", vae, "--with", clip, "--with", str(TOKENIZER)]
+    assert run(["convert", unet, str(tmp_path / "whole"), *others]) == 0
+    assert capfd.readouterr().err.count("warning") == 0
+    convert(tmp_path / "whole", tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == originals["imagedream"].read_bytes()
+    with pytest.raises(CheckpointError, match="holds another vae: one source has it already"):
+        convert(originals["imagedream"], tmp_path / "twice", extra=[Path(vae)])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_folder_in_another_dtype_and_in_shards(dtype: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    convert(folders["mvdream"], tmp_path / "out", dtype=dtype, shard_bytes=1_000_000)
+    assert len(weight_files(tmp_path / "out", "unet")) > 3
+    for component in ("unet", "vae", "text_encoder"):
+        expected = {
+            name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors_of(folders["mvdream"], component).items()
+        }
+        assert_same_tensors(tensors_of(tmp_path / "out", component), expected)
+    assert read_model_config(tmp_path / "out") == read_model_config(folders["mvdream"])
+    load(tmp_path / "out", backend="torch", device="cpu")
+
+
+def test_rounding_is_that_of_pytorch() -> None:
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    values = torch.from_numpy(bits.view(np.float32).copy())
+    small = values[values.abs() < 60000]
+    for dtype, name in ((torch.bfloat16, "BF16"), (torch.float16, "F16")):
+        given = small if name == "F16" else values[values.abs() < 3e38]
+        raw = RawTensor(dtype="F32", shape=tuple(given.shape), read=lambda given=given: given.numpy().view(np.uint32))
+        expected = given.to(dtype)
+        assert torch.equal(torch.from_numpy(cast(raw, name, name="x").read().view(np.int16)), expected.view(torch.int16))
+        back = cast(
+            RawTensor(dtype=name, shape=raw.shape, read=lambda e=expected: e.view(torch.uint16).numpy()), "F32", name="x"
+        )
+        assert torch.equal(torch.from_numpy(back.read().view(np.float32)), expected.float())
+
+
+def test_values_too_large_for_float16_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["mvdream"], tmp_path / "model")
+    (file,) = weight_files(tmp_path / "model", "vae")
+    tensors = safetensors.torch.load_file(file)
+    tensors["decoder.conv_in.bias"][0] = 1e6
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"decoder\.conv_in\.bias: 1 values are too large for float16 \(use float32 or"):
+        convert(tmp_path / "model", tmp_path / "out", dtype="float16")
+
+
+# Breaks
+
+
+def test_a_broken_run_goes_on_and_is_no_checkpoint_before(originals: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def break_at(name: str, size: int) -> None:
+        if name.startswith("text_model.encoder"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(originals["mvdream"], out, extra=[TOKENIZER], on_tensor=break_at)
+    assert (out / STATE).is_file()
+    assert not (out / "model_index.json").exists()
+    assert not list(out.rglob("*.tmp"))
+    with pytest.raises(MvError):
+        load(out, backend="torch", device="cpu")
+    unet = out / "unet" / "diffusion_pytorch_model.safetensors"
+    before = unet.stat().st_mtime_ns
+    vae = out / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.write_bytes(vae.read_bytes()[:-1] + b"\0")  # damaged in between: written again
+    report = convert(originals["mvdream"], out, extra=[TOKENIZER])
+    assert unet.stat().st_mtime_ns == before
+    assert not report.missing
+    assert not (out / STATE).exists()
+    convert(out, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == originals["mvdream"].read_bytes()
+
+
+def test_a_kill_leaves_nothing_half_written(originals: dict[str, Path], tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+from mvshared.conversion.convert import convert
+def die(name, size):
+    if name.startswith("encoder.mid_block"):
+        os.kill(os.getpid(), 9)
+convert(Path({str(originals["mvdream"])!r}), Path("out"), extra=[Path({str(TOKENIZER)!r})], on_tensor=die)
+"""
+    paths = os.pathsep.join(sys.path)
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
+    assert killed.returncode == -9
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.rglob("*.safetensors")) == ["diffusion_pytorch_model.safetensors"]
+    convert(originals["mvdream"], out, extra=[TOKENIZER])
+    assert not inspect(out).faults
+    convert(out, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == originals["mvdream"].read_bytes()
+
+
+def test_what_is_there_is_not_overwritten(originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(originals["mvdream"], out, extra=[TOKENIZER])
+    with pytest.raises(OutputError, match="is not empty"):
+        convert(originals["mvdream"], out, extra=[TOKENIZER])
+    convert(originals["mvdream"], out, extra=[TOKENIZER], force=True)
+    with pytest.raises(OutputError, match="is a file, and a folder is needed"):
+        convert(originals["mvdream"], originals["sd15"])
+    with pytest.raises(OutputError, match="exists"):
+        convert(folders["mvdream"], originals["sd15"])
+    for missing in (tmp_path / "nothing.pt", tmp_path / "nothing"):
+        with pytest.raises(CheckpointError, match="no such file or folder"):
+            convert(missing, tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no component of a checkpoint"):
+        convert(tmp_path / "empty", tmp_path / "new")
+
+
+# The upscaler
+
+
+def convolution(name: str, shape: list[int]) -> tuple[int, ...]:
+    """The shape in k-diffusion, where these projections of pictures are convolutions of size 1."""
+    return (*shape, 1, 1) if name in ("q_proj", "out_proj", "qkv_proj") and len(shape) == 2 else tuple(shape)
+
+
+def k_diffusion_names(manifest: dict[str, list[int]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """k-diffusion's tensors of diffusers' ones, as huggingface/diffusers scripts/convert_k_upscaler_to_diffusers.py has them."""
+    outer = {
+        "conv_in": "proj_in",
+        "conv_out": "proj_out",
+        "time_embedding.linear_1": "mapping.0",
+        "time_embedding.linear_2": "mapping.2",
+        "time_embedding.cond_proj": "mapping_cond",
+    }
+    for name, shape in manifest.items():
+        path, _, kind = name.rpartition(".")
+        block = re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.+)", path)
+        if name == "time_proj.weight":
+            yield "inner_model.timestep_embed.weight", (*shape, 1)
+        elif path in outer:
+            yield f"inner_model.{outer[path]}.{kind}", tuple(shape)
+        else:
+            assert block
+            way, number, what, layer, rest = block.groups()
+            base = f"{way}_blocks.{number}"
+            attends = f"{base}.attentions.0.norm2.linear.weight" in manifest
+            both = f"{base}.attentions.0.norm1.linear.weight" in manifest
+            first = (1 + attends + both) * int(layer) + (way == "down")
+            here = f"inner_model.u_net.{way[0]}_blocks.{number}"
+            if what == "resnets":
+                part = {"norm1.linear": "main.0.mapper", "conv1": "main.2", "norm2.linear": "main.4.mapper"}
+                part |= {"conv2": "main.6", "conv_shortcut": "skip"}
+                yield f"{here}.{first}.{part[rest]}.{kind}", tuple(shape)
+            elif rest in ("norm1.linear", "attn1.to_out.0"):
+                part = "norm_in.mapper" if "norm" in rest else "out_proj"
+                yield f"{here}.{first + 1}.{part}.{kind}", convolution(part, shape)
+            elif rest == "attn1.to_q":
+                yield f"{here}.{first + 1}.qkv_proj.{kind}", convolution("qkv_proj", [3 * shape[0], *shape[1:]])
+            elif rest == "attn2.to_k":
+                yield f"{here}.{first + 1 + both}.kv_proj.{kind}", (2 * shape[0], *shape[1:])
+            elif rest not in ("attn1.to_k", "attn1.to_v", "attn2.to_v"):
+                part = {"norm2.linear": "norm_dec.mapper", "attn2.norm_cross": "norm_enc", "attn2.to_q": "q_proj"}
+                there = (part | {"attn2.to_out.0": "out_proj"})[rest]
+                yield f"{here}.{first + 1 + both}.{there}.{kind}", convolution(there, shape)
+
+
+def test_the_upscaler_has_the_names_and_shapes_of_the_public_one(tmp_path: Path) -> None:
+    """At full width and depth, of zeros in half precision, with its moving average as in the published file."""
+    manifest = json.loads((FIXTURES / "manifests" / "sd_x2_latent_upscaler_unet.json").read_text())
+    tiny = {name: [max(1, size // 32) if size > 8 else size for size in shape] for name, shape in manifest.items()}
+    tensors = {name: torch.randn(shape).half() for name, shape in k_diffusion_names(tiny)}
+    for place in ("d_blocks.1.0", "u_blocks.0.12"):
+        tensors[f"inner_model.u_net.{place}.kernel"] = torch.zeros(4, 4)
+    torch.save({"model": {}, "model_ema": tensors, "epoch": 1}, tmp_path / "upscaler.pth")
+    report = convert(tmp_path / "upscaler.pth", tmp_path / "out")
+    found = tensors_of(tmp_path / "out", "unet")
+    assert {name: list(tensor.shape) for name, tensor in found.items()} == tiny
+    assert report.family == "sd-x2-latent-upscaler"
+    assert report.missing == ("vae", "text_encoder", "tokenizer")
+    q, k, v = tensors["inner_model.u_net.d_blocks.3.2.qkv_proj.weight"][..., 0, 0].chunk(3)
+    for name, part in (("to_q", q), ("to_k", k), ("to_v", v)):
+        assert torch.equal(found[f"down_blocks.3.attentions.0.attn1.{name}.weight"], part)
+    document = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
+    assert document["layers_per_block"] == 4
+    assert document["down_block_types"] == ["KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3]
+    assert document["only_cross_attention"] == [True, True, True, False]
+
+
+def test_the_report_can_be_json(originals: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", str(originals["mvdream"]), str(tmp_path / "out"), "--with", str(TOKENIZER), "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["family"], report["missing"]) == ("mvdream", [])
+    assert {each["component"] for each in report["written"]} == {"unet", "vae", "text_encoder"}
+
+
+def test_the_towers_shapes_are_those_of_the_public_checkpoints() -> None:
+    """What a converted SD 2.1 text tower and ImageDream's vision tower have at full size."""
+    for config, name in ((CLIPTextConfig(), "sd21_text23"), (CLIPVisionConfig(), "clip_vit_h_vision")):
+        manifest = json.loads((FIXTURES / "manifests" / f"{name}.json").read_text())
+        names = {re.sub(r"^(text|vision)_model\.", "", name): tuple(shape) for name, shape in manifest.items()}
+        plain = {name: shape for name, shape in names.items() if "position_ids" not in name}
+        assert network_shapes(config) == plain
