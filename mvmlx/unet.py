@@ -146,8 +146,8 @@ class MultiViewUNet(nn.Module):
         """Denoise sample (b, v, h, w, in_channels) at timesteps (b,); returns (b, v, h, w, out_channels) in the weights' dtype.
 
         cross is what `cross_keys_values` gave, None for a model without cross-attention. Without camera (b, v, camera_dim) the
-        camera embedding is left out. reference (b, r, h, w, out_channels) are clean latents of r pictures; a model with a
-        reference frame sees one of zeros without them.
+        camera embedding is left out. reference (b, r, h, w, out_channels) are clean latents of r pictures, one more frame each;
+        a model with a reference frame runs without as well, but a dropped picture is one of zeros.
         Raises OptionError for shapes that do not fit.
         """
         check_unet_inputs(
@@ -197,12 +197,9 @@ class MultiViewUNet(nn.Module):
 
     def _append_reference(self, sample: mx.array, reference: mx.array | None) -> mx.array:
         """Frames (b, v + r, h, w, in_channels): references come last, the channels of their normal maps are zero."""
-        if not self.config.reference_frame:
-            return sample
         if reference is None:
-            clean = mx.zeros_like(sample[:, :1])
-        else:
-            clean = mx.pad(reference.astype(sample.dtype), [(0, 0)] * 4 + [(0, self.config.normal_channels)])
+            return sample
+        clean = mx.pad(reference.astype(sample.dtype), [(0, 0)] * 4 + [(0, self.config.normal_channels)])
         return mx.concatenate([sample, clean], axis=1)
 
     def _embed(self, timesteps: mx.array, camera: mx.array | None, *, frames: int) -> mx.array:

@@ -45,7 +45,8 @@ from mvshared.conversion.configs import (
     scheduler_document,
     vae_document,
 )
-from mvshared.conversion.convert import STATE, convert
+from mvshared.conversion.convert import convert
+from mvshared.conversion.folders import STATE
 from mvshared.conversion.raw import RawTensor, cast
 from mvshared.errors import CheckpointError, MvError, OptionError, OutputError, TensorMismatchError
 from mvshared.inspection import inspect
@@ -531,7 +532,7 @@ def convolution(name: str, shape: list[int]) -> tuple[int, ...]:
 
 
 def k_diffusion_names(manifest: dict[str, list[int]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """k-diffusion's tensors of diffusers' ones, as huggingface/diffusers scripts/convert_k_upscaler_to_diffusers.py has them."""
+    """k-diffusion's tensors of diffusers' ones, as its scripts/convert_k_upscaler_to_diffusers.py has them."""
     outer = {
         "conv_in": "proj_in",
         "conv_out": "proj_out",

@@ -135,12 +135,15 @@ def test_without_attention_the_views_do_not_see_each_other(backend: Backend) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_missing_reference_is_a_frame_of_zeros(backend: Backend) -> None:
-    model, inputs = make_unet(FULL, backend), unet_inputs(FULL, views=2)
+def test_a_dropped_reference_is_a_frame_of_zeros_and_a_missing_one_no_frame(backend: Backend) -> None:
+    config = replace(TINY_UNET, camera_dim=16, reference_frame=True)
+    model, inputs = make_unet(config, backend), unet_inputs(config, views=2)
     assert inputs.reference is not None
+    dropped = denoise(model, inputs._replace(reference=np.zeros_like(inputs.reference)))
     missing = denoise(model, inputs._replace(reference=None))
-    assert_close(missing, denoise(model, inputs._replace(reference=np.zeros_like(inputs.reference))), rms=1e-7)
-    assert_different(missing, denoise(model, inputs), rms=1e-3)
+    assert_different(dropped, missing, rms=1e-3)
+    plain = make_unet(replace(config, reference_frame=False), backend)
+    assert_close(missing, denoise(plain, inputs._replace(reference=None)), rms=FLOAT32_RMS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

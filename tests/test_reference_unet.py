@@ -97,11 +97,10 @@ def denoise_with_diffusers(config: UNetConfig, inputs: UNetInputs) -> torch.Tens
     oracle, ours = diffusers_unet(config), make_unet(config, "torch")
     sample, timesteps, context, camera, reference = (from_numpy(ours, x) for x in inputs)
     b, views = sample.shape[:2]
-    if config.reference_frame:
-        count = 1 if reference is None else reference.shape[1]
+    if reference is not None:
+        count = reference.shape[1]
         clean = torch.zeros_like(sample[:, :1]).repeat(1, count, 1, 1, 1)
-        if reference is not None:
-            clean[..., : config.out_channels] = reference
+        clean[..., : config.out_channels] = reference
         sample = torch.cat([sample, clean], dim=1)
         camera = None if camera is None else torch.cat([camera, camera.new_zeros(b, count, camera.shape[2])], dim=1)
     frames = sample.shape[1]
@@ -162,7 +161,7 @@ def test_several_references_are_as_many_frames(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_camera_and_reference_the_camera_mlp_is_skipped_and_the_frame_is_zeros(backend: Backend) -> None:
+def test_without_camera_and_reference_neither_is_there(backend: Backend) -> None:
     inputs = unet_inputs(REFERENCE, views=2)._replace(camera=None, reference=None)
     expected = denoise_with_diffusers(REFERENCE, inputs)
     assert_close(denoise(make_unet(REFERENCE, backend), inputs), expected, rms=FLOAT32_RMS)

@@ -6,7 +6,7 @@ Folders of this project name family, camera and generation defaults in `model_in
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from types import UnionType
@@ -145,6 +145,10 @@ def _own_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
         "vae": read_vae_config(folder),
         "scheduler": read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
     }
+    if (folder / "text_encoder").is_dir():
+        parts["text_encoder"] = _tower(folder, "text_encoder", clip_text)
+    if (folder / "image_encoder").is_dir():
+        parts |= _vision(folder)
     for name, kind in {"camera": CameraConfig, "defaults": GenerationDefaults, "framing": Framing}.items():
         parts[name] = config_from_json(kind, index.get(name, {}), path=folder / "model_index.json", table=name)
     return ModelConfig(family=str(index.get("family", "custom")), **parts)
@@ -167,8 +171,7 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
     scheduler = diffusers_scheduler(read_json_object(scheduler_path, error=CheckpointError), path=scheduler_path)
     encoders: dict[str, Any] = {"text_encoder": _tower(folder, "text_encoder", clip_text)}
     if unet.resampler is not None:
-        encoders["image_encoder"] = _tower(folder, "image_encoder", clip_vision)
-        encoders["image_processor"] = read_clip_image_config(folder / "feature_extractor" / "preprocessor_config.json")
+        encoders |= _vision(folder)
     family = family_of(unet, scheduler)
     latent_px = document.get("sample_size", document.get("image_size"))
     size_px = latent_px * vae.downscale if isinstance(latent_px, int) else 256
@@ -187,6 +190,12 @@ def _linear_projections(folder: Path) -> bool:
     """Whether the projections around the U-Net's transformers are linear layers: (o, i), and not (o, i, 1, 1)."""
     shapes = {name: info.shape for file in weight_files(folder, "unet") for name, info in read_header(file).tensors.items()}
     return not any(len(shape) == 4 and name.endswith(".proj_in.weight") for name, shape in shapes.items())
+
+
+def _vision(folder: Path) -> dict[str, Any]:
+    """The image encoder and how its pictures are prepared."""
+    processor = read_clip_image_config(folder / "feature_extractor" / "preprocessor_config.json")
+    return {"image_encoder": _tower(folder, "image_encoder", clip_vision), "image_processor": processor}
 
 
 def _tower(folder: Path, component: Literal["text_encoder", "image_encoder"], read: Callable[..., Tower]) -> Tower:
@@ -223,6 +232,10 @@ def config_from_json(
         raise error(f"the field {where + missing[0]!r} is missing", path=path)
     values = {}
     for name, value in given.items():
+        nested = next((kind for kind in (hints[name], *get_args(hints[name])) if is_dataclass(kind)), None)
+        if isinstance(value, dict) and isinstance(nested, type):
+            values[name] = config_from_json(nested, value, path=path, table=where + name, error=error)
+            continue
         converted, fits = _convert(value, hints[name])
         if not fits:
             raise error(f"{where}{name} must be {_type_name(hints[name])}, got {value!r}", path=path)
@@ -282,7 +295,10 @@ def write_component(
 
 
 def write_model_config(folder: Path, config: ModelConfig) -> None:
-    """Write scheduler_config.json and model_index.json; the components' own files are `write_component`'s."""
+    """Write scheduler_config.json and model_index.json; the components' own files are `write_component`'s.
+
+    Encoders, whose files are transformers' own, are read wherever their folders are.
+    """
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", asdict(config.scheduler))
     parts = {f.name: asdict(getattr(config, f.name)) for f in fields(config) if f.name in ("camera", "defaults", "framing")}

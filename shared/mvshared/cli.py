@@ -146,6 +146,25 @@ def convert(source: Path, dest: Path, **options: Any) -> None:
     convert_checkpoint(source, dest, options)
 
 
+@cli.group()
+def init() -> None:
+    """Make a model to train from the weights of another."""
+
+
+@init.command()
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--from", "source", required=True, help="Folder of ImageDream, MVDream or Stable Diffusion 2.1.")
+@click.option("--image-encoder", type=click.Path(path_type=Path), help="CLIPVisionModel folder, for a source that has none.")
+@click.option("--cameras", is_flag=True, help="Add a camera embedding to a source without one.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the new weights that are not zero.")
+@click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
+def gaf(dest: Path, **options: Any) -> None:
+    """Make DEST a GAF model: ImageDream with normal maps. Until it is trained, it computes what its source does."""
+    from mvshared.commands import init_gaf_model
+
+    init_gaf_model(dest, options)
+
+
 @cli.command()
 @click.argument("model")
 @click.option("--against", required=True, help="What to compare with: mlx, torch or diffusers.")

@@ -4,10 +4,11 @@ import json
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -23,6 +24,9 @@ from mvshared.images import encode_png, grid, sheet
 from mvshared.inspection import Report, inspect
 from mvshared.pipeline import Pipeline, Progress, repeat
 from mvshared.runs import Views, read_run
+
+if TYPE_CHECKING:
+    from mvshared.conversion.report import Report as ConversionReport
 
 # What may stand beside --config: it changes where the result goes, not what it is.
 BESIDE_CONFIG = {"config", "output", "force", "as_json", "stepwise"}
@@ -188,23 +192,43 @@ def convert_checkpoint(source: Path, dest: Path, options: dict[str, Any]) -> Non
     from mvshared.conversion.convert import convert
 
     as_json, shard_gb = options.pop("as_json"), options.pop("shard_gb")
-    with tqdm(desc="converting", unit="B", unit_scale=True, disable=None) as bar:
-
-        def count(name: str, size: int) -> None:
-            bar.update(size)
-
+    with _counting("converting") as count:
         report = convert(source, dest, shard_bytes=round(shard_gb * 1e9), on_tensor=count, **options)
     if as_json:
         click.echo(json.dumps(asdict(report) | {"folder": str(report.folder)}, default=dict))
         return
-    click.echo(f"{report.family} in {report.folder}")
-    for each in report.written:
-        dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in each.dtypes.items())
-        click.echo(f"  {each.component}: {each.tensors} tensors ({dtypes}) in {each.files} file{'s' if each.files > 1 else ''}")
+    _print_conversion(report)
     for reason, number in Counter(report.left_out.values()).items():
         click.echo(f"  left out: {number} tensor{'s' if number > 1 else ''}, {reason}")
     if report.missing:
         click.echo(f"mvmlx: warning: not a whole model yet; add with --with: {', '.join(report.missing)}", err=True)
+
+
+def init_gaf_model(dest: Path, options: dict[str, Any]) -> None:
+    """`mvmlx init gaf`."""
+    from mvshared.conversion.gaf import init_gaf
+
+    source = options.pop("source")
+    with _counting("writing") as count:
+        _print_conversion(init_gaf(source, dest, on_tensor=count, **options))
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr, if that is a terminal, of the bytes of tensors."""
+    with tqdm(desc=what, unit="B", unit_scale=True, disable=None) as bar:
+
+        def count(name: str, size: int) -> None:
+            bar.update(size)
+
+        yield count
+
+
+def _print_conversion(report: "ConversionReport") -> None:
+    click.echo(f"{report.family} in {report.folder}")
+    for each in report.written:
+        dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in each.dtypes.items())
+        click.echo(f"  {each.component}: {each.tensors} tensors ({dtypes}) in {each.files} file{'s' if each.files > 1 else ''}")
 
 
 def validate_model(name: str, options: dict[str, Any]) -> None:

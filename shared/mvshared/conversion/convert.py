@@ -4,9 +4,7 @@ A folder is made file by file, each written whole or not at all, model_index.jso
 broken run has finished, the next one finds and keeps.
 """
 
-import hashlib
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -17,25 +15,23 @@ from mvshared.backend import parse_dtype
 from mvshared.checkpoint import Component, find_model, read_model_config, weight_files
 from mvshared.config import SchedulerConfig, UNetConfig
 from mvshared.conversion.configs import scheduler_document
+from mvshared.conversion.folders import OnTensor, Progress, copy_files, fingerprint, write_weights
 from mvshared.conversion.networks import Part, convert_network, network_shapes
 from mvshared.conversion.one_file import write_one_file
-from mvshared.conversion.raw import FLOATS, STORED, RawTensor, cast, read_safetensors, shards, write_safetensors
+from mvshared.conversion.raw import FLOATS, STORED, RawTensor, cast, read_safetensors
 from mvshared.conversion.report import Report, written
 from mvshared.conversion.sources import read_file, sort_tensors
-from mvshared.errors import CheckpointError, OptionError, OutputError
+from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import make_folder, read_json_object, write_json
 from mvshared.schedule import alphas_cumprod
 
 UPSCALER = "sd-x2-latent-upscaler"
 FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-768", UPSCALER)
 SIZES_PX = {"sd15": 512, "sd21": 512, "sd21-768": 768}
-REPORT, STATE = "conversion.json", ".conversion.json"
-FILE_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+REPORT = "conversion.json"
 PLAIN_FOLDERS = ("tokenizer", "feature_extractor", "scheduler")
 GIGABYTE = 1_000_000_000
 DEFAULT_SHARD_BYTES = 5 * GIGABYTE
-
-OnTensor = Callable[[str, int], None]
 
 
 @dataclass(kw_only=True)
@@ -98,8 +94,8 @@ def convert(
         family=chosen,
         stored=stored,
         shard_bytes=shard_bytes,
-        state=_Progress(
-            dest, _fingerprint([source, *extra, *([like] if like else [])], stored, chosen, shard_bytes), force=force
+        state=Progress(
+            dest, fingerprint([source, *extra, *([like] if like else [])], stored, chosen, shard_bytes), force=force
         ),
         index=source / "model_index.json" if source.is_dir() else None,
         on_tensor=on_tensor,
@@ -197,46 +193,6 @@ def _check_schedule(stored: RawTensor | None, *, path: Path) -> None:
 # Writing a folder
 
 
-class _Progress:
-    """Which files of a conversion are written; kept in the folder until it is complete."""
-
-    def __init__(self, dest: Path, fingerprint: str, *, force: bool) -> None:
-        self.dest, self.fingerprint = dest, fingerprint
-        self.done: dict[str, str] = {}
-        if dest.exists() and not dest.is_dir():
-            raise OutputError("is a file, and a folder is needed", path=dest, hint="name another folder")
-        state = dest / STATE
-        if state.is_file():
-            document = read_json_object(state)
-            if document.get("fingerprint") == fingerprint:
-                self.done = {name: sha for name, sha in dict(document.get("files", {})).items() if self._kept(name, sha)}
-        elif dest.is_dir() and any(dest.iterdir()) and not force:
-            raise OutputError("is not empty", path=dest, hint="name another folder, or use --force")
-
-    def _kept(self, name: str, sha256: str) -> bool:
-        path = self.dest / name
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-
-    def add(self, name: str, sha256: str) -> None:
-        self.done[name] = sha256
-        write_json(self.dest / STATE, {"fingerprint": self.fingerprint, "files": self.done})
-
-    def finish(self) -> None:
-        (self.dest / STATE).unlink(missing_ok=True)
-
-
-def _fingerprint(paths: Sequence[Path], stored: str | None, family: str, shard_bytes: int) -> str:
-    """Of the sources, as far as their sizes and times tell, and of the options."""
-    lines = [f"{stored} {family} {shard_bytes}"]
-    for path in paths:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        lines += [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
-
-
 def _write(
     collected: _Collected,
     dest: Path,
@@ -244,7 +200,7 @@ def _write(
     family: str,
     stored: str | None,
     shard_bytes: int,
-    state: _Progress,
+    state: Progress,
     index: Path | None,
     on_tensor: OnTensor,
 ) -> Report:
@@ -258,7 +214,7 @@ def _write(
         elif component in collected.folders:
             tensors, documents = _folder_tensors(collected.folders[component], component), {}
             renamed = {name: (name,) for name in tensors}
-            _copy_files(collected.folders[component], dest / component, only=("config.json",))
+            copy_files(collected.folders[component], dest / component, only=("config.json",))
         else:
             continue
         for name, document in documents.items():
@@ -266,12 +222,12 @@ def _write(
             write_json(dest / name, document)
         tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
         _check_dtypes(tensors)
-        files = _write_weights(dest, component, tensors, shard_bytes=shard_bytes, state=state, on_tensor=on_tensor)
+        files = write_weights(dest, component, tensors, shard_bytes=shard_bytes, state=state, on_tensor=on_tensor)
         parts.append(written(component, tensors, files=files))
         names[component] = renamed
     for name in PLAIN_FOLDERS:
         if name in collected.folders:
-            _copy_files(collected.folders[name], dest / name)
+            copy_files(collected.folders[name], dest / name)
     if "scheduler" not in collected.folders and family != "custom":
         prediction = "v_prediction" if family == "sd21-768" else "epsilon"
         make_folder(dest / "scheduler")
@@ -283,7 +239,7 @@ def _write(
         dest / REPORT, {"family": family, "names": names, "left_out": dict(collected.left_out), "missing": list(missing)}
     )
     if index is not None:
-        _copy_files(index.parent, dest, only=("model_index.json",))
+        copy_files(index.parent, dest, only=("model_index.json",))
     elif not missing and family != "custom":
         write_json(dest / "model_index.json", _model_index(family))
     state.finish()
@@ -310,47 +266,6 @@ def _check_dtypes(tensors: Mapping[str, RawTensor]) -> None:
         if tensor.dtype not in FLOATS:
             allowed = ", ".join(FLOATS.values())
             raise CheckpointError(f"{name!r} must be one of {allowed}, got {tensor.dtype}")
-
-
-def _write_weights(
-    dest: Path,
-    component: Component,
-    tensors: Mapping[str, RawTensor],
-    *,
-    shard_bytes: int,
-    state: _Progress,
-    on_tensor: OnTensor,
-) -> int:
-    """Write a component in as many files as its size needs; returns how many."""
-    stem = FILE_NAMES.get(component, "model")
-    groups = shards(tensors, shard_bytes=shard_bytes)
-    make_folder(dest / component)
-    places: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        numbered = f"{stem}-{number:05}-of-{len(groups):05}" if len(groups) > 1 else stem
-        name = f"{component}/{numbered}.safetensors"
-        places |= dict.fromkeys(group, f"{numbered}.safetensors")
-        if name not in state.done:
-            state.add(name, write_safetensors(dest / name, group, on_tensor=on_tensor))
-        else:
-            for tensor in group:
-                on_tensor(tensor, group[tensor].bytes)
-    if len(groups) > 1:
-        size = sum(tensor.bytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        write_json(dest / component / f"{stem}.safetensors.index.json", index)
-    return len(groups)
-
-
-def _copy_files(source: Path, dest: Path, *, only: Sequence[str] | None = None) -> None:
-    """Copy the files of a folder that are no weights, or those of the given names."""
-    make_folder(dest)
-    try:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and (file.name in only if only else file.suffix in (".json", ".txt", ".model")):
-                shutil.copyfile(file, dest / file.name)
-    except OSError as cause:
-        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=dest) from cause
 
 
 def _needed(family: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ def write_one_file(
     tensors: dict[str, RawTensor] = {}
     names: dict[str, dict[str, tuple[str, ...]]] = {}
     for component in components(config):
-        own = _own_tensors(folder, component, config)
+        own = own_tensors(folder, component, config)
         prefix, links = _original_links(component, config, names=list(own))
         names[component] = {}
         for link in links:
@@ -42,7 +42,7 @@ def write_one_file(
     return Report(folder=dest, family=config.family, written=(account,), names=names, left_out={}, missing=())
 
 
-def _own_tensors(folder: Path, component: Component, config: ModelConfig) -> dict[str, RawTensor]:
+def own_tensors(folder: Path, component: Component, config: ModelConfig) -> dict[str, RawTensor]:
     """The tensors of a component under this project's names, with their shapes here."""
     files = weight_files(folder, component)
     shapes = network_shapes(getattr(config, component))

@@ -1,0 +1,96 @@
+"""Folders that are written file by file, and go on where a broken run stopped."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from mvshared.checkpoint import WEIGHT_STEMS, Component
+from mvshared.conversion.raw import RawTensor, shards, write_safetensors
+from mvshared.errors import OutputError
+from mvshared.files import make_folder, read_json_object, write_json
+
+STATE = ".conversion.json"
+
+OnTensor = Callable[[str, int], None]
+
+
+class Progress:
+    """Which files of a conversion are written; kept in the folder until it is complete."""
+
+    def __init__(self, dest: Path, fingerprint: str, *, force: bool) -> None:
+        self.dest, self.fingerprint = dest, fingerprint
+        self.done: dict[str, str] = {}
+        if dest.exists() and not dest.is_dir():
+            raise OutputError("is a file, and a folder is needed", path=dest, hint="name another folder")
+        state = dest / STATE
+        if state.is_file():
+            document = read_json_object(state)
+            if document.get("fingerprint") == fingerprint:
+                self.done = {name: sha for name, sha in dict(document.get("files", {})).items() if self._kept(name, sha)}
+        elif dest.is_dir() and any(dest.iterdir()) and not force:
+            raise OutputError("is not empty", path=dest, hint="name another folder, or use --force")
+
+    def _kept(self, name: str, sha256: str) -> bool:
+        path = self.dest / name
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+    def add(self, name: str, sha256: str) -> None:
+        self.done[name] = sha256
+        write_json(self.dest / STATE, {"fingerprint": self.fingerprint, "files": self.done})
+
+    def finish(self) -> None:
+        (self.dest / STATE).unlink(missing_ok=True)
+
+
+def fingerprint(paths: Sequence[Path], stored: str | None, family: str, shard_bytes: int) -> str:
+    """Of the sources, as far as their sizes and times tell, and of the options."""
+    lines = [f"{stored} {family} {shard_bytes}"]
+    for path in paths:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        lines += [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def write_weights(
+    dest: Path,
+    component: Component,
+    tensors: Mapping[str, RawTensor],
+    *,
+    shard_bytes: int,
+    state: Progress,
+    on_tensor: OnTensor,
+) -> int:
+    """Write a component in as many files as its size needs; returns how many."""
+    stem = WEIGHT_STEMS[component]
+    groups = shards(tensors, shard_bytes=shard_bytes)
+    make_folder(dest / component)
+    places: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        numbered = f"{stem}-{number:05}-of-{len(groups):05}" if len(groups) > 1 else stem
+        name = f"{component}/{numbered}.safetensors"
+        places |= dict.fromkeys(group, f"{numbered}.safetensors")
+        if name not in state.done:
+            state.add(name, write_safetensors(dest / name, group, on_tensor=on_tensor))
+        else:
+            for tensor in group:
+                on_tensor(tensor, group[tensor].bytes)
+    if len(groups) > 1:
+        size = sum(tensor.bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        write_json(dest / component / f"{stem}.safetensors.index.json", index)
+    return len(groups)
+
+
+def copy_files(source: Path, dest: Path, *, only: Sequence[str] | None = None) -> None:
+    """Copy the files of a folder that are no weights, or those of the given names."""
+    make_folder(dest)
+    try:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and (file.name in only if only else file.suffix in (".json", ".txt", ".model")):
+                shutil.copyfile(file, dest / file.name)
+    except OSError as cause:
+        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=dest) from cause

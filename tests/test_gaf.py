@@ -1,0 +1,114 @@
+"""`mvmlx init gaf`: a network that at first computes what its source does, whole folders, and what can be no source."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close, assert_different, from_numpy, to_numpy, unet_inputs
+from public_folders import stable_diffusion
+
+from mvshared.backend import load
+from mvshared.checkpoint import read_model_config
+from mvshared.cli import run
+from mvshared.conversion.gaf import init_gaf
+from mvshared.errors import CheckpointError, OptionError, OutputError
+from mvshared.inspection import inspect
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SD21 = {"attention_head_dim": [2, 4], "use_linear_projection": True}
+
+
+def call(model: Any, inputs: Any, *, image_states: Any = None) -> Any:
+    """The U-Net of a loaded model on random inputs; missing input channels are zero."""
+    sample, timesteps, context, camera, reference = (from_numpy(model.unet, x) for x in inputs)
+    cross = model.unet.cross_keys_values(context, image_states=from_numpy(model.unet, image_states))
+    return to_numpy(model.unet(sample, timesteps, cross=cross, camera=camera, reference=reference))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_from_imagedream_it_makes_the_views_of_imagedream_whatever_the_normal_maps(backend: Backend, tmp_path: Path) -> None:
+    source = FIXTURES / "tiny-imagedream"
+    init_gaf(source, tmp_path / "gaf")
+    arguments: dict[str, Any] = {"prompt": "an owl", "negative_prompt": "", "steps": 2, "elevation_deg": 5, "size_px": 128}
+    ours, theirs = (load(folder, backend=backend, device="cpu") for folder in (tmp_path / "gaf", source))
+    expected = theirs.generate(source / "input.png", **arguments).latents
+    assert_close(ours.generate(source / "input.png", **arguments).latents, expected, rms=FLOAT32_RMS)
+    maps = [np.random.default_rng(view).integers(0, 256, (128, 128, 3), dtype=np.uint8) for view in range(4)]
+    assert_close(ours.generate(source / "input.png", normals=maps, **arguments).latents, expected, rms=FLOAT32_RMS)
+    config = ours.model.config
+    assert (config.family, config.unet.in_channels, config.unet.reference_frame) == ("gaf", 8, True)
+    assert not inspect(tmp_path / "gaf").faults
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_from_stable_diffusion_it_is_stable_diffusion_until_it_sees_a_picture(backend: Backend, tmp_path: Path) -> None:
+    source = stable_diffusion(tmp_path / "sd21", unet=SD21)
+    encoder = FIXTURES / "tiny-imagedream" / "image_encoder"
+    init_gaf(source, tmp_path / "gaf", image_encoder=encoder, cameras=True)
+    ours, theirs = (load(folder, backend=backend, device="cpu").model for folder in (tmp_path / "gaf", source))
+    config = ours.config.unet
+    inputs = unet_inputs(theirs.config.unet)  # pyright: ignore
+    expected = call(theirs, inputs)
+    rng = np.random.default_rng(0)
+    normals = rng.standard_normal(inputs.sample.shape, dtype=np.float32)
+    states = rng.standard_normal((2, 1, 17, config.resampler.embedding_dim), dtype=np.float32)  # type: ignore[union-attr]
+    wider = inputs._replace(
+        sample=np.concatenate([inputs.sample, normals], axis=-1), camera=rng.standard_normal((2, 1, 16), dtype=np.float32)
+    )
+    assert_close(call(ours, wider, image_states=states), expected, rms=FLOAT32_RMS)
+    reference = rng.standard_normal((2, 1, *inputs.sample.shape[2:]), dtype=np.float32)
+    assert_different(call(ours, wider._replace(reference=reference), image_states=states), expected, rms=1e-3)
+
+
+def test_new_weights_are_drawn_from_the_seed_and_kept_in_the_dtype_of_the_source(tmp_path: Path) -> None:
+    source = stable_diffusion(tmp_path / "sd21", unet=SD21)
+    encoder = FIXTURES / "tiny-imagedream" / "image_encoder"
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (0, 0, 1), strict=True):
+        init_gaf(source, folder, image_encoder=encoder, seed=seed)
+    a, b, c = ((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for folder in folders)
+    assert a == b != c
+    assert {dtype for part in inspect(folders[0]).components for dtype in part.dtypes} == {"F32"}
+
+
+def test_without_an_image_encoder_there_are_no_image_tokens(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = stable_diffusion(tmp_path / "sd21", unet=SD21)
+    assert run(["init", "gaf", "--from", str(source), str(tmp_path / "gaf")]) == 0
+    assert capfd.readouterr().out.startswith(f"gaf in {tmp_path / 'gaf'}\n  unet: ")
+    unet = read_model_config(tmp_path / "gaf").unet
+    assert (unet.resampler, unet.camera_dim, unet.reference_frame) == (None, None, True)
+    views = load(tmp_path / "gaf", backend="torch", device="cpu").generate(
+        FIXTURES / "tiny-imagedream" / "input.png", prompt="an owl", steps=1, size_px=16
+    )
+    assert views.images.shape == (4, 16, 16, 3)
+
+
+def test_what_can_be_no_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"from must be an ImageDream, MVDream or Stable Diffusion 2\.1 folder, got .*demo"):
+        init_gaf("demo", tmp_path / "gaf")
+    init_gaf(FIXTURES / "tiny-mvdream", tmp_path / "gaf")
+    with pytest.raises(OptionError, match="from must be"):
+        init_gaf(tmp_path / "gaf", tmp_path / "again")
+    with pytest.raises(OutputError, match="is not empty"):
+        init_gaf(FIXTURES / "tiny-mvdream", tmp_path / "gaf")
+    with pytest.raises(OptionError, match="image encoder must be left out: the source has its own"):
+        init_gaf(FIXTURES / "tiny-imagedream", tmp_path / "other", image_encoder=FIXTURES)
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors weights"):
+        init_gaf(FIXTURES / "tiny-mvdream", tmp_path / "other", image_encoder=FIXTURES)
+    shutil.rmtree(tmp_path / "gaf")
+
+
+def test_a_broken_run_is_no_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    def break_at(name: str, size: int) -> None:
+        if name.startswith("encoder.mid_block"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        init_gaf(FIXTURES / "tiny-mvdream", tmp_path / "gaf", on_tensor=break_at)
+    assert not (tmp_path / "gaf" / "model_index.json").exists()
+    init_gaf(FIXTURES / "tiny-mvdream", tmp_path / "gaf")
+    assert json.loads((tmp_path / "gaf" / "model_index.json").read_text())["family"] == "gaf"
+    assert not inspect(tmp_path / "gaf").faults
