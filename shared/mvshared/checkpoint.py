@@ -30,6 +30,7 @@ from mvshared.config import (
 )
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import FileError, read_json_object, write_atomic, write_json
+from mvshared.models import EMBEDDED, REPOSITORIES, read_pins, repository_of
 from mvshared.public_configs import (
     clip_text,
     clip_vision,
@@ -52,7 +53,6 @@ WEIGHT_STEMS: dict[Component, str] = {
     "image_encoder": "model",
 }
 FORMAT_VERSION = 1
-EMBEDDED = {"demo": "demo"}
 
 
 class _Dataclass(Protocol):
@@ -64,18 +64,36 @@ Tower = TypeVar("Tower", CLIPTextConfig, CLIPVisionConfig)
 
 
 def find_model(name: Path | str) -> Path:
-    """The absolute folder of a model: the embedded one of that name, or a folder on disk.
+    """The absolute folder of a model: the embedded one of that name, a folder on disk, or a downloaded model by its name or
+    repository.
 
-    Raises CheckpointError if there is neither.
+    Raises CheckpointError if there is none of them.
     """
-    embedded = EMBEDDED.get(str(name))
-    folder = Path(name) if embedded is None else Path(str(files("mvshared"))) / embedded
-    if not folder.is_dir():
-        known = ", ".join(EMBEDDED)
-        raise CheckpointError(f"no such model: allowed are {known} and checkpoint folders, got {str(name)!r}")
+    embedded, folder = EMBEDDED.get(str(name)), Path(name)
+    if embedded is not None:
+        folder = Path(str(files("mvshared"))) / embedded
+    elif not folder.is_dir():
+        folder = _downloaded(str(name))
     if not (folder / "model_index.json").is_file():
         raise CheckpointError("is no checkpoint folder: model_index.json is missing", path=folder)
     return folder.absolute()
+
+
+def _downloaded(name: str) -> Path:
+    repository = repository_of(name)
+    pin = None if repository is None else read_pins().get(repository)
+    if pin is not None and pin.complete():
+        return Path(pin.folder)
+    if name in REPOSITORIES or pin is not None:
+        raise CheckpointError(f"the model {name!r} is not downloaded", hint=f"mvmlx download {name}")
+    known = ", ".join((*EMBEDDED, *REPOSITORIES))
+    raise CheckpointError(f"no such model: allowed are {known} and checkpoint folders, got {name!r}")
+
+
+def model_name(name: Path | str) -> str:
+    """What names a model wherever the program runs: the name of an embedded or downloaded one, else its folder's path."""
+    named = str(name) in EMBEDDED or (not Path(name).is_dir() and repository_of(str(name)) is not None)
+    return str(name) if named else str(Path(name).resolve())
 
 
 def weight_files(folder: Path, component: Component) -> list[Path]:

@@ -64,9 +64,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("image", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--model", default="demo", show_default=True, help="An embedded model's name (see `mvmlx models`), or a checkpoint folder."
-)
+@click.option("--model", default="demo", show_default=True, help="A model's name (see `mvmlx models`), or a checkpoint folder.")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
 @click.option(
@@ -105,11 +103,24 @@ def generate(ctx: click.Context, **options: Any) -> None:
 
 
 @cli.command()
-def models() -> None:
-    """List the models that need no download."""
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per model.")
+def models(as_json: bool) -> None:
+    """List the models that have a name: in the package, downloaded, and to download."""
     from mvshared.commands import list_models
 
-    list_models()
+    list_models(as_json=as_json)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--revision", help="Commit, branch or tag.  [default: the pinned one, the newest the first time]")
+@click.option("--verify", is_flag=True, help="Hash what is there already.")
+@click.option("--json", "as_json", is_flag=True, help="Print where the model is as JSON.")
+def download(name: str, **options: Any) -> None:
+    """Download NAME, one of `mvmlx models` or a repository of huggingface.co such as owner/name."""
+    from mvshared.commands import download_model
+
+    download_model(name, options)
 
 
 @cli.command()

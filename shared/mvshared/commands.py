@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from mvshared.backend import load
 from mvshared.camera import load_cameras
-from mvshared.checkpoint import EMBEDDED, find_model, read_model_config
+from mvshared.checkpoint import find_model, read_model_config
 from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
 from mvshared.export import check_free
 from mvshared.files import check_folder, make_folder, write_atomic, write_json
 from mvshared.images import encode_png, grid, sheet
 from mvshared.inspection import Report, inspect
+from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.pipeline import Pipeline, Progress, repeat
 from mvshared.runs import Views, read_run
 
@@ -144,17 +145,54 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
     return [lambda reporter, seed=seed: run(reporter, seed) for seed in seeds]
 
 
-def list_models() -> None:
+def list_models(*, as_json: bool) -> None:
     """`mvmlx models`."""
     for name in EMBEDDED:
         folder = find_model(name)
         config = read_model_config(folder)
-        size_mb = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         defaults = config.defaults
-        click.echo(
-            f"{name}: {defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance "
-            f"{defaults.guidance:g}, {size_mb:.1f} MB, in the package"
-        )
+        what = f"{defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance {defaults.guidance:g}"
+        if as_json:
+            click.echo(json.dumps({"name": name, "state": "embedded", "folder": str(folder), "bytes": size}))
+        else:
+            click.echo(f"{name}: {what}, {_size(size)}, in the package")
+    pins = read_pins()
+    names = {repository: name for name, repository in REPOSITORIES.items()}
+    for repository in (*names, *(pins.keys() - names.keys())):
+        name, pin = names.get(repository, repository), pins.get(repository)
+        complete = pin is not None and pin.complete()
+        if as_json:
+            state = "downloaded" if complete else "pinned" if pin else "not downloaded"
+            document = {"name": name, "state": state, "repository": repository}
+            document |= {"revision": pin.revision, "folder": pin.folder, "bytes": pin.bytes} if pin else {}
+            click.echo(json.dumps(document))
+        elif pin is not None and complete:
+            click.echo(f"{name}: {repository}, revision {pin.revision[:12]}, {_size(pin.bytes)}, in {pin.folder}")
+        else:
+            pinned = f", pinned to revision {pin.revision[:12]}" if pin else ""
+            click.echo(f"{name}: {repository}{pinned}, not downloaded (mvmlx download {name})")
+
+
+def download_model(name: str, options: dict[str, Any]) -> None:
+    """`mvmlx download`."""
+    from mvshared.download import Plan, download
+
+    def announce(plan: Plan) -> None:
+        licence = plan.licence or "that the repository does not name"
+        click.echo(f"{plan.repository}, revision {plan.revision}, under the licence {licence}", err=True)
+        click.echo(f"{len(plan.files)} files of {_size(plan.bytes)} go to {plan.cache}", err=True)
+
+    as_json = options.pop("as_json")
+    pin = download(name, on_plan=announce, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(pin)))
+    else:
+        click.echo(f"{name} is in {pin.folder}: {_size(pin.bytes)}, licence {pin.licence or 'unknown'}")
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def show_model(name: str, *, backend: str, as_json: bool) -> None:

@@ -157,3 +157,13 @@ class NumericsError(MvError):
     def __init__(self, message: str, *, where: str, hint: str = "") -> None:
         super().__init__(f"{where}: {message}", hint=hint)
         self.where = where
+
+
+class DownloadError(MvError):
+    """A model cannot be downloaded, or is not what it should be. Fields: `repository`."""
+
+    exit_code = 11
+
+    def __init__(self, message: str, *, repository: str, hint: str = "") -> None:
+        super().__init__(f"{repository}: {message}", hint=hint)
+        self.repository = repository

@@ -29,7 +29,7 @@ from mvshared.arguments import (
 )
 from mvshared.backend import A, Model
 from mvshared.camera import as_poses, camera_vectors, even_azimuths, orbit
-from mvshared.checkpoint import EMBEDDED, find_model
+from mvshared.checkpoint import find_model, model_name
 from mvshared.clip_images import clip_pixels
 from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
 from mvshared.framing import Framed, frame_picture
@@ -72,7 +72,7 @@ class Pipeline(Generic[A]):
 
     def __init__(self, model: Model[A], *, name: str) -> None:
         self.model = model
-        self.name = name if name in EMBEDDED else str(Path(name).resolve())
+        self.name = model_name(name)
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
