@@ -1,13 +1,15 @@
-"""Measures this machine: `python -m benchmarks [help generate unet vae renderer] [--json FILE]`."""
+"""Measures this machine: `python -m benchmarks [help generate unet vae renderer loading imagedream] [--json FILE]`."""
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.compare import compare
+from benchmarks.full_size import write_random_imagedream
 from benchmarks.measure import machine
-from benchmarks.results import TITLES, Results, markdown, write_results
+from benchmarks.results import LARGE, TITLES, Results, markdown, write_results
 from benchmarks.suite import cases
 from mvshared.backend import available_backends
 from mvshared.checkpoint import find_model, read_model_config
@@ -15,9 +17,10 @@ from mvshared.errors import MvError, OptionError
 
 
 def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = None, repeats: int = 3) -> Results:
-    """The results of these names of TITLES, of all of them for none; `steps` is by default the model's.
+    """The results of these names of TITLES, of all but the LARGE ones for none; `steps` is by default the model's.
 
-    Raises OptionError, and CheckpointError for a model that is not there.
+    The LARGE ones are of the `model`, if that is a full ImageDream's folder; for `demo` one with random weights is written, and
+    removed in the end. Raises OptionError, and CheckpointError for a model that is not there.
     """
     for name, value in (("repeats", repeats), ("steps", steps)):
         if value is not None and value < 1:
@@ -25,18 +28,26 @@ def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = No
     folder = find_model(model).resolve()
     steps = steps or read_model_config(folder).defaults.steps
     tables = {}
-    for name in names or TITLES:
-        rows = []
-        for group in cases(name, model=folder, backends=available_backends(), steps=steps):
-            print(f"{name}: {group[0].what} {group[0].arguments.get('dtype', '')} ...", file=sys.stderr)
-            rows += compare(group, repeats=repeats)
-        tables[name] = rows
+    with tempfile.TemporaryDirectory(prefix="mvmlx-benchmark-") as scratch:
+        large = folder
+        if model == "demo" and set(names) & set(LARGE):
+            print("writing an ImageDream with random weights ...", file=sys.stderr)
+            large = write_random_imagedream(Path(scratch))
+        for name in names or [name for name in TITLES if name not in LARGE]:
+            rows = []
+            chosen = large if name in LARGE else folder
+            for group in cases(name, model=chosen, backends=available_backends(), steps=steps):
+                print(f"{name}: {group[0].what} {group[0].arguments.get('dtype', '')} ...", file=sys.stderr)
+                rows += compare(group, repeats=repeats)
+            tables[name] = rows
     return Results(machine=machine(), settings={"model": model, "repeats": repeats, "warm-up calls": 1}, tables=tables)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TITLES)}; all of them by default")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(TITLES)}; by default all but {' and '.join(LARGE)}"
+    )
     parser.add_argument("--model", default="demo", help="an embedded model's name, or a checkpoint folder")
     parser.add_argument("--steps", type=int, help="steps of a generation; by default the model's")
     parser.add_argument("--repeats", type=int, default=3, help="calls that count")

@@ -24,15 +24,8 @@ def generate(*, model: str, image: str, backend: str, steps: int) -> Prepared:
 def unet_step(*, model: str, backend: str, dtype: str) -> Prepared:
     """One call of the U-Net with its constant part prepared, without guidance, its output copied to numpy."""
     loaded = load(model, backend=backend, dtype=dtype).model
-    config, latents = loaded.config, _random_latents(loaded)
-    poses = orbit(even_azimuths(len(latents)), config.defaults.elevation_deg, radius=config.camera.radius)
-    x = loaded.from_numpy(latents)
-    condition = loaded.condition(
-        cameras=camera_vectors(poses) if config.unet.camera_dim else None,
-        reference=x[:1] if config.unet.reference_frame else None,
-        normals=None,
-        guided=False,
-    )
+    x = loaded.from_numpy(random_latents(loaded))
+    condition = condition_of(loaded, x, guided=False)
     return _prepared(loaded, lambda: loaded.to_numpy(loaded.denoise(x, TIMESTEP, condition, 1.0)))
 
 
@@ -48,11 +41,31 @@ def vae_encode(*, model: str, backend: str, dtype: str) -> Prepared:
 def vae_decode(*, model: str, backend: str, dtype: str) -> Prepared:
     """Pictures of latents, as numpy arrays."""
     loaded = load(model, backend=backend, dtype=dtype).model
-    x = loaded.from_numpy(_random_latents(loaded))
+    x = loaded.from_numpy(random_latents(loaded))
     return _prepared(loaded, lambda: loaded.decode(x))
 
 
-def _random_latents(model: Model[Any]) -> NDArray[np.float32]:
+def condition_of(model: Model[Any], latents: Any, *, guided: bool) -> Any:
+    """The constant part of a step with everything that the model takes, but for normal maps: random states, even cameras."""
+    config, rng = model.config, np.random.default_rng(1)
+    poses = orbit(even_azimuths(len(latents)), config.defaults.elevation_deg, radius=config.camera.radius)
+    text, vision = config.text_encoder, config.image_encoder
+
+    def states(count: int, tokens: int, width: int) -> Any:
+        return model.from_numpy(rng.standard_normal((count, tokens, width), np.float32))
+
+    return model.condition(
+        text=None if text is None else states(1 + guided, text.max_position_embeddings, text.hidden_size),
+        image_states=None if vision is None else states(1, vision.tokens, vision.hidden_size),
+        cameras=camera_vectors(poses) if config.unet.camera_dim else None,
+        reference=latents[:1] if config.unet.reference_frame else None,
+        normals=None,
+        guided=guided,
+    )
+
+
+def random_latents(model: Model[Any]) -> NDArray[np.float32]:
+    """Noise for the model's default views and size."""
     defaults, vae = model.config.defaults, model.config.vae
     size = defaults.size_px // vae.downscale
     return np.random.default_rng(0).standard_normal((defaults.views, size, size, vae.latent_channels), np.float32)

@@ -17,8 +17,11 @@ TITLES = {
     "unet": "One step of the U-Net",
     "vae": "VAE",
     "renderer": "Head renderer",
+    "loading": "Loading ImageDream at full size, random weights, from float16 files",
+    "imagedream": "One guided step of ImageDream at full size, random weights",
 }
-LIBRARIES = {"mlx": "MLX", "torch": "PyTorch"}
+LARGE = ("loading", "imagedream")  # gigabytes of memory and disk, and minutes: measured only where they are named
+LIBRARIES = {"mlx": "MLX", "torch": "PyTorch", "diffusers": "diffusers on PyTorch"}
 MLX_ON_CPU = "MLX's CPU backend (not Metal)"
 MLX_ON_CPU_NOTE = (
     f"{MLX_ON_CPU} is there for tests, and slow where no tuned BLAS is under it: "
@@ -31,7 +34,7 @@ class Row:
     """One thing, timed in a process of its own: the seconds of every call, or the reason why there are none, `failure`.
 
     `views` is how many pictures a call makes, if it makes whole ones. `peak_memory_bytes` is the process's largest resident
-    memory, `device_memory_bytes` the largest sum of arrays on a GPU.
+    memory, `device_memory_bytes` the largest sum of arrays on a GPU, `weights_bytes` what the loaded weights need.
     """
 
     what: str
@@ -43,6 +46,7 @@ class Row:
     seconds: tuple[float, ...] = ()
     peak_memory_bytes: int | None = None
     device_memory_bytes: int | None = None
+    weights_bytes: int | None = None
     failure: str = ""
 
 
@@ -108,6 +112,9 @@ def _cells(row: Row) -> dict[str, str]:
         cells["repeats"] = _text(len(row.seconds))
         cells["views/s"] = f"{row.views / timing.median:.3g}" if row.views else ""
     cells["peak memory (MB)"] = _megabytes(row.peak_memory_bytes)
+    cells["weights (MB)"] = _megabytes(row.weights_bytes)
+    if row.weights_bytes and row.peak_memory_bytes:
+        cells["peak / weights"] = f"{row.peak_memory_bytes / row.weights_bytes:.2f}"
     cells["arrays on the GPU (MB)"] = _megabytes(row.device_memory_bytes)
     cells["not measured because"] = row.failure
     return cells

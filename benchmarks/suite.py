@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from benchmarks import commands, networks
+from benchmarks import commands, full_size, networks
 from benchmarks.compare import ROOT, Case
 from benchmarks.renderer import renderer
 from benchmarks.worker import Prepared
@@ -31,7 +31,26 @@ def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int
             ]
             for size_px in RENDERER_SIZES_PX
         ]
+    if name == "loading":
+        return [
+            [Case(what="load", prepare=full_size.loading, arguments={"model": str(model), "backend": backend, "dtype": dtype})]
+            for backend, dtype in product(backends, ("float32", "float16"))
+        ]
     defaults = read_model_config(model).defaults
+    if name == "imagedream":
+        # MLX's CPU backend would take minutes a step.
+        sides = [side for side in ("torch", "diffusers") if "torch" in backends]
+        return [
+            [
+                Case(
+                    what=f"step, {defaults.views} views of {defaults.size_px} px and the reference",
+                    prepare=full_size.step,
+                    arguments={"model": str(model), "backend": side, "dtype": dtype},
+                )
+                for side in sides
+            ]
+            for dtype in ("float32", "bfloat16")
+        ]
     size = f"{defaults.views} views of {defaults.size_px} px"
     if name == "generate":
         both = (("cold: mvmlx generate", commands.generate), ("warm: loaded model", networks.generate))

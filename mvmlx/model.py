@@ -28,6 +28,8 @@ from mvshared.errors import BackendError, OptionError
 from mvshared.shapes import check_pictures
 from mvshared.weights import check_names_and_shapes, match_tensors
 
+NO_NETWORKS: dict[str, Any] = {"unet": None, "vae": None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
@@ -215,18 +217,39 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str = "aut
     folder = find_model(name)
     config = read_model_config(folder)
     files = {component: weight_files(folder, component) for component in components(config)}
-    parts = _parts(config)
-    for component, part in parts.items():
-        unet = config.unet if component == "unet" else None
-        load_weights(part, files[component], dtype=chosen_dtype, device=chosen_device, unet=unet)
-        part.eval()
+    parts: dict[Any, Any] = {
+        component: load_network(getattr(config, component), paths, dtype=chosen_dtype, device=chosen_device)
+        for component, paths in files.items()
+    }
     weights = [file for component in files for file in files[component]]
     return MultiViewModel(config, **parts, device=chosen_device, dtype=chosen_dtype, weight_files=weights)
 
 
-def _parts(config: ModelConfig) -> dict[Component, Any]:
-    """The networks of a model, with weights that count for nothing."""
-    return {component: _network(getattr(config, component)) for component in components(config)}
+def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
+    """The text and image encoders of a folder in float32, in a model that can encode prompts and pictures and nothing else.
+
+    Raises CheckpointError, OptionError and BackendError.
+    """
+    chosen, folder = choose_device(device), find_model(name)
+    config = read_model_config(folder)
+    files = {component: weight_files(folder, component) for component in components(config) if component not in ("unet", "vae")}
+    parts: dict[Any, Any] = {
+        component: load_network(getattr(config, component), paths, dtype="float32", device=chosen)
+        for component, paths in files.items()
+    }
+    weights = [file for component in files for file in files[component]]
+    return MultiViewModel(config, **NO_NETWORKS, **parts, device=chosen, dtype="float32", weight_files=weights)
+
+
+def load_network(config: NetworkConfig, paths: Sequence[Path], *, dtype: Dtype, device: str) -> Any:
+    """One network with the weights of files, ready to compute.
+
+    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    """
+    network = _network(config)
+    unet = config if isinstance(config, UNetConfig) else None
+    load_weights(network, paths, dtype=dtype, device=device, unet=unet)
+    return network.eval()
 
 
 def _network(config: NetworkConfig) -> Any:

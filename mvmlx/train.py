@@ -176,11 +176,13 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.a
 
 def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:
     """Mean squared error of the network's output."""
-    sample, timesteps, camera, reference, target = (_array(array) for array in batch)
+    sample, timesteps, camera, reference, target, text, image_states = (_array(array) for array in batch)
     config = unet.config
+    states = None if image_states is None else image_states[:, None]
     out = unet(
         sample,
         timesteps,
+        cross=unet.cross_keys_values(text, image_states=states),
         camera=camera if config.camera_dim else None,
         reference=reference[:, None] if config.reference_frame else None,
     )
@@ -193,7 +195,7 @@ def _array(array: Any) -> mx.array:
 
 
 def _to_arrays(batch: Any) -> Any:
-    return type(batch)(*(mx.array(array) for array in batch))
+    return type(batch)(*(None if array is None else mx.array(array) for array in batch))
 
 
 def _float(x: mx.array) -> float:

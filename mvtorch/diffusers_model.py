@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvshared.backend import BackendName, Dtype
-from mvshared.checkpoint import components, find_model, read_model_config, weight_files
+from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ResamplerConfig, UNetConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.files import read_json_object
@@ -47,16 +47,22 @@ class DiffusersModel:
     dtype: Dtype
     weight_files: Sequence[Path]
 
-    def __init__(self, name: str | Path, *, dtype: str | None = None, device: str = "auto") -> None:
-        """Raises CheckpointError, OptionError and BackendError, also if diffusers or transformers is not installed."""
+    def __init__(
+        self, name: str | Path, *, dtype: str | None = None, device: str = "auto", parts: Sequence[Component] | None = None
+    ) -> None:
+        """`parts` are the networks that are loaded, all of them if not given.
+
+        Raises CheckpointError, OptionError and BackendError, also if diffusers or transformers is not installed.
+        """
         self.backend, self.device = "torch", choose_device(device)
         self.dtype = choose_dtype(dtype, device=self.device)
         folder = find_model(name)
         self.config = read_model_config(folder)
         shapes = expected_shapes(self.config)
-        self.weight_files = [file for component in components(self.config) for file in weight_files(folder, component)]
+        chosen = components(self.config) if parts is None else parts
+        self.weight_files = [file for component in chosen for file in weight_files(folder, component)]
         self._networks: dict[str, Any] = {}
-        for component in components(self.config):
+        for component in chosen:
             network = _BUILDERS[component](folder, self.config)
             tensors = read_tensors(
                 weight_files(folder, component),

@@ -1,6 +1,6 @@
 """Loading a checkpoint folder into PyTorch, and the Model that the shared pipeline drives."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,16 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.shapes import check_pictures
-from mvshared.weights import check_names_and_shapes, match_tensors
+from mvshared.weights import Stored, check_names_and_shapes, match_tensors
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.observation import Observer, observe
 from mvtorch.unet import Cross, MultiViewUNet
 from mvtorch.vae import AutoencoderKL
+
+_MAPPED_BYTES = 128_000_000
+
+
+NO_NETWORKS: dict[str, Any] = {"unet": None, "vae": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,19 +203,40 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str = "aut
     folder = find_model(name)
     config = read_model_config(folder)
     files = {component: weight_files(folder, component) for component in components(config)}
-    with torch.device("meta"):
-        parts = _parts(config)
-    for component, part in parts.items():
-        unet = config.unet if component == "unet" else None
-        load_weights(part, files[component], dtype=chosen_dtype, device=chosen_device, unet=unet)
-        part.eval()
+    parts: dict[Any, Any] = {
+        component: load_network(getattr(config, component), paths, dtype=chosen_dtype, device=chosen_device)
+        for component, paths in files.items()
+    }
     weights = [file for component in files for file in files[component]]
     return MultiViewModel(config, **parts, device=chosen_device, dtype=chosen_dtype, weight_files=weights)
 
 
-def _parts(config: ModelConfig) -> dict[Component, Any]:
-    """The networks of a model, without weights."""
-    return {component: _network(getattr(config, component)) for component in components(config)}
+def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
+    """The text and image encoders of a folder in float32, in a model that can encode prompts and pictures and nothing else.
+
+    Raises CheckpointError, OptionError and BackendError.
+    """
+    chosen, folder = choose_device(device), find_model(name)
+    config = read_model_config(folder)
+    files = {component: weight_files(folder, component) for component in components(config) if component not in ("unet", "vae")}
+    parts: dict[Any, Any] = {
+        component: load_network(getattr(config, component), paths, dtype="float32", device=chosen)
+        for component, paths in files.items()
+    }
+    weights = [file for component in files for file in files[component]]
+    return MultiViewModel(config, **NO_NETWORKS, **parts, device=chosen, dtype="float32", weight_files=weights)
+
+
+def load_network(config: NetworkConfig, paths: Sequence[Path], *, dtype: Dtype, device: str) -> Any:
+    """One network with the weights of files, ready to compute.
+
+    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    """
+    with torch.device("meta"):
+        network = _network(config)
+    unet = config if isinstance(config, UNetConfig) else None
+    load_weights(network, paths, dtype=dtype, device=device, unet=unet)
+    return network.eval()
 
 
 def _network(config: NetworkConfig) -> Any:
@@ -249,15 +275,27 @@ def read_tensors(
 
     Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
     """
-    stored = match_tensors(paths, shapes, unet=unet)
     tensors = {}
-    for path in paths:
+    for path, places in _readings(match_tensors(paths, shapes, unet=unet)):
         with safe_open(path, framework="pt") as file:
-            for name in (name for name, place in stored.items() if place.path == path):
-                tensor = file.get_tensor(stored[name].name).reshape(shapes[name])
+            for name, place in places:
+                tensor = file.get_tensor(place.name).reshape(shapes[name])
                 layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
                 tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
     return tensors
+
+
+def _readings(stored: Mapping[str, Stored]) -> Iterator[tuple[Path, list[tuple[str, Stored]]]]:
+    """The tensors file by file, in pieces of _MAPPED_BYTES: what was read of an open file stays in memory too."""
+    pieces: list[tuple[Path, list[tuple[str, Stored]]]] = []
+    size = 0
+    for name, place in sorted(stored.items(), key=lambda item: (item[1].path, item[1].info.start)):
+        if not pieces or pieces[-1][0] != place.path or size > _MAPPED_BYTES:
+            pieces.append((place.path, []))
+            size = 0
+        pieces[-1][1].append((name, place))
+        size += place.info.end - place.info.start
+    return iter(pieces)
 
 
 def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") -> VAECodec:

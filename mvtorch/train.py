@@ -107,7 +107,9 @@ class Trainer:
             }
 
     def _loss(self, batch: Any) -> Tensor:
-        tensors = type(batch)(*(torch.tensor(np.ascontiguousarray(array), device=self.device) for array in batch))
+        tensors = type(batch)(
+            *(None if array is None else torch.tensor(np.ascontiguousarray(array), device=self.device) for array in batch)
+        )
         with self._autocast():
             return self.loss(self.network, tensors)
 
@@ -261,11 +263,13 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> Tens
 
 def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> Tensor:
     """Mean squared error of the network's output."""
-    sample, timesteps, camera, reference, target = (_tensor(array) for array in batch)
+    sample, timesteps, camera, reference, target, text, image_states = (_tensor(array) for array in batch)
     config = unet.config
+    states = None if image_states is None else image_states[:, None]
     out = unet(
         sample,
         timesteps,
+        cross=unet.cross_keys_values(text, image_states=states),
         camera=camera if config.camera_dim else None,
         reference=reference[:, None] if config.reference_frame else None,
     )

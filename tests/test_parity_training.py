@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import mvmlx.train
 import mvtorch.train
+from mvshared.config import ResamplerConfig
 from mvshared.errors import BackendError, OptionError, TensorMismatchError
 from mvshared.training.config import OptimizerConfig, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
@@ -20,10 +21,13 @@ from mvshared.training.initial import initial_weights
 from mvshared.training.optimizer import ema_decay
 
 MODULES: dict[Backend, Any] = {"torch": mvtorch.train, "mlx": mvmlx.train}
-STAGES = ("vae", "unet")
+STAGES = ("vae", "unet", "gaf")
 UNET = replace(
     TINY_UNET, in_channels=8, camera_dim=16, reference_frame=True, cross_attention_dim=None, block_out_channels=(16, 32)
 )
+RESAMPLER = ResamplerConfig(embedding_dim=12, output_dim=16, hidden_dim=16, depth=1, heads=2, dim_head=8, num_queries=3)
+GAF = replace(UNET, cross_attention_dim=16, resampler=RESAMPLER)
+UNETS = {"unet": UNET, "gaf": GAF}
 VAE = replace(TINY_VAE, block_out_channels=(8, 16), mid_block_add_attention=True)
 LOSS = VAELossConfig(kl_weight=0.1)  # large enough to count in a comparison
 
@@ -50,11 +54,13 @@ def make_batch(stage: str, seed: int = 0) -> Any:
         camera=normal(2, 2, 16, seed=seed + 1),
         reference=normal(2, 4, 6, 4, seed=seed + 2),
         target=normal(2, 2, 4, 6, 4, seed=seed + 3),
+        text=normal(2, 5, 16, seed=seed + 4) if stage == "gaf" else None,
+        image_states=normal(2, 7, 12, seed=seed + 5) if stage == "gaf" else None,
     )
 
 
 def make_weights(stage: str) -> dict[str, NDArray[np.float32]]:
-    shapes = mvtorch.train.vae_weight_shapes(VAE) if stage == "vae" else mvtorch.train.unet_weight_shapes(UNET)
+    shapes = mvtorch.train.vae_weight_shapes(VAE) if stage == "vae" else mvtorch.train.unet_weight_shapes(UNETS[stage])
     return initial_weights(shapes, seed=0)
 
 
@@ -62,12 +68,12 @@ def make_trainer(backend: Backend, stage: str, config: OptimizerConfig = SMOOTH,
     module, weights = MODULES[backend], options.pop("weights", None) or make_weights(stage)
     if stage == "vae":
         return module.vae_trainer(VAE, config, LOSS, weights, device="cpu", **options)
-    return module.unet_trainer(UNET, config, weights, device="cpu", **options)
+    return module.unet_trainer(UNETS[stage], config, weights, device="cpu", **options)
 
 
 def on_backend(backend: Backend, batch: Any) -> Any:
     wrap: Any = mx.array if backend == "mlx" else torch.from_numpy
-    return type(batch)(*(wrap(array) for array in batch))
+    return type(batch)(*(None if array is None else wrap(array) for array in batch))
 
 
 def run(trainer: Any, stage: str, steps: int) -> list[Any]:
@@ -124,10 +130,11 @@ def test_gradients_are_the_same_on_both_backends(stage: str) -> None:
         np.testing.assert_allclose(found["mlx"][name], expected, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=name)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+@pytest.mark.parametrize("stage", UNETS)
+def test_gradient_checkpointing_changes_nothing_but_memory(stage: str) -> None:
     for backend in BACKENDS:
-        plain, saving = (make_trainer(backend, "unet", gradient_checkpointing=value) for value in (False, True))
-        results = [run(trainer, "unet", 2) for trainer in (plain, saving)]
+        plain, saving = (make_trainer(backend, stage, gradient_checkpointing=value) for value in (False, True))
+        results = [run(trainer, stage, 2) for trainer in (plain, saving)]
         np.testing.assert_allclose(np.array(results[0]), np.array(results[1]), rtol=1e-6)
         assert_close(joined(saving.weights()), joined(plain.weights()), rms=1e-6)
 

@@ -125,7 +125,8 @@ def test_sample_and_target_of_a_batch_give_back_the_latents_of_its_views(predict
     latents, scheduler = some_latents(), SchedulerConfig(prediction_type=prediction_type)
     config = DataConfig(folder="", targets=3, reference_dropout=0.0, normals_dropout=0.0)
     batch = ViewBatches(latents, config, scheduler, normal_channels=4).batch(5, size=8, seed=1)
-    assert {array.dtype for array in batch} == {np.dtype(np.float32)}
+    assert {array.dtype for array in batch if array is not None} == {np.dtype(np.float32)}
+    assert (batch.text, batch.image_states) == (None, None)
     alphas = alphas_cumprod(scheduler)[batch.timesteps.astype(int)][:, None, None, None, None]
     noisy = batch.sample[..., :4]
     if prediction_type == "epsilon":

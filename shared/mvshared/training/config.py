@@ -19,7 +19,7 @@ class DataConfig:
     `folder` holds captures. Of each capture the last `held_out` share of the folders is kept for validation. A reference is
     a view with an azimuth within +-`reference_max_azimuth_deg`; `targets` other views are learned with it. `mirror` adds the
     mirror image of every capture. The reference is dropped with probability `reference_dropout`, the normal maps with
-    `normals_dropout`.
+    `normals_dropout`. `prompt` is the text of every picture, for a network that takes one.
     """
 
     folder: str
@@ -31,6 +31,7 @@ class DataConfig:
     reference_max_azimuth_deg: float = 50.0
     reference_dropout: float = 0.1
     normals_dropout: float = 0.5
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         for name in ("held_out", "reference_dropout", "normals_dropout"):
@@ -90,9 +91,9 @@ class VAELossConfig:
 class TrainConfig:
     """One stage of training.
 
-    `vae_from` is the checkpoint folder whose VAE the U-Net stage uses, `init_from` one to start from; weights whose names begin
-    with one of `frozen` are not trained. `dtype` is that of the computation, `model_dtype` that of the trained model's files;
-    the run's own state is float32.
+    `vae_from` is the checkpoint folder whose VAE the U-Net stage uses, `init_from` one to start from. Without a table `unet`,
+    all of the model is that of `init_from`, with its encoders. Weights whose names begin with one of `frozen` are not trained.
+    `dtype` is that of the computation, `model_dtype` that of the trained model's files; the run's own state is float32.
     """
 
     stage: Literal["vae", "unet"]
@@ -127,8 +128,12 @@ class TrainConfig:
             raise OptionError("seed", expected="at least 0", got=self.seed)
         if self.stage == "vae" and self.vae is None:
             raise OptionError("vae", expected="a table of VAEConfig fields for stage 'vae'", got=None)
-        if self.stage == "unet" and (self.unet is None or self.vae_from is None):
-            raise OptionError("unet", expected="a table of UNetConfig fields, and vae_from, for stage 'unet'", got=None)
+        if self.stage == "unet" and self.init_from is None and (self.unet is None or self.vae_from is None):
+            expected = "a table of UNetConfig fields, and vae_from, for stage 'unet' without init_from"
+            raise OptionError("unet", expected=expected, got=None)
+        if self.unet is not None and self.unet.cross_attention_dim is not None:
+            expected = "left out: a model with encoders comes whole from init_from"
+            raise OptionError("cross_attention_dim", expected=expected, got=self.unet.cross_attention_dim)
 
 
 TABLES = {

@@ -5,6 +5,7 @@ The network's target is the one of the schedule's prediction type: v of arXiv 22
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -44,7 +45,8 @@ class UNetBatch(NamedTuple):
     """Inputs and target of the U-Net, v views of b objects.
 
     Noisy latents and normal latents (b, v, h, w, in_channels), timesteps (b,), camera vectors (b, v, 16), the clean reference
-    latent (b, h, w, c), and the target (b, v, h, w, c).
+    latent (b, h, w, c), and the target (b, v, h, w, c). For a network with cross-attention, text states (b, l, c); with image
+    tokens, states of the reference picture (b, m, e).
     """
 
     sample: NDArray[np.float32]
@@ -52,6 +54,8 @@ class UNetBatch(NamedTuple):
     camera: NDArray[np.float32]
     reference: NDArray[np.float32]
     target: NDArray[np.float32]
+    text: NDArray[np.float32] | None = None
+    image_states: NDArray[np.float32] | None = None
 
 
 def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], list[Path]]:
@@ -189,6 +193,29 @@ def encode_captures(
     )
 
 
+def reference_pictures(
+    folders: list[Path], config: DataConfig
+) -> tuple[int, list[tuple[int, Callable[[], NDArray[np.uint8]]]]]:
+    """The number of views that `encode_captures` gives, and of those that can be a reference the row and a function that reads
+    the picture, uint8 (h, w, 3). Raises DatasetError."""
+    rows, found = 0, []
+    for folder in folders:
+        capture = load_capture(folder)
+        for mirrored in (False, True) if config.mirror else (False,):
+            poses = mirror_poses(capture.poses) if mirrored else capture.poses
+            azimuths = (azimuth_elevation(poses).azimuths_deg + 180) % 360 - 180
+            for view in np.flatnonzero(np.abs(azimuths) <= config.reference_max_azimuth_deg):
+                found.append((rows + int(view), partial(_read_reference, capture.image_paths[view], config, mirrored)))
+            rows += len(poses)
+    return rows, found
+
+
+def _read_reference(path: Path, config: DataConfig, mirrored: bool) -> NDArray[np.uint8]:
+    picture = read_picture(path, background=config.background)
+    pixels = mirror_picture(picture).pixels if mirrored else picture.pixels
+    return np.round((pixels + 1) * 127.5).astype(np.uint8)
+
+
 def _encode_capture(
     capture: Capture, config: DataConfig, encode: Callable[[NDArray[np.float32]], NDArray[np.float32]], *, mirrored: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -209,8 +236,19 @@ def _encode_capture(
 class ViewBatches:
     """Objects with a reference and target views, noised, for the U-Net stage."""
 
-    def __init__(self, latents: Latents, config: DataConfig, scheduler: SchedulerConfig, *, normal_channels: int) -> None:
+    def __init__(
+        self,
+        latents: Latents,
+        config: DataConfig,
+        scheduler: SchedulerConfig,
+        *,
+        normal_channels: int,
+        text: NDArray[np.float32] | None = None,
+        image_states: NDArray[np.float16] | None = None,
+    ) -> None:
+        """`text` (l, c) is the same for all, `image_states` (n, m, e) are of the views; see `conditions.Conditions`."""
         self.latents, self.config, self.normal_channels = latents, config, normal_channels
+        self.text, self.image_states = text, image_states
         self.prediction_type = scheduler.prediction_type
         self.alphas_cumprod = alphas_cumprod(scheduler)
         views = np.diff(latents.first)
@@ -248,10 +286,16 @@ class ViewBatches:
         if self.normal_channels:
             normals = data.normals[chosen].astype(np.float32) * keep_normals[:, None, None, None, None]
             sample = np.concatenate([sample, normals.astype(np.float32)], axis=-1)
+        states = self.image_states
+        if states is not None:
+            states = np.stack([states[row] for row in references]).astype(np.float32)
+            states *= keep_reference[:, None, None].astype(np.float32)
         return UNetBatch(
             sample=np.asarray(sample, np.float32),
             timesteps=timesteps.astype(np.float32),
             camera=data.cameras[chosen],
             reference=reference_latents * keep_reference[:, None, None, None].astype(np.float32),
             target=np.asarray(target, np.float32),
+            text=None if self.text is None else np.broadcast_to(self.text, (size, *self.text.shape)),
+            image_states=states,
         )

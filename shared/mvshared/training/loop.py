@@ -7,6 +7,7 @@ again, the run goes on from state.safetensors and ends with the same weights.
 
 import importlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -20,10 +21,18 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from mvshared.backend import PACKAGES, choose_backend
-from mvshared.checkpoint import read_vae_config, weight_files, write_component, write_model_config
-from mvshared.config import ModelConfig, VAEConfig
+from mvshared.checkpoint import (
+    find_model,
+    read_model_config,
+    read_vae_config,
+    weight_files,
+    write_component,
+    write_model_config,
+)
+from mvshared.config import ModelConfig, UNetConfig, VAEConfig
 from mvshared.errors import ConfigError, NumericsError, OutputError
 from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
+from mvshared.training.conditions import encode_conditions
 from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
@@ -186,9 +195,12 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
 
 
 def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
-    assert config.unet is not None and config.vae_from is not None
-    unet = config.unet
-    weights = _initial(config, "unet", module.unet_weight_shapes(unet))
+    source = _model_source(config)
+    vae_source = Path(config.vae_from) if config.vae_from is not None else source
+    assert vae_source is not None
+    model = _base_model(config, source, vae_source)
+    unet = model.unet
+    weights = _initial(config, "unet", module.unet_weight_shapes(unet), unet=unet)
     trainer = module.unet_trainer(
         unet,
         config.optimizer,
@@ -198,27 +210,22 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    vae, training, held_out = _latents(config, folder, backend=backend, device=device)
+    vae, training, held_out = _latents(config, vae_source, folder, backend=backend, device=device)
+    model = replace(model, vae=vae)
+    names = list(zip(("training", "held-out"), find_captures(config.data.folder, held_out=config.data.held_out), strict=True))
+    conditions = encode_conditions(source or vae_source, model, config.data, names, folder, backend=backend, device=device)
     batches, held_out_batches = (
-        ViewBatches(latents, config.data, config.scheduler, normal_channels=unet.normal_channels)
-        for latents in (training, held_out)
+        ViewBatches(latents, config.data, model.scheduler, normal_channels=unet.normal_channels, **given._asdict())
+        for latents, given in zip((training, held_out), conditions, strict=True)
     )
-    model = ModelConfig(
-        family=config.family,
-        unet=unet,
-        vae=vae,
-        scheduler=config.scheduler,
-        camera=config.camera,
-        defaults=config.defaults,
-        framing=config.framing,
-    )
-
-    vae_weights = read_weights(weight_files(Path(config.vae_from), "vae"), module.vae_weight_shapes(vae))
+    vae_weights = read_weights(weight_files(vae_source, "vae"), module.vae_weight_shapes(vae))
 
     def save_model() -> None:
         target = folder / "model"
         if not (target / "model_index.json").exists():
             write_component(target, "vae", vae, _cast(vae_weights, config.model_dtype))
+            if source is not None and model.text_encoder is not None:
+                _copy_encoders(source, target)
         write_component(target, "unet", unet, _cast(trainer.ema_weights(), config.model_dtype))
         write_model_config(target, model)
 
@@ -230,16 +237,46 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     )
 
 
-def _latents(config: TrainConfig, folder: Path, *, backend: str, device: str) -> tuple[VAEConfig, Latents, Latents]:
+def _model_source(config: TrainConfig) -> Path | None:
+    """The folder whose whole model is trained on; None where the configuration says all of it."""
+    return find_model(config.init_from) if config.unet is None and config.init_from is not None else None
+
+
+def _base_model(config: TrainConfig, source: Path | None, vae_source: Path) -> ModelConfig:
+    """What is trained: the model in `source`, or the one that the configuration describes."""
+    if source is not None:
+        model = read_model_config(source)
+        return model if config.family == "custom" else replace(model, family=config.family)
+    assert config.unet is not None
+    return ModelConfig(
+        family=config.family,
+        unet=config.unet,
+        vae=read_vae_config(vae_source),
+        scheduler=config.scheduler,
+        camera=config.camera,
+        defaults=config.defaults,
+        framing=config.framing,
+    )
+
+
+def _copy_encoders(source: Path, target: Path) -> None:
+    """The folders that are not trained, as they are."""
+    for name in ("text_encoder", "image_encoder", "tokenizer", "feature_extractor"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+
+
+def _latents(
+    config: TrainConfig, source: Path, folder: Path, *, backend: str, device: str
+) -> tuple[VAEConfig, Latents, Latents]:
     """The VAE's config with the statistics of its latents, and the encoded captures for training and validation.
 
     They are kept in the run folder under the hash of the VAE's weights.
     """
-    assert config.vae_from is not None
-    files = weight_files(Path(config.vae_from), "vae")
+    files = weight_files(source, "vae")
     key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     paths = [folder / f"latents-{name}-{key}.npz" for name in ("training", "held-out")]
-    vae = read_vae_config(Path(config.vae_from))
+    vae = read_vae_config(source)
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
     if not all(path.exists() for path in paths):
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
@@ -249,7 +286,7 @@ def _latents(config: TrainConfig, folder: Path, *, backend: str, device: str) ->
         for path, folders in zip(paths, captures, strict=True):
             encode_captures(folders, config.data, encode).save(path)
     training, held_out = (Latents.load(path) for path in paths)
-    if vae.latents_mean is None:
+    if vae.latents_mean is None and config.unet is not None:
         sample = training.images.reshape(-1, vae.latent_channels).astype(np.float64)
         vae = replace(vae, scaling_factor=1.0, latents_mean=_rounded(sample.mean(0)), latents_std=_rounded(sample.std(0)))
     return vae, _scaled(training, vae), _scaled(held_out, vae)
@@ -274,12 +311,17 @@ def _scaled(latents: Latents, vae: VAEConfig) -> Latents:
 
 
 def _initial(
-    config: TrainConfig, component: Literal["unet", "vae"], shapes: dict[str, tuple[int, ...]]
+    config: TrainConfig,
+    component: Literal["unet", "vae"],
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    unet: UNetConfig | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Weights to start from: those of `init_from`, or random ones."""
     if config.init_from is not None:
-        unet = config.unet if component == "unet" else None
-        return read_weights(weight_files(Path(config.init_from), component), shapes, unet=unet)
+        source = Path(config.init_from)  # a run of the VAE's stage is no whole model
+        source = source if source.is_dir() else find_model(config.init_from)
+        return read_weights(weight_files(source, component), shapes, unet=unet)
     if component == "vae":
         return initial_vae_weights(shapes, seed=config.seed)
     return initial_weights(shapes, seed=config.seed, zeros=UNET_ZEROS)

@@ -1,0 +1,131 @@
+"""Training a network with text and image tokens: GAF from ImageDream's weights, on tiny data."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import BACKENDS, Backend, assert_close, assert_different
+from training_cases import run, weights_of, write_objects
+
+import mvshared.training.conditions
+from mvshared.backend import load
+from mvshared.camera import azimuth_elevation, mirror_poses
+from mvshared.captures import load_capture
+from mvshared.checkpoint import read_model_config
+from mvshared.clip_images import clip_pixels
+from mvshared.conversion.gaf import init_gaf
+from mvshared.errors import OptionError
+from mvshared.inspection import inspect
+from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig
+from mvshared.training.data import encode_captures, reference_pictures
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_objects(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def gaf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gaf") / "gaf"
+    init_gaf(FIXTURES / "tiny-imagedream", folder)
+    return folder
+
+
+def config(data: Path, gaf: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "stage": "unet",
+        "data": DataConfig(folder=str(data), held_out=0.25, targets=2, reference_dropout=0.25, prompt="a ball"),
+        "steps": 3,
+        "batch_size": 2,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "sample_every": 1,
+        "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
+        "init_from": str(gaf),
+    }
+    return TrainConfig(**(values | changes))
+
+
+def test_both_backends_learn_the_same_and_leave_a_whole_model(data: Path, gaf: Path, tmp_path: Path) -> None:
+    models = {backend: run(config(data, gaf), tmp_path / backend, backend=backend) for backend in BACKENDS}
+    before = weights_of(tmp_path / "torch", "unet")  # of the averages
+    after = weights_of(tmp_path / "mlx", "unet")
+    for name, weight in before.items():
+        # Adam makes steps of one size from gradients that are nothing but rounding
+        assert_close(after[name], weight, rms=2e-2)
+    source = load(gaf, backend="torch", device="cpu").model.unet.state_dict()  # pyright: ignore
+    for name in ("conv_in.weight", "image_embed.latents", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k_ip.weight"):
+        assert np.abs(before[name] - source[name].numpy()).max() > 1e-5, name
+    assert np.abs(before["conv_in.weight"][:, 4:]).max() > 0  # the normal maps have begun to count
+    for model in models.values():
+        assert not inspect(model).faults
+        assert read_model_config(model) == read_model_config(gaf)
+        views = load(model, backend="torch", device="cpu").generate(
+            FIXTURES / "tiny-imagedream" / "input.png", prompt="an owl", negative_prompt="", steps=1, size_px=128
+        )
+        assert views.images.shape == (4, 128, 128, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_broken_run_goes_on_without_encoding_again(
+    backend: Backend, data: Path, gaf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_off(model: Path, step: int) -> None:
+        raise KeyboardInterrupt
+
+    run(config(data, gaf), tmp_path / "whole", backend=backend)
+    with pytest.raises(KeyboardInterrupt):  # after the first step: there is no state yet
+        run(config(data, gaf), tmp_path / "broken", backend=backend, on_sample=break_off)
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(mvshared.training.conditions, "reference_pictures", never)
+    run(config(data, gaf), tmp_path / "broken", backend=backend)
+    broken = weights_of(tmp_path / "broken", "unet")
+    for name, weight in weights_of(tmp_path / "whole", "unet").items():
+        np.testing.assert_array_equal(broken[name], weight)
+
+
+def test_rows_of_the_references_are_those_of_the_latents(data: Path) -> None:
+    folders = sorted(data.glob("object_*"))
+    settings = DataConfig(folder=str(data), reference_max_azimuth_deg=50.0)
+    latents = encode_captures(folders, settings, lambda pixels: pixels[:, ::8, ::8, :1])
+    rows, pictures = reference_pictures(folders, settings)
+    assert rows == len(latents.images)
+    assert [row for row, _ in pictures] == np.flatnonzero(np.abs(latents.azimuths_deg) <= 50).tolist()
+    row, read = pictures[-1]  # of a mirrored capture
+    capture = load_capture(folders[-1])
+    azimuths = (azimuth_elevation(mirror_poses(capture.poses)).azimuths_deg + 180) % 360 - 180
+    assert abs(azimuths[row - int(latents.first[-2])]) <= 50
+    expected = latents.images[row]
+    assert_close((read().astype(np.float32) / 127.5 - 1)[::8, ::8, :1], expected.astype(np.float32), rms=1e-2)
+
+
+def test_image_states_are_those_of_the_reference_and_zero_where_it_is_dropped(data: Path, gaf: Path, tmp_path: Path) -> None:
+    run(config(data, gaf, steps=1), tmp_path / "run")
+    (path,) = (tmp_path / "run").glob("image-states-training-*.npy")
+    states = np.load(path)
+    settings = config(data, gaf).data
+    _, pictures = reference_pictures(sorted(data.glob("object_*"))[:3], settings)
+    pipe = load(gaf, backend="torch", device="cpu")
+    processor = pipe.model.config.image_processor
+    assert processor is not None
+    for row, read in pictures[:3]:
+        expected = pipe.model.to_numpy(pipe.model.encode_image(clip_pixels(read(), processor)[None]))[0]
+        assert_close(states[row], expected, rms=2e-3)
+    others = np.setdiff1d(np.arange(len(states)), [row for row, _ in pictures])
+    assert not states[others].any()
+    assert_different(states[pictures[0][0]], states[pictures[-1][0]], rms=1e-3)
+
+
+def test_a_network_with_encoders_comes_whole(data: Path, gaf: Path) -> None:
+    unet = read_model_config(gaf).unet
+    with pytest.raises(OptionError, match="cross_attention_dim must be left out: a model with encoders comes whole"):
+        config(data, gaf, unet=unet)
+    with pytest.raises(OptionError, match="unet must be a table of UNetConfig fields, and vae_from,"):
+        config(data, gaf, init_from=None)
