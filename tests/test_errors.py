@@ -11,6 +11,7 @@ from mvshared.errors import (
     CheckpointError,
     ConfigError,
     DatasetError,
+    DownloadError,
     ImageError,
     MvError,
     NumericsError,
@@ -31,6 +32,7 @@ ERRORS = [
     ConfigError("is no JSON", path="x.json"),
     DatasetError("has no captures", path="data"),
     NumericsError("NaN", where="sampling"),
+    DownloadError("has no such revision", repository="owner/name"),
 ]
 
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close, assert_different, from_numpy, to_numpy
+from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close, assert_different, from_numpy, record, to_numpy
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import mvmlx.model
 import mvmlx.unet
@@ -231,6 +232,21 @@ def test_a_picture_alone_is_enough_and_has_the_family_s_defaults() -> None:
     assert (used.prompt, used.negative_prompt) == ("", IMAGEDREAM_NEGATIVE_PROMPT)
     assert (used.guidance, used.size_px, len(used.cameras)) == (5.0, 128, 4)
     assert azimuth_elevation(used.cameras).elevations_deg == pytest.approx([5.0] * 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(96, 150, 3), (200, 70, 3), (40, 40, 3)])
+def test_pictures_of_any_shape_are_prepared_as_the_reference_code_does(shape: tuple[int, ...]) -> None:
+    """Squeezed by PyTorch's bilinear interpolation for the VAE, by transformers' image processor for CLIP."""
+    picture = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    recorded = record(pipeline("tiny-imagedream", "torch", "float32"))
+    recorded.pipeline.generate(picture, prompt="an owl", negative_prompt="", steps=1)
+    (latent_pixels,), (clip,) = (recorded.model.arguments(name)[0] for name in ("encode_latents", "encode_image"))
+    image = torch.from_numpy(picture.astype(np.float32) / 255).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(2 * image - 1, (128, 128), mode="bilinear", align_corners=False)
+    np.testing.assert_allclose(latent_pixels[0], expected[0].permute(1, 2, 0), atol=1e-5)
+    processor: Any = CLIPImageProcessorPil.from_pretrained(FIXTURES / "tiny-imagedream" / "feature_extractor")
+    pixels = np.asarray(processor(picture, return_tensors="np").pixel_values)[0].transpose(1, 2, 0)
+    assert np.abs(clip[0] - pixels).max() <= 1.01 / 255 / 0.26
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_said_so() -> None:

@@ -3,12 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from mvshared.config import IMAGEDREAM, MVDREAM, SD21, SD_VAE, CLIPTextConfig, CLIPVisionConfig, UNetConfig
 from mvshared.names import LDM_UNET_MARK, ldm_unet_names
+from mvshared.public_configs import diffusers_unet
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.model import weight_shapes
 from mvtorch.unet import MultiViewUNet
@@ -92,3 +95,17 @@ def test_ldm_puts_the_upsampling_behind_the_transformer_if_there_is_one() -> Non
     names = ldm_unet_names(unet_shapes(config), config)
     assert names["up_blocks.1.upsamplers.0.conv.weight"] == "output_blocks.5.1.conv.weight"
     assert names["up_blocks.2.upsamplers.0.conv.weight"] == "output_blocks.8.2.conv.weight"
+
+
+SD15 = {"attention_head_dim": 8, "cross_attention_dim": 768}
+SD21_768 = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
+
+
+@pytest.mark.parametrize("fields", [SD15, SD21_768], ids=["sd15", "sd21-768"])
+def test_full_size_stable_diffusion_has_every_tensor_of_diffusers(fields: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        oracle: Any = UNet2DConditionModel(**fields)
+    expected = {name: tuple(tensor.shape) for name, tensor in oracle.state_dict().items()}
+    config = diffusers_unet(dict(oracle.config), path=Path("config.json"))
+    assert unet_shapes(config) == expected
+    assert len(set(ldm_unet_names(expected, config).values())) == len(expected) == 686

@@ -64,10 +64,13 @@ def pixels(n: int = 2) -> NDArray[np.float32]:
     return np.random.default_rng(1).uniform(-1, 1, (n, 16, 24, 3)).astype(np.float32)
 
 
-def denoise(model: Any, *, cameras: bool, reference: bool, normals: bool, guidance: float | None) -> NDArray[np.float32]:
+def denoise(
+    model: Any, *, cameras: bool, reference: bool | float, normals: bool, guidance: float | None
+) -> NDArray[np.float32]:
+    """The output for random inputs; `reference` is whether there is a picture, or what its latents are multiplied by."""
     condition = model.condition(
         cameras=normal(VIEWS, 16, seed=2) if cameras else None,
-        reference=model.from_numpy(normal(1, 4, 6, 4, seed=3)) if reference else None,
+        reference=None if reference is False else model.from_numpy(float(reference) * normal(1, 4, 6, 4, seed=3)),
         normals=model.from_numpy(normal(VIEWS, 4, 6, 4, seed=4)) if normals else None,
         guided=guidance is not None,
     )
@@ -123,7 +126,7 @@ def test_every_condition_changes_the_result(folder: Path, backend: Backend) -> N
 def test_guidance_leads_from_the_result_without_reference_to_the_one_with(folder: Path, backend: Backend) -> None:
     model = load(backend, folder)
     conditional = denoise(model, cameras=True, reference=True, normals=True, guidance=None)
-    unconditional = denoise(model, cameras=True, reference=False, normals=True, guidance=None)
+    unconditional = denoise(model, cameras=True, reference=0.0, normals=True, guidance=None)
     guided = denoise(model, cameras=True, reference=True, normals=True, guidance=3.0)
     assert_close(guided, unconditional + 3.0 * (conditional - unconditional), rms=3 * FLOAT32_RMS)
     assert_close(denoise(model, cameras=True, reference=True, normals=True, guidance=1.0), conditional, rms=FLOAT32_RMS)

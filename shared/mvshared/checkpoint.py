@@ -199,7 +199,7 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
         vae=vae,
         scheduler=scheduler,
         defaults=family_defaults(family, size_px=size_px),
-        framing=Framing(mode="pad", resample="bilinear"),
+        framing=Framing(mode="none", resample="bilinear"),  # as the reference code: squeezed to a square
         **encoders,
     )
 

@@ -3,9 +3,10 @@
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mvshared.errors import CheckpointError, ConfigError, DatasetError, OutputError
 
@@ -65,12 +66,19 @@ def write_atomic(path: Path | str, data: bytes) -> None:
     The bytes go to a temporary name in the same folder, are flushed to the disk and renamed; after a failure the temporary
     file is gone and the old file untouched. Raises OutputError.
     """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write piece by piece, which gets its name as `write_atomic` says. Raises OutputError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -6,8 +6,6 @@ memory, and whatever is only renamed stays equal bit by bit.
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,7 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.errors import CheckpointError, OutputError
+from mvshared.errors import CheckpointError
+from mvshared.files import atomic_file
 from mvshared.weights import DTYPE_BYTES, read_header
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -110,20 +109,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], *, on_tensor
 
     `on_tensor` gets the name and the bytes of each. Raises OutputError, and CheckpointError if a tensor cannot be read.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with temporary.open("xb") as file:
-                sha256 = _write(file, tensors, on_tensor)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as cause:
-        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=path) from cause
-    return sha256
+    with atomic_file(path) as file:
+        return _write(file, tensors, on_tensor)
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, RawTensor], on_tensor: Callable[[str, int], None]) -> str:
