@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig as TransformersTextConfig
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from mvshared.backend import load
-from mvshared.checkpoint import read_model_config, weight_files
+from mvshared.checkpoint import find_model, read_model_config, weight_files
 from mvshared.cli import run
 from mvshared.config import (
     CLIPImageConfig,
@@ -511,7 +511,10 @@ def test_what_is_there_is_not_overwritten(originals: dict[str, Path], folders: d
     with pytest.raises(OutputError, match="is not empty"):
         convert(originals["mvdream"], out, extra=[TOKENIZER])
     convert(originals["mvdream"], out, extra=[TOKENIZER], force=True)
+    (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file, and a folder is needed"):
+        convert(originals["mvdream"], tmp_path / "file")
+    with pytest.raises(OutputError, match="exists"):
         convert(originals["mvdream"], originals["sd15"])
     with pytest.raises(OutputError, match="exists"):
         convert(folders["mvdream"], originals["sd15"])
@@ -521,6 +524,55 @@ def test_what_is_there_is_not_overwritten(originals: dict[str, Path], folders: d
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no component of a checkpoint"):
         convert(tmp_path / "empty", tmp_path / "new")
+
+
+def test_files_of_an_earlier_conversion_do_not_stay_in_the_way(folders: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(folders["mvdream"], out)
+    convert(folders["mvdream"], out, dtype="float16", shard_bytes=1_000_000, force=True)
+    assert len(weight_files(out, "unet")) > 3
+    convert(folders["mvdream"], out, dtype="bfloat16", force=True)
+    assert [path.name for path in (out / "unet").iterdir() if "safetensors" in path.name] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    assert {dtype for part in inspect(out).components for dtype in part.dtypes} == {"BF16"}
+
+
+def test_a_folder_of_this_project_and_a_name_are_sources(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", "demo", str(tmp_path / "demo"), "--dtype", "float32"]) == 0
+    assert "warning" not in capfd.readouterr().err
+    assert read_model_config(tmp_path / "demo") == read_model_config(find_model("demo"))
+    assert not inspect(tmp_path / "demo").faults
+
+
+def test_a_pickle_becomes_a_safetensors_file_under_the_same_names(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 2), "a": torch.arange(5), "c": torch.randn(4).half()}
+    torch.save({"state_dict": tensors}, tmp_path / "a.ckpt")
+    convert(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
+    assert_same_tensors(safetensors.torch.load_file(tmp_path / "a.safetensors"), tensors)
+    convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors", dtype="bfloat16")
+    found = safetensors.torch.load_file(tmp_path / "b.safetensors")
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        "a": torch.int64, "b": torch.bfloat16, "c": torch.bfloat16,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 1), (0, 4, 3, 3)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "first_stage_model.encoder.conv_in.weight",
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+        "cond_stage_model.model.token_embedding.weight",
+        "visual.conv1.weight",
+        "inner_model.proj_in.weight",
+    ],
+)
+def test_tensors_of_impossible_sizes_are_one_error(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    safetensors.torch.save_file({name: torch.zeros(shape)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError):
+        convert(tmp_path / "a.safetensors", tmp_path / "out")
 
 
 # The upscaler

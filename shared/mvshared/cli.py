@@ -150,7 +150,8 @@ def convert(source: Path, dest: Path, **options: Any) -> None:
     """Convert SOURCE to the folder DEST in diffusers' layout.
 
     SOURCE is a .safetensors, .pt, .ckpt or .pth file under the names of the original code, or a folder of diffusers' layout to
-    store in another dtype. If DEST ends in .safetensors, a folder becomes one file under the original names.
+    store in another dtype. If DEST ends in .safetensors, a folder becomes one file under the original names, and a file another
+    one under the same names.
     """
     from mvshared.commands import convert_checkpoint
 

@@ -17,12 +17,13 @@ from mvshared.config import SchedulerConfig, UNetConfig
 from mvshared.conversion.configs import scheduler_document
 from mvshared.conversion.folders import OnTensor, Progress, copy_files, fingerprint, write_weights
 from mvshared.conversion.networks import Part, convert_network, network_shapes
-from mvshared.conversion.one_file import write_one_file
+from mvshared.conversion.one_file import rewrite_file, write_one_file
 from mvshared.conversion.raw import FLOATS, STORED, RawTensor, cast, read_safetensors
 from mvshared.conversion.report import Report, written
 from mvshared.conversion.sources import read_file, sort_tensors
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import make_folder, read_json_object, write_json
+from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.schedule import alphas_cumprod
 
 UPSCALER = "sd-x2-latent-upscaler"
@@ -60,12 +61,12 @@ def convert(
     force: bool = False,
     on_tensor: OnTensor = lambda name, size: None,
 ) -> Report:
-    """Convert a checkpoint file or folder to a folder, or a folder to one file if `dest` ends in .safetensors.
+    """Convert a checkpoint file or folder to a folder, or to one file if `dest` ends in .safetensors.
 
-    `extra` are files and folders with what `source` lacks: a tokenizer, an image encoder. `like` is a checkpoint folder of the
-    same sizes, whose configs, schedule and tokenizer are taken: tensors do not tell how many heads there are, and without it
-    they have those of the public models. `dtype` None keeps that of each tensor. `family` decides where the tensors do not.
-    `on_tensor` gets the name and bytes of every tensor that is written.
+    `source` may be a model's name, too. `extra` are files and folders with what it lacks: a tokenizer, an image encoder.
+    `like` is a checkpoint folder of the same sizes, whose configs, schedule and tokenizer are taken: tensors do not tell how
+    many heads there are, and without it they have those of the public models. `dtype` None keeps that of each tensor. `family`
+    decides where the tensors do not. `on_tensor` gets the name and bytes of every tensor that is written.
     Raises CheckpointError for a source that is damaged, TensorMismatchError for tensors too many or too few, OptionError,
     OutputError for a folder that holds something else, BackendError for a pickle where PyTorch is not installed.
     """
@@ -74,8 +75,11 @@ def convert(
         raise OptionError("family", expected=f"one of {', '.join(FAMILIES)}", got=family)
     if shard_bytes < 1:
         raise OptionError("shard size", expected="above 0", got=shard_bytes)
-    if source.is_dir() and dest.suffix == ".safetensors":
-        return write_one_file(source, dest, stored=stored, force=force, on_tensor=on_tensor)
+    if not source.exists() and (str(source) in (*EMBEDDED, *REPOSITORIES) or str(source) in read_pins()):
+        source = find_model(source)
+    if dest.suffix == ".safetensors":
+        write = write_one_file if source.is_dir() else rewrite_file
+        return write(source, dest, stored=stored, force=force, on_tensor=on_tensor)
     collected = _Collected()
     _collect(collected, source, local=family == "imagedream-local")
     for each in extra:
@@ -116,7 +120,14 @@ def _collect(collected: _Collected, path: Path, *, local: bool) -> None:
     collected.left_out |= source.left_out
     collected.alphas_cumprod = collected.alphas_cumprod or source.alphas_cumprod
     for layout, tensors in source.networks.items():
-        parts, left_out = convert_network(layout, tensors, path=path, reference_frame=not local)
+        try:
+            parts, left_out = convert_network(layout, tensors, path=path, reference_frame=not local)
+        except (IndexError, KeyError, ValueError, ZeroDivisionError, OptionError) as cause:
+            raise CheckpointError(f"holds tensors of sizes that no such network has: {cause}", path=path) from cause
+        except CheckpointError as fault:
+            if fault.path is not None:
+                raise
+            raise CheckpointError(fault.message, path=path, hint=fault.hint) from fault
         prefix = source.prefixes[layout]
         collected.left_out |= {f"{prefix}{name}": why for name, why in left_out.items()}
         collected.upscaler |= layout == "k_upscaler"
@@ -212,7 +223,7 @@ def _write(
             part = collected.parts[component]
             tensors, documents, renamed = part.tensors, part.documents, part.names
         elif component in collected.folders:
-            tensors, documents = _folder_tensors(collected.folders[component], component), {}
+            tensors, documents = _folder_tensors(collected, component), {}
             renamed = {name: (name,) for name in tensors}
             copy_files(collected.folders[component], dest / component, only=("config.json",))
         else:
@@ -233,7 +244,8 @@ def _write(
         make_folder(dest / "scheduler")
         document = scheduler_document(SchedulerConfig(prediction_type=prediction))
         write_json(dest / "scheduler" / "scheduler_config.json", document)
-    missing = tuple(name for name in _needed(family) if not (dest / name).is_dir())
+    needed = () if index is not None else _needed(family)
+    missing = tuple(name for name in needed if not (dest / name).is_dir())
     report = Report(folder=dest, family=family, written=tuple(parts), names=names, left_out=collected.left_out, missing=missing)
     write_json(
         dest / REPORT, {"family": family, "names": names, "left_out": dict(collected.left_out), "missing": list(missing)}
@@ -254,11 +266,17 @@ def _set_sample_size(collected: _Collected, size_px: int) -> None:
             collected.parts[component] = replace(part, documents=documents)
 
 
-def _folder_tensors(folder: Path, component: Component) -> dict[str, RawTensor]:
+def _folder_tensors(collected: _Collected, component: Component) -> dict[str, RawTensor]:
+    """The weights in a component's folder; buffers of whole numbers are left out."""
+    folder = collected.folders[component]
     files = weight_files(folder.parent, component) if folder.name == component else sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError("holds no .safetensors weights", path=folder)
-    return {name: tensor for file in files for name, tensor in read_safetensors(file).items() if tensor.dtype in FLOATS}
+    tensors = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
+    for name in [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]:
+        del tensors[name]
+        collected.left_out[name] = "numbers that every model knows by itself"
+    return tensors
 
 
 def _check_dtypes(tensors: Mapping[str, RawTensor]) -> None:

@@ -1,14 +1,13 @@
 """Folders that are written file by file, and go on where a broken run stopped."""
 
 import hashlib
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from mvshared.checkpoint import WEIGHT_STEMS, Component
 from mvshared.conversion.raw import RawTensor, shards, write_safetensors
 from mvshared.errors import OutputError
-from mvshared.files import make_folder, read_json_object, write_json
+from mvshared.files import make_folder, read_json_object, write_atomic, write_json
 
 STATE = ".conversion.json"
 
@@ -78,19 +77,26 @@ def write_weights(
         else:
             for tensor in group:
                 on_tensor(tensor, group[tensor].bytes)
+    index_name = f"{stem}.safetensors.index.json"
     if len(groups) > 1:
         size = sum(tensor.bytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": places}
-        write_json(dest / component / f"{stem}.safetensors.index.json", index)
+        write_json(dest / component / index_name, index)
+    _remove_others(dest / component, keep={*places.values(), index_name if len(groups) > 1 else ""})
     return len(groups)
+
+
+def _remove_others(folder: Path, *, keep: Collection[str]) -> None:
+    """Weight files of an earlier conversion, which a reader would find first."""
+    for file in folder.glob("*.safetensors*"):
+        if file.name not in keep:
+            file.unlink()
 
 
 def copy_files(source: Path, dest: Path, *, only: Sequence[str] | None = None) -> None:
     """Copy the files of a folder that are no weights, or those of the given names."""
     make_folder(dest)
-    try:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and (file.name in only if only else file.suffix in (".json", ".txt", ".model")):
-                shutil.copyfile(file, dest / file.name)
-    except OSError as cause:
-        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=dest) from cause
+    for file in sorted(source.iterdir()):
+        weights_index = file.name.endswith(".index.json")
+        if file.is_file() and not weights_index and (file.name in only if only else file.suffix in (".json", ".txt", ".model")):
+            write_atomic(dest / file.name, file.read_bytes())

@@ -7,8 +7,9 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import ModelConfig
 from mvshared.conversion.links import Link, open_clip_links, plain_links, unet_links, vae_links
 from mvshared.conversion.networks import PROJECTIONS, network_shapes
-from mvshared.conversion.raw import RawTensor, cast, read_safetensors, write_safetensors
+from mvshared.conversion.raw import FLOATS, RawTensor, cast, read_safetensors, write_safetensors
 from mvshared.conversion.report import Report, written
+from mvshared.conversion.sources import read_file
 from mvshared.errors import OutputError
 from mvshared.files import make_folder
 from mvshared.weights import match_tensors
@@ -40,6 +41,26 @@ def write_one_file(
     write_safetensors(dest, tensors, on_tensor=on_tensor)
     account = written("checkpoint", tensors, files=1)
     return Report(folder=dest, family=config.family, written=(account,), names=names, left_out={}, missing=())
+
+
+def rewrite_file(source: Path, dest: Path, *, stored: str | None, force: bool, on_tensor: Callable[[str, int], None]) -> Report:
+    """Write a file's tensors to a safetensors file under the same names, every one.
+
+    `stored` is safetensors' name of the dtype of floating-point tensors, None keeps each one's. Raises OutputError and
+    CheckpointError.
+    """
+    if dest.exists() and not force:
+        raise OutputError("exists", path=dest, hint="name another file, or use --force")
+    given = read_file(source)
+    tensors = {
+        name: cast(given[name], stored if stored and given[name].dtype in FLOATS else given[name].dtype, name=name)
+        for name in sorted(given)
+    }
+    make_folder(dest.parent)
+    write_safetensors(dest, tensors, on_tensor=on_tensor)
+    names = {"checkpoint": {name: (name,) for name in tensors}}
+    account = written("checkpoint", tensors, files=1)
+    return Report(folder=dest, family="custom", written=(account,), names=names, left_out={}, missing=())
 
 
 def own_tensors(folder: Path, component: Component, config: ModelConfig) -> dict[str, RawTensor]:
