@@ -1,6 +1,5 @@
 """`mvmlx validate`: every family against diffusers and against the other backend, and faults found where they are."""
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from helpers import BACKENDS, Backend, make_unet
 from public_folders import stable_diffusion
 
 import mvmlx.layers
+import mvshared.validation
 import mvtorch.layers
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.cli import run
@@ -160,13 +160,6 @@ def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     for tolerance in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(OptionError, match="tolerance must be above 0"):
             validate("demo", against="torch", tolerance=tolerance)
-    original = importlib.import_module
-
-    def without_diffusers(name: str, *args: Any) -> Any:
-        if name.startswith("diffusers"):
-            raise ImportError(name)
-        return original(name, *args)
-
-    monkeypatch.setattr(importlib, "import_module", without_diffusers)
-    with pytest.raises(BackendError, match=r"diffusers is not installed \(pip install 'mvmlx\[validate\]'\)"):
-        validate("demo", against="diffusers", backend="torch", device="cpu")
+    monkeypatch.setattr(mvshared.validation, "find_spec", lambda name: None if name == "transformers" else True)
+    with pytest.raises(BackendError, match=r"transformers is not installed \(pip install 'mvmlx\[validate\]'\)"):
+        validate("no/folder", against="diffusers", backend="torch", device="cpu")  # before anything is loaded

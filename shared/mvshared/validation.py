@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,7 +22,7 @@ from mvshared.camera import camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import find_model
 from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
-from mvshared.errors import OptionError
+from mvshared.errors import BackendError, OptionError
 from mvshared.files import make_folder
 from mvshared.framing import frame_picture
 from mvshared.images import load_image
@@ -141,9 +142,12 @@ def _backend_under_test(backend: str, *, against: Against) -> BackendName:
         raise OptionError("against", expected="another implementation than the backend", got=against)
     if backend == "auto" and against != "diffusers":
         backend = "mlx" if against == "torch" else "torch"
-    for needed in ("torch",) if against == "diffusers" else (against,):
-        if needed not in available_backends():
-            choose_backend(needed)  # raises with the hint how to install it
+    reference = "torch" if against == "diffusers" else against
+    if reference not in available_backends():
+        choose_backend(reference)  # raises with the hint how to install it
+    for library in ("diffusers", "transformers") if against == "diffusers" else ():
+        if find_spec(library) is None:
+            raise BackendError(f"{library} is not installed", backend="torch", hint="pip install 'mvmlx[validate]'")
     return choose_backend(backend)
 
 
