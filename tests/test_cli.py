@@ -15,7 +15,7 @@ import pytest
 from helpers import BACKENDS, Backend, write_tiny_model
 from PIL import Image
 
-import mvshared.commands
+import mvshared.commands.checkpoints
 from mvshared import __version__
 from mvshared.cli import cli, run
 from mvshared.images import load_image
@@ -301,7 +301,7 @@ def test_a_fault_of_the_program_is_one_line_and_a_traceback_on_request(
     def broken(**options: Any) -> None:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr(mvshared.commands, "list_models", broken)
+    monkeypatch.setattr(mvshared.commands.checkpoints, "list_models", broken)
     assert run(["models"]) == 70
     error = capfd.readouterr().err
     assert error.startswith("mvmlx: error: ZeroDivisionError: division by zero (this is a fault of mvmlx: please report it")

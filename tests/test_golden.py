@@ -24,8 +24,9 @@ from mvshared.cli import run
 from mvshared.errors import MvWarning, OptionError
 from mvshared.images import load_image
 from mvshared.names import ldm_unet_names
-from mvshared.pipeline import Pipeline, repeat
+from mvshared.pipeline import Pipeline
 from mvshared.public_configs import IMAGEDREAM_NEGATIVE_PROMPT, ldm_unet
+from mvshared.repetition import repeat
 from mvshared.runs import Views, read_run
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -21,7 +21,8 @@ from mvshared.camera import load_cameras, orbit
 from mvshared.checkpoint import WEIGHT_FILE
 from mvshared.errors import CheckpointError, MvError, OptionError, OutputError
 from mvshared.images import load_image, save_png
-from mvshared.pipeline import Pipeline, repeat
+from mvshared.pipeline import Pipeline
+from mvshared.repetition import repeat
 from mvshared.runs import Run, Views, read_run
 from mvshared.weights import sha256_of_files
 

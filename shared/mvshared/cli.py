@@ -92,7 +92,7 @@ def cli() -> None:
 @click.pass_context
 def generate(ctx: click.Context, **options: Any) -> None:
     """Generate views of what IMAGE shows, or what a prompt says. Several pictures show one subject."""
-    from mvshared.commands import generate_views
+    from mvshared.commands.generate import generate_views
 
     given = {
         name
@@ -106,7 +106,7 @@ def generate(ctx: click.Context, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per model.")
 def models(as_json: bool) -> None:
     """List the models that have a name: in the package, downloaded, and to download."""
-    from mvshared.commands import list_models
+    from mvshared.commands.checkpoints import list_models
 
     list_models(as_json=as_json)
 
@@ -118,7 +118,7 @@ def models(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print where the model is as JSON.")
 def download(name: str, **options: Any) -> None:
     """Download NAME, one of `mvmlx models` or a repository of huggingface.co such as owner/name."""
-    from mvshared.commands import download_model
+    from mvshared.commands.checkpoints import download_model
 
     download_model(name, options)
 
@@ -129,7 +129,7 @@ def download(name: str, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def info(model: str, backend: str, as_json: bool) -> None:
     """Say what is in MODEL, an embedded model's name or a checkpoint folder, and what is wrong with it."""
-    from mvshared.commands import show_model
+    from mvshared.commands.checkpoints import show_model
 
     show_model(model, backend=backend, as_json=as_json)
 
@@ -153,7 +153,7 @@ def convert(source: Path, dest: Path, **options: Any) -> None:
     store in another dtype. If DEST ends in .safetensors, a folder becomes one file under the original names, and a file another
     one under the same names.
     """
-    from mvshared.commands import convert_checkpoint
+    from mvshared.commands.checkpoints import convert_checkpoint
 
     convert_checkpoint(source, dest, options)
 
@@ -172,7 +172,7 @@ def init() -> None:
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
 def gaf(dest: Path, **options: Any) -> None:
     """Make DEST a GAF model: ImageDream with normal maps. Until it is trained, it computes what its source does."""
-    from mvshared.commands import init_gaf_model
+    from mvshared.commands.checkpoints import init_gaf_model
 
     init_gaf_model(dest, options)
 
@@ -187,7 +187,7 @@ def gaf(dest: Path, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per block.")
 def validate(model: str, **options: Any) -> None:
     """Run MODEL's networks on the same inputs in two implementations and compare them block by block."""
-    from mvshared.commands import validate_model
+    from mvshared.commands.checkpoints import validate_model
 
     validate_model(model, options)
 
@@ -198,7 +198,7 @@ def validate(model: str, **options: Any) -> None:
 @backend_options
 def train(config: Path, output: Path, backend: str, device: str) -> None:
     """Train one stage of a model as the TOML file CONFIG says; see docs/training.md."""
-    from mvshared.commands import train_model
+    from mvshared.commands.training import train_model
 
     train_model(config, output, backend=backend, device=device)
 
@@ -213,7 +213,7 @@ def train(config: Path, output: Path, backend: str, device: str) -> None:
 @click.option("--processes", type=int, help="Worker processes.  [default: one per core]")
 def render_heads(output: Path, identities: range, views: int, size: int, processes: int | None) -> None:
     """Render procedural heads into OUTPUT, a folder of captures to train on. Heads that are there are kept."""
-    from mvshared.commands import render_head_dataset
+    from mvshared.commands.training import render_head_dataset
 
     render_head_dataset(output, identities, views=views, size_px=size, processes=processes)
 
@@ -231,7 +231,7 @@ def render_heads(output: Path, identities: range, views: int, size: int, process
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def evaluate(**options: Any) -> None:
     """Measure a model on held-out heads: PSNR, SSIM and silhouettes of four views each, against true renders."""
-    from mvshared.commands import evaluate_model
+    from mvshared.commands.evaluate import evaluate_model
 
     evaluate_model(options)
 

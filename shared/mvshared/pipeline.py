@@ -34,10 +34,9 @@ from mvshared.clip_images import clip_pixels
 from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
 from mvshared.framing import Framed, frame_picture
 from mvshared.images import from_model, load_image, load_normals
-from mvshared.runs import Parameters, Run, Views
+from mvshared.runs import Parameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
 from mvshared.tokenizer import CLIPTokenizer
-from mvshared.weights import sha256_of_files
 
 MAX_VIEWS = 64
 MAX_PICTURES = 8
@@ -305,51 +304,3 @@ class Pipeline(Generic[A]):
         if not self.model.config.unet.normal_channels:
             raise OptionError("normals", expected="left out: this model takes no normal maps", got=normals_names(normals))
         return load_normals(normals, views=views, size_px=size_px)
-
-
-def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], None] | None = None) -> Views:
-    """The views of a run, once more: the same bits where backend, dtype, device and versions are the run's.
-
-    Raises, before the sampling, CheckpointError if the weights are others; OptionError if the picture, the normal maps or the
-    given latents have changed since or were no files, or if the pipeline or a parameter is not what it was in the run.
-    """
-    parameters, model = run.parameters, pipeline.model
-    for name, sha256 in sha256_of_files(model.weight_files).items():
-        if run.weights.get(name) != sha256:
-            raise CheckpointError("the weights have changed since the run", path=name, hint="load the model of the run")
-    loaded = {name: getattr(model, name) for name in ("backend", "dtype", "device")}
-    loaded |= {"family": model.config.family, "fov_deg": model.config.camera.fov_deg}
-    loaded |= {"config_sha256": config_sha256(model.config)}
-    for name, value in loaded.items():
-        if getattr(parameters, name) != value:
-            raise OptionError(name, expected=f"that of the loaded model, {value!r}", got=getattr(parameters, name))
-    if parameters.latents is None and parameters.latents_sha256 is not None:
-        raise OptionError("latents", expected="a file: the run's latents were given in memory", got=None)
-    if parameters.image is None and parameters.image_sha256 is not None:
-        raise OptionError("image", expected="a file: the run's picture was given in memory", got=None)
-    if parameters.normals is None and parameters.normals_sha256 is not None:
-        raise OptionError("normals", expected="files: the run's normal maps were given in memory", got=None)
-    size_px = whole("size_px", parameters.size_px, *SIZE_RANGE_PX)
-    pictures = pipeline._pictures(parameters.image, size_px=size_px)
-    normals = pipeline._normals(parameters.normals, views=len(parameters.cameras), size_px=size_px)
-    latents = load_latents(parameters.latents)
-    now = {"image": pictures_sha256(pictures), "normals": array_sha256(normals), "latents": array_sha256(latents)}
-    for name, sha256 in now.items():
-        if sha256 != getattr(parameters, f"{name}_sha256"):
-            raise OptionError(name, expected="as it was in the run; it has changed", got=getattr(parameters, name))
-    return pipeline.generate(
-        parameters.image,
-        prompt=parameters.prompt,
-        negative_prompt=parameters.negative_prompt,
-        image_scale=parameters.image_scale,
-        cameras=parameters.cameras,
-        normals=parameters.normals,
-        steps=parameters.steps,
-        guidance=parameters.guidance,
-        scheduler=parameters.scheduler,
-        eta=parameters.eta,
-        seed=parameters.seed,
-        size_px=size_px,
-        latents=parameters.latents,
-        on_step=on_step,
-    )

@@ -1,0 +1,175 @@
+"""The commands about checkpoints: `mvmlx models`, `download`, `info`, `convert`, `init gaf`, `validate`."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from tqdm import tqdm
+
+from mvshared.checkpoint import find_model, read_model_config
+from mvshared.errors import CheckpointError, NumericsError
+from mvshared.inspection import Report, inspect
+from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
+
+if TYPE_CHECKING:
+    from mvshared.conversion.report import Report as ConversionReport
+
+
+def list_models(*, as_json: bool) -> None:
+    """`mvmlx models`."""
+    for name in EMBEDDED:
+        folder = find_model(name)
+        config = read_model_config(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        defaults = config.defaults
+        what = f"{defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance {defaults.guidance:g}"
+        if as_json:
+            click.echo(json.dumps({"name": name, "state": "embedded", "folder": str(folder), "bytes": size}))
+        else:
+            click.echo(f"{name}: {what}, {_size(size)}, in the package")
+    pins = read_pins()
+    names = {repository: name for name, repository in REPOSITORIES.items()}
+    for repository in (*names, *(pins.keys() - names.keys())):
+        name, pin = names.get(repository, repository), pins.get(repository)
+        complete = pin is not None and pin.complete()
+        if as_json:
+            state = "downloaded" if complete else "pinned" if pin else "not downloaded"
+            document = {"name": name, "state": state, "repository": repository}
+            document |= {"revision": pin.revision, "folder": pin.folder, "bytes": pin.bytes} if pin else {}
+            click.echo(json.dumps(document))
+        elif pin is not None and complete:
+            click.echo(f"{name}: {repository}, revision {pin.revision[:12]}, {_size(pin.bytes)}, in {pin.folder}")
+        else:
+            pinned = f", pinned to revision {pin.revision[:12]}" if pin else ""
+            click.echo(f"{name}: {repository}{pinned}, not downloaded (mvmlx download {name})")
+
+
+def download_model(name: str, options: dict[str, Any]) -> None:
+    """`mvmlx download`."""
+    from mvshared.download import Plan, download
+
+    def announce(plan: Plan) -> None:
+        licence = plan.licence or "that the repository does not name"
+        click.echo(f"{plan.repository}, revision {plan.revision}, under the licence {licence}", err=True)
+        click.echo(f"{len(plan.files)} files of {_size(plan.bytes)} go to {plan.cache}", err=True)
+
+    as_json = options.pop("as_json")
+    pin = download(name, on_plan=announce, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(pin)))
+    else:
+        click.echo(f"{name} is in {pin.folder}: {_size(pin.bytes)}, licence {pin.licence or 'unknown'}")
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def show_model(name: str, *, backend: str, as_json: bool) -> None:
+    """`mvmlx info`. Raises CheckpointError if something is wrong with the folder."""
+    report = inspect(name, backend=backend)
+    if as_json:
+        document = {"folder": str(report.folder), "family": report.config.family if report.config else None}
+        document |= {"components": [asdict(each) for each in report.components], "faults": report.faults}
+        click.echo(json.dumps(document | {"memory_bytes": report.memory_bytes()}))
+    else:
+        _print_report(report)
+    if report.faults:
+        count = len(report.faults)
+        raise CheckpointError(f"{count} fault{'s' if count > 1 else ''}; the first: {report.faults[0]}")
+
+
+def _print_report(report: Report) -> None:
+    if report.config is not None:
+        defaults = report.config.defaults
+        views = f"{defaults.views} view{'s' if defaults.views > 1 else ''} of {defaults.size_px} pixels"
+        click.echo(f"family {report.config.family}: {views}, {defaults.steps} steps, guidance {defaults.guidance:g}")
+    for each in report.components:
+        dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in sorted(each.dtypes.items()))
+        files = f"{each.files} file{'s' if each.files > 1 else ''}"
+        click.echo(f"{each.name}: {each.parameters:,} parameters in {each.tensors} tensors ({dtypes}) of {files}")
+    if report.components:
+        memory = ", ".join(f"{size / 1e9:.3f} GB in {dtype}" for dtype, size in report.memory_bytes().items())
+        click.echo(f"memory for these weights: {memory}")
+    for fault in report.faults:
+        click.echo(f"fault: {fault}")
+
+
+def convert_checkpoint(source: Path, dest: Path, options: dict[str, Any]) -> None:
+    """`mvmlx convert`."""
+    from mvshared.conversion.convert import convert
+
+    as_json, shard_gb = options.pop("as_json"), options.pop("shard_gb")
+    with _counting("converting") as count:
+        report = convert(source, dest, shard_bytes=round(shard_gb * 1e9), on_tensor=count, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"folder": str(report.folder)}, default=dict))
+        return
+    _print_conversion(report)
+    for reason, number in Counter(report.left_out.values()).items():
+        click.echo(f"  left out: {number} tensor{'s' if number > 1 else ''}, {reason}")
+    if report.missing:
+        click.echo(f"mvmlx: warning: not a whole model yet; add with --with: {', '.join(report.missing)}", err=True)
+
+
+def init_gaf_model(dest: Path, options: dict[str, Any]) -> None:
+    """`mvmlx init gaf`."""
+    from mvshared.conversion.gaf import init_gaf
+
+    source = options.pop("source")
+    with _counting("writing") as count:
+        _print_conversion(init_gaf(source, dest, on_tensor=count, **options))
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr, if that is a terminal, of the bytes of tensors."""
+    with tqdm(desc=what, unit="B", unit_scale=True, disable=None) as bar:
+
+        def count(name: str, size: int) -> None:
+            bar.update(size)
+
+        yield count
+
+
+def _print_conversion(report: "ConversionReport") -> None:
+    click.echo(f"{report.family} in {report.folder}")
+    for each in report.written:
+        dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in each.dtypes.items())
+        click.echo(f"  {each.component}: {each.tensors} tensors ({dtypes}) in {each.files} file{'s' if each.files > 1 else ''}")
+
+
+def validate_model(name: str, options: dict[str, Any]) -> None:
+    """`mvmlx validate`. Raises NumericsError if a block leaves the tolerance."""
+    from mvshared.validation import validate
+
+    as_json = options.pop("as_json")
+    result = validate(name, **options)
+    if as_json:
+        for check in result.checks:
+            click.echo(json.dumps({"event": "block", **asdict(check)}))
+    else:
+        click.echo(f"{name}: {result.backend} in {result.dtype} against {result.against} in float32")
+        click.echo(f"{'relative RMS':>13} {'max':>9} {'seconds':>9} {'reference':>9}  block (shape)")
+        for check in result.checks:
+            mark = "  <- first to leave the tolerance" if check is result.first_failure else ""
+            shape = ", ".join(map(str, check.shape))
+            figures = f"{check.rms_error:13.2e} {check.max_error:9.2e}"
+            for seconds in (check.seconds, check.reference_seconds):
+                figures += f"{'-':>10}" if seconds is None else f" {seconds:9.4f}"
+            click.echo(f"{figures}  {check.name} ({shape}){mark}")
+    for missing in result.unmatched:
+        click.echo(f"not compared: {missing} has no counterpart in {result.against}", err=True)
+    worst = max(result.checks, key=lambda check: check.rms_error)
+    if result.first_failure is not None:
+        bad = result.first_failure
+        difference = f"{bad.rms_error:.2g} relative RMS, allowed are {result.tolerance:g}"
+        raise NumericsError(f"differs from {result.against} by {difference}", where=bad.name)
+    if not as_json:
+        count = len(result.checks)
+        click.echo(f"{count} blocks agree within {result.tolerance:g}; the largest is {worst.rms_error:.2e}, {worst.name}")

@@ -1,0 +1,58 @@
+"""A finished run once more, from its metadata: `mvmlx generate --config`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mvshared.arguments import array_sha256, config_sha256, load_latents, pictures_sha256, whole
+from mvshared.errors import CheckpointError, OptionError
+from mvshared.pipeline import SIZE_RANGE_PX, Pipeline, Progress
+from mvshared.runs import Run, Views
+from mvshared.weights import sha256_of_files
+
+
+def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], None] | None = None) -> Views:
+    """The views of a run, once more: the same bits where backend, dtype, device and versions are the run's.
+
+    Raises, before the sampling, CheckpointError if the weights are others; OptionError if the picture, the normal maps or the
+    given latents have changed since or were no files, or if the pipeline or a parameter is not what it was in the run.
+    """
+    parameters, model = run.parameters, pipeline.model
+    for name, sha256 in sha256_of_files(model.weight_files).items():
+        if run.weights.get(name) != sha256:
+            raise CheckpointError("the weights have changed since the run", path=name, hint="load the model of the run")
+    loaded = {name: getattr(model, name) for name in ("backend", "dtype", "device")}
+    loaded |= {"family": model.config.family, "fov_deg": model.config.camera.fov_deg}
+    loaded |= {"config_sha256": config_sha256(model.config)}
+    for name, value in loaded.items():
+        if getattr(parameters, name) != value:
+            raise OptionError(name, expected=f"that of the loaded model, {value!r}", got=getattr(parameters, name))
+    if parameters.latents is None and parameters.latents_sha256 is not None:
+        raise OptionError("latents", expected="a file: the run's latents were given in memory", got=None)
+    if parameters.image is None and parameters.image_sha256 is not None:
+        raise OptionError("image", expected="a file: the run's picture was given in memory", got=None)
+    if parameters.normals is None and parameters.normals_sha256 is not None:
+        raise OptionError("normals", expected="files: the run's normal maps were given in memory", got=None)
+    size_px = whole("size_px", parameters.size_px, *SIZE_RANGE_PX)
+    pictures = pipeline._pictures(parameters.image, size_px=size_px)
+    normals = pipeline._normals(parameters.normals, views=len(parameters.cameras), size_px=size_px)
+    latents = load_latents(parameters.latents)
+    now = {"image": pictures_sha256(pictures), "normals": array_sha256(normals), "latents": array_sha256(latents)}
+    for name, sha256 in now.items():
+        if sha256 != getattr(parameters, f"{name}_sha256"):
+            raise OptionError(name, expected="as it was in the run; it has changed", got=getattr(parameters, name))
+    return pipeline.generate(
+        parameters.image,
+        prompt=parameters.prompt,
+        negative_prompt=parameters.negative_prompt,
+        image_scale=parameters.image_scale,
+        cameras=parameters.cameras,
+        normals=parameters.normals,
+        steps=parameters.steps,
+        guidance=parameters.guidance,
+        scheduler=parameters.scheduler,
+        eta=parameters.eta,
+        seed=parameters.seed,
+        size_px=size_px,
+        latents=parameters.latents,
+        on_step=on_step,
+    )
