@@ -31,12 +31,36 @@ class GroupNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(n, h, w, c) to (n, h, w, c)."""
-        grouped = x.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups).astype(mx.float32)
-        shifted = grouped - grouped[:, :1, :, :1]
-        centred = shifted - shifted.mean(axis=(1, 3), keepdims=True)
-        scale = mx.rsqrt(centred.square().mean(axis=(1, 3), keepdims=True) + self.eps)
-        weight, bias = (p.reshape(self.groups, -1) for p in (self.weight, self.bias))
-        return (centred * (scale * weight) + bias).astype(x.dtype).reshape(x.shape)
+        return _group_norm(x, self.weight, self.bias, groups=self.groups, eps=self.eps)
+
+
+class AdaGroupNorm(nn.Module):
+    """Group normalisation whose scale and shift are linear in an embedding, after diffusers' class of that name."""
+
+    def __init__(self, groups: int, channels: int, *, embed_dim: int, eps: float) -> None:
+        super().__init__()
+        self.groups = groups
+        self.eps = eps
+        self.linear = nn.Linear(embed_dim, 2 * channels)
+
+    def __call__(self, x: mx.array, emb: mx.array) -> mx.array:
+        """(n, h, w, c) and embeddings (n, embed_dim) to (n, h, w, c)."""
+        return _group_norm(x, *self.scale_shift(emb), groups=self.groups, eps=self.eps)
+
+    def scale_shift(self, emb: mx.array) -> tuple[mx.array, mx.array]:
+        """Factors and summands (n, c)."""
+        scale, shift = mx.split(self.linear(emb), 2, axis=-1)
+        return 1 + scale, shift
+
+
+def _group_norm(x: mx.array, weight: mx.array, bias: mx.array, *, groups: int, eps: float) -> mx.array:
+    """Normalise (n, h, w, c); weight and bias are (c,), or (n, c) with one for each picture."""
+    grouped = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups).astype(mx.float32)
+    shifted = grouped - grouped[:, :1, :, :1]
+    centred = shifted - shifted.mean(axis=(1, 3), keepdims=True)
+    scale = mx.rsqrt(centred.square().mean(axis=(1, 3), keepdims=True) + eps)
+    weight, bias = (p.reshape(-1, 1, groups, p.shape[-1] // groups) for p in (weight, bias))
+    return (centred * (scale * weight) + bias).astype(x.dtype).reshape(x.shape)
 
 
 class Float32Conv2d(nn.Conv2d):

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
 from mvmlx.observation import Observer, observe
 from mvmlx.unet import Cross, MultiViewUNet
+from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
-from mvshared.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
+from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.shapes import check_pictures
 from mvshared.weights import check_names_and_shapes, match_tensors
@@ -262,6 +263,8 @@ def _network(config: NetworkConfig) -> Any:
             return CLIPTextModel(config)
         case CLIPVisionConfig():
             return CLIPVisionModel(config)
+        case KUNetConfig():
+            return LatentUpscaler(config)
 
 
 def load_weights(

@@ -1,4 +1,4 @@
-"""Training in MLX: the losses of the two stages, and the optimiser step. All else is in mvshared.training."""
+"""Training in MLX: the losses of the stages, and the optimiser step. All else is in mvshared.training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from mvmlx.model import _from_checkpoint, _on_device, _to_checkpoint, choose_device, set_weights, weight_shapes
 from mvmlx.unet import MultiViewUNet
+from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
-from mvshared.config import UNetConfig, VAEConfig
+from mvshared.config import KUNetConfig, UNetConfig, VAEConfig
 from mvshared.errors import OptionError
 from mvshared.training.config import OptimizerConfig, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
 from mvshared.training.optimizer import StepResult, TrainerState, ema_decay, pack_state, unpack_state
+from mvshared.training.upscaler_data import UpscalerBatch
 
 
 class Trainer:
@@ -145,6 +147,25 @@ def unet_trainer(
     return Trainer(network, unet_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
 
 
+def upscaler_trainer(
+    config: KUNetConfig,
+    optimizer: OptimizerConfig,
+    weights: Mapping[str, NDArray[np.float32]],
+    *,
+    frozen: Sequence[str] = (),
+    dtype: str = "float32",
+    device: str = "auto",
+    gradient_checkpointing: bool = False,
+) -> Trainer:
+    """A trainer of a latent upscaler without text that starts from `weights` (checkpoint layout).
+
+    Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
+    """
+    network = LatentUpscaler(config, gradient_checkpointing=gradient_checkpointing)
+    set_weights(network, weights)
+    return Trainer(network, upscaler_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
+
+
 def vae_weight_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a checkpoint of the VAE."""
     return weight_shapes(AutoencoderKL(config))
@@ -153,6 +174,11 @@ def vae_weight_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
 def unet_weight_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a checkpoint of the U-Net."""
     return weight_shapes(MultiViewUNet(config))
+
+
+def upscaler_weight_shapes(config: KUNetConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a checkpoint of the upscaler's network."""
+    return weight_shapes(LatentUpscaler(config))
 
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.array:
@@ -187,6 +213,14 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:
         reference=reference[:, None] if config.reference_frame else None,
     )
     return (out - target).square().mean()
+
+
+def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> mx.array:
+    """Negative log-likelihood of the target, whose variance the network gives for each picture (k-diffusion's has_variance)."""
+    sample, noise, condition, target = (_array(array) for array in batch)
+    out = network(sample, noise, text=[], condition=condition)
+    logvar = out[..., -1:].mean(axis=(1, 2, 3, 4), keepdims=True)
+    return 0.5 * ((out[..., :-1] - target).square() * mx.exp(-logvar) + logvar).mean()
 
 
 def _array(array: Any) -> mx.array:

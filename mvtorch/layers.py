@@ -27,11 +27,35 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(n, c, h, w) to (n, c, h, w)."""
-        if x.device.type == "cpu":
-            n, c = x.shape[:2]
-            means = x.detach().mean(dim=(2, 3)).view(n, self.num_groups, -1).mean(dim=-1, keepdim=True)
-            x = x - means.expand(-1, -1, c // self.num_groups).reshape(n, c, 1, 1)
-        return super().forward(x)
+        return super().forward(_centred(x, self.num_groups))
+
+
+class AdaGroupNorm(nn.Module):
+    """Group normalisation whose scale and shift are linear in an embedding, after diffusers' class of that name."""
+
+    def __init__(self, groups: int, channels: int, *, embed_dim: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.linear = nn.Linear(embed_dim, 2 * channels)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(n, c, h, w) and embeddings (n, embed_dim) to (n, c, h, w)."""
+        scale, shift = (value[:, :, None, None] for value in self.scale_shift(emb))
+        return torch.addcmul(shift, F.group_norm(_centred(x, self.groups), self.groups, eps=self.eps), scale)
+
+    def scale_shift(self, emb: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors and summands (n, c)."""
+        scale, shift = self.linear(emb).chunk(2, dim=1)
+        return 1 + scale, shift
+
+
+def _centred(x: Tensor, groups: int) -> Tensor:
+    """x (n, c, h, w) without the means of its groups, on the CPU, where its kernel needs that; see GroupNorm."""
+    if x.device.type != "cpu":
+        return x
+    n, c = x.shape[:2]
+    means = x.detach().mean(dim=(2, 3)).view(n, groups, -1).mean(dim=-1, keepdim=True)
+    return x - means.expand(-1, -1, c // groups).reshape(n, c, 1, 1)
 
 
 class Float32Conv2d(nn.Conv2d):

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
-from mvshared.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
+from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.shapes import check_pictures
 from mvshared.weights import Stored, check_names_and_shapes, match_tensors
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.observation import Observer, observe
 from mvtorch.unet import Cross, MultiViewUNet
+from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
 _MAPPED_BYTES = 128_000_000
@@ -249,6 +250,8 @@ def _network(config: NetworkConfig) -> Any:
             return CLIPTextModel(config)
         case CLIPVisionConfig():
             return CLIPVisionModel(config)
+        case KUNetConfig():
+            return LatentUpscaler(config)
 
 
 def load_weights(

@@ -1,4 +1,4 @@
-"""Training in PyTorch: the losses of the two stages, and the optimiser step. All else is in mvshared.training."""
+"""Training in PyTorch: the losses of the stages, and the optimiser step. All else is in mvshared.training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mvshared.config import UNetConfig, VAEConfig
+from mvshared.config import KUNetConfig, UNetConfig, VAEConfig
 from mvshared.errors import OptionError
 from mvshared.training.config import OptimizerConfig, TrainDtype, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
 from mvshared.training.optimizer import StepResult, TrainerState, ema_decay, pack_state, unpack_state
+from mvshared.training.upscaler_data import UpscalerBatch
+from mvtorch.layers import AdaGroupNorm
 from mvtorch.model import choose_device, get_weights, set_weights, weight_shapes
 from mvtorch.unet import MultiViewUNet
+from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
 
@@ -139,7 +142,8 @@ class _LeanGroupNorm(torch.autograd.Function):
     """Group normalisation of channels_last pictures (n, c, h, w) as a few passes over the pixels.
 
     PyTorch's own backward took a third of a training step on the CPU; this one takes a fifth of that. The variance is
-    E[x^2] - E[x]^2, so its sums are float64: in float32 it would lose its digits where the mean is large.
+    E[x^2] - E[x]^2, so its sums are float64: in float32 it would lose its digits where the mean is large. Weight and bias are
+    (c,), or (n, c) of an adaptive norm.
     """
 
     @staticmethod
@@ -177,16 +181,23 @@ class _LeanGroupNorm(torch.autograd.Function):
         factors = (value[:, None].to(x.dtype) for value in (constant, -along, rstd * weight))
         constant, along, own = factors
         dx = torch.addcmul(torch.addcmul(constant, pixels, along), gradient, own)
-        return dx.view(n, h, w, c).permute(0, 3, 1, 2), aligned.sum(0), total.sum(0), None, None
+        if weight.ndim == 1:
+            aligned, total = aligned.sum(0), total.sum(0)
+        return dx.view(n, h, w, c).permute(0, 3, 1, 2), aligned, total, None, None
 
 
 def _use_lean_group_norm(network: nn.Module) -> None:
     def forward(norm: nn.GroupNorm, x: Tensor) -> Tensor:
         return _LeanGroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)  # type: ignore[no-any-return]
 
+    def adaptive(norm: AdaGroupNorm, x: Tensor, emb: Tensor) -> Tensor:
+        return _LeanGroupNorm.apply(x, *norm.scale_shift(emb), norm.groups, norm.eps)  # type: ignore[no-any-return]
+
     for module in network.modules():
         if isinstance(module, nn.GroupNorm):
             module.forward = partial(forward, module)  # pyright: ignore[reportAttributeAccessIssue]
+        elif isinstance(module, AdaGroupNorm):
+            module.forward = partial(adaptive, module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def vae_trainer(
@@ -229,6 +240,26 @@ def unet_trainer(
     return Trainer(network, unet_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
 
 
+def upscaler_trainer(
+    config: KUNetConfig,
+    optimizer: OptimizerConfig,
+    weights: Mapping[str, NDArray[np.float32]],
+    *,
+    frozen: Sequence[str] = (),
+    dtype: str = "float32",
+    device: str = "auto",
+    gradient_checkpointing: bool = False,
+) -> Trainer:
+    """A trainer of a latent upscaler without text that starts from `weights` (checkpoint layout).
+
+    Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
+    """
+    with torch.device("meta"):
+        network = LatentUpscaler(config, gradient_checkpointing=gradient_checkpointing)
+    set_weights(network.to_empty(device="cpu"), weights)
+    return Trainer(network, upscaler_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
+
+
 def vae_weight_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a checkpoint of the VAE."""
     with torch.device("meta"):
@@ -239,6 +270,12 @@ def unet_weight_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a checkpoint of the U-Net."""
     with torch.device("meta"):
         return weight_shapes(MultiViewUNet(config))
+
+
+def upscaler_weight_shapes(config: KUNetConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a checkpoint of the upscaler's network."""
+    with torch.device("meta"):
+        return weight_shapes(LatentUpscaler(config))
 
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> Tensor:
@@ -274,6 +311,14 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> Tensor:
         reference=reference[:, None] if config.reference_frame else None,
     )
     return F.mse_loss(out.float(), target)
+
+
+def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> Tensor:
+    """Negative log-likelihood of the target, whose variance the network gives for each picture (k-diffusion's has_variance)."""
+    sample, noise, condition, target = (_tensor(array) for array in batch)
+    out = network(sample, noise, text=[], condition=condition).float()
+    logvar = out[..., -1:].mean(dim=(1, 2, 3, 4), keepdim=True)
+    return 0.5 * ((out[..., :-1] - target).square() * torch.exp(-logvar) + logvar).mean()
 
 
 def _tensor(array: Any) -> Tensor:

@@ -12,13 +12,15 @@ from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
 import mvmlx.unet
+import mvmlx.upscaler
 import mvmlx.vae
 import mvtorch.model
 import mvtorch.unet
+import mvtorch.upscaler
 import mvtorch.vae
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.checkpoint import write_component, write_model_config
-from mvshared.config import GenerationDefaults, ModelConfig, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.config import GenerationDefaults, KUNetConfig, ModelConfig, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.pipeline import Pipeline
 
 Backend = Literal["torch", "mlx"]
@@ -140,6 +142,16 @@ def make_vae(config: VAEConfig, backend: Backend, *, options: AttentionOptions =
     model = mvtorch.vae.AutoencoderKL(config, attention_options=options)
     randomise(model)
     return model if backend == "torch" else copy_weights(model, mvmlx.vae.AutoencoderKL(config, attention_options=options))
+
+
+def make_upscaler(
+    config: KUNetConfig, backend: Backend, *, options: AttentionOptions = FUSED, gradient_checkpointing: bool = False
+) -> Any:
+    """An upscaler's network with random weights, the same on both backends."""
+    arguments: dict[str, Any] = {"attention_options": options, "gradient_checkpointing": gradient_checkpointing}
+    model = mvtorch.upscaler.LatentUpscaler(config, **arguments)
+    randomise(model)
+    return model if backend == "torch" else copy_weights(model, mvmlx.upscaler.LatentUpscaler(config, **arguments))
 
 
 def copy_weights(source: torch.nn.Module, target: mlx.nn.Module) -> mlx.nn.Module:

@@ -164,7 +164,7 @@ def _own_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
         "scheduler": read_config(SchedulerConfig, folder / "scheduler" / "scheduler_config.json"),
     }
     if (folder / "text_encoder").is_dir():
-        parts["text_encoder"] = _tower(folder, "text_encoder", clip_text)
+        parts["text_encoder"] = read_tower(folder, "text_encoder", clip_text)
     if (folder / "image_encoder").is_dir():
         parts |= _vision(folder)
     for name, kind in {"camera": CameraConfig, "defaults": GenerationDefaults, "framing": Framing}.items():
@@ -187,7 +187,7 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
     vae = read_vae_config(folder)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = diffusers_scheduler(read_json_object(scheduler_path, error=CheckpointError), path=scheduler_path)
-    encoders: dict[str, Any] = {"text_encoder": _tower(folder, "text_encoder", clip_text)}
+    encoders: dict[str, Any] = {"text_encoder": read_tower(folder, "text_encoder", clip_text)}
     if unet.resampler is not None:
         encoders |= _vision(folder)
     family = family_of(unet, scheduler)
@@ -213,10 +213,11 @@ def _linear_projections(folder: Path) -> bool:
 def _vision(folder: Path) -> dict[str, Any]:
     """The image encoder and how its pictures are prepared."""
     processor = read_clip_image_config(folder / "feature_extractor" / "preprocessor_config.json")
-    return {"image_encoder": _tower(folder, "image_encoder", clip_vision), "image_processor": processor}
+    return {"image_encoder": read_tower(folder, "image_encoder", clip_vision), "image_processor": processor}
 
 
-def _tower(folder: Path, component: Literal["text_encoder", "image_encoder"], read: Callable[..., Tower]) -> Tower:
+def read_tower(folder: Path, component: Literal["text_encoder", "image_encoder"], read: Callable[..., Tower]) -> Tower:
+    """The config of an encoder's folder, by one of the readers in `public_configs`. Raises CheckpointError."""
     path = folder / component / "config.json"
     names = {name for file in weight_files(folder, component) for name in read_header(file).tensors}
     projection = not names.isdisjoint({"text_projection.weight", "visual_projection.weight"})

@@ -1,7 +1,7 @@
 """What a model is, as frozen dataclasses: U-Net, VAE, noise schedule, and the whole of them with its defaults.
 
 Field names follow diffusers' config.json wherever diffusers has the field (UNet2DConditionModel, AutoencoderKL, DDIMScheduler).
-Sizes of the presets: the public configs of Stable Diffusion 2.1 and MVDream.
+Sizes of the presets: the public configs of Stable Diffusion 2.1, MVDream and the x2 latent upscaler.
 """
 
 from dataclasses import dataclass, replace
@@ -15,13 +15,15 @@ BetaSchedule = Literal["linear", "scaled_linear"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 Activation = Literal["gelu", "quick_gelu"]
 
+K_GROUP_WIDTH, K_NORM_EPS = 32, 1e-5  # of the upscaler: channels that are normalised together
+
 
 def _at_least(value: object, low: int) -> bool:
     """Whether it is a whole number, perhaps numpy's, of at least `low`."""
     return isinstance(value, SupportsIndex) and index(value) >= low
 
 
-def _check_counts(config: Any, *names: str) -> None:
+def check_counts(config: Any, *names: str) -> None:
     """Raise OptionError unless every field, or every entry of a field that is a tuple, is a whole number of at least 1."""
     for name in names:
         value = getattr(config, name)
@@ -32,7 +34,7 @@ def _check_counts(config: Any, *names: str) -> None:
 
 def _check_transformer(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
     """Raise OptionError for widths and counts of a CLIP tower that make none."""
-    _check_counts(config, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
+    check_counts(config, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
     if config.hidden_size % config.num_attention_heads:
         expected = f"a multiple of num_attention_heads ({config.num_attention_heads})"
         raise OptionError("hidden_size", expected=expected, got=config.hidden_size)
@@ -77,7 +79,7 @@ class ResamplerConfig:
     ff_mult: int = 4
 
     def __post_init__(self) -> None:
-        _check_counts(self, "embedding_dim", "output_dim", "hidden_dim", "depth", "heads", "dim_head", "num_queries", "ff_mult")
+        check_counts(self, "embedding_dim", "output_dim", "hidden_dim", "depth", "heads", "dim_head", "num_queries", "ff_mult")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +110,9 @@ class UNetConfig:
     reference_frame: bool = False
 
     def __post_init__(self) -> None:
-        _check_counts(self, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
-        _check_counts(self, "transformer_layers_per_block", "num_attention_heads", "attention_head_dim")
-        _check_counts(self, "cross_attention_dim", "camera_dim")
+        check_counts(self, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+        check_counts(self, "transformer_layers_per_block", "num_attention_heads", "attention_head_dim")
+        check_counts(self, "cross_attention_dim", "camera_dim")
         if self.in_channels < self.out_channels:
             raise OptionError("in_channels", expected=f"at least out_channels ({self.out_channels})", got=self.in_channels)
         if not self.norm_eps > 0:
@@ -172,8 +174,8 @@ class VAEConfig:
     sample_size: int = 256
 
     def __post_init__(self) -> None:
-        _check_counts(self, "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block")
-        _check_counts(self, "norm_num_groups", "sample_size")
+        check_counts(self, "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block")
+        check_counts(self, "norm_num_groups", "sample_size")
         if not self.scaling_factor > 0:
             raise OptionError("scaling_factor", expected="above 0", got=self.scaling_factor)
         if self.latents_std is not None and not all(value > 0 for value in self.latents_std):
@@ -210,7 +212,7 @@ class CLIPTextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
-        _check_counts(self, "vocab_size", "max_position_embeddings")
+        check_counts(self, "vocab_size", "max_position_embeddings")
         _check_transformer(self)
 
 
@@ -230,7 +232,7 @@ class CLIPVisionConfig:
     projection_dim: int | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(self, "num_channels", "image_size", "patch_size")
+        check_counts(self, "num_channels", "image_size", "patch_size")
         _check_transformer(self)
         if self.image_size < self.patch_size:
             raise OptionError("image_size", expected=f"at least patch_size ({self.patch_size})", got=self.image_size)
@@ -241,7 +243,67 @@ class CLIPVisionConfig:
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
-NetworkConfig: TypeAlias = UNetConfig | VAEConfig | CLIPTextConfig | CLIPVisionConfig
+@dataclass(frozen=True, kw_only=True)
+class KUNetConfig:
+    """The U-Net of k-diffusion's ImageDenoiserModelV1 that upscales latents.
+
+    `in_channels` are noisy latents and the low-resolution ones, `out_channels` latents and one of their log-variance. Levels go
+    from fine to coarse; one in `attention_levels` attends to a text of width `cross_attention_dim`, the coarsest to itself as
+    well. `time_cond_proj_dim` is the width of what is known beside the noise level: that of the low-resolution latents, and
+    the pooled text.
+    """
+
+    in_channels: int = 8
+    out_channels: int = 5
+    block_out_channels: tuple[int, ...] = (384, 384, 768, 768)
+    layers_per_block: int = 4
+    attention_levels: tuple[bool, ...] = (False, False, False, False)
+    attention_head_dim: int = 64
+    cross_attention_dim: int | None = None
+    time_cond_proj_dim: int = 128
+
+    def __post_init__(self) -> None:
+        check_counts(self, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "attention_head_dim")
+        check_counts(self, "cross_attention_dim", "time_cond_proj_dim")
+        channels, attends = self.block_out_channels, self.attention_levels
+        if self.in_channels != 2 * self.latent_channels:
+            expected = f"twice the {self.latent_channels} latent channels of out_channels, which has one more"
+            raise OptionError("in_channels", expected=expected, got=self.in_channels)
+        if len(attends) != len(channels):
+            raise OptionError("attention_levels", expected=f"one entry per level ({len(channels)})", got=attends)
+        if any(attends) != (self.cross_attention_dim is not None):
+            expected = "given exactly if a level attends to the text"
+            raise OptionError("cross_attention_dim", expected=expected, got=self.cross_attention_dim)
+        for level, count in enumerate(channels):
+            if count % K_GROUP_WIDTH:
+                raise OptionError("block_out_channels", expected=f"multiples of {K_GROUP_WIDTH}", got=count)
+            if attends[level] and count % self.attention_head_dim:
+                expected = f"a multiple of attention_head_dim ({self.attention_head_dim}) at level {level}"
+                raise OptionError("block_out_channels", expected=expected, got=count)
+            narrower = channels[max(0, level - 1)]  # the last attention of the way up has the next level's width
+            if attends[level] and narrower % self.attention_head_dim:
+                expected = f"a multiple of attention_head_dim ({self.attention_head_dim}) above level {level}"
+                raise OptionError("block_out_channels", expected=expected, got=narrower)
+        # diffusers tells the first block of the way up by these widths.
+        if attends[-1] and not (len(channels) > 1 and channels[-1] == channels[-2] == self.time_embed_dim):
+            expected = f"{self.time_embed_dim} at the two coarsest levels, if the coarsest one attends"
+            raise OptionError("block_out_channels", expected=expected, got=channels)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.out_channels - 1
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 2 * self.block_out_channels[0]
+
+    @property
+    def downscale(self) -> int:
+        """Upscaled latents must have a height and width that are multiples of this."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+NetworkConfig: TypeAlias = UNetConfig | VAEConfig | CLIPTextConfig | CLIPVisionConfig | KUNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +321,7 @@ class SchedulerConfig:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        _check_counts(self, "num_train_timesteps")
+        check_counts(self, "num_train_timesteps")
         if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
             raise OptionError("num_train_timesteps", expected="at least 2 for zero terminal SNR", got=self.num_train_timesteps)
         for name in ("beta_start", "beta_end"):
@@ -370,3 +432,4 @@ SD21 = UNetConfig(cross_attention_dim=1024)
 MVDREAM = replace(SD21, camera_dim=16)
 IMAGEDREAM = replace(MVDREAM, resampler=ResamplerConfig(), reference_frame=True)
 SD_VAE = VAEConfig()
+SD_X2_UNET = KUNetConfig(attention_levels=(False, True, True, True), cross_attention_dim=768, time_cond_proj_dim=896)

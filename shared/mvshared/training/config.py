@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mvshared.checkpoint import config_from_json
-from mvshared.config import CameraConfig, Framing, GenerationDefaults, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.config import CameraConfig, Framing, GenerationDefaults, KUNetConfig, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.errors import ConfigError, OptionError
+from mvshared.upscaling.config import UpscaleDefaults
 
 TrainDtype = Literal["float32", "bfloat16"]
 
@@ -91,12 +92,13 @@ class VAELossConfig:
 class TrainConfig:
     """One stage of training.
 
-    `vae_from` is the checkpoint folder whose VAE the U-Net stage uses, `init_from` one to start from. Without a table `unet`,
-    all of the model is that of `init_from`, with its encoders. Weights whose names begin with one of `frozen` are not trained.
+    `vae_from` is the checkpoint folder whose VAE the U-Net and the upscaler use, `init_from` one to start from. Without a table
+    `unet`, all of the model is that of `init_from`, with its encoders. Weights whose names begin with one of `frozen` are not
+    trained.
     `dtype` is that of the computation, `model_dtype` that of the trained model's files; the run's own state is float32.
     """
 
-    stage: Literal["vae", "unet"]
+    stage: Literal["vae", "unet", "upscaler"]
     data: DataConfig
     steps: int
     batch_size: int
@@ -115,6 +117,8 @@ class TrainConfig:
     init_from: str | None = None
     frozen: tuple[str, ...] = ()
     unet: UNetConfig | None = None
+    upscaler: KUNetConfig | None = None
+    upscale_defaults: UpscaleDefaults = field(default_factory=UpscaleDefaults)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     camera: CameraConfig = field(default_factory=CameraConfig)
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
@@ -131,6 +135,13 @@ class TrainConfig:
         if self.stage == "unet" and self.init_from is None and (self.unet is None or self.vae_from is None):
             expected = "a table of UNetConfig fields, and vae_from, for stage 'unet' without init_from"
             raise OptionError("unet", expected=expected, got=None)
+        if self.stage == "upscaler" and (self.upscaler is None or self.vae_from is None):
+            raise OptionError(
+                "upscaler", expected="a table of KUNetConfig fields, and vae_from, for stage 'upscaler'", got=None
+            )
+        if self.upscaler is not None and self.upscaler.cross_attention_dim is not None:
+            expected = "left out: upscalers that are trained here take no text"
+            raise OptionError("cross_attention_dim", expected=expected, got=self.upscaler.cross_attention_dim)
         if self.unet is not None and self.unet.cross_attention_dim is not None:
             expected = "left out: a model with encoders comes whole from init_from"
             raise OptionError("cross_attention_dim", expected=expected, got=self.unet.cross_attention_dim)
@@ -142,6 +153,8 @@ TABLES = {
     "vae": VAEConfig,
     "vae_loss": VAELossConfig,
     "unet": UNetConfig,
+    "upscaler": KUNetConfig,
+    "upscale_defaults": UpscaleDefaults,
     "scheduler": SchedulerConfig,
     "camera": CameraConfig,
     "defaults": GenerationDefaults,

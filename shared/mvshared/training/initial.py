@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 LOGVAR = -6.0  # a VAE starts with a posterior so narrow that its noise does not drown the first latents
 UNET_ZEROS = (".conv2.weight", ".proj_out.weight", "conv_out.weight")
+UPSCALER_ZEROS = (".conv2.weight", ".to_out.0.weight", "conv_out.weight", ".linear.weight")
 
 
 def initial_weights(
@@ -44,3 +45,11 @@ def initial_vae_weights(shapes: Mapping[str, tuple[int, ...]], *, seed: int) -> 
     colored -= colored.mean(axis=1, keepdims=True)
     colored *= 3
     return weights
+
+
+def initial_upscaler_weights(shapes: Mapping[str, tuple[int, ...]], *, seed: int) -> dict[str, NDArray[np.float32]]:
+    """`initial_weights` of an upscaler, with adaptive norms that begin as plain ones, and random frequencies of its time."""
+    weights = initial_weights(shapes, seed=seed, zeros=UPSCALER_ZEROS)
+    name = "time_proj.weight"
+    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return weights | {name: generator.standard_normal(shapes[name]).astype(np.float32)}

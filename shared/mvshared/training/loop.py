@@ -1,4 +1,4 @@
-"""The training loop of both stages, the same for both backends: batches, steps, log, samples, checkpoints.
+"""The training loop of all stages, the same for both backends: batches, steps, log, samples, checkpoints.
 
 A run folder holds config.json (what was asked), log.csv, loss.png, samples/, state.safetensors (everything that a resumed run
 needs, written whole or not at all) and model/, a checkpoint folder with the averaged weights. Killed at any moment and started
@@ -38,6 +38,7 @@ from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_cap
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.log import LogRow, TrainingLog
 from mvshared.training.optimizer import Weights, steps_of
+from mvshared.training.upscaler import save_upscaler, upscaler_batches, upscaler_config, upscaler_trainer
 from mvshared.weights import read_header, read_weights, sha256_of_files
 
 STATE = "state.safetensors"
@@ -82,8 +83,8 @@ def train(
     package = PACKAGES[choose_backend(backend)]
     state = _last_state(folder, config)
     module = importlib.import_module(f"{package}.train")
-    make = _vae_stage if config.stage == "vae" else _unet_stage
-    stage = make(config, folder, module, backend=backend, device=device)
+    make = {"vae": _vae_stage, "unet": _unet_stage, "upscaler": _upscaler_stage}
+    stage = make[config.stage](config, folder, module, backend=backend, device=device)
     if state is not None:
         stage.trainer.load_state(state)
     first = stage.trainer.steps
@@ -234,6 +235,19 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         lambda step: batches.batch(step, size=config.batch_size, seed=config.seed),
         lambda number: held_out_batches.batch(number, size=config.batch_size, seed=config.seed + HELD_OUT_SEED),
         save_model,
+    )
+
+
+def _upscaler_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
+    upscaler = upscaler_config(config)
+    trainer = upscaler_trainer(config, upscaler, module, device=device)
+    _prepare(folder, config)
+    batches, held_out = upscaler_batches(config, upscaler, folder, backend=backend, device=device)
+    return Stage(
+        trainer,
+        lambda step: batches.batch(step, size=config.batch_size, seed=config.seed),
+        lambda number: held_out.batch(number, size=config.batch_size, seed=config.seed + HELD_OUT_SEED),
+        lambda: save_upscaler(folder / "model", config, upscaler, _cast(trainer.ema_weights(), config.model_dtype)),
     )
 
 

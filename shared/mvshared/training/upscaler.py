@@ -1,0 +1,94 @@
+"""The training stage of a latent upscaler: what `loop.train` needs for it."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvshared.backend import PACKAGES, choose_backend
+from mvshared.checkpoint import find_model, model_name, read_vae_config, weight_files
+from mvshared.errors import ConfigError
+from mvshared.training.config import TrainConfig
+from mvshared.training.data import find_captures
+from mvshared.training.initial import initial_upscaler_weights
+from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs
+from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
+from mvshared.upscaling.folder import write_upscaler
+from mvshared.weights import read_weights, sha256_of_files
+
+FREQUENCY_DEVIATION = 2.0  # of the noise level's embedding, as k-diffusion draws it
+FIXED = ("time_proj.",)  # random frequencies that k-diffusion and diffusers do not train
+FREQUENCY_STREAM = 4
+
+
+def upscaler_config(config: TrainConfig) -> UpscalerConfig:
+    """What is trained. Raises ConfigError if network and VAE do not fit, CheckpointError for the VAE's folder."""
+    assert config.upscaler is not None and config.vae_from is not None
+    channels = config.upscaler.time_cond_proj_dim
+    drawn = np.random.default_rng([FREQUENCY_STREAM, config.seed]).standard_normal(channels // 2) * FREQUENCY_DEVIATION
+    vae = read_vae_config(find_model(config.vae_from))
+    if vae.latent_channels != config.upscaler.latent_channels:
+        latents = config.upscaler.latent_channels
+        raise ConfigError(f"the upscaler has {latents} latent channels, the VAE of vae_from {vae.latent_channels}")
+    return UpscalerConfig(
+        family=config.family,
+        unet=config.upscaler,
+        vae=vae,
+        text_encoder=None,
+        sigmas=SigmaConfig(),
+        noise_frequencies=tuple(round(float(value), 6) for value in drawn),
+        defaults=config.upscale_defaults,
+    )
+
+
+def upscaler_trainer(config: TrainConfig, upscaler: UpscalerConfig, module: ModuleType, *, device: str) -> Any:
+    """The backend's trainer, from `init_from` or from random weights."""
+    shapes = module.upscaler_weight_shapes(upscaler.unet)
+    if config.init_from is not None:
+        weights = read_weights(weight_files(find_model(config.init_from), "unet"), shapes)
+    else:
+        weights = initial_upscaler_weights(shapes, seed=config.seed)
+    return module.upscaler_trainer(
+        upscaler.unet,
+        config.optimizer,
+        weights,
+        frozen=(*FIXED, *config.frozen),
+        dtype=config.dtype,
+        device=device,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def upscaler_batches(
+    config: TrainConfig, upscaler: UpscalerConfig, folder: Path, *, backend: str, device: str
+) -> tuple[UpscalerBatches, UpscalerBatches]:
+    """Batches for training and for validation; the latents are kept in the run folder under the hash of the VAE's weights."""
+    assert config.vae_from is not None
+    files = weight_files(find_model(config.vae_from), "vae")
+    key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
+    captures = find_captures(config.data.folder, held_out=config.data.held_out)
+    codec, batches = None, []
+    for name, folders in zip(("training", "held-out"), captures, strict=True):
+        path = folder / f"pairs-{name}-{key}.npz"
+        if not path.exists():
+            if codec is None:
+                package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
+                codec = package.load_vae(upscaler.vae, files, device=device)
+            multiple = 2 * upscaler.vae.downscale * max(1, upscaler.unet.downscale // 2)
+            encode_pairs(folders, config.data, codec.encode, multiple=multiple).save(path)
+        frequencies = upscaler.noise_frequencies
+        assert frequencies is not None
+        batches.append(
+            UpscalerBatches(LatentPairs.load(path), upscaler.sigmas, channels=upscaler.noise_channels, frequencies=frequencies)
+        )
+    return batches[0], batches[1]
+
+
+def save_upscaler(folder: Path, config: TrainConfig, upscaler: UpscalerConfig, weights: Mapping[str, NDArray[Any]]) -> None:
+    """Write the checkpoint folder of a run; its VAE stays where it is."""
+    assert config.vae_from is not None
+    write_upscaler(folder, upscaler, weights, vae_from=model_name(config.vae_from))

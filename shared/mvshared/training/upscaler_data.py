@@ -1,0 +1,138 @@
+"""Batches for the training of a latent upscaler: latents of pictures at half their size, and those of the pictures.
+
+All randomness is drawn in numpy from (seed, step), as in `mvshared.training.data`.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mvshared.captures import load_capture
+from mvshared.errors import DatasetError
+from mvshared.files import write_atomic
+from mvshared.training.config import DataConfig
+from mvshared.training.data import Picture, mirror_picture, read_picture
+from mvshared.upscaling.config import MAX_NOISE_LEVEL, SigmaConfig
+from mvshared.upscaling.schedule import noise_embedding, training_sigmas
+
+UPSCALER_STREAM = 3  # first number of the random seeds, beside those of the other stages
+CLEAN_SHARE = 0.25  # of the examples whose low-resolution latents get no noise
+
+
+class UpscalerBatch(NamedTuple):
+    """Inputs and target of the upscaler's network, n pictures.
+
+    Noisy and low-resolution latents (n, 1, h, w, 2 c), noise levels (n,) as quarters of ln sigma, conditions (n, k), and the
+    target (n, 1, h, w, c), minus the velocity.
+    """
+
+    sample: NDArray[np.float32]
+    noise: NDArray[np.float32]
+    condition: NDArray[np.float32]
+    target: NDArray[np.float32]
+
+
+class LatentPairs(NamedTuple):
+    """Scaled latents float16 of the same pictures at half (n, h, w, c) and at full size (n, 2 h, 2 w, c)."""
+
+    low: NDArray[np.float16]
+    high: NDArray[np.float16]
+
+    def save(self, path: Path) -> None:
+        """Write both to one file, atomically."""
+        encoded = io.BytesIO()
+        np.savez(encoded, **self._asdict())
+        write_atomic(path, encoded.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> "LatentPairs":
+        """Read what `save` wrote. Raises DatasetError if the file is no such file."""
+        try:
+            with path.open("rb") as file, np.load(file) as arrays:
+                return cls(arrays["low"], arrays["high"])
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
+            raise DatasetError(f"is no file of latents: {error}", path=path, hint="remove it, it is made anew") from error
+
+
+def encode_pairs(
+    folders: list[Path],
+    config: DataConfig,
+    encode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    *,
+    multiple: int,
+) -> LatentPairs:
+    """The latents of all pictures of the captures, and of their mirror images if the config says so.
+
+    `encode` makes scaled latents of pixels. Half the size is the mean of two by two pixels. Raises DatasetError for pictures of
+    different sizes, or of a size that is no multiple of `multiple` pixels.
+    """
+    low, high = [], []
+    for folder in tqdm(folders, desc="encoding", unit="capture", disable=None):
+        pictures = [read_picture(path, background=config.background) for path in load_capture(folder).image_paths]
+        if config.mirror:
+            pictures += [mirror_picture(picture) for picture in pictures]
+        pixels = _pixels(pictures, folder=folder, multiple=multiple)
+        n, height, width, _ = pixels.shape
+        halved = pixels.reshape(n, height // 2, 2, width // 2, 2, 3).mean(axis=(2, 4))
+        high.append(encode(pixels).astype(np.float16))
+        low.append(encode(halved).astype(np.float16))
+        if high[-1].shape[1:] != high[0].shape[1:]:
+            raise DatasetError("all pictures must have one size", path=folder)
+    return LatentPairs(np.concatenate(low), np.concatenate(high))
+
+
+def _pixels(pictures: list[Picture], *, folder: Path, multiple: int) -> NDArray[np.float32]:
+    shapes = {picture.pixels.shape for picture in pictures}
+    height, width, _ = next(iter(shapes))
+    if len(shapes) > 1 or height % multiple or width % multiple:
+        reason = f"all pictures must have one size, a multiple of {multiple} pixels, got {sorted(shapes)[0][:2]}"
+        raise DatasetError(reason, path=folder)
+    return np.stack([picture.pixels for picture in pictures])
+
+
+class UpscalerBatches:
+    """Pairs of latents, the larger ones noised at levels spread evenly in the logarithm, the smaller ones a little."""
+
+    def __init__(self, pairs: LatentPairs, sigmas: SigmaConfig, *, channels: int, frequencies: tuple[float, ...]) -> None:
+        """`channels` is the width of the condition, which holds the noise level of the low-resolution latents."""
+        self.pairs, self.channels, self.frequencies = pairs, channels, frequencies
+        levels = training_sigmas(sigmas)
+        self.log_sigmas = math.log(levels[0]), math.log(levels[-1])
+
+    def batch(self, step: int, *, size: int, seed: int) -> UpscalerBatch:
+        """The batch of a step: `size` pictures."""
+        random = np.random.default_rng([UPSCALER_STREAM, seed, step])
+        chosen = random.integers(len(self.pairs.high), size=size)
+        low, high = (latents[chosen].astype(np.float32)[:, None] for latents in self.pairs)
+        levels = np.where(random.random(size) < CLEAN_SHARE, 0, random.random(size) * MAX_NOISE_LEVEL)
+        log_sigma = random.uniform(*self.log_sigmas, size)
+        blurred = _noisy(low, levels, random)
+        noise, eps = np.exp(log_sigma), random.standard_normal(high.shape, np.float32)
+        signal, sigma = (value.astype(np.float32)[:, None, None, None, None] for value in _mix(noise))
+        condition = [noise_embedding(level, channels=self.channels, frequencies=self.frequencies) for level in levels]
+        enlarged = blurred.repeat(2, axis=2).repeat(2, axis=3)
+        return UpscalerBatch(
+            sample=np.concatenate([signal * high + sigma * eps, enlarged], axis=-1),
+            noise=(log_sigma / 4).astype(np.float32),
+            condition=np.stack(condition),
+            target=sigma * high - signal * eps,
+        )
+
+
+def _mix(sigma: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Shares of the signal and of the noise in x_t."""
+    signal = 1 / np.sqrt(sigma**2 + 1)
+    return signal, sigma * signal
+
+
+def _noisy(low: NDArray[np.float32], levels: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float32]:
+    """Low-resolution latents with noise of the levels (n,), scaled back to the variance that they had."""
+    level = levels.astype(np.float32)[:, None, None, None, None]
+    return (low + level * random.standard_normal(low.shape, np.float32)) / np.sqrt(level**2 + 1)
