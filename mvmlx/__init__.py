@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    from mvshared.upscaling.latents import Upscaler
 
     from mvshared.pipeline import Pipeline
 
@@ -21,6 +22,18 @@ def load(name: str | Path = "demo", *, dtype: str | None = None, device: str = "
     from mvshared.pipeline import Pipeline
 
     return Pipeline(load_model(name, dtype=dtype, device=device), name=str(name))
+
+
+def load_upscaler(name: str | Path = "demo-x2", *, dtype: str | None = None, device: str = "auto") -> "Upscaler[mx.array]":
+    """Load a latent upscaler by name or from a folder, for `Pipeline.upscale` and for latents alone. dtype, device: as `load`.
+
+    Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
+    """
+    from mvshared.upscaling.latents import Upscaler
+
+    from mvmlx.upscaling import load_upscaler_model
+
+    return Upscaler(load_upscaler_model(name, dtype=dtype, device=device), name=str(name))
 
 
 def observe(model: Any, fn: "Callable[[str, mx.array, float], None]") -> AbstractContextManager[None]:

@@ -18,15 +18,15 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
+from mvmlx.latents import LatentModel, _evaluated, _on_device, to_numpy
 from mvmlx.observation import Observer, observe
 from mvmlx.unet import Cross, MultiViewUNet
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
-from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
-from mvshared.shapes import check_pictures
 from mvshared.weights import check_names_and_shapes, match_tensors
 
 NO_NETWORKS: dict[str, Any] = {"unet": None, "vae": None}
@@ -47,14 +47,10 @@ class Condition:
     guided: bool
 
 
-class MultiViewModel:
+class MultiViewModel(LatentModel):
     """A U-Net, a VAE and the encoders of its conditions on one device: implements `mvshared.backend.Model`."""
 
     config: ModelConfig
-    backend: BackendName
-    device: str
-    dtype: Dtype
-    weight_files: Sequence[Path]
 
     def __init__(
         self,
@@ -68,37 +64,15 @@ class MultiViewModel:
         dtype: Dtype,
         weight_files: Sequence[Path],
     ) -> None:
-        self.backend = "mlx"
-        self.config, self.unet, self.vae = config, unet, vae
+        super().__init__(vae, device=device, dtype=dtype, weight_files=weight_files)
+        self.config, self.unet = config, unet
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
-        self.device, self.dtype, self.weight_files = device, dtype, weight_files
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvmlx.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
         encoders = {"text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
         encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
         return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
-
-    def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
-        """A float32 copy on the device."""
-        with _on_device(self.device):
-            return _evaluated(mx.array(np.asarray(x, dtype=np.float32)))
-
-    def to_numpy(self, x: mx.array) -> NDArray[np.float32]:
-        """A float32 copy."""
-        return _to_numpy(x)
-
-    def encode_latents(self, pixels: NDArray[np.float32]) -> mx.array:
-        """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.
-
-        Raises OptionError for shapes that do not fit.
-        """
-        vae = self.vae.config
-        check_pictures("pixels", pixels.shape, channels=vae.in_channels, multiple=vae.downscale)
-        with _on_device(self.device):
-            x = self.from_numpy(pixels)
-            means = [_evaluated(self.vae.encode(x[n : n + 1]).mean.astype(mx.float32)) for n in range(len(x))]
-            return _evaluated(self.vae.scale_latents(mx.concatenate(means)))
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> mx.array:
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
@@ -173,16 +147,6 @@ class MultiViewModel:
                 return _evaluated(out[0])
             unconditional, conditional = out[0], out[1]
             return _evaluated(unconditional + guidance * (conditional - unconditional))
-
-    def decode(self, x: mx.array) -> NDArray[np.float32]:
-        """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), one view at a time.
-
-        Raises OptionError for shapes that do not fit.
-        """
-        check_pictures("latents", x.shape, channels=self.vae.config.latent_channels)
-        with _on_device(self.device):
-            latents = self.vae.unscale_latents(x)
-            return np.concatenate([self.to_numpy(self.vae.decode(latents[v : v + 1])) for v in range(len(latents))])
 
 
 def choose_device(device: str = "auto") -> str:
@@ -310,11 +274,11 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         with _on_device(chosen):
-            return _to_numpy(vae.scale_latents(vae.encode(mx.array(pixels)).mean))
+            return to_numpy(vae.scale_latents(vae.encode(mx.array(pixels)).mean))
 
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
         with _on_device(chosen):
-            return _to_numpy(vae.decode(vae.unscale_latents(mx.array(latents))))
+            return to_numpy(vae.decode(vae.unscale_latents(mx.array(latents))))
 
     return VAECodec(encode, decode)
 
@@ -352,29 +316,15 @@ def _weights(module: nn.Module) -> list[tuple[str, mx.array]]:
     return flat
 
 
-def _on_device(device: str) -> AbstractContextManager[Any]:
-    return mx.stream(mx.Device(getattr(mx, device)))
-
-
-def _evaluated(x: mx.array) -> mx.array:
-    mx.eval(x)
-    return x
-
-
-def _to_numpy(x: mx.array) -> NDArray[np.float32]:
-    """A float32 copy; numpy cannot read bfloat16."""
-    return np.array(x.astype(mx.float32))
-
-
 def _checkpoint_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
 
 
 def _from_checkpoint(x: mx.array) -> mx.array:
-    """Convolution kernels (out, in, h, w) as (out, h, w, in), evaluated; all else as it is."""
+    """Convolution kernels (out, in, h, w) as (out, h, w, in), _evaluated; all else as it is."""
     return _evaluated(mx.contiguous(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x)
 
 
 def _to_checkpoint(x: mx.array) -> NDArray[np.float32]:
     """A float32 copy; convolution kernels (out, h, w, in) as (out, in, h, w)."""
-    return _to_numpy(mx.contiguous(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x)
+    return to_numpy(mx.contiguous(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x)

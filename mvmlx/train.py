@@ -11,7 +11,8 @@ from mlx.optimizers import AdamW, clip_grad_norm
 from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
-from mvmlx.model import _from_checkpoint, _on_device, _to_checkpoint, choose_device, set_weights, weight_shapes
+from mvmlx.latents import _on_device
+from mvmlx.model import _from_checkpoint, _to_checkpoint, choose_device, set_weights, weight_shapes
 from mvmlx.unet import MultiViewUNet
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mvshared.backend import BackendName, Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
-from mvshared.shapes import check_pictures
 from mvshared.weights import Stored, check_names_and_shapes, match_tensors
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
+from mvtorch.latents import LatentModel, to_numpy
 from mvtorch.observation import Observer, observe
 from mvtorch.unet import Cross, MultiViewUNet
 from mvtorch.upscaler import LatentUpscaler
@@ -45,14 +45,10 @@ class Condition:
     guided: bool
 
 
-class MultiViewModel:
+class MultiViewModel(LatentModel):
     """A U-Net, a VAE and the encoders of its conditions on one device: implements `mvshared.backend.Model`."""
 
     config: ModelConfig
-    backend: BackendName
-    device: str
-    dtype: Dtype
-    weight_files: Sequence[Path]
 
     def __init__(
         self,
@@ -66,32 +62,15 @@ class MultiViewModel:
         dtype: Dtype,
         weight_files: Sequence[Path],
     ) -> None:
-        self.backend = "torch"
-        self.config, self.unet, self.vae = config, unet, vae
+        super().__init__(vae, device=device, dtype=dtype, weight_files=weight_files)
+        self.config, self.unet = config, unet
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
-        self.device, self.dtype, self.weight_files = device, dtype, weight_files
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvtorch.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
         encoders = {"text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
         encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
         return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
-
-    def from_numpy(self, x: NDArray[np.float32]) -> Tensor:
-        """A float32 copy on the device."""
-        return torch.tensor(np.ascontiguousarray(x, dtype=np.float32), device=self.device)
-
-    def to_numpy(self, x: Tensor) -> NDArray[np.float32]:
-        """A float32 copy."""
-        return _to_numpy(x)
-
-    def encode_latents(self, pixels: NDArray[np.float32]) -> Tensor:
-        """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.
-
-        Raises OptionError for shapes that do not fit.
-        """
-        with torch.inference_mode():
-            return self.vae.scale_latents(self.vae.encode(self.from_numpy(pixels), batch=1).mean.float())
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> Tensor:
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
@@ -164,15 +143,6 @@ class MultiViewModel:
                 return out[0]
             unconditional, conditional = out
             return unconditional + guidance * (conditional - unconditional)
-
-    def decode(self, x: Tensor) -> NDArray[np.float32]:
-        """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), one view at a time.
-
-        Raises OptionError for shapes that do not fit.
-        """
-        check_pictures("latents", tuple(x.shape), channels=self.vae.config.latent_channels)
-        with torch.inference_mode():
-            return self.to_numpy(self.vae.decode(self.vae.unscale_latents(x), batch=1))
 
 
 def choose_device(device: str = "auto") -> str:
@@ -310,11 +280,11 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return _to_numpy(vae.scale_latents(vae.encode(torch.tensor(np.ascontiguousarray(pixels), device=chosen)).mean))
+            return to_numpy(vae.scale_latents(vae.encode(torch.tensor(np.ascontiguousarray(pixels), device=chosen)).mean))
 
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return _to_numpy(vae.decode(vae.unscale_latents(torch.tensor(np.ascontiguousarray(latents), device=chosen))))
+            return to_numpy(vae.decode(vae.unscale_latents(torch.tensor(np.ascontiguousarray(latents), device=chosen))))
 
     return VAECodec(encode, decode)
 
@@ -346,8 +316,4 @@ def set_weights(module: nn.Module, weights: Mapping[str, NDArray[Any]]) -> None:
 
 def get_weights(module: nn.Module) -> dict[str, NDArray[np.float32]]:
     """Float32 copies of the module's weights in checkpoint layout."""
-    return {name: _to_numpy(tensor) for name, tensor in module.state_dict().items()}
-
-
-def _to_numpy(x: Tensor) -> NDArray[np.float32]:
-    return x.detach().to("cpu", torch.float32, memory_format=torch.contiguous_format, copy=True).numpy()
+    return {name: to_numpy(tensor) for name, tensor in module.state_dict().items()}

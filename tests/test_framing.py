@@ -258,7 +258,7 @@ def test_pictures_are_resized_as_pytorch_interpolates(size: tuple[int, int], siz
     pixels = np.random.default_rng(0).uniform(-1, 1, (*size, 3)).astype(np.float32)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     expected = torch.nn.functional.interpolate(tensor, (size_px, size_px), mode="bilinear", align_corners=False)
-    np.testing.assert_allclose(resize_bilinear(pixels, size_px), expected[0].permute(1, 2, 0), atol=1e-5)
+    np.testing.assert_allclose(resize_bilinear(pixels, (size_px, size_px)), expected[0].permute(1, 2, 0), atol=1e-5)
 
 
 def test_an_encoder_sees_the_picture_at_its_own_size_in_a_white_square() -> None:
@@ -267,7 +267,7 @@ def test_an_encoder_sees_the_picture_at_its_own_size_in_a_white_square() -> None
     assert framed.full.shape == (60, 60, 3)
     assert (framed.full[:, :10] == 255).all() and (framed.full[:, 50:] == 255).all()
     np.testing.assert_array_equal(framed.full[:, 10:50], composite(rgba, (255, 255, 255)))
-    np.testing.assert_array_equal(framed.pixels, resize_bilinear(to_model(framed.full), 32))
+    np.testing.assert_array_equal(framed.pixels, resize_bilinear(to_model(framed.full), (32, 32)))
     np.testing.assert_array_equal(framed.picture, from_model(framed.pixels))
 
 

@@ -24,7 +24,7 @@ TINY = KUNetConfig(
     attention_levels=(False, True, True, True),
     attention_head_dim=16,
     cross_attention_dim=24,
-    time_cond_proj_dim=40,
+    time_cond_proj_dim=128 + 24,  # diffusers embeds the noise level in 128 numbers
 )
 CONFIGS = {
     "the public network's structure": TINY,

@@ -99,4 +99,9 @@ def array_sha256(array: NDArray[Any] | None) -> str | None:
 
 def config_sha256(config: ModelConfig) -> str:
     """Of all that a config says."""
+    return dataclass_sha256(config)
+
+
+def dataclass_sha256(config: Any) -> str:
+    """Of all that a config says, whichever dataclass it is."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from mvshared.errors import BackendError, OptionError
 
 if TYPE_CHECKING:
     from mvshared.pipeline import Pipeline
+    from mvshared.upscaling.config import UpscalerConfig
+    from mvshared.upscaling.latents import Upscaler
 
 BackendName = Literal["mlx", "torch"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -98,6 +100,52 @@ class Model(Protocol[A]):
         ...
 
 
+class TextStates(NamedTuple, Generic[A]):
+    """What an upscaler takes of texts: states (b, l, c) and pooled states (b, c)."""
+
+    states: A
+    pooled: A
+
+
+class UpscalerModel(Protocol[A]):
+    """A loaded latent upscaler. Arrays of type A live on its device; latents are (v, h, w, c)."""
+
+    config: "UpscalerConfig"
+    backend: BackendName
+    device: str
+    dtype: Dtype
+    weight_files: Sequence[Path]
+
+    def from_numpy(self, x: NDArray[np.float32]) -> A:
+        """A float32 array on the device."""
+        ...
+
+    def to_numpy(self, x: A) -> NDArray[np.float32]:
+        """A float32 copy."""
+        ...
+
+    def encode_latents(self, pixels: NDArray[np.float32]) -> A:
+        """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1]."""
+        ...
+
+    def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[A]:
+        """States before the last norm and pooled states, float32, of token ids (b, l)."""
+        ...
+
+    def condition(self, low: NDArray[np.float32], noise_embedding: NDArray[np.float32], *, text: TextStates[A] | None) -> Any:
+        """Everything that stays constant over the steps: of low-resolution latents, the embedding (k,) of their noise level,
+        and a text of b branches, [unconditional, conditional] or [conditional]."""
+        ...
+
+    def denoise(self, x: A, t: float, condition: Any, guidance: float) -> A:
+        """Minus the velocity, float32, in latents x of twice the size; t is a quarter of ln sigma."""
+        ...
+
+    def decode(self, x: A) -> NDArray[np.float32]:
+        """Pixels (v, H, W, 3), about [-1, 1], of latents (v, h, w, c)."""
+        ...
+
+
 class VAECodec(NamedTuple):
     """A VAE alone: pixels (n, H, W, 3) in [-1, 1] to scaled latents (n, h, w, c) and back, float32."""
 
@@ -150,3 +198,14 @@ def load(
     """
     package = importlib.import_module(PACKAGES[choose_backend(backend)])
     return package.load(name, dtype=dtype, device=device)
+
+
+def load_upscaler(
+    name: str | Path = "demo-x2", *, backend: str = "auto", dtype: str | None = None, device: str = "auto"
+) -> "Upscaler[Any]":
+    """Load a latent upscaler in a backend: see `mvtorch.load_upscaler` and `mvmlx.load_upscaler`, which this calls.
+
+    Raises OptionError, BackendError and CheckpointError.
+    """
+    package = importlib.import_module(PACKAGES[choose_backend(backend)])
+    return package.load_upscaler(name, dtype=dtype, device=device)

@@ -53,6 +53,8 @@ WEIGHT_STEMS: dict[Component, str] = {
     "image_encoder": "model",
 }
 FORMAT_VERSION = 1
+OWN_UPSCALER, PUBLIC_UPSCALER = "LatentUpscalerPipeline", "StableDiffusionLatentUpscalePipeline"
+UPSCALER_CLASSES = (OWN_UPSCALER, PUBLIC_UPSCALER)
 
 
 class _Dataclass(Protocol):
@@ -128,6 +130,8 @@ def _shards(index: Path) -> list[Path]:
 def read_model_config(folder: Path) -> ModelConfig:
     """The configuration of the checkpoint in `folder`. Raises CheckpointError for missing or malformed fields."""
     index = read_json_object(folder / "model_index.json", error=CheckpointError)
+    if index.get("_class_name") in UPSCALER_CLASSES:
+        raise CheckpointError("is a latent upscaler, and no model of views", path=folder, hint="is it an --upscaler?")
     try:
         if "format_version" in index:
             return _own_model(folder, index)

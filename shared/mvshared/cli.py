@@ -56,6 +56,24 @@ def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def upscale_options(*, default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of every command that upscales."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in (
+            click.option("--upscale-budget", type=float, help="GB for the upscaler's activations.  [default: 2]"),
+            click.option("--upscale-noise", type=float, help="Noise level of the upscaler, 0 to 1.  [default: the upscaler's]"),
+            click.option("--upscale-guidance", type=float, help="0 (no prompt), or 1 to 20.  [default: the upscaler's]"),
+            click.option("--upscale-steps", type=int, help="Steps of the upscaler.  [default: the upscaler's]"),
+            click.option("--upscaler", help="Name or folder of a latent upscaler, for sd-x2."),
+            click.option("--upscale", default=default, show_default=True, help="none, bilinear, lanczos or sd-x2."),
+        ):
+            function = option(function)
+        return function
+
+    return add
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="mvmlx")
 def cli() -> None:
@@ -85,6 +103,7 @@ def cli() -> None:
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
 @click.option("--latents", type=click.Path(path_type=Path), help="Initial latents instead of the seed's noise, an .npy file.")
 @click.option("--normals", type=click.Path(path_type=Path), help="Folder of normal maps, one per view in the order of names.")
+@upscale_options(default="none")
 @click.option("--stepwise", type=click.Path(path_type=Path), help="Folder for a preview of every step.")
 @click.option("--config", type=click.Path(path_type=Path), help="Repeat the run of a metadata.json.")
 @click.option("--force", is_flag=True, help="Overwrite a finished run in the output folder.")
@@ -100,6 +119,28 @@ def generate(ctx: click.Context, **options: Any) -> None:
         if ctx.get_parameter_source(name) in (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
     }
     generate_views(options, given=given)
+
+
+@cli.command()
+@click.argument("source", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder.  [default: upscaled, in the run's]")
+@upscale_options(default=None)
+@click.option("--model", help="The model whose VAE the latents are of.  [default: the run's, or the upscaler has one]")
+@click.option("--prompt", help="What is shown, for an upscaler that takes text.  [default: the run's]")
+@click.option("--negative-prompt", help="What is not shown.  [default: the run's]")
+@backend_options
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: the run's, or the device's]")
+@click.option("--seed", type=int, help="Seed.  [default: the run's, or 0]")
+@click.option("--force", is_flag=True, help="Overwrite a finished run in the output folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print events, one JSON object a line.")
+def upscale(source: tuple[Path, ...], **options: Any) -> None:
+    """Make views twice as large. SOURCE is an output folder of `mvmlx generate`, pictures, or an .npy file of latents.
+
+    Without --upscale it is done by sd-x2 if an upscaler is named or the model has one in the package, else by lanczos.
+    """
+    from mvshared.commands.upscale import upscale_files
+
+    upscale_files(source, options)
 
 
 @cli.command()

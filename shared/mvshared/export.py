@@ -70,6 +70,23 @@ def prepare(folder: Path | str, *, force: bool = False) -> Path:
     return folder
 
 
+def discard(folder: Path | str) -> None:
+    """Remove the files of a run in `folder`, and the folder if nothing else is in it; fine if there is none.
+
+    Raises OutputError if something cannot be removed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    try:
+        for path in (folder / METADATA, *_run_files(folder), folder / UNFINISHED):
+            path.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as cause:
+        raise OutputError(f"cannot be removed: {cause.strerror or cause}", path=folder) from cause
+
+
 def _run_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name))
 

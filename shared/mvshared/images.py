@@ -222,11 +222,11 @@ def resize_rgba(rgba: NDArray[np.uint8], width: int, height: int) -> NDArray[np.
     return np.asarray(Image.fromarray(rgba).resize((width, height), Image.Resampling.LANCZOS)).copy()
 
 
-def resize_bilinear(pixels: NDArray[np.float32], size_px: int) -> NDArray[np.float32]:
-    """Pixels (h, w, c) at (size_px, size_px, c), bilinear and not antialiased: PyTorch's interpolate, align_corners=False."""
-    for axis in (0, 1):
+def resize_bilinear(pixels: NDArray[np.float32], size_px: tuple[int, int]) -> NDArray[np.float32]:
+    """Pixels (h, w, c) at `size_px` (height, width), bilinear, not antialiased: PyTorch's interpolate, corners not aligned."""
+    for axis, size in enumerate(size_px):
         length = pixels.shape[axis]
-        position = np.maximum((np.arange(size_px) + 0.5) * (length / size_px) - 0.5, 0)
+        position = np.maximum((np.arange(size) + 0.5) * (length / size) - 0.5, 0)
         low = position.astype(np.int64)
         share = (position - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
         high = np.minimum(low + 1, length - 1)

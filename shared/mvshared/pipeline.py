@@ -34,9 +34,11 @@ from mvshared.clip_images import clip_pixels
 from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
 from mvshared.framing import Framed, frame_picture
 from mvshared.images import from_model, load_image, load_normals
-from mvshared.runs import Parameters, Views
+from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
 from mvshared.tokenizer import CLIPTokenizer
+from mvshared.upscaling.latents import DEFAULT_BUDGET_BYTES, UpscaleProgress
+from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views
 
 MAX_VIEWS = 64
 MAX_PICTURES = 8
@@ -177,6 +179,55 @@ class Pipeline(Generic[A]):
             reference=pictures[0].picture if pictures else None,
             parameters=parameters,
             weight_files=self.model.weight_files,
+        )
+
+    def upscale(
+        self,
+        views: Views,
+        *,
+        method: str = "sd-x2",
+        upscaler: str | Path | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        noise_level: float | None = None,
+        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        on_step: Callable[[UpscaleProgress], None] | None = None,
+    ) -> Views:
+        """The views at twice their size: by sd-x2, a diffusion model on their latents, by bilinear latents, or by lanczos.
+
+        `upscaler` is the name or the folder of the diffusion model, which the demo model has in the package; it is loaded in
+        this model's backend, device and dtype. `steps`, `guidance`, `noise_level` and `budget_bytes` are of
+        `mvshared.upscaling.latents.Upscaler.upscale`; the prompts and the seed are those of the views.
+
+        Raises OptionError and CheckpointError before any long work, and NumericsError for latents that are not finite.
+        """
+        options = UpscaleOptions(
+            method=method,
+            upscaler=upscaler,
+            steps=steps,
+            guidance=guidance,
+            noise_level=noise_level,
+            budget_bytes=budget_bytes,
+        )
+        height, width = views.latents.shape[1:3]
+        model = self.model
+        planned = plan_upscale(
+            options, family=model.config.family, vae=model.config.vae, latent_size=(height, width), dtype=model.dtype
+        )
+        return self.upscale_as(views, planned, on_step=on_step)
+
+    def upscale_as(
+        self, views: Views, parameters: UpscaleParameters, *, on_step: Callable[[UpscaleProgress], None] | None = None
+    ) -> Views:
+        """The views at twice their size, as the parameters say. Raises as `upscale` does."""
+        model = self.model
+        loaded = load_planned(parameters, backend=model.backend, dtype=model.dtype, device=model.device)
+        return upscale_views(
+            views,
+            parameters,
+            decode=lambda latents: model.decode(model.from_numpy(latents)),
+            upscaler=loaded,
+            on_step=on_step,
         )
 
     def _conditions(

@@ -1,17 +1,21 @@
 """A finished run once more, from its metadata: `mvmlx generate --config`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mvshared.arguments import array_sha256, config_sha256, load_latents, pictures_sha256, whole
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.pipeline import SIZE_RANGE_PX, Pipeline, Progress
 from mvshared.runs import Run, Views
+from mvshared.upscaling.views import check_unchanged, upscaler_files
 from mvshared.weights import sha256_of_files
 
 
 def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], None] | None = None) -> Views:
     """The views of a run, once more: the same bits where backend, dtype, device and versions are the run's.
+
+    Where they were upscaled, `pipeline.upscale_as(views, views.parameters.upscale)` repeats that too.
 
     Raises, before the sampling, CheckpointError if the weights are others; OptionError if the picture, the normal maps or the
     given latents have changed since or were no files, or if the pipeline or a parameter is not what it was in the run.
@@ -40,7 +44,9 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
     for name, sha256 in now.items():
         if sha256 != getattr(parameters, f"{name}_sha256"):
             raise OptionError(name, expected="as it was in the run; it has changed", got=getattr(parameters, name))
-    return pipeline.generate(
+    if parameters.upscale is not None:
+        check_unchanged(parameters.upscale, run.weights)
+    views = pipeline.generate(
         parameters.image,
         prompt=parameters.prompt,
         negative_prompt=parameters.negative_prompt,
@@ -55,4 +61,9 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
         size_px=size_px,
         latents=parameters.latents,
         on_step=on_step,
+    )
+    return replace(
+        views,
+        parameters=replace(views.parameters, upscale=parameters.upscale),
+        upscaler_files=tuple(upscaler_files(parameters.upscale)),
     )

@@ -1,7 +1,7 @@
 """What a run of the pipeline was and what it made: its parameters, its views, and the folder that holds both."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,21 @@ from mvshared.files import write_atomic, write_json
 from mvshared.images import encode_png, grid, save_png, save_turntable
 from mvshared.weights import sha256_of_files
 
+UPSCALED = "upscaled"  # the folder of the upscaled views, inside of the run's
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleParameters:
+    """How views were upscaled: the method and, for sd-x2, the upscaler by name or path, what it was told, and its config."""
+
+    method: str
+    upscaler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    noise_level: float | None = None
+    budget_bytes: int | None = None
+    config_sha256: str | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
@@ -23,7 +38,7 @@ class Parameters:
 
     `image_sha256` and `normals_sha256` are of the prepared pixels, `latents_sha256` of the initial latents if they were given;
     `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. Prompts are None
-    for a model that takes no text. `cameras` are poses (v, 4, 4).
+    for a model that takes no text. `cameras` are poses (v, 4, 4). `upscale` is None where nothing was upscaled.
     """
 
     model: str
@@ -49,6 +64,7 @@ class Parameters:
     seed: int
     size_px: int
     config_sha256: str
+    upscale: UpscaleParameters | None = None
 
 
 class Run(NamedTuple):
@@ -63,7 +79,8 @@ class Views:
     """The result of `Pipeline.generate`.
 
     `images` uint8 (v, h, w, 3), `latents` float32 (v, h / f, w / f, c), `cameras` float32 (v, 4, 4) camera-to-world with OpenGL
-    axes, `reference` the prepared picture uint8 (h, w, 3) or None, `parameters` what repeats the run.
+    axes, `reference` the prepared picture uint8 (h, w, 3) or None, `parameters` what repeats the run. Upscaled views have twice
+    the size, and the weight files of the upscaler.
     """
 
     images: NDArray[np.uint8]
@@ -72,6 +89,7 @@ class Views:
     reference: NDArray[np.uint8] | None
     parameters: Parameters
     weight_files: Sequence[Path]
+    upscaler_files: Sequence[Path] = ()
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write view_000.png ..., grid.png, turntable.gif, latents.npy, transforms.json and, last, metadata.json; returns the
@@ -83,7 +101,9 @@ class Views:
         names = [f"view_{index:03}.png" for index in range(len(self.images))]
         height, width = self.images.shape[1:3]
         cameras = transforms(self.cameras, width_px=width, height_px=height, fov_deg=self.parameters.fov_deg, file_names=names)
-        document = metadata(vars(self.parameters), weights=sha256_of_files(self.weight_files))
+        weights = sha256_of_files(self.weight_files)
+        weights |= {f"upscaler/{name}": sha256 for name, sha256 in sha256_of_files(self.upscaler_files).items()}
+        document = metadata(asdict(self.parameters), weights=weights, details={"width_px": width, "height_px": height})
         target = prepare(folder, force=force)
         for name, image in zip(names, self.images, strict=True):
             save_png(target / name, image)

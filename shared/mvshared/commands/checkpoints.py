@@ -14,7 +14,9 @@ from tqdm import tqdm
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.errors import CheckpointError, NumericsError
 from mvshared.inspection import Report, inspect
-from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
+from mvshared.models import EMBEDDED, EMBEDDED_UPSCALERS, REPOSITORIES, read_pins
+from mvshared.upscaling.config import UpscalerConfig
+from mvshared.upscaling.folder import is_upscaler
 
 if TYPE_CHECKING:
     from mvshared.conversion.report import Report as ConversionReport
@@ -24,10 +26,14 @@ def list_models(*, as_json: bool) -> None:
     """`mvmlx models`."""
     for name in EMBEDDED:
         folder = find_model(name)
-        config = read_model_config(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        defaults = config.defaults
-        what = f"{defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance {defaults.guidance:g}"
+        if is_upscaler(folder):
+            what = f"upscales the latents of {', '.join(model for model, its in EMBEDDED_UPSCALERS.items() if its == name)}"
+        else:
+            defaults = read_model_config(folder).defaults
+            what = (
+                f"{defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance {defaults.guidance:g}"
+            )
         if as_json:
             click.echo(json.dumps({"name": name, "state": "embedded", "folder": str(folder), "bytes": size}))
         else:
@@ -85,7 +91,11 @@ def show_model(name: str, *, backend: str, as_json: bool) -> None:
 
 
 def _print_report(report: Report) -> None:
-    if report.config is not None:
+    if isinstance(report.config, UpscalerConfig):
+        settings = report.config.defaults
+        steps = f"{settings.steps} step{'s' if settings.steps > 1 else ''}"
+        click.echo(f"{report.config.family}: upscales latents to twice their size, {steps}, guidance {settings.guidance:g}")
+    elif report.config is not None:
         defaults = report.config.defaults
         views = f"{defaults.views} view{'s' if defaults.views > 1 else ''} of {defaults.size_px} pixels"
         click.echo(f"family {report.config.family}: {views}, {defaults.steps} steps, guidance {defaults.guidance:g}")

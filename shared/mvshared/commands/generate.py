@@ -3,26 +3,39 @@
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from tqdm import tqdm
 
-from mvshared.backend import load
+from mvshared.arguments import number
+from mvshared.backend import load, parse_dtype
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import find_model, read_model_config
-from mvshared.errors import MvWarning, OptionError
-from mvshared.export import check_free
+from mvshared.config import ModelConfig
+from mvshared.errors import MvError, MvWarning, OptionError
+from mvshared.export import check_free, discard
 from mvshared.files import check_folder, make_folder, write_atomic
 from mvshared.images import encode_png, grid
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.repetition import repeat
-from mvshared.runs import Views, read_run
+from mvshared.runs import UPSCALED, UpscaleParameters, Views, read_run
+from mvshared.upscaling.latents import DEFAULT_BUDGET_BYTES, UpscaleProgress
+from mvshared.upscaling.views import UpscaleOptions, plan_upscale, upscaler_files
 
 # What may stand beside --config: it changes where the result goes, not what it is.
 BESIDE_CONFIG = {"config", "output", "force", "as_json", "stepwise"}
+
+
+class Result(NamedTuple):
+    """What a run made, and the pipeline that can make more of it."""
+
+    pipeline: Pipeline[Any]
+    views: Views
 
 
 class Reporter:
@@ -42,12 +55,25 @@ class Reporter:
         if self.stepwise is not None:
             write_atomic(make_folder(self.stepwise) / f"step_{progress.step:04}.png", encode_png(grid(progress.preview())))
         self.event("step", step=progress.step, steps=progress.steps, timestep=progress.timestep)
-        if self.bar is None:
-            self.bar = tqdm(total=progress.steps, desc="sampling", unit="step", disable=None, file=sys.stderr)
-        self.bar.update()
-        if progress.step == progress.steps:
+        self._advance("sampling", progress.step, progress.steps)
+
+    def upscale_step(self, progress: UpscaleProgress) -> None:
+        """Show a step of the upscaling."""
+        self.event("upscale_step", step=progress.step, steps=progress.steps)
+        self._advance("upscaling", progress.step, progress.steps)
+
+    def close(self) -> None:
+        """End a bar that stands half-way."""
+        if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    def _advance(self, what: str, step: int, steps: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=steps, desc=what, unit="step", disable=None, file=sys.stderr)
+        self.bar.update()
+        if step == steps:
+            self.close()
 
 
 def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
@@ -57,6 +83,7 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
     folders = _output_folders(options, seeds)
     for folder in folders:
         check_free(folder, force=options["force"])
+        check_free(folder / UPSCALED, force=options["force"])
     if reporter.stepwise is not None:
         check_folder(reporter.stepwise)
     config = options["config"]
@@ -64,16 +91,47 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
     for folder, run in zip(folders, runs, strict=True):
         if len(folders) > 1 and options["stepwise"] is not None:
             reporter.stepwise = options["stepwise"] / folder.name
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", MvWarning)
-            views = run(reporter)
-        for text in sorted({str(each.message) for each in caught if issubclass(each.category, MvWarning)}):
-            reporter.event("warning", message=text)
-            click.echo(f"mvmlx: warning: {text}", err=True)
-        views.save(folder, force=options["force"])
-        reporter.event("saved", folder=str(folder), views=len(views.images), seed=views.parameters.seed)
-        if not options["as_json"]:
-            click.echo(f"{len(views.images)} views in {folder} (see grid.png)")
+        with shown_warnings(reporter):
+            result = run(reporter)
+        views = result.views
+        discard(folder / UPSCALED)
+        _save(views, folder, reporter, force=options["force"])
+        if views.parameters.upscale is not None:
+            _upscale(result, folder, reporter)
+
+
+def _upscale(result: Result, folder: Path, reporter: Reporter) -> None:
+    """Upscale views that are saved in `folder` already, where they stay if this fails."""
+    views, parameters = result.views, result.views.parameters.upscale
+    assert parameters is not None
+    try:
+        with shown_warnings(reporter):
+            upscaled = result.pipeline.upscale_as(views, parameters, on_step=reporter.upscale_step)
+        _save(upscaled, folder / UPSCALED, reporter, force=True)
+    except MvError as error:
+        kept = f"the views of {views.images.shape[1]} pixels are in {folder}"
+        error.hint = f"{error.hint}; {kept}" if error.hint else kept
+        raise
+    finally:
+        reporter.close()
+
+
+def _save(views: Views, folder: Path, reporter: Reporter, *, force: bool) -> None:
+    views.save(folder, force=force)
+    reporter.event("saved", folder=str(folder), views=len(views.images), seed=views.parameters.seed)
+    if not reporter.as_json:
+        click.echo(f"{len(views.images)} views in {folder} (see grid.png)")
+
+
+@contextmanager
+def shown_warnings(reporter: Reporter) -> Iterator[None]:
+    """Print what is warned of inside, each text once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MvWarning)
+        yield
+    for text in sorted({str(each.message) for each in caught if issubclass(each.category, MvWarning)}):
+        reporter.event("warning", message=text)
+        click.echo(f"mvmlx: warning: {text}", err=True)
 
 
 def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
@@ -84,36 +142,37 @@ def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
     return [output] if len(seeds) == 1 else [output / f"seed_{seed}" for seed in seeds]
 
 
-def _repeated_run(config: Path, given: set[str]) -> Callable[[Reporter], Views]:
+def _repeated_run(config: Path, given: set[str]) -> Callable[[Reporter], Result]:
     clash = sorted(given - BESIDE_CONFIG)
     if clash:
         raise OptionError(clash[0], expected="left out where --config is given", got="both")
     run = read_run(config)
     parameters = run.parameters
 
-    def repeated(reporter: Reporter) -> Views:
+    def repeated(reporter: Reporter) -> Result:
         pipeline = load(parameters.model, backend=parameters.backend, dtype=parameters.dtype, device=parameters.device)
-        return repeat(pipeline, run, on_step=reporter.step)
+        return Result(pipeline, repeat(pipeline, run, on_step=reporter.step))
 
     return repeated
 
 
-def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Reporter], Views]]:
+def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Reporter], Result]]:
     if not options["image"] and options["prompt"] is None:
         hint = "mvmlx generate PICTURE, or --prompt with a model that takes text"
         raise OptionError("image", expected="a picture to start from", got=None, hint=hint)
     if len(set(seeds)) != len(seeds):
         raise OptionError("seed", expected="different for every result", got=seeds)
-    radius = read_model_config(find_model(options["model"])).camera.radius
-    cameras = None if options["cameras"] is None else load_cameras(options["cameras"], radius=radius).poses
+    config = read_model_config(find_model(options["model"]))
+    cameras = None if options["cameras"] is None else load_cameras(options["cameras"], radius=config.camera.radius).poses
+    upscale = _planned_upscale(options, config)
     loaded: list[Pipeline[Any]] = []
 
-    def run(reporter: Reporter, seed: int) -> Views:
+    def run(reporter: Reporter, seed: int) -> Result:
         if not loaded:
             loaded.append(load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"]))
             model = loaded[0].model
             reporter.event("loaded", model=options["model"], backend=model.backend, device=model.device, dtype=model.dtype)
-        return loaded[0].generate(
+        views = loaded[0].generate(
             list(options["image"]) or None,
             prompt=options["prompt"],
             negative_prompt=options["negative_prompt"],
@@ -132,5 +191,40 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
             latents=options["latents"],
             on_step=reporter.step,
         )
+        parameters = replace(views.parameters, upscale=upscale)
+        return Result(loaded[0], replace(views, parameters=parameters, upscaler_files=tuple(upscaler_files(upscale))))
 
     return [lambda reporter, seed=seed: run(reporter, seed) for seed in seeds]
+
+
+def _planned_upscale(options: dict[str, Any], config: ModelConfig) -> UpscaleParameters | None:
+    """What --upscale and the options beside it ask for, checked; None without it."""
+    asked = upscale_options(options)
+    if asked is None:
+        return None
+    size_px = config.defaults.size_px if options["size"] is None else options["size"]
+    side = max(1, size_px // config.vae.downscale)
+    dtype = parse_dtype(options["dtype"], default="float32")
+    return plan_upscale(asked, family=config.family, vae=config.vae, latent_size=(side, side), dtype=dtype)
+
+
+def upscale_options(options: dict[str, Any]) -> UpscaleOptions | None:
+    """What the options of `cli.upscale_options` ask for; None for the method none, which has no other options.
+
+    Raises OptionError.
+    """
+    beside = {
+        "upscaler": options["upscaler"],
+        "steps": options["upscale_steps"],
+        "guidance": options["upscale_guidance"],
+        "noise_level": options["upscale_noise"],
+    }
+    if options["upscale"] == "none":
+        for name, value in (*beside.items(), ("budget", options["upscale_budget"])):
+            if value is not None:
+                label = "upscaler" if name == "upscaler" else f"{name} of the upscaler"
+                raise OptionError(label, expected="left out without --upscale", got=value)
+        return None
+    budget = options["upscale_budget"]
+    budget_bytes = DEFAULT_BUDGET_BYTES if budget is None else round(1e9 * number("budget of the upscaler", budget, 1e-3, 1e6))
+    return UpscaleOptions(method=options["upscale"] or "sd-x2", budget_bytes=budget_bytes, **beside)

@@ -16,6 +16,7 @@ from mvshared.config import (
     VAEConfig,
 )
 from mvshared.errors import CheckpointError
+from mvshared.upscaling.config import SigmaConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -327,6 +328,12 @@ def upscaler_document(shapes: Shapes) -> dict[str, Any]:
 def scheduler_document(config: SchedulerConfig) -> dict[str, Any]:
     """The config of diffusers' DDIMScheduler."""
     document = {"_class_name": "DDIMScheduler", "_diffusers_version": DIFFUSERS_VERSION, "clip_sample": False}
+    return document | vars(config)
+
+
+def euler_document(config: SigmaConfig) -> dict[str, Any]:
+    """The config of diffusers' EulerDiscreteScheduler, as the upscaler needs it."""
+    document = {"_class_name": "EulerDiscreteScheduler", "_diffusers_version": DIFFUSERS_VERSION, "prediction_type": "sample"}
     return document | vars(config)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from mvshared.backend import parse_dtype
 from mvshared.checkpoint import Component, find_model, read_model_config, weight_files
 from mvshared.config import SchedulerConfig, UNetConfig
-from mvshared.conversion.configs import scheduler_document
+from mvshared.conversion.configs import euler_document, scheduler_document
 from mvshared.conversion.folders import OnTensor, Progress, copy_files, fingerprint, write_weights
 from mvshared.conversion.networks import Part, convert_network, network_shapes
 from mvshared.conversion.one_file import rewrite_file, write_one_file
@@ -25,6 +25,7 @@ from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import make_folder, read_json_object, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.schedule import alphas_cumprod
+from mvshared.upscaling.config import SigmaConfig
 
 UPSCALER = "sd-x2-latent-upscaler"
 FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-768", UPSCALER)
@@ -240,10 +241,8 @@ def _write(
         if name in collected.folders:
             copy_files(collected.folders[name], dest / name)
     if "scheduler" not in collected.folders and family != "custom":
-        prediction = "v_prediction" if family == "sd21-768" else "epsilon"
         make_folder(dest / "scheduler")
-        document = scheduler_document(SchedulerConfig(prediction_type=prediction))
-        write_json(dest / "scheduler" / "scheduler_config.json", document)
+        write_json(dest / "scheduler" / "scheduler_config.json", _scheduler(family))
     needed = () if index is not None else _needed(family)
     missing = tuple(name for name in needed if not (dest / name).is_dir())
     report = Report(folder=dest, family=family, written=tuple(parts), names=names, left_out=collected.left_out, missing=missing)
@@ -292,6 +291,13 @@ def _needed(family: str) -> tuple[str, ...]:
     return (*base, "image_encoder", "feature_extractor") if family.startswith("imagedream") else base
 
 
+def _scheduler(family: str) -> dict[str, Any]:
+    """scheduler_config.json of a family."""
+    if family == UPSCALER:
+        return euler_document(SigmaConfig())
+    return scheduler_document(SchedulerConfig(prediction_type="v_prediction" if family == "sd21-768" else "epsilon"))
+
+
 def _model_index(family: str) -> dict[str, Any]:
     """model_index.json as the public folders of a family have it."""
     parts: dict[str, Any] = {
@@ -299,7 +305,7 @@ def _model_index(family: str) -> dict[str, Any]:
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler" if family == UPSCALER else "DDIMScheduler"],
     }
     if family.startswith("sd"):
         pipeline = "StableDiffusionLatentUpscalePipeline" if family == UPSCALER else "StableDiffusionPipeline"

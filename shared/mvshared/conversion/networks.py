@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import Component
 from mvshared.config import CLIPImageConfig, CLIPVisionConfig, NetworkConfig, UNetConfig
@@ -31,12 +33,13 @@ from mvshared.conversion.links import (
     upscaler_links,
     vae_links,
 )
-from mvshared.conversion.raw import RawTensor
+from mvshared.conversion.raw import RawTensor, cast
 from mvshared.conversion.sources import Layout
 from mvshared.errors import CheckpointError, TensorMismatchError
 from mvshared.public_configs import ldm_unet
 
 IMAGE_PX = 256  # MVDream's and ImageDream's
+NOISE_FREQUENCIES = "low_res_noise_embed.weight"
 PROJECTIONS = ("text_projection.weight", "visual_projection.weight")
 
 
@@ -70,10 +73,22 @@ def convert_network(
         case "hf_text" | "hf_vision":
             return [_hugging_face(layout, tensors, path)], {}
         case "k_upscaler":
-            documents = {"unet/config.json": upscaler_document(shapes)}
-            return [_part("unet", None, list(upscaler_links(shapes)), tensors, path=path, documents=documents)], {}
+            return _upscaler(tensors, path)
         case "open_clip":
             return _open_clip(tensors, path)
+
+
+def _upscaler(tensors: Mapping[str, RawTensor], path: Path) -> tuple[list[Part], dict[str, str]]:
+    """The network; the frequencies that embed the noise level, which diffusers' folder has no place for, go to its config."""
+    rest = {name: tensor for name, tensor in tensors.items() if name != NOISE_FREQUENCIES}
+    shapes = {name: tensor.shape for name, tensor in rest.items()}
+    document, left_out = upscaler_document(shapes), {}
+    if NOISE_FREQUENCIES in tensors:
+        bits = cast(tensors[NOISE_FREQUENCIES], "F32", name=NOISE_FREQUENCIES).read()
+        document["noise_frequencies"] = [float(value) for value in bits.view(np.float32).ravel()]
+        left_out[NOISE_FREQUENCIES] = "kept as noise_frequencies in unet/config.json"
+    links = list(upscaler_links(shapes))
+    return [_part("unet", None, links, rest, path=path, documents={"unet/config.json": document})], left_out
 
 
 def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:

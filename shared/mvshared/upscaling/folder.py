@@ -14,6 +14,8 @@ from safetensors.numpy import save
 
 from mvshared.checkpoint import (
     FORMAT_VERSION,
+    OWN_UPSCALER,
+    UPSCALER_CLASSES,
     WEIGHT_FILE,
     config_from_json,
     find_model,
@@ -28,7 +30,6 @@ from mvshared.files import make_folder, read_json_object, write_atomic, write_js
 from mvshared.public_configs import DIFFUSERS_UNET_NEUTRAL, Document, Fields, clip_text
 from mvshared.upscaling.config import SigmaConfig, UpscaleDefaults, UpscalerConfig
 
-OWN_CLASS, PUBLIC_CLASS = "LatentUpscalerPipeline", "StableDiffusionLatentUpscalePipeline"
 PUBLIC_FAMILY = "sd-x2-latent-upscaler"
 
 _DOWN_BLOCKS = {"KCrossAttnDownBlock2D": True, "KDownBlock2D": False}
@@ -40,6 +41,7 @@ _UNET_NEUTRAL = DIFFUSERS_UNET_NEUTRAL | {
     "mid_block_type": (None,),
     "norm_eps": (K_NORM_EPS,),
     "norm_num_groups": (None,),
+    "num_attention_heads": (None,),
     "resnet_time_scale_shift": ("scale_shift",),
     "time_embedding_type": ("fourier",),
     "timestep_post_act": ("gelu",),
@@ -66,7 +68,7 @@ _SCHEDULER_NEUTRAL: dict[str, tuple[Any, ...]] = {
 def is_upscaler(folder: Path) -> bool:
     """Whether a folder's model_index.json is a latent upscaler's. Raises CheckpointError if it cannot be read."""
     index = read_json_object(folder / "model_index.json", error=CheckpointError)
-    return index.get("_class_name") in (OWN_CLASS, PUBLIC_CLASS)
+    return index.get("_class_name") in UPSCALER_CLASSES
 
 
 def read_upscaler_config(folder: Path) -> UpscalerConfig:
@@ -107,7 +109,7 @@ def write_upscaler(folder: Path, config: UpscalerConfig, weights: Mapping[str, N
     write_atomic(target / WEIGHT_FILE, save(contiguous, metadata={"format": "pt"}))
     write_json(target / "config.json", asdict(config.unet))
     write_json(make_folder(folder / "scheduler") / "scheduler_config.json", asdict(config.sigmas))
-    index: dict[str, Any] = {"_class_name": OWN_CLASS, "format_version": FORMAT_VERSION, "family": config.family}
+    index: dict[str, Any] = {"_class_name": OWN_UPSCALER, "format_version": FORMAT_VERSION, "family": config.family}
     index |= {} if vae_from is None else {"vae_from": vae_from}
     frequencies = None if config.noise_frequencies is None else list(config.noise_frequencies)
     write_json(folder / "model_index.json", index | {"noise_frequencies": frequencies, "defaults": asdict(config.defaults)})

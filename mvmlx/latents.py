@@ -1,0 +1,74 @@
+"""What every model with a VAE does: arrays in and out, pictures to latents and back."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mvmlx.vae import AutoencoderKL
+from mvshared.backend import BackendName, Dtype
+from mvshared.shapes import check_pictures
+
+
+class LatentModel:
+    """A VAE on one device; its subclasses add what makes latents."""
+
+    backend: BackendName
+    device: str
+    dtype: Dtype
+    weight_files: Sequence[Path]
+
+    def __init__(self, vae: AutoencoderKL, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
+        self.backend = "mlx"
+        self.vae, self.device, self.dtype, self.weight_files = vae, device, dtype, weight_files
+
+    def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
+        """A float32 copy on the device."""
+        with _on_device(self.device):
+            return _evaluated(mx.array(np.asarray(x, dtype=np.float32)))
+
+    def to_numpy(self, x: mx.array) -> NDArray[np.float32]:
+        """A float32 copy."""
+        return to_numpy(x)
+
+    def encode_latents(self, pixels: NDArray[np.float32]) -> mx.array:
+        """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.
+
+        Raises OptionError for shapes that do not fit.
+        """
+        vae = self.vae.config
+        check_pictures("pixels", pixels.shape, channels=vae.in_channels, multiple=vae.downscale)
+        with _on_device(self.device):
+            x = self.from_numpy(pixels)
+            means = [_evaluated(self.vae.encode(x[n : n + 1]).mean.astype(mx.float32)) for n in range(len(x))]
+            return _evaluated(self.vae.scale_latents(mx.concatenate(means)))
+
+    def decode(self, x: mx.array) -> NDArray[np.float32]:
+        """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), one view at a time.
+
+        Raises OptionError for shapes that do not fit.
+        """
+        check_pictures("latents", x.shape, channels=self.vae.config.latent_channels)
+        with _on_device(self.device):
+            latents = self.vae.unscale_latents(x)
+            return np.concatenate([self.to_numpy(self.vae.decode(latents[v : v + 1])) for v in range(len(latents))])
+
+
+def _on_device(device: str) -> AbstractContextManager[Any]:
+    """A context in which MLX computes on cpu or gpu; its default device belongs to the program around this."""
+    return mx.stream(mx.Device(getattr(mx, device)))
+
+
+def _evaluated(x: mx.array) -> mx.array:
+    """The same array, computed, so that another thread may use it."""
+    mx.eval(x)
+    return x
+
+
+def to_numpy(x: mx.array) -> NDArray[np.float32]:
+    """A float32 copy; numpy cannot read bfloat16."""
+    return np.array(x.astype(mx.float32))

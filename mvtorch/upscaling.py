@@ -1,0 +1,139 @@
+"""Loading a latent upscaler into PyTorch, and what the shared upscaling drives."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvshared.backend import Dtype, TextStates
+from mvshared.checkpoint import find_model, read_vae_config, weight_files
+from mvshared.errors import OptionError
+from mvshared.shapes import check_pictures
+from mvshared.upscaling.config import UpscalerConfig
+from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
+from mvtorch.attention import KeyValues
+from mvtorch.clip import CLIPTextModel
+from mvtorch.latents import LatentModel
+from mvtorch.model import choose_device, choose_dtype, load_network
+from mvtorch.upscaler import LatentUpscaler
+from mvtorch.vae import AutoencoderKL
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleCondition:
+    """What stays constant over the steps, for b branches, [unconditional, conditional] if guided, else [conditional].
+
+    Keys and values of the text, low-resolution latents (v, 2 h, 2 w, c) at the size of the result, and the embedded noise level
+    with the pooled text (b, time_cond_proj_dim).
+    """
+
+    text: list[KeyValues]
+    low: Tensor
+    embedding: Tensor
+
+
+class UpscalerModel(LatentModel):
+    """The network, the VAE and the text encoder of an upscaler on one device: implements `mvshared.backend.Upscaler`.
+
+    The VAE is read when it is needed: latents that are upscaled for another model are decoded by that model's.
+    """
+
+    config: UpscalerConfig
+
+    def __init__(
+        self,
+        config: UpscalerConfig,
+        unet: LatentUpscaler,
+        *,
+        text_encoder: CLIPTextModel | None,
+        files: dict[str, list[Path]],
+        device: str,
+        dtype: Dtype,
+    ) -> None:
+        self.backend = "torch"
+        self.config, self.unet, self.text_encoder, self.files = config, unet, text_encoder, files
+        self.device, self.dtype = device, dtype
+        self.weight_files = [path for component in files if component != "vae" for path in files[component]]
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """The VAE of the upscaler's folder. Raises CheckpointError for a damaged file, TensorMismatchError."""
+        return load_network(self.config.vae, self.files["vae"], dtype=self.dtype, device=self.device)
+
+    def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[Tensor]:
+        """The states before the last norm (b, l, c) and the pooled state (b, c), float32, of token ids (b, l).
+
+        Raises OptionError without a text encoder.
+        """
+        if self.text_encoder is None:
+            raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
+        with torch.inference_mode():
+            out = self.text_encoder(torch.tensor(token_ids, device=self.device))
+            return TextStates(out.hidden_states[-1].float(), out.pooler_output.float())
+
+    def condition(
+        self, low: NDArray[np.float32], noise_embedding: NDArray[np.float32], *, text: TextStates[Tensor] | None
+    ) -> UpscaleCondition:
+        """What `denoise` needs of low-resolution latents (v, h, w, c), the embedding (k,) of their noise level and a text of b
+        branches. Raises OptionError for shapes that do not fit."""
+        check_pictures("latents", low.shape, channels=self.config.unet.latent_channels)
+        with torch.inference_mode():
+            embedding = self.from_numpy(noise_embedding)[None]
+            if text is not None:
+                embedding = torch.cat([embedding.expand(len(text.pooled), -1), text.pooled], dim=-1)
+            return UpscaleCondition(
+                text=list(self.unet.keys_values(None if text is None else text.states)),
+                low=self.from_numpy(low.repeat(2, axis=1).repeat(2, axis=2)),
+                embedding=embedding,
+            )
+
+    def denoise(self, x: Tensor, t: float, condition: UpscaleCondition, guidance: float) -> Tensor:
+        """Minus the velocity (v, 2 h, 2 w, c), float32, in latents x of that shape, for t a quarter of ln sigma.
+
+        With two branches it is `unconditional + guidance * (conditional - unconditional)`. Raises OptionError for shapes that
+        do not fit.
+        """
+        with torch.inference_mode():
+            branches = len(condition.embedding)
+            sample = torch.cat([x, condition.low], dim=-1)[None].expand(branches, *x.shape[:3], -1)
+            noise = torch.full((branches,), t, dtype=torch.float32, device=self.device)
+            out = self.unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].float()
+            return out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0])
+
+
+def load_upscaler_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> UpscalerModel:
+    """Load an upscaler by name, or from a checkpoint folder.
+
+    Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
+    """
+    chosen = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, device=chosen)
+    folder = find_model(name)
+    config = read_upscaler_config(folder)
+    files = upscaler_weight_files(folder, config)
+    text = config.text_encoder
+    return UpscalerModel(
+        config,
+        load_network(config.unet, files["unet"], dtype=chosen_dtype, device=chosen),
+        text_encoder=None if text is None else load_network(text, files["text_encoder"], dtype=chosen_dtype, device=chosen),
+        files=files,
+        device=chosen,
+        dtype=chosen_dtype,
+    )
+
+
+def load_latent_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> LatentModel:
+    """The VAE alone of a model by name or folder, to encode pictures and to decode latents.
+
+    Raises CheckpointError, OptionError and BackendError.
+    """
+    chosen = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, device=chosen)
+    folder = find_model(name)
+    files = weight_files(folder, "vae")
+    vae = load_network(read_vae_config(folder), files, dtype=chosen_dtype, device=chosen)
+    return LatentModel(vae, device=chosen, dtype=chosen_dtype, weight_files=files)

@@ -1,0 +1,34 @@
+"""`mvmlx upscale`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mvshared.commands.generate import Reporter, shown_warnings, upscale_options
+from mvshared.errors import OptionError
+from mvshared.upscaling.standalone import read_source, upscale_source
+
+GIVEN = ("model", "prompt", "negative_prompt", "seed", "backend", "dtype", "device", "force")
+
+
+def upscale_files(paths: tuple[Path, ...], options: dict[str, Any]) -> None:
+    """`mvmlx upscale`."""
+    reporter = Reporter(as_json=options["as_json"], stepwise=None)
+    if options["upscale"] == "none":
+        raise OptionError("upscale", expected="bilinear, lanczos or sd-x2", got="none")
+    asked = None if options["upscale"] is None and options["upscaler"] is None else upscale_options(options)
+    with shown_warnings(reporter):
+        folder = upscale_source(
+            read_source(paths),
+            asked,
+            options["output"],
+            on_step=reporter.upscale_step,
+            **{
+                name: options[name]
+                for name in ("model", "prompt", "negative_prompt", "seed", "backend", "dtype", "device", "force")
+            },
+        )
+    reporter.event("saved", folder=str(folder))
+    if not options["as_json"]:
+        click.echo(f"twice the size, in {folder} (see grid.png)")

@@ -1,0 +1,208 @@
+"""Upscaling of what is there already: the views of a run, pictures from elsewhere, or latents in a file."""
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvshared.arguments import array_sha256, load_latents, whole
+from mvshared.backend import PACKAGES, choose_backend, parse_dtype
+from mvshared.checkpoint import find_model, read_model_config, read_vae_config
+from mvshared.config import VAEConfig
+from mvshared.errors import ImageError, OptionError
+from mvshared.export import METADATA, check_free, finish, metadata, prepare, transforms
+from mvshared.files import write_atomic, write_json
+from mvshared.images import composite, encode_png, grid, load_image, save_png, save_turntable, to_model
+from mvshared.models import EMBEDDED_UPSCALERS
+from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, read_run
+from mvshared.shapes import check_pictures
+from mvshared.upscaling.folder import read_upscaler_config, vae_folder
+from mvshared.upscaling.latents import UpscaleProgress
+from mvshared.upscaling.views import Upscaled, UpscaleOptions, load_planned, plan_upscale, upscale_arrays, upscaler_files
+from mvshared.weights import sha256_of_files
+
+FORMAT = "mvmlx-upscale"
+WHITE = (255, 255, 255)
+
+
+class Source(NamedTuple):
+    """Pictures uint8 (v, h, w, 3) and scaled latents (v, h, w, c), one of them perhaps None; the run that made them, or None;
+    and where they come from."""
+
+    images: NDArray[np.uint8] | None
+    latents: NDArray[np.float32] | None
+    run: Parameters | None
+    paths: tuple[Path, ...]
+
+
+def read_source(paths: Sequence[Path]) -> Source:
+    """The views of one output folder, one .npy file of latents, or pictures of one size.
+
+    Raises OptionError, ImageError and ConfigError for what is none of these.
+    """
+    if len(paths) == 1 and paths[0].is_dir():
+        return _read_run(paths[0])
+    if any(path.suffix == ".npy" for path in paths):
+        if len(paths) > 1:
+            raise OptionError("source", expected="one .npy file, or pictures", got=[str(path) for path in paths])
+        latents = load_latents(paths[0])
+        if latents is None or latents.dtype.kind != "f" or latents.ndim != 4 or not latents.size:
+            got = None if latents is None else (latents.dtype.name, latents.shape)
+            raise OptionError("latents", expected="floats of shape (v, h, w, c)", got=got)
+        return Source(None, latents.astype(np.float32), None, tuple(paths))
+    return Source(_pictures(paths), None, None, tuple(paths))
+
+
+def _read_run(folder: Path) -> Source:
+    if not (folder / METADATA).is_file():
+        raise OptionError("source", expected=f"an output folder, with a {METADATA}, or pictures", got=str(folder))
+    run = read_run(folder).parameters
+    images = _pictures(sorted(path for path in folder.iterdir() if re.fullmatch(r"view_\d{3,}\.png", path.name)))
+    if images.shape[1] != run.size_px:
+        raise OptionError("source", expected="views that are not upscaled yet", got=str(folder))
+    path = folder / "latents.npy"
+    latents = load_latents(path) if path.is_file() else None
+    if len(images) != len(run.cameras) or (latents is not None and (latents.ndim != 4 or len(latents) != len(images))):
+        raise ImageError(f"has other files than its {METADATA} says", path=folder)
+    return Source(images, latents, run, (folder,))
+
+
+def _pictures(paths: Sequence[Path]) -> NDArray[np.uint8]:
+    pictures = [composite(load_image(path), WHITE) for path in paths]
+    shapes = {picture.shape for picture in pictures}
+    if len(shapes) != 1:
+        sizes = sorted({f"{width} x {height}" for height, width, _ in shapes})
+        raise OptionError("source", expected="one or more pictures of one size", got=sizes or "none")
+    return np.stack(pictures)
+
+
+def upscale_source(
+    source: Source,
+    options: UpscaleOptions | None,
+    output: Path | None,
+    *,
+    model: str | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    seed: int | None = None,
+    backend: str = "auto",
+    dtype: str | None = None,
+    device: str = "auto",
+    force: bool = False,
+    on_step: Callable[[UpscaleProgress], None] | None = None,
+) -> Path:
+    """Upscale and write an output folder, which is returned: `upscaled` in that of the run, or beside the first picture's name.
+
+    `options` None takes sd-x2 where the model has an upscaler in the package, else lanczos. `model` names the model whose VAE
+    the latents are of; without one it is the upscaler's. What is None or auto is taken from the run, if there is one. Raises
+    OptionError, CheckpointError and OutputError before any long work, and NumericsError for latents that are not finite.
+    """
+    run = source.run
+    output = output or (source.paths[0] / UPSCALED if run else Path(f"{source.paths[0].stem}-{UPSCALED}"))
+    check_free(output, force=force)
+    if run is not None:
+        model, dtype = model or run.model, dtype or run.dtype
+        backend = run.backend if backend == "auto" else backend
+        device = run.device if device == "auto" else device
+        prompt = run.prompt if prompt is None else prompt
+        negative_prompt = run.negative_prompt if negative_prompt is None else negative_prompt
+        seed = run.seed if seed is None else seed
+    seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
+    family = "" if model is None else read_model_config(find_model(model)).family
+    options = options or UpscaleOptions(method="sd-x2" if family in EMBEDDED_UPSCALERS else "lanczos")
+    planned, upscaler, codec, latents = UpscaleParameters(method=options.method), None, None, source.latents
+    if options.method == "lanczos" and source.images is None:
+        raise OptionError("upscale", expected="bilinear or sd-x2 for latents", got="lanczos")
+    if options.method != "lanczos":
+        folder = _vae_folder(options, model, family)
+        vae = read_vae_config(folder)
+        size = _latent_size(source, vae)
+        used = parse_dtype(dtype, default="float32")
+        planned = plan_upscale(options, family=family, vae=vae, latent_size=size, dtype=used)
+        package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.upscaling")
+        codec = package.load_latent_model(folder, dtype=dtype, device=device)
+        upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device)
+        if latents is None:
+            assert source.images is not None
+            latents = codec.to_numpy(codec.encode_latents(to_model(source.images)))
+    upscaled = upscale_arrays(
+        source.images,
+        latents,
+        planned,
+        decode=None if codec is None else lambda larger: codec.decode(codec.from_numpy(larger)),
+        upscaler=upscaler,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        on_step=on_step,
+    )
+    document = {
+        **asdict(planned),
+        "seed": seed,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "model": model,
+        "backend": None if upscaler is None else upscaler.model.backend,
+        "dtype": None if upscaler is None else upscaler.model.dtype,
+        "source": [str(path.resolve()) for path in source.paths],
+        "source_sha256": array_sha256(source.images if source.latents is None else source.latents),
+    }
+    return _save(output, upscaled, source, planned, document, force=force)
+
+
+def _vae_folder(options: UpscaleOptions, model: str | None, family: str) -> Path:
+    """Where the VAE of the latents is."""
+    if model is not None:
+        return find_model(model)
+    upscaler = options.upscaler or EMBEDDED_UPSCALERS.get(family)
+    if upscaler is None:
+        hint = "--model, or --upscaler with sd-x2"
+        raise OptionError("model", expected="the one whose VAE the latents are of", got=None, hint=hint)
+    folder = find_model(upscaler)
+    read_upscaler_config(folder)  # refuses a folder of another kind by its name
+    return vae_folder(folder)
+
+
+def _latent_size(source: Source, vae: VAEConfig) -> tuple[int, int]:
+    """Height and width of the latents. Raises OptionError if they or the pictures do not fit the VAE."""
+    if source.latents is not None:
+        check_pictures("latents", source.latents.shape, channels=vae.latent_channels)
+        return source.latents.shape[1], source.latents.shape[2]
+    assert source.images is not None
+    _, height, width, _ = source.images.shape
+    if height % vae.downscale or width % vae.downscale:
+        expected = f"pictures of a height and width that are multiples of {vae.downscale}"
+        raise OptionError("source", expected=expected, got=f"{width} x {height}", hint="or --upscale lanczos")
+    return height // vae.downscale, width // vae.downscale
+
+
+def _save(
+    output: Path, upscaled: Upscaled, source: Source, planned: UpscaleParameters, document: dict[str, Any], *, force: bool
+) -> Path:
+    """Write view_000.png ..., grid.png, turntable.gif, latents.npy if there are any, transforms.json if the cameras are known,
+    and metadata.json."""
+    hashes = sha256_of_files(upscaler_files(planned))
+    details = metadata(document, weights={f"upscaler/{name}": sha256 for name, sha256 in hashes.items()})
+    target = prepare(output, force=force)
+    names = [f"view_{index:03}.png" for index in range(len(upscaled.images))]
+    for name, image in zip(names, upscaled.images, strict=True):
+        save_png(target / name, image)
+    write_atomic(target / "grid.png", encode_png(grid(upscaled.images)))
+    save_turntable(target / "turntable.gif", upscaled.images)
+    if upscaled.latents is not None:
+        with BytesIO() as file:
+            np.save(file, upscaled.latents)
+            write_atomic(target / "latents.npy", file.getvalue())
+    if source.run is not None:
+        height, width = upscaled.images.shape[1:3]
+        cameras = np.asarray(source.run.cameras, np.float32)
+        lens = transforms(cameras, width_px=width, height_px=height, fov_deg=source.run.fov_deg, file_names=names)
+        write_json(target / "transforms.json", lens)
+    finish(target, details | {"format": FORMAT})
+    return target

@@ -1,0 +1,334 @@
+"""Upscaled views: the three methods, in Python and on the command line, what they write, and what they refuse."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BACKENDS, TINY_MODEL, Backend, make_upscaler, write_tiny_model
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import mvshared.pipeline
+import mvtorch.model
+from mvshared.backend import load, load_upscaler
+from mvshared.camera import load_cameras
+from mvshared.checkpoint import WEIGHT_FILE
+from mvshared.cli import run
+from mvshared.config import KUNetConfig
+from mvshared.errors import CheckpointError, NumericsError, OptionError
+from mvshared.images import from_model, load_image
+from mvshared.inspection import inspect
+from mvshared.pipeline import Pipeline
+from mvshared.repetition import repeat
+from mvshared.runs import read_run
+from mvshared.upscaling.config import UpscaleDefaults, UpscalerConfig
+from mvshared.upscaling.folder import write_upscaler
+from mvshared.upscaling.views import enlarge, enlarge_latents
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+NETWORK = KUNetConfig(block_out_channels=(32, 32), layers_per_block=1, attention_levels=(False, False), time_cond_proj_dim=8)
+UPSCALER = UpscalerConfig(
+    family="tiny-x2",
+    unet=NETWORK,
+    vae=TINY_MODEL.vae,
+    text_encoder=None,
+    noise_frequencies=(0.5, 1.0, -2.0, 3.0),
+    defaults=UpscaleDefaults(steps=2),
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and an upscaler of its latents, which uses the model's VAE."""
+    path = tmp_path_factory.mktemp("models")
+    write_tiny_model(path / "tiny")
+    weights = mvtorch.model.get_weights(make_upscaler(NETWORK, "torch"))
+    write_upscaler(path / "x2", UPSCALER, weights, vae_from=str(path / "tiny"))
+    return path
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def pipeline(request: pytest.FixtureRequest, folders: Path) -> Pipeline[Any]:
+    backend: Backend = request.param
+    return load(folders / "tiny", backend=backend, device="cpu")
+
+
+@pytest.fixture
+def desk(tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a picture and both models."""
+    for name in ("tiny", "x2"):
+        (tmp_path / name).symlink_to(folders / name)
+    Image.fromarray(PIXELS).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def generate(*options: str) -> int:
+    return run(["generate", "picture.png", "--model", "tiny", "--device", "cpu", "--backend", "torch", *options])
+
+
+def views_in(folder: Path) -> NDArray[np.uint8]:
+    return np.stack([load_image(path)[..., :3] for path in sorted(folder.glob("view_*.png"))])
+
+
+# In Python
+
+
+def test_lanczos_is_pillows(pipeline: Pipeline[Any]) -> None:
+    views = pipeline.generate(PIXELS)
+    large = pipeline.upscale(views, method="lanczos")
+    for image, source in zip(large.images, views.images, strict=True):
+        expected = Image.fromarray(source).resize((64, 64), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(image, np.asarray(expected))
+    np.testing.assert_array_equal(large.latents, views.latents)
+
+
+def test_bilinear_is_that_of_pytorch_on_the_latents(pipeline: Pipeline[Any]) -> None:
+    views = pipeline.generate(PIXELS)
+    large = pipeline.upscale(views, method="bilinear")
+    latents = torch.from_numpy(views.latents).permute(0, 3, 1, 2)
+    expected = F.interpolate(latents, scale_factor=2, mode="bilinear", align_corners=False).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(large.latents, expected, atol=1e-5)
+    decoded = from_model(pipeline.model.decode(pipeline.model.from_numpy(large.latents)))
+    np.testing.assert_array_equal(large.images, decoded)
+    assert large.images.shape == (2, 64, 64, 3)
+
+
+def test_the_diffusion_model_gets_the_latents_the_seed_and_its_settings(pipeline: Pipeline[Any], folders: Path) -> None:
+    views = pipeline.generate(PIXELS, seed=5)
+    large = pipeline.upscale(views, upscaler=folders / "x2", steps=3, noise_level=0.5)
+    alone = load_upscaler(folders / "x2", backend=pipeline.model.backend, device="cpu")
+    np.testing.assert_array_equal(large.latents, alone.upscale(views.latents, steps=3, noise_level=0.5, seed=5))
+    assert large.images.shape == (2, 64, 64, 3)
+    assert large.parameters.upscale is not None
+    assert (large.parameters.upscale.steps, large.parameters.upscale.noise_level) == (3, 0.5)
+    np.testing.assert_array_equal(large.cameras, views.cameras)
+
+
+def test_the_noise_level_changes_what_the_network_sees(folders: Path) -> None:
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
+    found = {backend: load_upscaler(folders / "x2", backend=backend, device="cpu") for backend in BACKENDS}
+    results = [found["torch"].upscale(latents, noise_level=level) for level in (0.0, 0.5, 1.0)]
+    assert not any(np.allclose(a, b, atol=1e-3) for a, b in pairwise(results))
+    np.testing.assert_allclose(found["mlx"].upscale(latents, noise_level=0.5), results[1], atol=1e-3)
+
+
+def test_enlarging_keeps_plain_pictures_and_latents() -> None:
+    assert (enlarge(np.full((1, 5, 7, 3), 9, np.uint8)) == 9).all()
+    plain = enlarge_latents(np.full((2, 3, 4, 5), 0.5, np.float32))
+    assert plain.shape == (2, 6, 8, 5)
+    np.testing.assert_allclose(plain, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"method": "nearest"}, "upscale must be one of bilinear, lanczos, sd-x2"),
+        ({"method": "lanczos", "steps": 3}, "steps of the upscaler must be left out for lanczos"),
+        ({"method": "bilinear", "upscaler": "x2"}, "upscaler must be left out for bilinear"),
+        ({"method": "sd-x2"}, "upscaler must be a name or a folder for sd-x2"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"guidance": 3}, "guidance of the upscaler must be 0 or 1: this upscaler takes no text"),
+        ({"noise_level": 2}, "noise_level must be a number from 0 to 1"),
+        ({"budget_bytes": 10}, "memory budget of the upscaler must be at least"),
+    ],
+)
+def test_options_that_are_not_allowed_are_refused(
+    pipeline: Pipeline[Any], folders: Path, options: dict[str, Any], match: str
+) -> None:
+    views = pipeline.generate(PIXELS)
+    given = {"upscaler": folders / "x2"} if "method" not in options else {}
+    with pytest.raises(OptionError, match=match):
+        pipeline.upscale(views, **(given | options))
+
+
+@pytest.mark.parametrize("method", ["sd-x2", "bilinear"])
+def test_latents_with_nan_are_refused(pipeline: Pipeline[Any], folders: Path, method: str) -> None:
+    views = pipeline.generate(PIXELS)
+    damaged = replace(views, latents=np.where(views.latents > 0, np.nan, views.latents))
+    with pytest.raises(NumericsError, match="latents to upscale are not finite"):
+        pipeline.upscale(damaged, method=method, upscaler=folders / "x2" if method == "sd-x2" else None)
+
+
+def test_an_upscaler_of_other_latents_is_refused(pipeline: Pipeline[Any], tmp_path: Path) -> None:
+    views = pipeline.generate(PIXELS)
+    other = replace(TINY_MODEL, vae=replace(TINY_MODEL.vae, scaling_factor=0.5))
+    write_tiny_model(tmp_path / "other", other)
+    weights = mvtorch.model.get_weights(make_upscaler(NETWORK, "torch"))
+    write_upscaler(tmp_path / "x2", replace(UPSCALER, vae=other.vae), weights, vae_from=str(tmp_path / "other"))
+    with pytest.raises(OptionError, match=r"upscaler must be one for latents of this model \(scaling_factor 0.18215\)"):
+        pipeline.upscale(views, upscaler=tmp_path / "x2")
+
+
+def test_folders_of_another_kind_are_refused_both_ways(folders: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no latent upscaler.*'MultiViewPipeline' \(is it a --model\?"):
+        load_upscaler(folders / "tiny", backend="torch")
+    with pytest.raises(CheckpointError, match=r"is a latent upscaler, and no model of views \(is it an --upscaler\?"):
+        load(folders / "x2", backend="torch")
+
+
+def test_a_damaged_network_is_refused_by_name(folders: Path, tmp_path: Path) -> None:
+    weights = load_file(folders / "x2" / "unet" / WEIGHT_FILE)
+    write_upscaler(tmp_path / "x2", UPSCALER, weights, vae_from=str(folders / "tiny"))
+    weights.pop("conv_out.bias")
+    save_file(weights, tmp_path / "x2" / "unet" / WEIGHT_FILE)
+    with pytest.raises(CheckpointError, match=r"1 missing: conv_out\.bias"):
+        load_upscaler(tmp_path / "x2", backend="torch")
+
+
+# On the command line
+
+
+def test_generate_writes_both_sizes_and_a_run_that_repeats(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate("-o", "out", "--seed", "3", "--upscale", "sd-x2", "--upscaler", "x2", "--upscale-steps", "3") == 0
+    assert "2 views in out" in capfd.readouterr().out
+    small, large = views_in(desk / "out"), views_in(desk / "out" / "upscaled")
+    assert (small.shape, large.shape) == ((2, 32, 32, 3), (2, 64, 64, 3))
+    assert np.load(desk / "out" / "upscaled" / "latents.npy").shape == (2, 16, 16, 4)
+    lens = json.loads((desk / "out" / "upscaled" / "transforms.json").read_text())
+    assert (lens["w"], lens["h"]) == (64, 64)
+    cameras = [load_cameras(desk / "out" / where / "transforms.json") for where in (".", "upscaled")]
+    np.testing.assert_array_equal(cameras[0].poses, cameras[1].poses)
+    assert cameras[0].fov_deg == pytest.approx(cameras[1].fov_deg)
+    for which in ("metadata.json", "upscaled/metadata.json"):
+        assert run(["generate", "-o", "again", "--config", f"out/{which}", "--force"]) == 0
+        np.testing.assert_array_equal(views_in(desk / "again"), small)
+        np.testing.assert_array_equal(views_in(desk / "again" / "upscaled"), large)
+
+
+def test_a_repeated_run_notices_another_upscaler(desk: Path, folders: Path, tmp_path: Path) -> None:
+    weights = load_file(folders / "x2" / "unet" / WEIGHT_FILE)
+    write_upscaler(tmp_path / "mine", UPSCALER, weights, vae_from=str(folders / "tiny"))
+    assert generate("-o", "out", "--upscale", "sd-x2", "--upscaler", "mine") == 0
+    finished = read_run(desk / "out")
+    pipe = load("tiny", backend="torch", device="cpu")
+    assert repeat(pipe, finished).parameters == finished.parameters
+    weights["conv_out.bias"] = weights["conv_out.bias"] + 1
+    save_file(weights, tmp_path / "mine" / "unet" / WEIGHT_FILE)
+    with pytest.raises(CheckpointError, match="the upscaler's weights have changed since the run"):
+        repeat(pipe, finished)
+
+
+def test_without_upscaling_there_is_no_folder_for_it_and_an_old_one_goes(desk: Path) -> None:
+    assert generate("-o", "out", "--upscale", "lanczos") == 0
+    assert (desk / "out" / "upscaled" / "metadata.json").exists()
+    assert generate("-o", "out", "--force") == 0
+    assert not (desk / "out" / "upscaled").exists()
+
+
+def test_a_failure_in_the_upscaler_keeps_the_views(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise NumericsError("the upscaled latents are not finite", where="upscaling")
+
+    monkeypatch.setattr(mvshared.pipeline, "upscale_views", fail)
+    assert generate("-o", "out", "--upscale", "sd-x2", "--upscaler", "x2") == NumericsError.exit_code
+    said = capfd.readouterr().err.strip().splitlines()
+    assert said == [
+        "mvmlx: error: upscaling: the upscaled latents are not finite (the views of 32 pixels are in out)",
+    ]
+    assert views_in(desk / "out").shape == (2, 32, 32, 3)
+    assert read_run(desk / "out").parameters.upscale is not None
+    assert not (desk / "out" / "upscaled" / "metadata.json").exists()
+
+
+def test_what_cannot_be_upscaled_is_refused_before_anything_is_generated(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Pipeline, "generate", lambda *args, **kwargs: pytest.fail("views were generated"))
+    rows = [
+        (["--upscale", "sd-x2"], 2, "upscaler must be a name or a folder"),
+        (["--upscale", "sd-x2", "--upscaler", "tiny"], 5, "is no latent upscaler"),
+        (["--upscale", "sd-x2", "--upscaler", "nowhere"], 5, "no such model"),
+        (["--upscale", "nearest"], 2, "upscale must be one of"),
+        (["--upscaler", "x2"], 2, "upscaler must be left out without --upscale"),
+        (["--upscale-steps", "3"], 2, "steps of the upscaler must be left out without --upscale"),
+        (["--upscale", "lanczos", "--upscale-steps", "3"], 2, "left out for lanczos"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-steps", "0"], 2, "steps must be"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-guidance", "30"], 2, "guidance of the upscaler must be"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-noise", "3"], 2, "noise_level must be"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-budget", "0"], 2, "budget of the upscaler must be"),
+    ]
+    for options, code, says in rows:
+        assert generate("-o", "out", *options) == code, options
+        said = capfd.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and says in said[0], said
+    assert not (desk / "out").exists()
+
+
+def test_upscale_takes_the_folder_of_a_run(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate("-o", "out", "--seed", "4") == 0
+    assert run(["upscale", "out"]) == 0
+    assert "out/upscaled" in capfd.readouterr().out
+    np.testing.assert_array_equal(views_in(desk / "out" / "upscaled"), enlarge(views_in(desk / "out")))
+    lens = json.loads((desk / "out" / "upscaled" / "transforms.json").read_text())
+    assert (lens["w"], len(lens["frames"])) == (64, 2)
+    assert run(["upscale", "out"]) == 7  # a finished run is there
+    assert run(["upscale", "out", "--force", "--upscale", "bilinear"]) == 0
+    assert run(["upscale", "out", "-o", "large", "--upscaler", "x2", "--json"]) == 0
+    assert generate("-o", "same", "--seed", "4", "--upscale", "sd-x2", "--upscaler", "x2") == 0
+    np.testing.assert_array_equal(views_in(desk / "large"), views_in(desk / "same" / "upscaled"))
+    document = json.loads((desk / "large" / "metadata.json").read_text())
+    assert document["parameters"]["upscaler"].endswith("x2")
+    assert document["parameters"]["seed"] == 4
+    assert any(name.startswith("upscaler/unet/") for name in document["weights"])
+
+
+def test_upscale_takes_pictures_and_latents(desk: Path) -> None:
+    assert run(["upscale", "picture.png", "-o", "lanczos"]) == 0
+    np.testing.assert_array_equal(views_in(desk / "lanczos"), enlarge(PIXELS[None]))
+    assert run(["upscale", "picture.png", "-o", "x2-out", "--upscaler", "x2"]) == 0
+    assert views_in(desk / "x2-out").shape == (1, 64, 64, 3)
+    assert run(["upscale", "picture.png", "picture.png", "-o", "two", "--upscale", "bilinear", "--model", "tiny"]) == 0
+    assert views_in(desk / "two").shape == (2, 64, 64, 3)
+    np.save(desk / "latents.npy", np.zeros((3, 8, 8, 4), np.float32))
+    assert run(["upscale", "latents.npy", "-o", "from-latents", "--upscaler", "x2"]) == 0
+    assert views_in(desk / "from-latents").shape == (3, 64, 64, 3)
+    assert not (desk / "from-latents" / "transforms.json").exists()
+
+
+def test_sources_that_cannot_be_upscaled_are_refused(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(PIXELS[:20]).save("other.png")
+    Image.fromarray(PIXELS[:30, :30]).save("odd.png")
+    np.save("bad.npy", np.full((1, 8, 8, 4), np.nan, np.float32))
+    np.save("flat.npy", np.zeros((8, 8), np.float32))
+    np.save("good.npy", np.zeros((1, 8, 8, 4), np.float32))
+    (desk / "empty").mkdir()
+    assert generate("-o", "out", "--upscale", "lanczos") == 0
+    capfd.readouterr()
+    rows = [
+        (["empty"], 2, "an output folder, with a metadata.json"),
+        (["out/upscaled"], 2, "views that are not upscaled yet"),
+        (["picture.png", "other.png"], 2, "pictures of one size"),
+        (["nowhere.png"], 3, "no such file"),
+        (["odd.png", "--upscaler", "x2"], 2, "multiples of 4"),
+        (["picture.png", "--upscale", "bilinear"], 2, "the one whose VAE"),
+        (["picture.png", "--upscale", "none"], 2, "bilinear, lanczos or sd-x2"),
+        (["good.npy"], 2, "bilinear or sd-x2 for latents"),
+        (["flat.npy", "--upscaler", "x2"], 2, "floats of shape (v, h, w, c)"),
+        (["bad.npy", "--upscaler", "x2"], 10, "not finite"),
+        (["good.npy", "picture.png"], 2, "one .npy file, or pictures"),
+        (["good.npy", "--upscaler", "tiny"], 5, "is no latent upscaler"),
+        (["good.npy", "--upscaler", "x2", "--seed", "-1"], 2, "seed must be"),
+    ]
+    for arguments, code, says in rows:
+        assert run(["upscale", *arguments, "-o", "new"]) == code, arguments
+        said = capfd.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and says in said[0], said
+        assert not (desk / "new").exists()
+
+
+def test_info_says_what_is_in_an_upscaler(folders: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    report = inspect(folders / "x2", backend="torch")
+    assert not report.faults
+    assert [component.name for component in report.components] == ["unet", "vae"]
+    assert run(["info", str(folders / "x2")]) == 0
+    assert "tiny-x2: upscales latents to twice their size, 2 steps, guidance 0" in capfd.readouterr().out
