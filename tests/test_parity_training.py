@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 import mvmlx.train
 import mvtorch.train
-from mvshared.config import ResamplerConfig
+from mvshared.config import KUNetConfig, ResamplerConfig
 from mvshared.errors import BackendError, OptionError, TensorMismatchError
 from mvshared.training.config import OptimizerConfig, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
 from mvshared.training.initial import initial_weights
 from mvshared.training.optimizer import ema_decay
+from mvshared.training.upscaler_data import UpscalerBatch
 
 MODULES: dict[Backend, Any] = {"torch": mvtorch.train, "mlx": mvmlx.train}
-STAGES = ("vae", "unet", "gaf")
+STAGES = ("vae", "unet", "gaf", "upscaler")
 UNET = replace(
     TINY_UNET, in_channels=8, camera_dim=16, reference_frame=True, cross_attention_dim=None, block_out_channels=(16, 32)
 )
@@ -29,6 +30,7 @@ RESAMPLER = ResamplerConfig(embedding_dim=12, output_dim=16, hidden_dim=16, dept
 GAF = replace(UNET, cross_attention_dim=16, resampler=RESAMPLER)
 UNETS = {"unet": UNET, "gaf": GAF}
 VAE = replace(TINY_VAE, block_out_channels=(8, 16), mid_block_add_attention=True)
+UPSCALER = KUNetConfig(block_out_channels=(32, 64), layers_per_block=1, attention_levels=(False, False), time_cond_proj_dim=6)
 LOSS = VAELossConfig(kl_weight=0.1)  # large enough to count in a comparison
 
 # Adam's first step is nearly the gradient's sign: with eps far below the gradients, rounding of those near zero decides on
@@ -48,6 +50,13 @@ def make_batch(stage: str, seed: int = 0) -> Any:
         random = np.random.default_rng(seed)
         pixels = random.uniform(-1, 1, (2, 8, 12, 3)).astype(np.float32)
         return VAEBatch(pixels, random.random((2, 8, 12), np.float32), random.standard_normal((2, 4, 6, 4), np.float32))
+    if stage == "upscaler":
+        return UpscalerBatch(
+            sample=normal(2, 1, 4, 6, 8, seed=seed),
+            noise=normal(2, seed=seed + 1),
+            condition=normal(2, 6, seed=seed + 2),
+            target=normal(2, 1, 4, 6, 4, seed=seed + 3),
+        )
     return UNetBatch(
         sample=normal(2, 2, 4, 6, 8, seed=seed),
         timesteps=np.array([20.0, 700.0], np.float32),
@@ -60,6 +69,8 @@ def make_batch(stage: str, seed: int = 0) -> Any:
 
 
 def make_weights(stage: str) -> dict[str, NDArray[np.float32]]:
+    if stage == "upscaler":
+        return initial_weights(mvtorch.train.upscaler_weight_shapes(UPSCALER), seed=0)
     shapes = mvtorch.train.vae_weight_shapes(VAE) if stage == "vae" else mvtorch.train.unet_weight_shapes(UNETS[stage])
     return initial_weights(shapes, seed=0)
 
@@ -68,6 +79,8 @@ def make_trainer(backend: Backend, stage: str, config: OptimizerConfig = SMOOTH,
     module, weights = MODULES[backend], options.pop("weights", None) or make_weights(stage)
     if stage == "vae":
         return module.vae_trainer(VAE, config, LOSS, weights, device="cpu", **options)
+    if stage == "upscaler":
+        return module.upscaler_trainer(UPSCALER, config, weights, device="cpu", **options)
     return module.unet_trainer(UNETS[stage], config, weights, device="cpu", **options)
 
 

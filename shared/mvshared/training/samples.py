@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.backend import PACKAGES, choose_backend, load
+from mvshared.backend import PACKAGES, choose_backend, load, load_upscaler
 from mvshared.camera import azimuth_elevation
 from mvshared.captures import load_capture
 from mvshared.checkpoint import read_vae_config, weight_files
@@ -16,20 +16,23 @@ from mvshared.files import make_folder, write_atomic
 from mvshared.images import encode_png, from_model, sheet
 from mvshared.training.config import TrainConfig
 from mvshared.training.data import find_captures, read_picture
+from mvshared.training.upscaler_data import halved
+from mvshared.upscaling.views import enlarge
 
-ROWS, VIEWS = 6, 4
+ROWS, VIEWS, UPSCALED_VIEWS = 6, 4, 2
 
 
 def sample_writer(config: TrainConfig, folder: Path, *, backend: str, device: str) -> Callable[[Path, int], None]:
     """A function (model folder, step) that writes `folder`/samples/step_000500.png.
 
-    Rows of the U-Net stage: reference, generated views, true views; of the VAE stage: pictures, then their reconstructions.
+    Rows of the U-Net stage: reference, generated views, true views; of the VAE stage: pictures, then their reconstructions; of
+    the upscaler's stage: pictures of half the size enlarged by Lanczos, the upscaled ones, the true ones.
     """
 
     def write(model: Path, step: int) -> None:
         _, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
-        make = _reconstructions if config.stage == "vae" else _generated
-        picture = make(config, held_out[:ROWS], model, backend=backend, device=device)
+        makers = {"vae": _reconstructions, "unet": _generated, "upscaler": _upscaled}
+        picture = makers[config.stage](config, held_out[:ROWS], model, backend=backend, device=device)
         write_atomic(make_folder(folder / "samples") / f"step_{step:06}.png", encode_png(picture))
 
     return write
@@ -61,4 +64,16 @@ def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend
         images = from_model(pixels)
         views = pipeline.generate(images[reference], cameras=capture.poses[others])
         rows.append(np.concatenate([images[reference : reference + 1], views.images, images[others]]))
+    return sheet(np.stack(rows))
+
+
+def _upscaled(config: TrainConfig, folders: list[Path], model: Path, *, backend: str, device: str) -> NDArray[np.uint8]:
+    upscaler = load_upscaler(model, backend=backend, device=device, dtype="float32")
+    network, rows = upscaler.model, []
+    for folder in folders:
+        truth = _read(config, load_capture(folder).image_paths[:UPSCALED_VIEWS])
+        low = network.encode_latents(halved(truth))
+        larger = network.from_numpy(upscaler.upscale(network.to_numpy(low)))
+        small = from_model(network.decode(low))
+        rows.append(np.concatenate([enlarge(small), from_model(network.decode(larger)), from_model(truth)]))
     return sheet(np.stack(rows))

@@ -1,6 +1,7 @@
 """The training stage of a latent upscaler: what `loop.train` needs for it."""
 
 import importlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.backend import PACKAGES, choose_backend
-from mvshared.checkpoint import find_model, model_name, read_vae_config, weight_files
+from mvshared.checkpoint import find_model, read_vae_config, weight_files
 from mvshared.errors import ConfigError
+from mvshared.files import make_folder
+from mvshared.models import EMBEDDED
 from mvshared.training.config import TrainConfig
 from mvshared.training.data import find_captures
 from mvshared.training.initial import initial_upscaler_weights
@@ -89,6 +92,9 @@ def upscaler_batches(
 
 
 def save_upscaler(folder: Path, config: TrainConfig, upscaler: UpscalerConfig, weights: Mapping[str, NDArray[Any]]) -> None:
-    """Write the checkpoint folder of a run; its VAE stays where it is."""
+    """Write the checkpoint folder of a run; a VAE that is not in the package is copied into it."""
     assert config.vae_from is not None
-    write_upscaler(folder, upscaler, weights, vae_from=model_name(config.vae_from))
+    embedded = config.vae_from in EMBEDDED
+    if not embedded and not (folder / "vae").is_dir():
+        shutil.copytree(find_model(config.vae_from) / "vae", make_folder(folder) / "vae")
+    write_upscaler(folder, upscaler, weights, vae_from=config.vae_from if embedded else None)

@@ -79,13 +79,17 @@ def encode_pairs(
         if config.mirror:
             pictures += [mirror_picture(picture) for picture in pictures]
         pixels = _pixels(pictures, folder=folder, multiple=multiple)
-        n, height, width, _ = pixels.shape
-        halved = pixels.reshape(n, height // 2, 2, width // 2, 2, 3).mean(axis=(2, 4))
         high.append(encode(pixels).astype(np.float16))
-        low.append(encode(halved).astype(np.float16))
+        low.append(encode(halved(pixels)).astype(np.float16))
         if high[-1].shape[1:] != high[0].shape[1:]:
             raise DatasetError("all pictures must have one size", path=folder)
     return LatentPairs(np.concatenate(low), np.concatenate(high))
+
+
+def halved(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pictures (n, h, w, 3) at half their size: the means of two by two pixels."""
+    n, height, width, _ = pixels.shape
+    return pixels.reshape(n, height // 2, 2, width // 2, 2, 3).mean(axis=(2, 4))
 
 
 def _pixels(pictures: list[Picture], *, folder: Path, multiple: int) -> NDArray[np.float32]:

@@ -1,0 +1,156 @@
+"""Training of a latent upscaler: its batches, a run on tiny captures, and what the trained folder can do."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import TINY_MODEL, assert_close, write_tiny_model
+from training_cases import SIZE, run, toml, vae_config, write_objects
+
+import mvshared.training.loop
+from mvshared.backend import load_upscaler
+from mvshared.checkpoint import read_vae_config
+from mvshared.config import KUNetConfig
+from mvshared.errors import ConfigError, DatasetError, OptionError
+from mvshared.training.config import TrainConfig, load_train_config
+from mvshared.training.data import read_picture
+from mvshared.training.log import read_log
+from mvshared.training.samples import sample_writer
+from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs, halved
+from mvshared.upscaling.config import SigmaConfig
+from mvshared.upscaling.folder import is_upscaler
+
+NETWORK = KUNetConfig(block_out_channels=(32, 32), layers_per_block=1, attention_levels=(False, False), time_cond_proj_dim=6)
+MODEL = replace(TINY_MODEL, vae=replace(TINY_MODEL.vae, block_out_channels=(16, 32)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_objects(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), MODEL)
+
+
+def config(data: Path, model: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "stage": "upscaler",
+        "vae": None,
+        "vae_from": str(model),
+        "upscaler": NETWORK,
+        "family": "tiny-x2",
+    }
+    return vae_config(data, **(own | {"family": "tiny-x2"} | changes))
+
+
+def pairs(count: int = 6) -> LatentPairs:
+    random = np.random.default_rng(0)
+    low, high = (random.standard_normal((count, size, size, 4)).astype(np.float16) for size in (4, 8))
+    return LatentPairs(low, high)
+
+
+def test_a_batch_holds_what_undoes_its_noise() -> None:
+    """From the sample, the noise level and the target, the clean latents come back: x_0 = signal x_t + noise target."""
+    found = UpscalerBatches(pairs(), SigmaConfig(), channels=6, frequencies=(0.0, 1.0, 2.0)).batch(3, size=40, seed=1)
+    sigma = np.exp(4 * found.noise)[:, None, None, None, None]
+    signal = 1 / np.sqrt(sigma**2 + 1)
+    clean = signal * found.sample[..., :4] + sigma * signal * found.target
+    known = pairs().high.astype(np.float32)
+    errors = np.abs(clean - known[None]).reshape(40, 6, -1).max(axis=-1)
+    assert errors.min(axis=1).max() < 1e-3
+    assert found.sample.shape == (40, 1, 8, 8, 8)
+    assert 0.02 < sigma.min() < 0.1 and 5 < sigma.max() < 15
+    low = found.sample[..., 4:]
+    np.testing.assert_array_equal(low[:, :, ::2, ::2], low[:, :, 1::2, 1::2])  # every latent twice in both directions
+
+
+def test_low_resolution_latents_are_those_of_the_same_picture_or_noised_as_the_condition_says() -> None:
+    frequencies = (0.0, 1.0, 2.0)
+    found = UpscalerBatches(pairs(), SigmaConfig(), channels=6, frequencies=frequencies).batch(0, size=200, seed=0)
+    clean = found.condition[:, 3:].any(axis=1) == 0  # sines of the level
+    assert 0.1 < clean.mean() < 0.4
+    known = pairs().low.astype(np.float32)
+    low = found.sample[:, 0, ::2, ::2, 4:]
+    distance = np.abs(low[:, None] - known[None]).reshape(200, 6, -1).max(axis=-1).min(axis=1)
+    assert distance[clean].max() == 0
+    assert distance[~clean].min() > 0
+    np.testing.assert_allclose(found.condition[:, 0], 1)
+
+
+def test_batches_are_drawn_from_seed_and_step() -> None:
+    batches = UpscalerBatches(pairs(), SigmaConfig(), channels=6, frequencies=(0.0, 1.0, 2.0))
+    first, again, other = batches.batch(1, size=2, seed=0), batches.batch(1, size=2, seed=0), batches.batch(2, size=2, seed=0)
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(first.sample, other.sample)
+
+
+def test_pairs_are_encoded_at_both_sizes(data: Path) -> None:
+    settings = vae_config(data).data
+    folders = sorted(data.iterdir())[:2]
+    found = encode_pairs(folders, settings, lambda pixels: pixels[:, ::2, ::2], multiple=4)
+    assert found.high.shape == (24, SIZE // 2, SIZE // 2, 3)  # six views and their mirror images, of two objects
+    assert found.low.shape == (24, SIZE // 4, SIZE // 4, 3)
+    picture = read_picture(folders[0] / "view_000.png", background=settings.background).pixels
+    np.testing.assert_allclose(found.low[0], halved(picture[None])[0, ::2, ::2], atol=1e-3)
+    with pytest.raises(DatasetError, match="a multiple of 32 pixels"):
+        encode_pairs(folders, settings, lambda pixels: pixels, multiple=32)
+
+
+def test_a_run_learns_and_its_folder_upscales(data: Path, model: Path, tmp_path: Path) -> None:
+    settings = config(data, model, steps=60, batch_size=8, checkpoint_every=30, sample_every=60)
+    write = sample_writer(settings, tmp_path / "run", backend="torch", device="cpu")
+    trained = run(settings, tmp_path / "run", on_sample=write)
+    losses = [row.held_out_loss for row in read_log(tmp_path / "run" / "log.csv") if row.held_out_loss is not None]
+    assert losses[-1] < losses[0] < 0.6
+    assert (tmp_path / "run" / "samples" / "step_000060.png").exists()
+    assert is_upscaler(trained)
+    assert read_vae_config(trained) == MODEL.vae
+    upscaler = load_upscaler(trained, backend="torch", device="cpu")
+    latents = np.random.default_rng(0).standard_normal((2, 4, 4, 4), np.float32)
+    assert_close(
+        load_upscaler(trained, backend="mlx", device="cpu").upscale(latents, noise_level=0.3),
+        upscaler.upscale(latents, noise_level=0.3),
+        rms=1e-3,
+    )
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(data, model, steps=4, checkpoint_every=2)
+    whole = load_upscaler(run(settings, tmp_path / "whole"), backend="torch", device="cpu")
+    original, calls = mvshared.training.loop.learning_rate, iter(range(100))
+
+    def killed(*args: Any, **kwargs: Any) -> float:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(mvshared.training.loop, "learning_rate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "killed")
+    monkeypatch.undo()
+    resumed = load_upscaler(run(settings, tmp_path / "killed"), backend="torch", device="cpu")
+    for name, tensor in whole.model.unet.state_dict().items():  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(resumed.model.unet.state_dict()[name], tensor)  # type: ignore[attr-defined]
+
+
+def test_wrong_configurations_are_refused(data: Path, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="upscaler must be a table of KUNetConfig fields, and vae_from"):
+        config(data, model, upscaler=None)
+    text = replace(NETWORK, attention_levels=(True, False), attention_head_dim=32, cross_attention_dim=8)
+    with pytest.raises(OptionError, match="upscalers that are trained here take no text"):
+        config(data, model, upscaler=text)
+    with pytest.raises(ConfigError, match="the upscaler has 8 latent channels, the VAE of vae_from 4"):
+        run(config(data, model, upscaler=replace(NETWORK, in_channels=16, out_channels=9)), tmp_path / "run")
+
+
+def test_the_configuration_is_read_from_toml(data: Path, model: Path, tmp_path: Path) -> None:
+    settings = config(data, model)
+    (tmp_path / "config.toml").write_text(toml(settings))
+    assert load_train_config(tmp_path / "config.toml") == settings
