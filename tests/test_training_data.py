@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training_cases import AZIMUTHS, SIZE, UNET, VAE, write_object, write_objects
+from training_cases import AZIMUTHS, SIZE, UNET, V_PREDICTION, VAE, some_latents, write_object, write_objects
 
 import mvmlx.train
 import mvtorch.model
@@ -109,20 +109,6 @@ def test_latents_come_back_from_their_file_and_other_files_are_refused(tmp_path:
         (tmp_path / "latents.npz").write_bytes(content)
         with pytest.raises(DatasetError, match="is no file of latents"):
             Latents.load(tmp_path / "latents.npz")
-
-
-def some_latents(objects: int = 3, views: int = 6) -> Latents:
-    random, n = np.random.default_rng(0), objects * views
-    return Latents(
-        random.standard_normal((n, 4, 4, 4)).astype(np.float16),
-        random.standard_normal((n, 4, 4, 4)).astype(np.float16),
-        random.standard_normal((n, 16)).astype(np.float32),
-        np.tile(np.linspace(-150, 150, views), objects).astype(np.float32),
-        np.arange(0, n + 1, views),
-    )
-
-
-V_PREDICTION = SchedulerConfig(prediction_type="v_prediction")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -226,9 +226,10 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     if source is not None:
         model = replace(model, defaults=_defaults(model, training))
     conditions = encode_conditions(source or vae_source, model, config.data, names, folder, backend=backend, device=device)
+    encoded = [training] if held_out is None else [training, held_out]
     batches, *held_out_batches = (
         ViewBatches(latents, config.data, model.scheduler, normal_channels=unet.normal_channels, **given._asdict())
-        for latents, given in zip([training, *([held_out] if held_out else [])], conditions, strict=True)
+        for latents, given in zip(encoded, conditions, strict=True)
     )
     vae_weights = read_weights(weight_files(vae_source, "vae"), module.vae_weight_shapes(vae))
 
