@@ -109,7 +109,8 @@ CALLS = [
         ("evaluate --model tiny --identities 0:1 --guidance 0", "guidance | 1 to 20 | 0"),
         ("evaluate --model tiny --identities 0:1 --seed -3", "seed | -3"),
         ("evaluate --model without-normals --identities 0:1 --normals", "normals | takes no normal maps"),
-        ("train", "Missing argument | CONFIG"),
+        ("train", "Missing option | --output"),
+        ("train -o new", "config | --family"),
         ("train configs/good.toml", "Missing option | --output"),
     ),
     *calls(

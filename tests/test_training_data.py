@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training_cases import AZIMUTHS, SIZE, UNET, VAE, write_object, write_objects
+from training_cases import AZIMUTHS, SIZE, UNET, V_PREDICTION, VAE, some_latents, write_object, write_objects
 
 import mvmlx.train
 import mvtorch.model
@@ -30,18 +30,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Captures and batches
 
 
-def test_the_last_captures_are_held_out_and_both_sides_have_one(data: Path) -> None:
+def test_the_last_captures_are_held_out_and_both_sides_have_one_unless_the_share_is_0(data: Path) -> None:
     names = [path.name for path in sorted(data.iterdir())]
-    for share, count in ((0.0, 1), (0.25, 1), (0.5, 2), (1.0, 3)):
+    for share, count in ((0.0, 0), (0.01, 1), (0.25, 1), (0.5, 2), (1.0, 3)):
         training, held_out = find_captures(data, held_out=share)
         assert [path.name for path in (*training, *held_out)] == names
         assert len(held_out) == count
 
 
-def test_a_folder_with_fewer_than_two_captures_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_too_few_captures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"needs at least 1 capture .*has 0 .*render-heads"):
+        find_captures(tmp_path, held_out=0.0)
     write_object(tmp_path / "one", 1)
-    with pytest.raises(DatasetError, match="needs at least 2 captures"):
+    with pytest.raises(DatasetError, match=r"needs at least 2 captures .*has 1 .*with held_out 0 one is enough"):
         find_captures(tmp_path, held_out=0.1)
+    with pytest.raises(DatasetError, match="this is a capture itself"):
+        find_captures(tmp_path / "one", held_out=0.0)
+    assert find_captures(tmp_path, held_out=0.0) == ([tmp_path / "one"], [])
 
 
 def test_pictures_are_put_on_the_background_and_normals_on_zero(data: Path) -> None:
@@ -104,20 +109,6 @@ def test_latents_come_back_from_their_file_and_other_files_are_refused(tmp_path:
         (tmp_path / "latents.npz").write_bytes(content)
         with pytest.raises(DatasetError, match="is no file of latents"):
             Latents.load(tmp_path / "latents.npz")
-
-
-def some_latents(objects: int = 3, views: int = 6) -> Latents:
-    random, n = np.random.default_rng(0), objects * views
-    return Latents(
-        random.standard_normal((n, 4, 4, 4)).astype(np.float16),
-        random.standard_normal((n, 4, 4, 4)).astype(np.float16),
-        random.standard_normal((n, 16)).astype(np.float32),
-        np.tile(np.linspace(-150, 150, views), objects).astype(np.float32),
-        np.arange(0, n + 1, views),
-    )
-
-
-V_PREDICTION = SchedulerConfig(prediction_type="v_prediction")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

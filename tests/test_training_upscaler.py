@@ -37,13 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(data: Path, model: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "stage": "upscaler",
-        "vae": None,
-        "vae_from": str(model),
-        "upscaler": NETWORK,
-        "family": "tiny-x2",
-    }
+    own: dict[str, Any] = {"stage": "upscaler", "vae": None, "vae_from": str(model), "upscaler": NETWORK}
     return vae_config(data, **(own | {"family": "tiny-x2"} | changes))
 
 
@@ -138,6 +132,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     resumed = load_upscaler(run(settings, tmp_path / "killed"), backend="torch", device="cpu")
     for name, tensor in whole.model.unet.state_dict().items():  # type: ignore[attr-defined]
         np.testing.assert_array_equal(resumed.model.unet.state_dict()[name], tensor)  # type: ignore[attr-defined]
+
+
+def test_a_run_that_holds_nothing_out_has_no_held_out_loss(data: Path, model: Path, tmp_path: Path) -> None:
+    settings = config(data, model, steps=1)
+    run(replace(settings, data=replace(settings.data, held_out=0.0)), tmp_path / "run")
+    assert [row.held_out_loss for row in read_log(tmp_path / "run" / "log.csv")] == [None]
 
 
 def test_wrong_configurations_are_refused(data: Path, model: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from mvshared.captures import write_capture
 from mvshared.checkpoint import weight_files
 from mvshared.config import SchedulerConfig
 from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig
+from mvshared.training.data import Latents
 from mvshared.training.loop import train
 
 AZIMUTHS = (0.0, 40.0, 90.0, 180.0, 270.0, 320.0)
@@ -23,6 +24,7 @@ VAE = replace(TINY_VAE, block_out_channels=(8, 16), mid_block_add_attention=Fals
 UNET = replace(
     TINY_UNET, in_channels=8, camera_dim=16, reference_frame=True, cross_attention_dim=None, block_out_channels=(16, 32)
 )
+V_PREDICTION = SchedulerConfig(prediction_type="v_prediction")
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=2)
 
 
@@ -49,6 +51,18 @@ def write_objects(folder: Path) -> Path:
     for number in range(4):
         write_object(folder / f"object_{number}", number)
     return folder
+
+
+def some_latents(objects: int = 3, views: int = 6) -> Latents:
+    """Random latents of objects with as many views each, all around."""
+    random, n = np.random.default_rng(0), objects * views
+    return Latents(
+        random.standard_normal((n, 4, 4, 4)).astype(np.float16),
+        random.standard_normal((n, 4, 4, 4)).astype(np.float16),
+        random.standard_normal((n, 16)).astype(np.float32),
+        np.tile(np.linspace(-150, 150, views), objects).astype(np.float32),
+        np.arange(0, n + 1, views),
+    )
 
 
 def vae_config(folder: Path, **changes: Any) -> TrainConfig:

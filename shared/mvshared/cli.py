@@ -234,14 +234,26 @@ def validate(model: str, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Run folder; a run in it goes on.")
+@click.option("--family", help="Train by this family's recipe instead of a CONFIG: gaf.")
+@click.option("--from", help="The model that the recipe starts from, such as `mvmlx init gaf` writes it.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of captures that the recipe trains on.")
+@click.option("--steps", type=int, help="Training steps.  [default: the recipe's, like all of these]")
+@click.option("--batch-size", type=int, help="Subjects per step.")
+@click.option("--learning-rate", type=float, help="After the warm-up.")
+@click.option("--dtype", help="float32, or bfloat16 with PyTorch.")
+@click.option("--seed", type=int, help="Of the batches.")
+@click.option("--prompt", help="Text of every picture.")
+@click.option("--held-out", type=float, help="Share of the captures kept for validation; 0 trains on all.")
+@click.option("--checkpoint-every", type=int, help="Steps between two states that a killed run goes on from.")
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="Less memory, more time.")
 @backend_options
-def train(config: Path, output: Path, backend: str, device: str) -> None:
-    """Train one stage of a model as the TOML file CONFIG says; see docs/training.md."""
+def train(config: Path | None, output: Path, backend: str, device: str, **options: Any) -> None:
+    """Train one stage of a model as the TOML file CONFIG says, or by a family's recipe; see docs/training.md."""
     from mvshared.commands.training import train_model
 
-    train_model(config, output, backend=backend, device=device)
+    train_model(config, output, options, backend=backend, device=device)
 
 
 @cli.command("render-heads")

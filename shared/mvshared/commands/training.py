@@ -1,20 +1,66 @@
 """`mvmlx train` and `mvmlx render-heads`."""
 
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mvshared.errors import MvWarning, OptionError
 
-def train_model(config: Path, output: Path, *, backend: str, device: str) -> None:
-    """`mvmlx train`."""
-    from mvshared.training.config import load_train_config
+if TYPE_CHECKING:
+    from mvshared.training.config import TrainConfig
+
+
+def train_model(config: Path | None, output: Path, options: Mapping[str, Any], *, backend: str, device: str) -> None:
+    """`mvmlx train`. Options that were not given are None."""
     from mvshared.training.loop import train
     from mvshared.training.samples import sample_writer
 
-    settings = load_train_config(config)
+    settings = _settings(config, {name: value for name, value in options.items() if value is not None})
     write_sample = sample_writer(settings, output, backend=backend, device=device)
-    folder = train(settings, output, backend=backend, device=device, on_sample=write_sample)
+    with _warnings_in_a_line():
+        folder = train(settings, output, backend=backend, device=device, on_sample=write_sample)
     click.echo(f"trained model in {folder}")
+
+
+def _settings(config: Path | None, given: dict[str, Any]) -> "TrainConfig":
+    """What a TOML file says, or the recipe of a family with the options that change it."""
+    from mvshared.training.config import load_train_config
+    from mvshared.training.presets import preset
+
+    if config is not None:
+        for name, value in given.items():
+            raise OptionError(name, expected="left out beside a CONFIG file, which says it all", got=value)
+        return load_train_config(config)
+    if "family" not in given:
+        raise OptionError("config", expected="a TOML file, or --family with --from and --data", got=None)
+    family = given.pop("family")
+    for name, what in {"from": "the model to start from", "data": "a folder of captures"}.items():
+        if name not in given:
+            raise OptionError(name, expected=f"given with --family: {what}", got=None)
+    return preset(family, source=given.pop("from"), data=given.pop("data"), changes=given)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print each MvWarning once, when it is raised: a training is long."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if not issubclass(category, MvWarning):
+            usual(message, category, *rest)
+        elif str(message) not in said:
+            said.add(str(message))
+            click.echo(f"mvmlx: warning: {message}", err=True)
+
+    usual = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MvWarning)
+        warnings.showwarning = show
+        yield
 
 
 def render_head_dataset(output: Path, identities: range, *, views: int, size_px: int, processes: int | None) -> None:

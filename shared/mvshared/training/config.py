@@ -17,10 +17,10 @@ TrainDtype = Literal["float32", "bfloat16"]
 class DataConfig:
     """Which pictures are learned and how they are put together.
 
-    `folder` holds captures. Of each capture the last `held_out` share of the folders is kept for validation. A reference is
-    a view with an azimuth within +-`reference_max_azimuth_deg`; `targets` other views are learned with it. `mirror` adds the
-    mirror image of every capture. The reference is dropped with probability `reference_dropout`, the normal maps with
-    `normals_dropout`. `prompt` is the text of every picture, for a network that takes one.
+    `folder` holds captures. The last `held_out` share of them, one at least, is kept for validation, none if it is 0. A
+    reference is a view with an azimuth within +-`reference_max_azimuth_deg`; `targets` other views are learned with it.
+    `mirror` adds the mirror image of every capture. The reference is dropped with probability `reference_dropout`, the normal
+    maps with `normals_dropout`. `prompt` is the text of every picture, for a network that takes one.
     """
 
     folder: str

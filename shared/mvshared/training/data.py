@@ -59,18 +59,21 @@ class UNetBatch(NamedTuple):
 
 
 def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], list[Path]]:
-    """The capture folders to train on and to validate on, by name; the last ones are held out; each side has one at least.
+    """The capture folders to train on and to validate on, by name; the last ones are held out, none with `held_out` 0.
 
-    Raises DatasetError if there are fewer than two captures.
+    Each side has one at least. Raises DatasetError if there are too few for that.
     """
     folder = Path(folder)
     found = sorted(path.parent for path in folder.glob("*/transforms.json"))
-    if len(found) < 2:
-        raise DatasetError(
-            f"needs at least 2 captures (folders with a transforms.json), has {len(found)}",
-            path=folder,
-            hint="make some with: mvmlx render-heads",
-        )
+    needed = 2 if held_out else 1
+    if len(found) < needed:
+        hint = "with held_out 0 one is enough" if found else "make some with: mvmlx render-heads"
+        if (folder / "transforms.json").is_file():
+            hint = "this is a capture itself: name the folder that it is in"
+        counted = f"{needed} capture{'s' if needed > 1 else ''} (folders with a transforms.json)"
+        raise DatasetError(f"needs at least {counted}, has {len(found)}", path=folder, hint=hint)
+    if not held_out:
+        return found, []
     count = min(max(1, round(held_out * len(found))), len(found) - 1)
     return found[:-count], found[-count:]
 

@@ -29,9 +29,10 @@ from mvshared.checkpoint import (
     write_component,
     write_model_config,
 )
-from mvshared.config import ModelConfig, UNetConfig, VAEConfig
+from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConfig
 from mvshared.errors import ConfigError, NumericsError, OutputError
 from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
+from mvshared.training.checks import check_captures
 from mvshared.training.conditions import encode_conditions
 from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures
@@ -39,6 +40,7 @@ from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_w
 from mvshared.training.log import LogRow, TrainingLog
 from mvshared.training.optimizer import Weights, steps_of
 from mvshared.training.upscaler import save_upscaler, upscaler_batches, upscaler_config, upscaler_trainer
+from mvshared.training.upscaler_data import UpscalerBatches
 from mvshared.weights import read_header, read_weights, sha256_of_files
 
 STATE = "state.safetensors"
@@ -47,11 +49,14 @@ HELD_OUT_BATCHES = 4
 
 
 class Stage(NamedTuple):
-    """What differs between the stages: the trainer, its batches, and how its averaged weights become a checkpoint folder."""
+    """What differs between the stages: the trainer, its batches, and how its averaged weights become a checkpoint folder.
+
+    `held_out_batch` is None where no capture is held out.
+    """
 
     trainer: Any
     batch: Callable[[int], Any]
-    held_out_batch: Callable[[int], Any]
+    held_out_batch: Callable[[int], Any] | None
     save_model: Callable[[], None]
 
 
@@ -167,7 +172,9 @@ def _as_json(value: Any) -> Any:
     return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _held_out_loss(stage: Stage) -> float:
+def _held_out_loss(stage: Stage) -> float | None:
+    if stage.held_out_batch is None:
+        return None
     return float(np.mean([stage.trainer.evaluate(stage.held_out_batch(number)) for number in range(HELD_OUT_BATCHES)]))
 
 
@@ -176,9 +183,10 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
     vae = config.vae
     training, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
     pictures, held_out_pictures = (
-        VAEPictures(folders, config.data, latent_channels=vae.latent_channels, downscale=vae.downscale)
+        VAEPictures(folders, config.data, latent_channels=vae.latent_channels, downscale=vae.downscale) if folders else None
         for folders in (training, held_out)
     )
+    assert pictures is not None
     weights = _initial(config, "vae", module.vae_weight_shapes(vae))
     trainer = module.vae_trainer(
         vae, config.optimizer, config.vae_loss, weights, frozen=config.frozen, dtype=config.dtype, device=device
@@ -190,7 +198,7 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
     return Stage(
         trainer,
         lambda step: pictures.batch(step, size=config.batch_size, seed=config.seed),
-        lambda number: held_out_pictures.batch(number, size=config.batch_size, seed=config.seed + HELD_OUT_SEED),
+        _held_out(held_out_pictures, config),
         save_model,
     )
 
@@ -201,6 +209,10 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     assert vae_source is not None
     model = _base_model(config, source, vae_source)
     unet = model.unet
+    captures = find_captures(config.data.folder, held_out=config.data.held_out)
+    names = [(name, folders) for name, folders in zip(("training", "held-out"), captures, strict=True) if folders]
+    if not (folder / STATE).exists():
+        check_captures(names, config.data, model)
     weights = _initial(config, "unet", module.unet_weight_shapes(unet), unet=unet)
     trainer = module.unet_trainer(
         unet,
@@ -213,11 +225,13 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     )
     vae, training, held_out = _latents(config, vae_source, folder, backend=backend, device=device)
     model = replace(model, vae=vae)
-    names = list(zip(("training", "held-out"), find_captures(config.data.folder, held_out=config.data.held_out), strict=True))
+    if source is not None:
+        model = replace(model, defaults=_defaults(model, training))
     conditions = encode_conditions(source or vae_source, model, config.data, names, folder, backend=backend, device=device)
-    batches, held_out_batches = (
+    encoded = [training] if held_out is None else [training, held_out]
+    batches, *held_out_batches = (
         ViewBatches(latents, config.data, model.scheduler, normal_channels=unet.normal_channels, **given._asdict())
-        for latents, given in zip((training, held_out), conditions, strict=True)
+        for latents, given in zip(encoded, conditions, strict=True)
     )
     vae_weights = read_weights(weight_files(vae_source, "vae"), module.vae_weight_shapes(vae))
 
@@ -233,7 +247,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     return Stage(
         trainer,
         lambda step: batches.batch(step, size=config.batch_size, seed=config.seed),
-        lambda number: held_out_batches.batch(number, size=config.batch_size, seed=config.seed + HELD_OUT_SEED),
+        _held_out(held_out_batches[0] if held_out_batches else None, config),
         save_model,
     )
 
@@ -246,9 +260,15 @@ def _upscaler_stage(config: TrainConfig, folder: Path, module: ModuleType, *, ba
     return Stage(
         trainer,
         lambda step: batches.batch(step, size=config.batch_size, seed=config.seed),
-        lambda number: held_out.batch(number, size=config.batch_size, seed=config.seed + HELD_OUT_SEED),
+        _held_out(held_out, config),
         lambda: save_upscaler(folder / "model", config, upscaler, _cast(trainer.ema_weights(), config.model_dtype)),
     )
+
+
+def _held_out(source: VAEPictures | ViewBatches | UpscalerBatches | None, config: TrainConfig) -> Callable[[int], Any] | None:
+    if source is None:
+        return None
+    return lambda number: source.batch(number, size=config.batch_size, seed=config.seed + HELD_OUT_SEED)
 
 
 def _model_source(config: TrainConfig) -> Path | None:
@@ -273,6 +293,12 @@ def _base_model(config: TrainConfig, source: Path | None, vae_source: Path) -> M
     )
 
 
+def _defaults(model: ModelConfig, latents: Latents) -> GenerationDefaults:
+    """The model's defaults at the size that it is trained at, if that is a square."""
+    height, width = (model.vae.downscale * side for side in latents.images.shape[1:3])
+    return replace(model.defaults, size_px=height) if height == width else model.defaults
+
+
 def _copy_encoders(source: Path, target: Path) -> None:
     """The folders that are not trained, as they are."""
     for name in ("text_encoder", "image_encoder", "tokenizer", "feature_extractor"):
@@ -282,28 +308,28 @@ def _copy_encoders(source: Path, target: Path) -> None:
 
 def _latents(
     config: TrainConfig, source: Path, folder: Path, *, backend: str, device: str
-) -> tuple[VAEConfig, Latents, Latents]:
-    """The VAE's config with the statistics of its latents, and the encoded captures for training and validation.
+) -> tuple[VAEConfig, Latents, Latents | None]:
+    """The VAE's config with the statistics of its latents, and the encoded captures for training and validation, if any are.
 
     They are kept in the run folder under the hash of the VAE's weights.
     """
     files = weight_files(source, "vae")
     key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
-    paths = [folder / f"latents-{name}-{key}.npz" for name in ("training", "held-out")]
+    captures = [found for found in find_captures(config.data.folder, held_out=config.data.held_out) if found]
+    paths = [folder / f"latents-{name}-{key}.npz" for name in ("training", "held-out")[: len(captures)]]
     vae = read_vae_config(source)
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
     if not all(path.exists() for path in paths):
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
         encode = package.load_vae(raw, files, device=device).encode
-        captures = find_captures(config.data.folder, held_out=config.data.held_out)
         _prepare(folder, config)
         for path, folders in zip(paths, captures, strict=True):
             encode_captures(folders, config.data, encode).save(path)
-    training, held_out = (Latents.load(path) for path in paths)
+    training, *held_out = (Latents.load(path) for path in paths)
     if vae.latents_mean is None and config.unet is not None:
         sample = training.images.reshape(-1, vae.latent_channels).astype(np.float64)
         vae = replace(vae, scaling_factor=1.0, latents_mean=_rounded(sample.mean(0)), latents_std=_rounded(sample.std(0)))
-    return vae, _scaled(training, vae), _scaled(held_out, vae)
+    return vae, _scaled(training, vae), _scaled(held_out[0], vae) if held_out else None
 
 
 def _cast(weights: Mapping[str, NDArray[Any]], dtype: str) -> dict[str, NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Sample sheets during training: what the averaged weights make of held-out captures."""
+"""Sample sheets during training: what the averaged weights make of held-out captures, or of those that are learned."""
 
 import importlib
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from mvshared.backend import PACKAGES, choose_backend, load, load_upscaler
 from mvshared.camera import azimuth_elevation
 from mvshared.captures import load_capture
 from mvshared.checkpoint import read_vae_config, weight_files
+from mvshared.config import ModelConfig
 from mvshared.files import make_folder, write_atomic
 from mvshared.images import encode_png, from_model, sheet
 from mvshared.training.config import TrainConfig
@@ -30,9 +31,9 @@ def sample_writer(config: TrainConfig, folder: Path, *, backend: str, device: st
     """
 
     def write(model: Path, step: int) -> None:
-        _, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
+        training, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
         makers = {"vae": _reconstructions, "unet": _generated, "upscaler": _upscaled}
-        picture = makers[config.stage](config, held_out[:ROWS], model, backend=backend, device=device)
+        picture = makers[config.stage](config, (held_out or training)[:ROWS], model, backend=backend, device=device)
         write_atomic(make_folder(folder / "samples") / f"step_{step:06}.png", encode_png(picture))
 
     return write
@@ -52,6 +53,12 @@ def _reconstructions(config: TrainConfig, folders: list[Path], model: Path, *, b
     return sheet(np.stack(rows))
 
 
+def _normals(config: TrainConfig, paths: list[Path | None], model: ModelConfig) -> list[Path] | None:
+    """The normal maps that steer a GAF model, if every view has one."""
+    found = [path for path in paths if path is not None]
+    return found if model.family == "gaf" and config.data.normals and len(found) == len(paths) else None
+
+
 def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend: str, device: str) -> NDArray[np.uint8]:
     pipeline = load(model, backend=backend, device=device, dtype="float32")
     rows = []
@@ -62,7 +69,12 @@ def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend
         reference = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
         others = [view for view in range(len(pixels)) if view != reference][-VIEWS:]
         images = from_model(pixels)
-        views = pipeline.generate(images[reference], cameras=capture.poses[others])
+        views = pipeline.generate(
+            images[reference],
+            prompt=None if pipeline.model.config.text_encoder is None else config.data.prompt,
+            cameras=capture.poses[others],
+            normals=_normals(config, [capture.normal_paths[view] for view in others], pipeline.model.config),
+        )
         rows.append(np.concatenate([images[reference : reference + 1], views.images, images[others]]))
     return sheet(np.stack(rows))
 

@@ -68,14 +68,17 @@ def upscaler_trainer(config: TrainConfig, upscaler: UpscalerConfig, module: Modu
 
 def upscaler_batches(
     config: TrainConfig, upscaler: UpscalerConfig, folder: Path, *, backend: str, device: str
-) -> tuple[UpscalerBatches, UpscalerBatches]:
-    """Batches for training and for validation; the latents are kept in the run folder under the hash of the VAE's weights."""
+) -> tuple[UpscalerBatches, UpscalerBatches | None]:
+    """Batches for training and for validation, None if nothing is held out; the latents are kept in the run folder under the
+    hash of the VAE's weights."""
     assert config.vae_from is not None
     files = weight_files(find_model(config.vae_from), "vae")
     key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     captures = find_captures(config.data.folder, held_out=config.data.held_out)
     codec, batches = None, []
     for name, folders in zip(("training", "held-out"), captures, strict=True):
+        if not folders:
+            continue
         path = folder / f"pairs-{name}-{key}.npz"
         if not path.exists():
             if codec is None:
@@ -88,7 +91,7 @@ def upscaler_batches(
         batches.append(
             UpscalerBatches(LatentPairs.load(path), upscaler.sigmas, channels=upscaler.noise_channels, frequencies=frequencies)
         )
-    return batches[0], batches[1]
+    return batches[0], batches[1] if len(batches) > 1 else None
 
 
 def save_upscaler(folder: Path, config: TrainConfig, upscaler: UpscalerConfig, weights: Mapping[str, NDArray[Any]]) -> None:

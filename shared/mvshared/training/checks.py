@@ -1,0 +1,79 @@
+"""What captures must have for the model that learns from them, looked at before anything is loaded or encoded."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mvshared.camera import azimuth_elevation
+from mvshared.captures import Capture, load_capture
+from mvshared.config import ModelConfig
+from mvshared.errors import DatasetError, MvWarning
+from mvshared.training.config import DataConfig
+
+
+def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, model: ModelConfig) -> None:
+    """Look at named lists of captures: sizes, numbers of views, normal maps. Pictures are opened, not decoded.
+
+    Raises DatasetError for captures that cannot be learned from, and warns (MvWarning) of those that are left out and of
+    views without normal maps.
+    """
+    captures = [(name, folder, load_capture(folder)) for name, folders in named for folder in folders]
+    for _, folder, capture in captures:
+        if len(capture.image_paths) < 2:
+            raise DatasetError("a capture needs at least 2 views", path=folder)
+    _check_sizes([capture for *_, capture in captures], factor=model.vae.downscale * model.unet.downscale)
+    for name, folders in named:
+        own = [(folder, capture) for part, folder, capture in captures if part == name]
+        left_out = [folder for folder, capture in own if not _is_usable(capture, config)]
+        lack = f"no view within +-{config.reference_max_azimuth_deg:g} degrees of the front with {config.targets} others"
+        if folders and len(left_out) == len(folders):
+            raise DatasetError(f"the {name} captures have {lack}", path=config.folder)
+        if left_out:
+            text = f"{left_out[0]} and {len(left_out) - 1} more" if left_out[1:] else str(left_out[0])
+            warnings.warn(f"not learned from, for there is {lack}: {text}", MvWarning, stacklevel=2)
+    if model.unet.normal_channels and config.normals and model.family == "gaf":
+        _check_normals([capture for *_, capture in captures], folder=config.folder)
+
+
+def _check_sizes(captures: list[Capture], *, factor: int) -> None:
+    """All pictures and normal maps have one size, a multiple of `factor`."""
+    expected = None
+    for capture in captures:
+        for path in (*capture.image_paths, *(path for path in capture.normal_paths if path is not None)):
+            size = _size_px(path)
+            if expected is None and (size[0] % factor or size[1] % factor):
+                reason = f"width and height must be multiples of {factor} for this model, got {size[0]} x {size[1]} pixels"
+                raise DatasetError(reason, path=path)
+            expected = expected or size
+            if size != expected:
+                reason = f"all pictures must have one size, got {size[0]} x {size[1]} after {expected[0]} x {expected[1]}"
+                raise DatasetError(reason, path=path)
+
+
+def _size_px(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, Image.DecompressionBombError) as cause:
+        raise DatasetError(f"is no picture that can be read: {cause}", path=path) from cause
+
+
+def _is_usable(capture: Capture, config: DataConfig) -> bool:
+    azimuths = (azimuth_elevation(capture.poses).azimuths_deg + 180) % 360 - 180
+    return len(azimuths) > config.targets and bool(np.any(np.abs(azimuths) <= config.reference_max_azimuth_deg))
+
+
+def _check_normals(captures: list[Capture], *, folder: str) -> None:
+    views = [path for capture in captures for path in capture.normal_paths]
+    missing = views.count(None)
+    if missing == len(views):
+        raise DatasetError(
+            "no view has a normal map (normal_file_path in transforms.json), and they are what a GAF model is for",
+            path=folder,
+            hint="a TOML file with normals = false in its table data trains without",
+        )
+    if missing:
+        warnings.warn(f"{missing} of {len(views)} views have no normal map and are learned without", MvWarning, stacklevel=3)
