@@ -23,7 +23,7 @@ class Parameters:
 
     `image_sha256` and `normals_sha256` are of the prepared pixels, `latents_sha256` of the initial latents if they were given;
     `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. Prompts are None
-    for a model that takes no text. `cameras` are poses (v, 4, 4).
+    for a model that takes no text. `cameras` are poses (v, 4, 4). What has a default here is missing in older files.
     """
 
     model: str
@@ -34,6 +34,7 @@ class Parameters:
     image: str | tuple[str, ...] | None
     image_sha256: str | None
     image_scale: float
+    reference_scale: float = 1.0
     prompt: str | None
     negative_prompt: str | None
     normals: str | tuple[str, ...] | None
@@ -44,6 +45,11 @@ class Parameters:
     fov_deg: float
     steps: int
     guidance: float
+    guidance_text: float | None = None
+    guidance_image: float | None = None
+    guidance_normals: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
     scheduler: str
     eta: float
     seed: int
