@@ -206,7 +206,7 @@ class SpatialTransformer(nn.Module):
         *,
         views: int,
         options: AttentionOptions,
-        frame_bias: Sequence[float] | None = None,
+        frame_bias: tuple[float, ...] | None = None,
     ) -> mx.array:
         """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c).
 

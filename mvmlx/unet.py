@@ -224,7 +224,7 @@ class MultiViewUNet(nn.Module):
         emb: mx.array,
         cross: Iterator[Sequence[CrossKeyValues] | None],
         frames: int,
-        frame_bias: Sequence[float] | None,
+        frame_bias: tuple[float, ...] | None,
     ) -> mx.array:
         recompute = self.gradient_checkpointing
         x = run_block(resnet, x, emb, recompute=recompute)

@@ -203,7 +203,7 @@ class SpatialTransformer(nn.Module):
         *,
         views: int,
         options: AttentionOptions,
-        frame_bias: Sequence[float] | None = None,
+        frame_bias: tuple[float, ...] | None = None,
     ) -> Tensor:
         """Views (b v, c, h, w) and what each block attends to beside the views, to (b v, c, h, w).
 

@@ -227,7 +227,7 @@ class MultiViewUNet(nn.Module):
         emb: Tensor,
         cross: Iterator[Sequence[CrossKeyValues] | None],
         frames: int,
-        frame_bias: Sequence[float] | None,
+        frame_bias: tuple[float, ...] | None,
     ) -> Tensor:
         recompute = self.gradient_checkpointing
         x = run_block(resnet, x, emb, recompute=recompute)

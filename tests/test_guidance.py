@@ -398,7 +398,7 @@ def test_every_step_computes_the_branches_that_it_needs(
     assert batches(pipeline, steps=4, **options) == counts
 
 
-def test_a_run_is_the_sum_of_its_branches_step_by_step(pipeline: Pipeline[Any]) -> None:
+def test_every_step_gets_the_weights_of_its_branches_and_the_rescaling(pipeline: Pipeline[Any]) -> None:
     recorded = record(pipeline)
     options: dict[str, Any] = {"guidance_interval": (0.5, 1), "guidance_rescale": 0.3, **EVERYTHING}
     generate(recorded.pipeline, **options)
