@@ -31,6 +31,7 @@ from mvshared.conversion.configs import (
 from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.raw import RawTensor, write_safetensors
 from mvshared.files import make_folder, write_json
+from mvshared.guidance import ALL, Guidance
 
 TIMESTEP, GUIDANCE = 500.0, 5.0
 POOL = 1 << 22  # random numbers that are used again and again: drawing two thousand million takes minutes
@@ -94,12 +95,13 @@ def step(*, model: str, backend: str, dtype: str) -> Prepared:
     """One guided call of the U-Net, with its constant part prepared; of the model, only the U-Net is loaded."""
     loaded = _unet_alone(Path(model), backend=backend, dtype=dtype)
     x = loaded.from_numpy(random_latents(loaded))
-    condition = condition_of(loaded, x, guided=True)
+    guided = Guidance(guidance=GUIDANCE).mixture(ALL)
+    condition = condition_of(loaded, x, branches=guided.branches)
 
     def facts() -> dict[str, Any]:
         return {"device": loaded.device, "peak_memory_bytes": peak_rss_bytes(), **library_facts(loaded)}
 
-    return Prepared(lambda: loaded.to_numpy(loaded.denoise(x, TIMESTEP, condition, GUIDANCE)), facts)
+    return Prepared(lambda: loaded.to_numpy(loaded.denoise(x, TIMESTEP, condition, guided.weights)), facts)
 
 
 def _unet_alone(folder: Path, *, backend: str, dtype: str) -> Any:

@@ -1,6 +1,6 @@
 """Cases of a loaded model: a whole generation, one step of the U-Net, and the VAE, for the model's default views and size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from benchmarks.measure import peak_rss_bytes
 from benchmarks.worker import Prepared
 from mvshared.backend import Model, load
 from mvshared.camera import camera_vectors, even_azimuths, orbit
+from mvshared.guidance import PLAIN, Branch
 
 TIMESTEP = 500.0
 
@@ -25,8 +26,8 @@ def unet_step(*, model: str, backend: str, dtype: str) -> Prepared:
     """One call of the U-Net with its constant part prepared, without guidance, its output copied to numpy."""
     loaded = load(model, backend=backend, dtype=dtype).model
     x = loaded.from_numpy(random_latents(loaded))
-    condition = condition_of(loaded, x, guided=False)
-    return _prepared(loaded, lambda: loaded.to_numpy(loaded.denoise(x, TIMESTEP, condition, 1.0)))
+    condition = condition_of(loaded, x, branches=PLAIN.branches)
+    return _prepared(loaded, lambda: loaded.to_numpy(loaded.denoise(x, TIMESTEP, condition, PLAIN.weights)))
 
 
 def vae_encode(*, model: str, backend: str, dtype: str) -> Prepared:
@@ -45,7 +46,7 @@ def vae_decode(*, model: str, backend: str, dtype: str) -> Prepared:
     return _prepared(loaded, lambda: loaded.decode(x))
 
 
-def condition_of(model: Model[Any], latents: Any, *, guided: bool) -> Any:
+def condition_of(model: Model[Any], latents: Any, *, branches: Sequence[Branch]) -> Any:
     """The constant part of a step with everything that the model takes, but for normal maps: random states, even cameras."""
     config, rng = model.config, np.random.default_rng(1)
     poses = orbit(even_azimuths(len(latents)), config.defaults.elevation_deg, radius=config.camera.radius)
@@ -55,12 +56,12 @@ def condition_of(model: Model[Any], latents: Any, *, guided: bool) -> Any:
         return model.from_numpy(rng.standard_normal((count, tokens, width), np.float32))
 
     return model.condition(
-        text=None if text is None else states(1 + guided, text.max_position_embeddings, text.hidden_size),
+        text=None if text is None else states(min(2, len(branches)), text.max_position_embeddings, text.hidden_size),
         image_states=None if vision is None else states(1, vision.tokens, vision.hidden_size),
         cameras=camera_vectors(poses) if config.unet.camera_dim else None,
         reference=latents[:1] if config.unet.reference_frame else None,
         normals=None,
-        guided=guided,
+        branches=branches,
     )
 
 

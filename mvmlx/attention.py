@@ -22,16 +22,25 @@ class KeyValues(NamedTuple):
     values: mx.array
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, *, options: AttentionOptions, causal: bool = False) -> mx.array:
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    options: AttentionOptions,
+    causal: bool = False,
+    key_bias: mx.array | None = None,
+) -> mx.array:
     """softmax(q k^T / sqrt(d)) v of queries (b, n, l, d) to keys and values (b, n, m, d), as (b, n, l, d).
 
-    `causal` lets a token attend to itself and to those before it; there l = m. The softmax is in float32 whatever the dtype.
+    `causal` lets a token attend to itself and to those before it; there l = m. `key_bias` (m,) is added to the scores of each
+    key, and not for causal attention. The softmax is in float32 whatever the dtype.
     """
     if options.implementation == "fused":
-        mask = "causal" if causal else None
+        mask = "causal" if causal else None if key_bias is None else key_bias.astype(q.dtype)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
     if options.implementation == "plain":
-        return _plain_attention(q, k, v, first=0 if causal else None)
+        return _plain_attention(q, k, v, first=0 if causal else None, key_bias=key_bias)
     batch, heads, queries, width = q.shape
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
     plan = score_slices(heads=batch * heads, queries=queries, keys=k.shape[1], budget_bytes=options.budget_bytes)
@@ -42,13 +51,16 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, options: AttentionOption
         piece = q[head, query]
         if out[0]:  # evaluation is lazy: without an order, twice as many pieces are in flight together
             piece = mx.depends(piece, (out[-1] or out[-2])[-1])
-        out[-1].append(_plain_attention(piece, k[head], v[head], first=query.start if causal else None))
+        first = query.start if causal else None
+        out[-1].append(_plain_attention(piece, k[head], v[head], first=first, key_bias=key_bias))
     return mx.concatenate([mx.concatenate(row, axis=1) for row in out]).reshape(batch, heads, queries, width)
 
 
-def _plain_attention(q: mx.array, k: mx.array, v: mx.array, *, first: int | None) -> mx.array:
+def _plain_attention(q: mx.array, k: mx.array, v: mx.array, *, first: int | None, key_bias: mx.array | None) -> mx.array:
     """Of all queries, or causally of those from number `first` on."""
     scores = (q.astype(mx.float32) * q.shape[-1] ** -0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
+    if key_bias is not None:
+        scores = scores + key_bias
     if first is not None:
         later = mx.triu(mx.ones(scores.shape[-2:]), first + 1).astype(mx.bool_)
         scores = mx.where(later, -mx.inf, scores)
@@ -71,9 +83,12 @@ class Attention(nn.Module):
         """Keys and values (b, n, m, d) of a context (b, m, context_dim)."""
         return KeyValues(self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context)))
 
-    def __call__(self, x: mx.array, key_values: KeyValues, *, options: AttentionOptions) -> mx.array:
-        """Tokens (b, l, c) that attend to `key_values`, as (b, l, c)."""
-        return self._merge_heads(attention(self._split_heads(self.to_q(x)), *key_values, options=options))
+    def __call__(
+        self, x: mx.array, key_values: KeyValues, *, options: AttentionOptions, key_bias: mx.array | None = None
+    ) -> mx.array:
+        """Tokens (b, l, c) that attend to `key_values`, whose scores get `key_bias` (m,), as (b, l, c)."""
+        q = self._split_heads(self.to_q(x))
+        return self._merge_heads(attention(q, *key_values, options=options, key_bias=key_bias))
 
     def _merge_heads(self, x: mx.array) -> mx.array:
         return self.to_out[0](x.swapaxes(1, 2).flatten(2))
@@ -144,10 +159,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def __call__(self, x: mx.array, cross: CrossKeyValues | None, *, options: AttentionOptions) -> mx.array:
-        """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c)."""
+    def __call__(
+        self, x: mx.array, cross: CrossKeyValues | None, *, options: AttentionOptions, key_bias: mx.array | None = None
+    ) -> mx.array:
+        """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c).
+
+        `key_bias` (l,) is added to the scores of the tokens in the self-attention.
+        """
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h), options=options)
+        x = x + self.attn1(h, self.attn1.keys_values(h), options=options, key_bias=key_bias)
         if cross is not None:
             x = x + self.attn2(self.norm2(x), cross, options=options)
         return x + self.ff(self.norm3(x))
@@ -180,11 +200,21 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def __call__(
-        self, x: mx.array, cross: Sequence[CrossKeyValues] | None, *, views: int, options: AttentionOptions
+        self,
+        x: mx.array,
+        cross: Sequence[CrossKeyValues] | None,
+        *,
+        views: int,
+        options: AttentionOptions,
+        frame_bias: tuple[float, ...] | None = None,
     ) -> mx.array:
-        """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c)."""
+        """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c).
+
+        `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
+        """
         n, h, w, c = x.shape
+        key_bias = None if frame_bias is None else mx.repeat(mx.array(frame_bias), h * w)
         tokens = self.proj_in(self.norm(x)).reshape(n // views, views * h * w, c)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
-            tokens = block(tokens, kv, options=options)
+            tokens = block(tokens, kv, options=options, key_bias=key_bias)
         return x + self.proj_out(tokens.reshape(x.shape))

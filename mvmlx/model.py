@@ -27,6 +27,7 @@ from mvshared.backend import Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
+from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.weights import check_names_and_shapes, match_tensors
 
 NO_NETWORKS: dict[str, Any] = {"unet": None, "vae": None}
@@ -34,17 +35,18 @@ NO_NETWORKS: dict[str, Any] = {"unet": None, "vae": None}
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What stays constant over the sampling steps; batches are [unconditional, conditional] if guided, else [conditional].
+    """What stays constant over the sampling steps, for b branches of the guidance.
 
-    What the views attend to beside themselves, cameras (b, v, 16), reference latents (b, r, h, w, c), latents of the normal
-    maps (b, v, h, w, c).
+    What the views attend to beside themselves, cameras (b, v, 16), reference latents (b, r, h, w, c) and the weight of their
+    tokens, latents of the normal maps (b, v, h, w, c).
     """
 
     cross: Cross | None
     cameras: mx.array | None
     reference: mx.array | None
+    reference_scale: float
     normals: mx.array | None
-    guided: bool
+    branches: Sequence[Branch]
 
 
 class MultiViewModel(LatentModel):
@@ -99,54 +101,72 @@ class MultiViewModel(LatentModel):
         image_scale: float = 1.0,
         cameras: NDArray[np.float32] | None,
         reference: mx.array | None,
+        reference_scale: float = 1.0,
         normals: mx.array | None,
-        guided: bool,
+        branches: Sequence[Branch],
     ) -> Condition:
-        """What `denoise` needs of text states ([unconditional, conditional] if guided, else [conditional]; n, l, c), states
-        (r, m, c) and clean latents (r, h, w, c) of r pictures, camera vectors (v, 16) and latents of normal maps (v, h, w, c).
+        """What `denoise` needs of text states (n, l, c), the last ones of the prompt and the first ones of the negative prompt,
+        states (r, m, c) and clean latents (r, h, w, c) of r pictures, camera vectors (v, 16) and latents of normal maps
+        (v, h, w, c).
 
-        The unconditional half has zeros for the pictures; cameras and normal maps say what is looked at, so both halves have
-        them. Raises OptionError for shapes that do not fit.
+        A branch that does not see the pictures or the normal maps has zeros for them; the cameras say what is looked at, so all
+        have them. Raises OptionError for shapes that do not fit.
         """
+        check_branches(branches, texts=None if text is None else len(text))
 
-        def batched(x: mx.array | None, *, drop: bool = False) -> mx.array | None:
-            if x is None:
-                return None
-            return _evaluated(mx.stack([mx.zeros_like(x) if drop else x, x]) if guided else x[None])
+        def batched(x: mx.array | None, seen: Sequence[bool]) -> mx.array | None:
+            return None if x is None else _evaluated(mx.stack([x if each else mx.zeros_like(x) for each in seen]))
 
         with _on_device(self.device):
-            views = None if cameras is None else self.from_numpy(cameras)
-            states = batched(image_states, drop=True)
-            cross = self.unet.cross_keys_values(text, image_states=states, image_scale=image_scale)
+            pictured = [branch.image for branch in branches]
+            context = None if text is None else mx.stack([text[-1 if branch.text else 0] for branch in branches])
+            states = batched(image_states, pictured)
+            cross = self.unet.cross_keys_values(context, image_states=states, image_scale=image_scale)
             mx.eval(cross)
             return Condition(
                 cross=cross,
-                cameras=batched(views),
-                reference=batched(reference, drop=True),
-                normals=batched(normals),
-                guided=guided,
+                cameras=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
+                reference=batched(reference, pictured),
+                reference_scale=reference_scale,
+                normals=batched(normals, [branch.normals for branch in branches]),
+                branches=branches,
             )
 
-    def denoise(self, x: mx.array, t: float, condition: Condition, guidance: float) -> mx.array:
-        """The U-Net's output (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t.
+    def denoise(self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> mx.array:
+        """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch.
 
-        Guided, it is `unconditional + guidance * (conditional - unconditional)`. Raises OptionError for shapes that do not fit.
+        Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
+        check_weights(weights, branches=condition.branches)
         unet = self.config.unet
         with _on_device(self.device):
-            batch = 2 if condition.guided else 1
+            batch = len(condition.branches)
             sample = mx.broadcast_to(x[None], (batch, *x.shape))
             if unet.normal_channels:
                 zeros = mx.zeros((*sample.shape[:-1], unet.normal_channels), dtype=x.dtype)
                 sample = mx.concatenate([sample, zeros if condition.normals is None else condition.normals], axis=-1)
             timesteps = mx.full((batch,), t, dtype=mx.float32)
             out = self.unet(
-                sample, timesteps, cross=condition.cross, camera=condition.cameras, reference=condition.reference
+                sample,
+                timesteps,
+                cross=condition.cross,
+                camera=condition.cameras,
+                reference=condition.reference,
+                reference_scale=condition.reference_scale,
             ).astype(mx.float32)
-            if not condition.guided:
-                return _evaluated(out[0])
-            unconditional, conditional = out[0], out[1]
-            return _evaluated(unconditional + guidance * (conditional - unconditional))
+            mixed = (mx.array(list(weights), dtype=mx.float32)[:, None, None, None, None] * out).sum(0)
+            return _evaluated(rescaled(mixed, out[-1], rescale) if rescale else mixed)
+
+
+def rescaled(x: mx.array, conditional: mx.array, share: float) -> mx.array:
+    """Guided outputs (v, h, w, c), a share of them with the deviation of the conditional ones, view by view.
+
+    Section 3.4 of arXiv 2305.08891; a view without any deviation stays as it is.
+    """
+    deviation = x.std(axis=(1, 2, 3), keepdims=True)
+    ratio = conditional.std(axis=(1, 2, 3), keepdims=True) / deviation
+    return x * mx.where(deviation > 0, 1 - share + share * ratio, 1.0)
 
 
 def choose_device(device: str = "auto") -> str:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mvmlx.attention import CrossKeyValues, SpatialTransformer
 from mvmlx.clip import Resampler
 from mvmlx.layers import Downsample, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, run_block, timestep_embedding
-from mvshared.attention import FUSED, AttentionOptions
+from mvshared.attention import FUSED, AttentionOptions, frame_bias
 from mvshared.config import UNetConfig
 from mvshared.shapes import check_context, check_unet_inputs
 
@@ -142,12 +142,14 @@ class MultiViewUNet(nn.Module):
         cross: Cross | None = None,
         camera: mx.array | None = None,
         reference: mx.array | None = None,
+        reference_scale: float = 1.0,
     ) -> mx.array:
         """Denoise sample (b, v, h, w, in_channels) at timesteps (b,); returns (b, v, h, w, out_channels) in the weights' dtype.
 
         cross is what `cross_keys_values` gave, None for a model without cross-attention. Without camera (b, v, camera_dim) the
         camera embedding is left out. reference (b, r, h, w, out_channels) are clean latents of r pictures, one more frame each;
-        a model with a reference frame runs without as well, but a dropped picture is one of zeros.
+        a model with a reference frame runs without as well, but a dropped picture is one of zeros. `reference_scale` weighs
+        their tokens in the self-attention, as factors in its softmax; with 0 the views do not look at them.
         Raises OptionError for shapes that do not fit.
         """
         check_unet_inputs(
@@ -157,13 +159,15 @@ class MultiViewUNet(nn.Module):
             attended=None if cross is None else self._objects(cross, sample.shape[0]),
             camera=None if camera is None else camera.shape,
             reference=None if reference is None else reference.shape,
+            reference_scale=reference_scale,
         )
         dtype = self.conv_in.weight.dtype
         b, v = sample.shape[:2]
-        frames = self._append_reference(sample.astype(dtype), reference)
+        frames = self._append_reference(sample.astype(dtype), reference if reference_scale else None)
         f = frames.shape[1]  # v, and the references
         emb = self._embed(timesteps, camera, frames=f)
-        run = partial(self._run, emb=emb, cross=repeat(None) if cross is None else iter(cross), frames=f)
+        bias = frame_bias(reference_scale, views=v, references=f - v)
+        run = partial(self._run, emb=emb, cross=repeat(None) if cross is None else iter(cross), frames=f, frame_bias=bias)
 
         x = self.conv_in(frames.flatten(0, 1))
         skips = [x]
@@ -220,10 +224,12 @@ class MultiViewUNet(nn.Module):
         emb: mx.array,
         cross: Iterator[Sequence[CrossKeyValues] | None],
         frames: int,
+        frame_bias: tuple[float, ...] | None,
     ) -> mx.array:
         recompute = self.gradient_checkpointing
         x = run_block(resnet, x, emb, recompute=recompute)
         if transformer is None:
             return x
         options = self.attention_options
-        return run_block(transformer, x, next(cross), recompute=recompute, views=frames, options=options)
+        static = {"views": frames, "frame_bias": frame_bias, "options": options}
+        return run_block(transformer, x, next(cross), recompute=recompute, **static)

@@ -23,15 +23,25 @@ class KeyValues(NamedTuple):
     values: Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, options: AttentionOptions, causal: bool = False) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    options: AttentionOptions,
+    causal: bool = False,
+    key_bias: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of queries (b, n, l, d) to keys and values (b, n, m, d), as (b, n, l, d).
 
-    `causal` lets a token attend to itself and to those before it; there l = m. The softmax is in float32 whatever the dtype.
+    `causal` lets a token attend to itself and to those before it; there l = m. `key_bias` (m,) is added to the scores of each
+    key, and not for causal attention. The softmax is in float32 whatever the dtype.
     """
     if options.implementation == "fused":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        mask = None if key_bias is None else key_bias.to(q.dtype)[None, None, None]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=mask)
     if options.implementation == "plain":
-        return _plain_attention(q, k, v, first=0 if causal else None)
+        return _plain_attention(q, k, v, first=0 if causal else None, key_bias=key_bias)
     batch, heads, queries, width = q.shape
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
     plan = score_slices(heads=batch * heads, queries=queries, keys=k.shape[1], budget_bytes=options.budget_bytes)
@@ -39,13 +49,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, options: AttentionOptions, cau
     for head, query in plan:
         if query.start == 0:
             out.append([])
-        out[-1].append(_plain_attention(q[head, query], k[head], v[head], first=query.start if causal else None))
+        first = query.start if causal else None
+        out[-1].append(_plain_attention(q[head, query], k[head], v[head], first=first, key_bias=key_bias))
     return torch.cat([torch.cat(row, dim=1) for row in out]).reshape(batch, heads, queries, width)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first: int | None) -> Tensor:
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first: int | None, key_bias: Tensor | None) -> Tensor:
     """Of all queries, or causally of those from number `first` on."""
     scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+    if key_bias is not None:
+        scores = scores + key_bias
     if first is not None:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
         scores = scores.masked_fill(later, -torch.inf)
@@ -68,9 +81,10 @@ class Attention(nn.Module):
         """Keys and values (b, n, m, d) of a context (b, m, context_dim)."""
         return KeyValues(self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context)))
 
-    def forward(self, x: Tensor, key_values: KeyValues, *, options: AttentionOptions) -> Tensor:
-        """Tokens (b, l, c) that attend to `key_values`, as (b, l, c)."""
-        return self._merge_heads(attention(self._split_heads(self.to_q(x)), *key_values, options=options))
+    def forward(self, x: Tensor, key_values: KeyValues, *, options: AttentionOptions, key_bias: Tensor | None = None) -> Tensor:
+        """Tokens (b, l, c) that attend to `key_values`, whose scores get `key_bias` (m,), as (b, l, c)."""
+        q = self._split_heads(self.to_q(x))
+        return self._merge_heads(attention(q, *key_values, options=options, key_bias=key_bias))
 
     def _merge_heads(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.transpose(1, 2).flatten(2))
@@ -141,10 +155,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, cross: CrossKeyValues | None, *, options: AttentionOptions) -> Tensor:
-        """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c)."""
+    def forward(
+        self, x: Tensor, cross: CrossKeyValues | None, *, options: AttentionOptions, key_bias: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c).
+
+        `key_bias` (l,) is added to the scores of the tokens in the self-attention.
+        """
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h), options=options)
+        x = x + self.attn1(h, self.attn1.keys_values(h), options=options, key_bias=key_bias)
         if cross is not None:
             x = x + self.attn2(self.norm2(x), cross, options=options)
         return x + self.ff(self.norm3(x))
@@ -177,9 +196,21 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, cross: Sequence[CrossKeyValues] | None, *, views: int, options: AttentionOptions) -> Tensor:
-        """Views (b v, c, h, w) and what each block attends to beside the views, to (b v, c, h, w)."""
+    def forward(
+        self,
+        x: Tensor,
+        cross: Sequence[CrossKeyValues] | None,
+        *,
+        views: int,
+        options: AttentionOptions,
+        frame_bias: tuple[float, ...] | None = None,
+    ) -> Tensor:
+        """Views (b v, c, h, w) and what each block attends to beside the views, to (b v, c, h, w).
+
+        `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
+        """
         n, c, h, w = x.shape
+        key_bias = None if frame_bias is None else torch.tensor(frame_bias, device=x.device).repeat_interleave(h * w)
         y = self.norm(x)
         if not self.linear:
             y = self.proj_in(y)
@@ -187,7 +218,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             tokens = self.proj_in(tokens)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
-            tokens = block(tokens, kv, options=options)
+            tokens = block(tokens, kv, options=options, key_bias=key_bias)
         if self.linear:
             tokens = self.proj_out(tokens)
         y = tokens.reshape(n, h, w, c).permute(0, 3, 1, 2)

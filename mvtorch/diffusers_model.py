@@ -23,20 +23,22 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import ResamplerConfig, UNetConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.files import read_json_object
-from mvtorch.model import choose_device, choose_dtype, expected_shapes, read_tensors
+from mvshared.guidance import Branch, check_branches, check_weights
+from mvtorch.model import choose_device, choose_dtype, expected_shapes, read_tensors, rescaled
 from mvtorch.observation import Observer, observe
 
 
 class Condition(NamedTuple):
-    """What stays constant over the steps, with a batch per half of the guidance; see `mvtorch.model.Condition`."""
+    """What stays constant over the steps, with a batch per branch of the guidance; see `mvtorch.model.Condition`."""
 
     text: Tensor | None
     image_states: Tensor | None
     image_scale: float
     cameras: Tensor | None
     reference: Tensor | None
+    reference_scale: float
     normals: Tensor | None
-    guided: bool
+    branches: Sequence[Branch]
 
 
 class DiffusersModel:
@@ -124,31 +126,34 @@ class DiffusersModel:
         image_scale: float = 1.0,
         cameras: NDArray[np.float32] | None,
         reference: Tensor | None,
+        reference_scale: float = 1.0,
         normals: Tensor | None,
-        guided: bool,
+        branches: Sequence[Branch],
     ) -> Condition:
         """See `mvshared.backend.Model.condition`."""
+        check_branches(branches, texts=None if text is None else len(text))
 
-        def batched(x: Tensor | None, *, drop: bool = False) -> Tensor | None:
-            if x is None:
-                return None
-            return torch.stack([torch.zeros_like(x) if drop else x, x]) if guided else x[None]
+        def batched(x: Tensor | None, seen: Sequence[bool]) -> Tensor | None:
+            return None if x is None else torch.stack([x if each else torch.zeros_like(x) for each in seen])
 
+        pictured = [branch.image for branch in branches]
         return Condition(
-            text=text,
-            image_states=batched(image_states, drop=True),
+            text=None if text is None else torch.stack([text[-1 if branch.text else 0] for branch in branches]),
+            image_states=batched(image_states, pictured),
             image_scale=image_scale,
-            cameras=batched(None if cameras is None else self.from_numpy(cameras)),
-            reference=batched(reference, drop=True),
-            normals=batched(normals),
-            guided=guided,
+            cameras=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
+            reference=batched(reference, pictured),
+            reference_scale=reference_scale,
+            normals=batched(normals, [branch.normals for branch in branches]),
+            branches=branches,
         )
 
-    def denoise(self, x: Tensor, t: float, condition: Condition, guidance: float) -> Tensor:
+    def denoise(self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
         """See `mvshared.backend.Model.denoise`."""
+        check_weights(weights, branches=condition.branches)
         unet, config = self._networks["unet"], self.config.unet
         with torch.inference_mode():
-            batch, views = (2 if condition.guided else 1), len(x)
+            batch, views = len(condition.branches), len(x)
             sample = x[None].expand(batch, *x.shape)
             if config.normal_channels:
                 zeros = sample.new_zeros((*sample.shape[:-1], config.normal_channels))
@@ -161,7 +166,8 @@ class DiffusersModel:
             if cameras is not None:
                 cameras = self._cast(nn.functional.pad(cameras, (0, 0, 0, frames - views)).flatten(0, 1))
             tokens = self._image_tokens(condition)
-            unet.extras.set(frames=frames, views=views, cameras=cameras, image_scale=condition.image_scale)
+            scales = {"image_scale": condition.image_scale, "reference_scale": condition.reference_scale}
+            unet.extras.set(frames=frames, views=views, cameras=cameras, **scales)
             context: Any = None
             if condition.text is not None:
                 context = self._cast(condition.text).repeat_interleave(frames, dim=0)
@@ -171,9 +177,8 @@ class DiffusersModel:
             frames_first = _channels_first(self._cast(sample).flatten(0, 1))
             out = unet(frames_first, timesteps, context, return_dict=False)[0]
             out = out.float().permute(0, 2, 3, 1).unflatten(0, (batch, views))
-            if not condition.guided:
-                return out[0]
-            return out[0] + guidance * (out[1] - out[0])
+            mixed = sum((weight * each for weight, each in zip(weights, out, strict=True)), torch.zeros_like(out[0]))
+            return rescaled(mixed, out[-1], rescale) if rescale else mixed
 
     def decode(self, x: Tensor) -> NDArray[np.float32]:
         """Pixels (v, H, W, 3) of scaled latents (v, h, w, c)."""
@@ -212,17 +217,19 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 class _Extras:
-    """What a call adds to diffusers' U-Net: frames that attend to each other, cameras, and the scale of image tokens."""
+    """What a call adds to diffusers' U-Net: frames that attend to each other, cameras, the scales of the image tokens and of
+    the reference frames."""
 
     def __init__(self, unet: Any) -> None:
         self.frames = self.views = 1
         self.cameras: Tensor | None = None
+        self.reference_scale = 1.0
         self.unet = [unet]  # in a list, or the network would be a part of itself
         unet.time_embedding.register_forward_hook(self._add_cameras)
         unet.conv_norm_out.register_forward_pre_hook(self._drop_references)
 
-    def set(self, *, frames: int, views: int, cameras: Tensor | None, image_scale: float) -> None:
-        self.frames, self.views, self.cameras = frames, views, cameras
+    def set(self, *, frames: int, views: int, cameras: Tensor | None, image_scale: float, reference_scale: float) -> None:
+        self.frames, self.views, self.cameras, self.reference_scale = frames, views, cameras, reference_scale
         for processor in self.unet[0].attn_processors.values():
             if hasattr(processor, "scale"):
                 processor.scale = [image_scale]
@@ -232,6 +239,10 @@ class _Extras:
         n, tokens, channels = hidden_states.shape
         joint = hidden_states.reshape(n // self.frames, self.frames * tokens, channels)
         plain = _library("diffusers.models.attention_processor").AttnProcessor2_0()
+        if self.reference_scale != 1:
+            scales = torch.ones(len(joint), 1, joint.shape[1], dtype=joint.dtype, device=joint.device)
+            scales[:, :, self.views * tokens :] = self.reference_scale
+            kwargs["attention_mask"] = scales.log()
         return plain(attn, joint, *args, **kwargs).reshape(n, tokens, channels)
 
     def _add_cameras(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:

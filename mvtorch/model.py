@@ -16,6 +16,7 @@ from mvshared.backend import Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
+from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.weights import Stored, check_names_and_shapes, match_tensors
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.latents import LatentModel, to_numpy
@@ -32,17 +33,18 @@ NO_NETWORKS: dict[str, Any] = {"unet": None, "vae": None}
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What stays constant over the sampling steps; batches are [unconditional, conditional] if guided, else [conditional].
+    """What stays constant over the sampling steps, for b branches of the guidance.
 
-    What the views attend to beside themselves, cameras (b, v, 16), reference latents (b, r, h, w, c), latents of the normal
-    maps (b, v, h, w, c).
+    What the views attend to beside themselves, cameras (b, v, 16), reference latents (b, r, h, w, c) and the weight of their
+    tokens, latents of the normal maps (b, v, h, w, c).
     """
 
     cross: Cross | None
     cameras: Tensor | None
     reference: Tensor | None
+    reference_scale: float
     normals: Tensor | None
-    guided: bool
+    branches: Sequence[Branch]
 
 
 class MultiViewModel(LatentModel):
@@ -97,52 +99,70 @@ class MultiViewModel(LatentModel):
         image_scale: float = 1.0,
         cameras: NDArray[np.float32] | None,
         reference: Tensor | None,
+        reference_scale: float = 1.0,
         normals: Tensor | None,
-        guided: bool,
+        branches: Sequence[Branch],
     ) -> Condition:
-        """What `denoise` needs of text states ([unconditional, conditional] if guided, else [conditional]; n, l, c), states
-        (r, m, c) and clean latents (r, h, w, c) of r pictures, camera vectors (v, 16) and latents of normal maps (v, h, w, c).
+        """What `denoise` needs of text states (n, l, c), the last ones of the prompt and the first ones of the negative prompt,
+        states (r, m, c) and clean latents (r, h, w, c) of r pictures, camera vectors (v, 16) and latents of normal maps
+        (v, h, w, c).
 
-        The unconditional half has zeros for the pictures; cameras and normal maps say what is looked at, so both halves have
-        them. Raises OptionError for shapes that do not fit.
+        A branch that does not see the pictures or the normal maps has zeros for them; the cameras say what is looked at, so all
+        have them. Raises OptionError for shapes that do not fit.
         """
+        check_branches(branches, texts=None if text is None else len(text))
 
-        def batched(x: Tensor | None, *, drop: bool = False) -> Tensor | None:
-            if x is None:
-                return None
-            return torch.stack([torch.zeros_like(x) if drop else x, x]) if guided else x[None]
+        def batched(x: Tensor | None, seen: Sequence[bool]) -> Tensor | None:
+            return None if x is None else torch.stack([x if each else torch.zeros_like(x) for each in seen])
 
         with torch.inference_mode():
-            views = None if cameras is None else self.from_numpy(cameras)
-            states = batched(image_states, drop=True)
+            pictured = [branch.image for branch in branches]
+            context = None if text is None else torch.stack([text[-1 if branch.text else 0] for branch in branches])
+            states = batched(image_states, pictured)
             return Condition(
-                cross=self.unet.cross_keys_values(text, image_states=states, image_scale=image_scale),
-                cameras=batched(views),
-                reference=batched(reference, drop=True),
-                normals=batched(normals),
-                guided=guided,
+                cross=self.unet.cross_keys_values(context, image_states=states, image_scale=image_scale),
+                cameras=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
+                reference=batched(reference, pictured),
+                reference_scale=reference_scale,
+                normals=batched(normals, [branch.normals for branch in branches]),
+                branches=branches,
             )
 
-    def denoise(self, x: Tensor, t: float, condition: Condition, guidance: float) -> Tensor:
-        """The U-Net's output (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t.
+    def denoise(self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
+        """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch.
 
-        Guided, it is `unconditional + guidance * (conditional - unconditional)`. Raises OptionError for shapes that do not fit.
+        Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
+        check_weights(weights, branches=condition.branches)
         unet = self.config.unet
         with torch.inference_mode():
-            batch = 2 if condition.guided else 1
+            batch = len(condition.branches)
             sample = x[None].expand(batch, *x.shape)
             if unet.normal_channels:
                 zeros = sample.new_zeros((*sample.shape[:-1], unet.normal_channels))
                 sample = torch.cat([sample, zeros if condition.normals is None else condition.normals], dim=-1)
             timesteps = torch.full((batch,), t, dtype=torch.float32, device=self.device)
             out = self.unet(
-                sample, timesteps, cross=condition.cross, camera=condition.cameras, reference=condition.reference
+                sample,
+                timesteps,
+                cross=condition.cross,
+                camera=condition.cameras,
+                reference=condition.reference,
+                reference_scale=condition.reference_scale,
             ).float()
-            if not condition.guided:
-                return out[0]
-            unconditional, conditional = out
-            return unconditional + guidance * (conditional - unconditional)
+            mixed = (torch.tensor(weights, device=self.device)[:, None, None, None, None] * out).sum(0)
+            return rescaled(mixed, out[-1], rescale) if rescale else mixed
+
+
+def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """Guided outputs (v, h, w, c), a share of them with the deviation of the conditional ones, view by view.
+
+    Section 3.4 of arXiv 2305.08891; a view without any deviation stays as it is.
+    """
+    deviation = x.std(dim=(1, 2, 3), keepdim=True)
+    ratio = conditional.std(dim=(1, 2, 3), keepdim=True) / deviation
+    return x * torch.where(deviation > 0, 1 - share + share * ratio, 1.0)
 
 
 def choose_device(device: str = "auto") -> str:

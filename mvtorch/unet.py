@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvshared.attention import FUSED, AttentionOptions
+from mvshared.attention import FUSED, AttentionOptions, frame_bias
 from mvshared.config import UNetConfig
 from mvshared.shapes import check_context, check_unet_inputs
 from mvtorch.attention import CrossKeyValues, SpatialTransformer
@@ -145,12 +145,14 @@ class MultiViewUNet(nn.Module):
         cross: Cross | None = None,
         camera: Tensor | None = None,
         reference: Tensor | None = None,
+        reference_scale: float = 1.0,
     ) -> Tensor:
         """Denoise sample (b, v, h, w, in_channels) at timesteps (b,); returns (b, v, h, w, out_channels) in the weights' dtype.
 
         cross is what `cross_keys_values` gave, None for a model without cross-attention. Without camera (b, v, camera_dim) the
         camera embedding is left out. reference (b, r, h, w, out_channels) are clean latents of r pictures, one more frame each;
-        a model with a reference frame runs without as well, but a dropped picture is one of zeros.
+        a model with a reference frame runs without as well, but a dropped picture is one of zeros. `reference_scale` weighs
+        their tokens in the self-attention, as factors in its softmax; with 0 the views do not look at them.
         Raises OptionError for shapes that do not fit.
         """
         check_unet_inputs(
@@ -160,13 +162,15 @@ class MultiViewUNet(nn.Module):
             attended=None if cross is None else self._objects(cross, sample.shape[0]),
             camera=None if camera is None else tuple(camera.shape),
             reference=None if reference is None else tuple(reference.shape),
+            reference_scale=reference_scale,
         )
         dtype = self.conv_in.weight.dtype
         b, v = sample.shape[:2]
-        frames = self._append_reference(sample.to(dtype), reference)
+        frames = self._append_reference(sample.to(dtype), reference if reference_scale else None)
         f = frames.shape[1]  # v, and the references
         emb = self._embed(timesteps, camera, frames=f)
-        run = partial(self._run, emb=emb, cross=repeat(None) if cross is None else iter(cross), frames=f)
+        bias = frame_bias(reference_scale, views=v, references=f - v)
+        run = partial(self._run, emb=emb, cross=repeat(None) if cross is None else iter(cross), frames=f, frame_bias=bias)
 
         x = self.conv_in(frames.flatten(0, 1).permute(0, 3, 1, 2))
         skips = [x]
@@ -223,10 +227,12 @@ class MultiViewUNet(nn.Module):
         emb: Tensor,
         cross: Iterator[Sequence[CrossKeyValues] | None],
         frames: int,
+        frame_bias: tuple[float, ...] | None,
     ) -> Tensor:
         recompute = self.gradient_checkpointing
         x = run_block(resnet, x, emb, recompute=recompute)
         if transformer is None:
             return x
         options = self.attention_options
-        return run_block(transformer, x, next(cross), recompute=recompute, views=frames, options=options)
+        static = {"views": frames, "frame_bias": frame_bias, "options": options}
+        return run_block(transformer, x, next(cross), recompute=recompute, **static)

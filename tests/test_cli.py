@@ -122,11 +122,15 @@ def test_a_prompt_alone_makes_views_of_a_text_model(desk: Path, capfd: pytest.Ca
 def test_several_pictures_and_a_prompt_reach_an_image_model(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     image_model = ["--model", str(FIXTURES / "tiny-imagedream"), "--device", "cpu", "--backend", "torch", "--steps", "1"]
     words = ["--prompt", "an owl", "--negative-prompt", "blurry", "--image-scale", "0.5"]
+    words += ["--guidance-text", "2", "--guidance-image", "3", "--guidance-interval", "0.1,0.9", "--guidance-rescale", "0.7"]
+    words += ["--reference-scale", "1.5"]
     assert run(["generate", "picture.png", "picture.png", *image_model, *words, "--json"]) == 0
     assert [event["event"] for event in events(capfd.readouterr().out)] == ["loaded", "step", "saved"]
     parameters = json.loads((desk / "picture-views" / "metadata.json").read_text())["parameters"]
     picture = str((desk / "picture.png").resolve())
     given = {"image": [picture, picture], "prompt": "an owl", "negative_prompt": "blurry", "image_scale": 0.5}
+    given |= {"guidance_text": 2.0, "guidance_image": 3.0, "guidance_interval": [0.1, 0.9], "guidance_rescale": 0.7}
+    given |= {"reference_scale": 1.5}
     assert {name: parameters[name] for name in given} == given
 
 
@@ -140,11 +144,13 @@ def test_every_option_reaches_the_run(desk: Path) -> None:
     for index in range(3):
         Image.new("RGB", (32, 32), (128, 128, 250 - index)).save(desk / "maps" / f"{index}.png")
     options = "--azimuths 10,20,350 --elevation 15 --steps 3 --guidance 1.5 --eta 0.5 --seed 9 --size 48 --dtype bfloat16"
+    options += " --guidance-normals 2"
     assert (
         run(["generate", "picture.png", *TINY, *options.split(), "--normals", "maps", "-o", "out", "--scheduler", "ddim"]) == 0
     )
     parameters = json.loads((desk / "out" / "metadata.json").read_text())["parameters"]
     given = {"steps": 3, "guidance": 1.5, "eta": 0.5, "seed": 9, "size_px": 48, "dtype": "bfloat16", "scheduler": "ddim"}
+    given |= {"guidance_normals": 2.0, "guidance_image": None, "guidance_interval": [0.0, 1.0]}
     assert {name: parameters[name] for name in given} == given
     positions = np.asarray(parameters["cameras"])[:, :3, 3]
     azimuths = np.degrees(np.arctan2(positions[:, 0], positions[:, 2])) % 360

@@ -33,6 +33,7 @@ import mvtorch.train
 from mvshared.checkpoint import WEIGHT_FILE, weight_files, write_component, write_model_config
 from mvshared.config import ModelConfig, SchedulerConfig, UNetConfig
 from mvshared.errors import BackendError, CheckpointError, OptionError, TensorMismatchError
+from mvshared.guidance import ALL, Guidance
 from mvshared.weights import read_weights
 
 MODULES: dict[Backend, Any] = {"torch": mvtorch.model, "mlx": mvmlx.model}
@@ -68,14 +69,16 @@ def denoise(
     model: Any, *, cameras: bool, reference: bool | float, normals: bool, guidance: float | None
 ) -> NDArray[np.float32]:
     """The output for random inputs; `reference` is whether there is a picture, or what its latents are multiplied by."""
+    branches = [ALL] if guidance is None else Guidance(guidance=2).mixture(ALL).branches
+    weights = [1.0] if guidance is None else [1 - guidance, guidance]
     condition = model.condition(
         cameras=normal(VIEWS, 16, seed=2) if cameras else None,
         reference=None if reference is False else model.from_numpy(float(reference) * normal(1, 4, 6, 4, seed=3)),
         normals=model.from_numpy(normal(VIEWS, 4, 6, 4, seed=4)) if normals else None,
-        guided=guidance is not None,
+        branches=branches,
     )
     x = model.from_numpy(normal(VIEWS, 4, 6, 4))
-    return model.to_numpy(model.denoise(x, 481.0, condition, 1.0 if guidance is None else guidance))
+    return model.to_numpy(model.denoise(x, 481.0, condition, weights))
 
 
 # Both backends compute the same

@@ -205,9 +205,9 @@ def test_sliced_attention_keeps_its_scores_within_the_budget(
     module, sizes = ATTENTION[backend], []
     plain = module._plain_attention
 
-    def measured(q: Any, k: Any, v: Any, *, first: int | None) -> Any:
+    def measured(q: Any, k: Any, v: Any, **options: Any) -> Any:
         sizes.append(q.shape[0] * q.shape[1] * k.shape[1] * SCORE_BYTES)
-        return plain(q, k, v, first=first)
+        return plain(q, k, v, **options)
 
     monkeypatch.setattr(module, "_plain_attention", measured)
     arrays = queries_keys_values()
@@ -262,9 +262,9 @@ def test_networks_hand_their_options_to_every_attention(backend: Backend, monkey
     module, seen = ATTENTION[backend], []
     original = module.attention
 
-    def recorded(q: Any, k: Any, v: Any, *, options: AttentionOptions) -> Any:
+    def recorded(q: Any, k: Any, v: Any, *, options: AttentionOptions, **bias: Any) -> Any:
         seen.append(options)
-        return original(q, k, v, options=options)
+        return original(q, k, v, options=options, **bias)
 
     monkeypatch.setattr(module, "attention", recorded)
     denoise(make_unet(TINY_UNET, backend, options=SLICED), unet_inputs(TINY_UNET))

@@ -16,6 +16,7 @@ from mvshared.backend import load
 from mvshared.camera import camera_vectors, orbit
 from mvshared.config import ModelConfig, SchedulerConfig
 from mvshared.errors import CameraError, OptionError
+from mvshared.guidance import ALL, Guidance
 from mvshared.images import to_model
 from mvshared.pipeline import Pipeline
 from mvshared.runs import Views
@@ -204,15 +205,16 @@ def test_the_sampler_is_a_loop_over_diffusers_ddim_scheduler(
     views = generate(pipeline, steps=steps, eta=eta, guidance=guidance, seed=seed, normals=NORMALS)
     oracle = DDIMScheduler(**vars(scheduler), clip_sample=False)
     oracle.set_timesteps(steps)
+    guided = Guidance(guidance=guidance).mixture(ALL)
     condition = model.condition(
         cameras=camera_vectors(orbit([45, 225], 0)),
         reference=model.encode_latents(to_model(PICTURE[None])),
         normals=model.encode_latents(to_model(np.stack(NORMALS))),
-        guided=True,
+        branches=guided.branches,
     )
     x = np.random.default_rng(seed).standard_normal((2, 8, 8, 4), np.float32)
     for index, t in enumerate(oracle.timesteps.tolist()):
-        out = model.to_numpy(model.denoise(model.from_numpy(x), float(t), condition, guidance))
+        out = model.to_numpy(model.denoise(model.from_numpy(x), float(t), condition, guided.weights))
         noise = np.random.default_rng([seed, index + 1]).standard_normal(x.shape, np.float32)
         step: Any = oracle.step(
             torch.from_numpy(out), t, torch.from_numpy(x), eta=eta, variance_noise=torch.from_numpy(noise) if eta else None
@@ -244,15 +246,16 @@ def test_guidance_extrapolates_from_the_output_without_reference(pipeline: Pipel
     zeros = model.from_numpy(np.zeros((1, 8, 8, 4), np.float32))
     conditional, unconditional = (
         model.to_numpy(
-            model.denoise(x, 500.0, model.condition(cameras=cameras, reference=latent, normals=None, guided=False), 1.0)
+            model.denoise(x, 500.0, model.condition(cameras=cameras, reference=latent, normals=None, branches=[ALL]), [1.0])
         )
         for latent in (reference, zeros)
     )
-    guided = model.condition(cameras=cameras, reference=reference, normals=None, guided=True)
+    branches = Guidance(guidance=2).mixture(ALL).branches
+    guided = model.condition(cameras=cameras, reference=reference, normals=None, branches=branches)
     assert_different(unconditional, conditional, rms=1e-3)
     for guidance in (1.0, 2.0, 7.5):
         expected = unconditional + guidance * (conditional - unconditional)
-        assert_close(model.to_numpy(model.denoise(x, 500.0, guided, guidance)), expected, rms=LATENTS_RMS)
+        assert_close(model.to_numpy(model.denoise(x, 500.0, guided, (1 - guidance, guidance))), expected, rms=LATENTS_RMS)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +377,12 @@ def test_what_is_no_camera_is_refused_by_its_index(recorded: Recorded, options: 
         ("size_px", [0, 8, 15, 17, 36, 2049, 2056, -32, 32.0, "32", True, None.__class__, [32]]),
         ("steps", [0, -1, 1001, 1000, 2.0, "2", True, float("nan")]),
         ("guidance", [0.99, 20.01, 0, -1, float("nan"), float("inf"), "2", True, [2.0], 2j]),
+        ("guidance_text", [0.99, 20.01, 0, float("nan"), "2", True, [2.0]]),
+        ("guidance_image", [0.99, 20.01, 0, -1, float("nan"), float("inf"), "2", True, [2.0], 2j]),
+        ("guidance_normals", [0.99, 20.01, 0, float("nan"), "2", True, [2.0]]),
+        ("guidance_interval", [None, 0.5, "01", (0.5,), (0, 0.5, 1), [0.9, 0.1], {0, 1}, np.zeros(3), True]),
+        ("guidance_rescale", [-0.1, 1.1, float("nan"), "0", True, None, [0.5]]),
+        ("reference_scale", [-0.1, 2.1, float("nan"), "1", True, None, [0.5]]),
         ("eta", [-0.1, 1.1, float("nan"), "0", True, None, [0.5]]),
         ("seed", [-1, 2**63, 1.0, "1", True, None]),
         ("scheduler", ["euler", "DDIM", "", None, ["ddim"], {}]),
@@ -394,6 +403,8 @@ def test_options_out_of_range_are_refused_by_name_before_any_work(recorded: Reco
         {"size_px": np.int64(16), "seed": np.uint32(1), "guidance": np.float32(1.5), "eta": np.float32(0.5)},
         {"views": np.int64(1), "steps": np.int16(1)},
         {"guidance": 20, "eta": 1},
+        {"guidance_image": np.float32(20), "guidance_rescale": 1, "reference_scale": np.float64(2)},
+        {"guidance_image": 1, "guidance_interval": (0, 0), "reference_scale": 0},
         {"seed": 2**63 - 1},
     ],
     ids=str,

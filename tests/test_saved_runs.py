@@ -167,6 +167,8 @@ def test_a_run_whose_weights_are_gone_leaves_the_run_before_untouched(model_fold
         {"cameras": orbit([1.1, 2.2, 3.3], [-10, 0.7, 90], radius=1.7), "size_px": 48},
         {"normals": "folder"},
         {"normals": "files", "eta": 1.0},
+        {"normals": "files", "guidance_image": 3.3, "guidance_normals": 1.7, "guidance_interval": (0.1, 0.9), "steps": 3},
+        {"guidance_rescale": 0.7, "reference_scale": 0.3},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -314,12 +316,28 @@ def test_the_other_backend_is_refused(pipelines: dict[Backend, Pipeline[Any]], p
 
 
 PARAMETERS = (
-    "model", "family", "backend", "dtype", "device", "image", "image_sha256", "image_scale", "prompt", "negative_prompt",
-    "normals", "normals_sha256", "latents", "latents_sha256", "cameras",
-    "fov_deg", "steps", "guidance", "scheduler", "eta", "seed", "size_px", "config_sha256",
+    "model", "family", "backend", "dtype", "device", "image", "image_sha256", "image_scale", "reference_scale",
+    "prompt", "negative_prompt", "normals", "normals_sha256", "latents", "latents_sha256", "cameras", "fov_deg", "steps",
+    "guidance", "guidance_text", "guidance_image", "guidance_normals", "guidance_interval", "guidance_rescale",
+    "scheduler", "eta", "seed", "size_px", "config_sha256",
 )  # fmt: skip
+NEWER = {"reference_scale": 1.0, "guidance_text": None, "guidance_image": None, "guidance_normals": None,
+         "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0}  # fmt: skip
 DELETED = object()
 WRONG_VALUES: tuple[Any, ...] = (DELETED, None, True, "x", -1, 10**400, [], {}, [None], [[[1.0]]], [["x"]])
+
+
+def test_a_file_from_before_a_parameter_repeats_with_its_default(
+    pipeline: Pipeline[Any], picture: Path, tmp_path: Path
+) -> None:
+    views = pipeline.generate(picture)
+    path = views.save(tmp_path / "out") / "metadata.json"
+    document = json.loads(path.read_text())
+    assert {name: document["parameters"].pop(name) for name in NEWER} == NEWER
+    path.write_text(json.dumps(document))
+    again = repeat(pipeline, read_run(path))
+    np.testing.assert_array_equal(again.latents, views.latents)
+    assert again.parameters == views.parameters
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -333,6 +351,8 @@ def test_an_edited_parameter_is_refused_in_one_clear_line(
     for value in WRONG_VALUES:
         parameters = dict(document["parameters"])
         if parameters.pop(name) == value or (name, value) == ("model", "x"):  # which model that is, load() decides
+            continue
+        if value is DELETED and name in NEWER:
             continue
         path.write_text(json.dumps(document | {"parameters": parameters | ({} if value is DELETED else {name: value})}))
         with pytest.raises(MvError) as caught:

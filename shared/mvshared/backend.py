@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mvshared.config import ModelConfig
 from mvshared.errors import BackendError, OptionError
+from mvshared.guidance import Branch
 
 if TYPE_CHECKING:
     from mvshared.pipeline import Pipeline
@@ -80,19 +81,21 @@ class Model(Protocol[A]):
         image_scale: float = 1.0,
         cameras: NDArray[np.float32] | None,
         reference: A | None,
+        reference_scale: float = 1.0,
         normals: A | None,
-        guided: bool,
+        branches: Sequence[Branch],
     ) -> Any:
         """Everything that stays constant over the sampling steps, for `denoise`.
 
-        Text states ([unconditional, conditional] if guided, else [conditional]; n, l, c), states (r, m, c) of r pictures and
-        the weight of their tokens, camera vectors (v, 16), clean reference latents (r, h, w, c), latents of the normal maps
-        (v, h, w, c). `guided` prepares the unconditional half too.
+        Text states (n, l, c) of the prompt, behind those of the negative one if a branch needs them; states (r, m, c) of r
+        pictures and the weight of their tokens, camera vectors (v, 16), clean reference latents (r, h, w, c) and the weight of
+        their tokens, latents of the normal maps (v, h, w, c). `branches` says what is computed at once.
         """
         ...
 
-    def denoise(self, x: A, t: float, condition: Any, guidance: float) -> A:
-        """The network's output (v, h, w, c), float32, for latents x at timestep t; guidance 1 means no second half."""
+    def denoise(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> A:
+        """The network's outputs (v, h, w, c), float32, for latents x at timestep t: the sum over the condition's branches, each
+        times its weight, `rescale` of it brought back to the deviation of the last branch."""
         ...
 
     def decode(self, x: A) -> NDArray[np.float32]:

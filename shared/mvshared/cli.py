@@ -91,12 +91,25 @@ def cli() -> None:
 @click.option("--prompt", help="What to show, for a model that takes text.")
 @click.option("--negative-prompt", help="What not to show.  [default: the model's]")
 @click.option("--image-scale", type=float, default=1.0, show_default=True, help="Weight of the pictures' tokens, 0 to 2.")
+@click.option("--reference-scale", type=float, default=1.0, show_default=True, help="Weight of the reference frames, 0 to 2.")
 @click.option("--views", type=int, help="Number of views, spread evenly.  [default: the model's]")
 @click.option("--azimuths", type=NumberList(), help="Degrees around the object, such as 45,135: 0 is the front, 90 its left.")
 @click.option("--cameras", type=click.Path(path_type=Path), help="JSON file of cameras, such as a transforms.json.")
 @click.option("--elevation", type=float, help="Degrees above the horizon.  [default: the model's]")
 @click.option("--steps", type=int, help="Sampling steps, 1 to 1000.  [default: the model's]")
 @click.option("--guidance", type=float, help="Classifier-free guidance, 1 (off) to 20.  [default: the model's]")
+@click.option("--guidance-text", type=float, help="Guidance to the text, 1 to 20.  [default: that of --guidance]")
+@click.option("--guidance-image", type=float, help="Guidance to the pictures, 1 to 20.  [default: that of --guidance]")
+@click.option("--guidance-normals", type=float, help="Guidance to the normal maps, 1 to 20.  [default: 1]")
+@click.option(
+    "--guidance-interval",
+    type=NumberList(),
+    default="0,1",
+    metavar="START,END",
+    show_default=True,
+    help="Shares of the run between which steps are guided, 0 to 1.",
+)
+@click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Share of the deviation kept, 0 to 1.")
 @click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM, 0 to 1.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")

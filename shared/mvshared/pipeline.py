@@ -5,7 +5,7 @@ products with floats here.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
@@ -33,6 +33,7 @@ from mvshared.checkpoint import find_model, model_name
 from mvshared.clip_images import clip_pixels
 from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
 from mvshared.framing import Framed, frame_picture
+from mvshared.guidance import Branch, Guidance, Mixture, check_scales
 from mvshared.images import from_model, load_image, load_normals
 from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
@@ -42,8 +43,6 @@ from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale,
 
 MAX_VIEWS = 64
 MAX_PICTURES = 8
-GUIDANCE_RANGE = (1.0, 20.0)
-IMAGE_SCALE_RANGE = (0.0, 2.0)
 SIZE_RANGE_PX = (16, 2048)
 
 
@@ -92,6 +91,7 @@ class Pipeline(Generic[A]):
         prompt: str | None = None,
         negative_prompt: str | None = None,
         image_scale: float = 1.0,
+        reference_scale: float = 1.0,
         views: int | None = None,
         azimuths_deg: Sequence[float] | None = None,
         elevation_deg: float | None = None,
@@ -99,6 +99,11 @@ class Pipeline(Generic[A]):
         normals: Normals | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_text: float | None = None,
+        guidance_image: float | None = None,
+        guidance_normals: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
         scheduler: str = "ddim",
         eta: float = 0.0,
         seed: int = 0,
@@ -108,14 +113,15 @@ class Pipeline(Generic[A]):
     ) -> Views:
         """Views of what `image` shows, `prompt` says, or both, as the model takes them.
 
-        Several pictures of one subject add their image tokens and reference frames; `image_scale` weighs the tokens. A prompt
-        that is longer than the text encoder takes is cut, with an MvWarning that says where.
+        Several pictures of one subject add their image tokens and reference frames, which `image_scale` and `reference_scale`
+        weigh. A prompt that is longer than the text encoder takes is cut, with an MvWarning that says where.
 
         The cameras are, in this order: `cameras`, matrices (v, 4, 4) or pairs (azimuth_deg, elevation_deg); `azimuths_deg` at
         `elevation_deg`; `views` cameras spread evenly. Azimuth 0 looks at the object's front. `normals` is a folder or a list
-        of normal maps, one per view. `guidance` 1 skips the unconditional half. `latents` float32 (v, h, w, c), or an
-        .npy file of them, replaces the initial noise of `seed`; with reference frames it may have as many more, which are
-        ignored. What is None comes from the model's defaults. `on_step` is called after every step.
+        of normal maps, one per view. `guidance` and what belongs to it are the fields of `mvshared.guidance.Guidance`; with 1
+        there is no unconditional branch. `latents` float32 (v, h, w, c), or an .npy file of them, replaces the initial noise of
+        `seed`; with reference frames it may have as many more, which are ignored. What is None comes from the model's defaults.
+        `on_step` is called after every step.
 
         Raises OptionError, CameraError and ImageError for arguments that are not allowed, before any long work, and
         NumericsError if the latents end in NaN or infinity.
@@ -126,7 +132,14 @@ class Pipeline(Generic[A]):
         if size_px % factor:
             raise OptionError("size_px", expected=f"a multiple of {factor} for this model", got=size_px)
         steps = whole("steps", defaults.steps if steps is None else steps, 1, MAX_STEPS)
-        guidance = number("guidance", defaults.guidance if guidance is None else guidance, *GUIDANCE_RANGE)
+        strength = Guidance(
+            guidance=defaults.guidance if guidance is None else guidance,
+            guidance_text=guidance_text,
+            guidance_image=guidance_image,
+            guidance_normals=guidance_normals,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+        )
         seed = whole("seed", seed, 0, 2**63 - 1)
         eta = number("eta", eta, 0, 1)
         if scheduler not in tuple(SAMPLERS):
@@ -136,11 +149,15 @@ class Pipeline(Generic[A]):
         count, size = len(poses), size_px // config.vae.downscale
         shape = (count, size, size, config.vae.latent_channels)
         pictures = self._pictures(image, size_px=size_px)
-        image_scale = number("image_scale", image_scale, *IMAGE_SCALE_RANGE)
+        scales = check_scales(config.unet, image_scale=image_scale, reference_scale=reference_scale)
         prompts = self._prompts(prompt, negative_prompt, pictures=len(pictures))
         given = load_latents(latents)
         initial = initial_latents(given, shape, seed=seed, extra=len(pictures) if config.unet.reference_frame else 0)
         normal_pixels = self._normals(normals, views=count, size_px=size_px)
+        text = prompts is not None and bool(prompts.prompt or prompts.negative)
+        there = Branch(text=text, image=bool(pictures), normals=normal_pixels is not None)
+        strength.check_there(there, config)
+        mixtures = strength.mixtures(there, steps=len(plan))
 
         parameters = Parameters(
             model=self.name,
@@ -150,7 +167,7 @@ class Pipeline(Generic[A]):
             device=self.model.device,
             image=image_names(image),
             image_sha256=pictures_sha256(pictures),
-            image_scale=image_scale,
+            **scales,
             prompt=None if prompts is None else prompts.prompt,
             negative_prompt=None if prompts is None else prompts.negative,
             normals=normals_names(normals),
@@ -160,15 +177,15 @@ class Pipeline(Generic[A]):
             cameras=tuple(tuple(map(tuple, pose)) for pose in poses.tolist()),
             fov_deg=config.camera.fov_deg,
             steps=len(plan),
-            guidance=guidance,
+            **vars(strength),
             scheduler=scheduler,
             eta=eta,
             seed=seed,
             size_px=size_px,
             config_sha256=config_sha256(config),
         )
-        conditions = self._conditions(poses, pictures, normal_pixels, prompts, parameters)
-        final = self._sample(initial, plan, conditions, parameters, on_step)
+        conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, parameters)
+        final = self._sample(initial, plan, mixtures, conditions, parameters, on_step)
         if not np.isfinite(final).all():
             hint = "are the weights damaged?" if self.model.dtype == "float32" else "use --dtype float32"
             raise NumericsError("the final latents are not finite", where="sampling", hint=hint)
@@ -236,38 +253,47 @@ class Pipeline(Generic[A]):
         pictures: Sequence[Framed],
         normals: NDArray[np.float32] | None,
         prompts: Prompts | None,
+        mixtures: Sequence[Mixture],
         parameters: Parameters,
-    ) -> Any:
-        """What the model's `condition` makes of all that stays constant over the steps."""
-        model, config, guided = self.model, self.model.config, parameters.guidance != 1
+    ) -> dict[Mixture, Any]:
+        """What the model's `condition` makes of all that stays constant over the steps, for every mixture once."""
+        model, config, wanted = self.model, self.model.config, dict.fromkeys(mixtures)
         states = reference = None
         if config.image_processor is not None:
             states = model.encode_image(np.stack([clip_pixels(each.full, config.image_processor) for each in pictures]))
         if config.unet.reference_frame:
             reference = model.encode_latents(np.stack([each.pixels for each in pictures]))
-        return model.condition(
-            text=None if prompts is None else model.encode_prompt(prompts.ids[0 if guided else 1 :]),
-            image_states=states,
-            image_scale=parameters.image_scale,
-            cameras=camera_vectors(poses) if config.unet.camera_dim else None,
-            reference=reference,
-            normals=None if normals is None else model.encode_latents(normals),
-            guided=guided,
-        )
+        negative = any(not branch.text for mixture in wanted for branch in mixture.branches)
+        text = None if prompts is None else model.encode_prompt(prompts.ids[0 if negative else 1 :])
+        normal_latents = None if normals is None else model.encode_latents(normals)
+        return {
+            mixture: model.condition(
+                text=text,
+                image_states=states,
+                image_scale=parameters.image_scale,
+                cameras=camera_vectors(poses) if config.unet.camera_dim else None,
+                reference=reference,
+                reference_scale=parameters.reference_scale,
+                normals=normal_latents,
+                branches=mixture.branches,
+            )
+            for mixture in wanted
+        }
 
     def _sample(
         self,
         initial: NDArray[np.float32],
         plan: Sequence[Step],
-        condition: Any,
+        mixtures: Sequence[Mixture],
+        conditions: Mapping[Mixture, Any],
         parameters: Parameters,
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
         """Run the sampler from the initial latents to the final ones, both (v, h, w, c)."""
         model = self.model
         x = model.from_numpy(initial)
-        for index, step in enumerate(plan):
-            out = model.denoise(x, step.timestep, condition, parameters.guidance)
+        for index, (step, mixture) in enumerate(zip(plan, mixtures, strict=True)):
+            out = model.denoise(x, step.timestep, conditions[mixture], mixture.weights, parameters.guidance_rescale)
             clean = (x, out)  # kept for a preview
             x = step.x * x + step.out * out
             if step.noise:

@@ -38,7 +38,8 @@ class Parameters:
 
     `image_sha256` and `normals_sha256` are of the prepared pixels, `latents_sha256` of the initial latents if they were given;
     `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. Prompts are None
-    for a model that takes no text. `cameras` are poses (v, 4, 4). `upscale` is None where nothing was upscaled.
+    for a model that takes no text. `cameras` are poses (v, 4, 4). `upscale` is None where nothing was upscaled. What has a
+    default here is missing in older files.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Parameters:
     image: str | tuple[str, ...] | None
     image_sha256: str | None
     image_scale: float
+    reference_scale: float = 1.0
     prompt: str | None
     negative_prompt: str | None
     normals: str | tuple[str, ...] | None
@@ -59,6 +61,11 @@ class Parameters:
     fov_deg: float
     steps: int
     guidance: float
+    guidance_text: float | None = None
+    guidance_image: float | None = None
+    guidance_normals: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
     scheduler: str
     eta: float
     seed: int

@@ -29,13 +29,14 @@ def check_unet_inputs(
     attended: int | None,
     camera: Shape | None,
     reference: Shape | None,
+    reference_scale: float,
 ) -> None:
     """Raise OptionError unless the shapes fit each other and the config.
 
     sample (b, v, h, w, in_channels) with h and w multiples of `config.downscale`, timesteps (b,), `attended` the number of
     objects b whose keys and values are given, exactly if the config has cross-attention; camera (b, v, camera_dim) only if the
-    config has a camera, reference (b, r, h, w, out_channels) of r pictures only if it has a reference
-    frame.
+    config has a camera, reference (b, r, h, w, out_channels) of r pictures only if it has a reference frame; a
+    `reference_scale` of at least 0, and 1 without such a frame.
     """
     if len(sample) != 5 or 0 in sample or sample[4] != config.in_channels:
         raise OptionError("sample", expected=f"of shape (b, v, h, w, {config.in_channels})", got=sample)
@@ -54,6 +55,10 @@ def check_unet_inputs(
             raise OptionError("camera", expected="None for a model without a camera embedding", got=camera)
         if camera != (batch, views, config.camera_dim):
             raise OptionError("camera", expected=f"of shape {(batch, views, config.camera_dim)}", got=camera)
+    if not reference_scale >= 0:
+        raise OptionError("reference_scale", expected="at least 0", got=reference_scale)
+    if reference_scale != 1 and not config.reference_frame:
+        raise OptionError("reference_scale", expected="1: this model has no reference frame", got=reference_scale)
     if reference is not None:
         if not config.reference_frame:
             raise OptionError("reference", expected="None for a model without a reference frame", got=reference)

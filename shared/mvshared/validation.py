@@ -25,6 +25,7 @@ from mvshared.config import ModelConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.files import make_folder
 from mvshared.framing import frame_picture
+from mvshared.guidance import ALL, Guidance
 from mvshared.images import load_image
 from mvshared.tokenizer import CLIPTokenizer
 
@@ -187,7 +188,7 @@ def _frames(inputs: Inputs) -> tuple[int, ...]:
 
 def _run(model: Model[Any], inputs: Inputs, observer: Any, *, states: States | None) -> States:
     """Every network once. Without `states`, the U-Net gets those of this model's own encoders."""
-    config = model.config
+    config, guided = model.config, Guidance(guidance=GUIDANCE).mixture(ALL)
 
     def observed(name: str, array: Any, seconds: float) -> None:
         observer(name, model.to_numpy(array), seconds)
@@ -203,9 +204,9 @@ def _run(model: Model[Any], inputs: Inputs, observer: Any, *, states: States | N
             cameras=inputs.cameras,
             reference=model.from_numpy(states.reference) if config.unet.reference_frame else None,
             normals=None,
-            guided=True,
+            branches=guided.branches,
         )
-        out = model.denoise(model.from_numpy(inputs.sample), inputs.timestep, condition, GUIDANCE)
+        out = model.denoise(model.from_numpy(inputs.sample), inputs.timestep, condition, guided.weights)
         pixels = model.decode(model.from_numpy(states.reference))
     for name, array in (("latents", reference), ("unet.guided", model.to_numpy(out)), ("pixels", pixels)):
         observer(name, array, None)
