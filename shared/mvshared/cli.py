@@ -84,7 +84,10 @@ def cli() -> None:
 @click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
 @click.option("--latents", type=click.Path(path_type=Path), help="Initial latents instead of the seed's noise, an .npy file.")
-@click.option("--normals", type=click.Path(path_type=Path), help="Folder of normal maps, one per view in the order of names.")
+@click.option("--normals", type=click.Path(path_type=Path), multiple=True, help="Folder of normal maps, or one per view.")
+@click.option(
+    "--normal-space", help="camera or world; see docs/normals.md.  [default: what their transforms.json says, or camera]"
+)
 @click.option("--stepwise", type=click.Path(path_type=Path), help="Folder for a preview of every step.")
 @click.option("--config", type=click.Path(path_type=Path), help="Repeat the run of a metadata.json.")
 @click.option("--force", is_flag=True, help="Overwrite a finished run in the output folder.")

@@ -106,6 +106,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
         raise OptionError("seed", expected="different for every result", got=seeds)
     radius = read_model_config(find_model(options["model"])).camera.radius
     cameras = None if options["cameras"] is None else load_cameras(options["cameras"], radius=radius).poses
+    normals = options["normals"][0] if len(options["normals"]) == 1 else list(options["normals"]) or None
     loaded: list[Pipeline[Any]] = []
 
     def run(reporter: Reporter, seed: int) -> Views:
@@ -122,7 +123,8 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
             azimuths_deg=options["azimuths"],
             elevation_deg=options["elevation"],
             cameras=cameras,
-            normals=options["normals"],
+            normals=normals,
+            normal_space=options["normal_space"],
             steps=options["steps"],
             guidance=options["guidance"],
             scheduler=options["scheduler"],
