@@ -121,7 +121,7 @@ def test_partial_alpha_blends_with_no_surface() -> None:
     pixels[0, 0, 3] = 51
     (values,) = read([pixels], size_px=SIZE)
     np.testing.assert_allclose(values[0, 0, 2], 0.2 + 0.8 * NO_SURFACE, rtol=1e-5)
-    np.testing.assert_array_equal(values[1, 1], np.float32([128, 128, 255]) / np.float32(127.5) - 1)
+    np.testing.assert_array_equal(values[1, 1], np.array([128, 128, 255], np.float32) / np.float32(127.5) - 1)
 
 
 @pytest.mark.parametrize("space", ["camera", "world"])
@@ -291,7 +291,7 @@ def test_maps_of_a_wrong_number_size_shape_or_place_are_refused(tmp_path: Path) 
         (tmp_path / "gone", FRONT, ImageError, "no such folder or file"),
         ([tmp_path / "gone.png"], FRONT, ImageError, "no such file"),
         (tmp_path / "text.png", FRONT, ImageError, "is no picture"),
-        ([ball() * np.uint8([1, 1, 1, 0])], FRONT, ImageError, "view 0 shows no surface"),
+        ([ball() * np.array([1, 1, 1, 0], np.uint8)], FRONT, ImageError, "view 0 shows no surface"),
         ([np.full((16, 16, 3), 128, np.uint8)], FRONT, ImageError, "view 0 shows no surface"),
         ([ball() / 127.5 - 1], FRONT, ImageError, "within 0 to 1"),
         ([np.full((16, 16, 3), np.nan)], FRONT, ImageError, "within 0 to 1"),
@@ -377,7 +377,7 @@ def test_the_cameras_of_the_maps_are_those_of_the_views(model: Path, head: Any, 
         {"elevation_deg": 13.5},
         {"azimuths_deg": [0, 122, 240]},
         {"cameras": [[0, 15], [240, 15], [120, 15]]},
-        {"cameras": np.concatenate([POSES[:1], POSES[1:] @ np.diag(np.float32([-1, -1, 1, 1]))])},
+        {"cameras": np.concatenate([POSES[:1], POSES[1:] @ np.diag(np.array([-1, -1, 1, 1], np.float32))])},
     ],
     ids=str,
 )
@@ -446,7 +446,7 @@ def test_absent_maps_are_latents_of_zero(model: Path, backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_maps_are_encoded_one_view_at_a_time(model: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = load(model, backend=backend, device="cpu").model
+    network: Any = load(model, backend=backend, device="cpu").model
     sizes = []
     encode = network.vae._encode
 

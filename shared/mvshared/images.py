@@ -135,7 +135,7 @@ def _stored(image: Image.Image, path: Path | None) -> NDArray[np.float32]:
     if file is not None:
         # Pillow keeps the first byte of every number. Read as little-endian numbers, the file yields the second ones.
         file.seek(0)
-        second = Image.open(file, formats=("PNG",))
+        second: Any = Image.open(file, formats=("PNG",))
         second.tile = [(codec, box, offset, raw_mode.replace("16B", "16L")) for codec, box, offset, _ in second.tile]
         second.load()
         lower = np.asarray(_upright(second), dtype=np.float32)

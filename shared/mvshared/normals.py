@@ -5,6 +5,7 @@ those of `mvshared.camera`, or of the transforms.json beside the maps. docs/norm
 """
 
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mvshared.camera import Y_UP_TO_Z_UP, read_transforms
-from mvshared.errors import CameraError, ImageError, MvWarning, OptionError
-from mvshared.files import read_json_object
-from mvshared.images import PICTURE_SUFFIXES, is_picture, load_values, resize_plane
+from mvshared.errors import CameraError, ImageError, MvWarning, OptionError, OutputError
+from mvshared.export import METADATA, transforms
+from mvshared.files import check_folder, make_folder, read_json_object, write_json
+from mvshared.images import PICTURE_SUFFIXES, is_picture, load_values, resize_plane, save_png
 
 NormalMap: TypeAlias = str | Path | Image.Image | NDArray[Any]
 Normals: TypeAlias = NormalMap | Sequence[NormalMap]
@@ -26,6 +28,7 @@ Vectors: TypeAlias = NDArray[np.float32]
 
 NO_SURFACE = 128 / 127.5 - 1  # where there is none: colour 128, as in training, 1/255 from a normal of zero
 VOID_TOLERANCE = 6.0  # of 255, from mid grey, black and white, for a pixel to show no surface: lossy files blur them
+MAP_FILES = re.compile(r"normal_\d{3,}\.png|transforms\.json")
 CAMERA_TOLERANCE_DEG = 1.0
 FOV_TOLERANCE_DEG = 1.0
 CHECKED_PX = 256  # a map is checked at no more than this size
@@ -57,6 +60,55 @@ class _Frames(NamedTuple):
     paths: list[Path]
     named: bool  # by normal_file_path
     found: NormalMaps
+
+
+def check_free(folder: Path | str, *, force: bool = False) -> None:
+    """Raise OutputError if `write_normals` would refuse the folder for what is there; nothing is changed."""
+    folder = Path(folder)
+    check_folder(folder)
+    try:
+        there = sorted(path.name for path in folder.iterdir() if MAP_FILES.fullmatch(path.name)) if folder.is_dir() else []
+        run = (folder / METADATA).exists()
+    except OSError as cause:
+        raise OutputError(f"cannot be read: {cause.strerror or cause}", path=folder) from cause
+    if run:
+        raise OutputError("holds a finished run, whose cameras would be lost", path=folder, hint="name another folder")
+    if there and not force:
+        hint = "name another folder, or overwrite it with --force"
+        raise OutputError(f"holds {there[0]} already", path=folder, hint=hint)
+
+
+def write_normals(
+    folder: Path | str,
+    maps: NDArray[np.uint8],
+    poses: NDArray[np.float32],
+    *,
+    fov_deg: float,
+    space: NormalSpace,
+    force: bool = False,
+) -> Path:
+    """Write maps uint8 (v, h, w, 3 or 4) as normal_000.png ..., last their transforms.json, which `find_normals` reads.
+
+    `fov_deg` is the vertical field of view of the cameras at poses (v, 4, 4). With `force` the maps that are there go. Raises
+    OutputError.
+    """
+    folder = Path(folder)
+    check_free(folder, force=force)
+    names = [f"normal_{index:03}.png" for index in range(len(maps))]
+    height, width = maps.shape[1:3]
+    document = transforms(poses, width_px=width, height_px=height, fov_deg=fov_deg, file_names=names, normal_names=names)
+    make_folder(folder)
+    try:
+        (folder / "transforms.json").unlink(missing_ok=True)  # first, so that it never speaks of other maps
+        for path in folder.iterdir():
+            if MAP_FILES.fullmatch(path.name):
+                path.unlink()
+    except OSError as cause:
+        raise OutputError(f"cannot be removed: {cause.strerror or cause}", path=folder) from cause
+    for name, pixels in zip(names, maps, strict=True):
+        save_png(folder / name, pixels)
+    write_json(folder / "transforms.json", document | {"normal_space": space})
+    return folder
 
 
 def find_normals(given: Normals, space: str | None = None) -> NormalMaps:
@@ -216,8 +268,8 @@ def _resized(vectors: Vectors, surface: Vectors, size_px: int) -> Vectors:
     """Vectors (h, w, 3) at (size_px, size_px), blended with NO_SURFACE by how much surface (h, w, 1) there is."""
     if len(vectors) != size_px:
         planes = [resize_plane(plane, size_px) for plane in (*np.moveaxis(vectors * surface, -1, 0), surface[..., 0])]
-        surface = np.clip(planes[3], 0, 1)[..., None]
-        vectors = np.clip(np.stack(planes[:3], -1) / np.maximum(planes[3], 1e-3)[..., None], -1, 1)
+        surface = np.clip(planes[3], 0, 1)[..., None].astype(np.float32)
+        vectors = (np.stack(planes[:3], -1) / np.maximum(planes[3], 1e-3)[..., None]).clip(-1, 1).astype(np.float32)
     return np.where(surface >= 1, vectors, vectors * surface + np.float32(NO_SURFACE) * (1 - surface)).astype(np.float32)
 
 
