@@ -233,6 +233,13 @@ def write_tiny_model(folder: Path, config: ModelConfig = TINY_MODEL) -> Path:
     return folder
 
 
+def normal_maps(count: int, size_px: int = 32) -> NDArray[np.uint8]:
+    """Different normal maps (count, size_px, size_px, 3) of bumpy surfaces that face the camera."""
+    slopes = np.random.default_rng(1).uniform(-0.5, 0.5, (count, size_px, size_px, 2))
+    vectors = np.concatenate([slopes, np.ones((count, size_px, size_px, 1))], axis=-1)
+    return np.rint((vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) + 1) * 127.5).astype(np.uint8)
+
+
 class RecordingModel:
     """A model that keeps the calls of its methods, as (name, positional arguments), and is otherwise the one inside."""
 

@@ -26,6 +26,7 @@ import mvshared.backend
 from mvshared.camera import orbit
 from mvshared.checkpoint import WEIGHT_FILE
 from mvshared.cli import run
+from mvshared.export import transforms
 from mvshared.heads.dataset import render_dataset
 
 GENERATE = "generate picture.png --model tiny -o new"
@@ -110,6 +111,10 @@ CALLS = [
         (f"{GENERATE} --backend jax", "backend | auto, mlx or torch | jax"),
         (f"{GENERATE} --normals maps/none", "normals | one map per view (2) | 0 maps"),
         (f"{GENERATE} --normals maps/one", "normals | one map per view (2) | 1 maps"),
+        (f"{GENERATE} --normals maps/two/0.png", "normals | one map per view (2) | 1 maps"),
+        (f"{GENERATE} --normals maps/two --normal-space tangent", "normal_space | camera or world | tangent"),
+        (f"{GENERATE} --normal-space world", "normal_space | left out where no normals are given"),
+        (f"{GENERATE} --normals maps/posed --normal-space world", "normal_space | camera, as the maps' transforms.json says"),
         (f"{GENERATE} --elevation 91", "elevation | 90"),
         (f"{GENERATE} --elevation nan", "elevation"),
         ("generate picture.png --model without-normals -o new --normals maps/two", "normals | takes no normal maps"),
@@ -146,11 +151,20 @@ CALLS = [
         ("generate pictures/clear.png --model tiny -o new", "shows nothing | transparent"),
         (f"{GENERATE} --normals gone", "gone"),
         (f"{GENERATE} --normals maps/bad", "is no picture"),
+        (f"{GENERATE} --normals maps/two --normals maps/two", "is a folder"),
+        (f"{GENERATE} --normals maps/two --size 64", "view 0 has 32 x 32 pixels, less than the views' 64 | render"),
+        (f"{GENERATE} --normals maps/wide", "square | 32 x 24"),
+        (f"{GENERATE} --normals maps/mixed", "1.png | 64 x 64 pixels | 32 x 32"),
+        (f"{GENERATE} --normals maps/photographs", "photographs | no unit vectors | photograph"),
+        (f"{GENERATE} --normals maps/clear", "shows no surface"),
+        (f"{GENERATE} --normals maps/behind", "100% of the surface in the normal map of view 0 faces away"),
     ),
     *calls(
         4,
         (f"{GENERATE} --azimuths 0,nan", "azimuth"),
         (f"{GENERATE} --azimuths inf", "azimuth"),
+        (f"{GENERATE} --normals maps/two --normal-space world", "camera 1 | faces away | --normal-space camera"),
+        (f"{GENERATE} --normals maps/posed --azimuths 0,120", "camera 1 | 30.0 degrees | 1.png | leave views, azimuths"),
     ),
     *calls(
         5,
@@ -203,6 +217,7 @@ CALLS = [
     *calls(
         8,
         (f"{GENERATE} --cameras gone.json", "gone.json | no such file"),
+        (f"{GENERATE} --normals maps/damaged", "damaged/transforms.json | not a JSON file"),
         (f"{GENERATE} --cameras cameras/text.json", "text.json | not a JSON file"),
         (f"{GENERATE} --cameras cameras/keys.json", "keys.json | holds no cameras"),
         (f"{GENERATE} --cameras cameras/none.json", "none.json"),
@@ -276,13 +291,31 @@ def write_pictures(world: Path) -> None:
         (folder / name).write_bytes(content)
     Image.new("1", (20_000, 6_000)).save(folder / "huge.png")
     Image.new("RGBA", (64, 64), (200, 10, 10, 0)).save(folder / "clear.png")
-    for name, count in {"none": 0, "one": 1, "two": 2, "bad": 2}.items():
-        (world / "maps" / name).mkdir(parents=True)
-        for index in range(count):
-            Image.new("RGB", (32, 32), (128, 128, 255)).save(world / "maps" / name / f"{index}.png")
-    (world / "maps" / "bad" / "1.png").write_text("no picture")
+    write_maps(world / "maps")
     (world / "mine").mkdir()
     shutil.copy(world / "picture.png", world / "mine" / "view_000.png")
+
+
+def write_maps(maps: Path) -> None:
+    """Folders of two normal maps, most of them wrong."""
+    facing, behind, sizes = (128, 128, 255), (128, 128, 1), [(32, 32), (32, 32)]
+    kinds: dict[str, tuple[tuple[int, ...], list[tuple[int, int]]]] = {
+        "none": (facing, []),
+        "one": (facing, sizes[:1]),
+        "wide": (facing, [(32, 24), (32, 24)]),
+        "mixed": (facing, [(32, 32), (64, 64)]),
+        "photographs": ((200, 180, 160), sizes),
+        "clear": ((*facing, 0), sizes),
+        "behind": (behind, sizes),
+    }
+    for name, (color, pictures) in (kinds | dict.fromkeys(("two", "bad", "posed", "damaged"), (facing, sizes))).items():
+        (maps / name).mkdir(parents=True)
+        for index, size in enumerate(pictures):
+            Image.new("RGBA" if len(color) == 4 else "RGB", size, color).save(maps / name / f"{index}.png")
+    (maps / "bad" / "1.png").write_text("no picture")
+    document = transforms(orbit([0, 90], 0), width_px=32, height_px=32, fov_deg=49.1, file_names=["0.png", "1.png"])
+    (maps / "posed" / "transforms.json").write_text(json.dumps(document | {"normal_space": "camera"}))
+    (maps / "damaged" / "transforms.json").write_text("{")
 
 
 def write_models(world: Path) -> None:

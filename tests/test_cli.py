@@ -142,12 +142,10 @@ def test_without_an_output_folder_the_picture_names_it(desk: Path) -> None:
 def test_every_option_reaches_the_run(desk: Path) -> None:
     (desk / "maps").mkdir()
     for index in range(3):
-        Image.new("RGB", (32, 32), (128, 128, 250 - index)).save(desk / "maps" / f"{index}.png")
-    options = "--azimuths 10,20,350 --elevation 15 --steps 3 --guidance 1.5 --eta 0.5 --seed 9 --size 48 --dtype bfloat16"
-    options += " --guidance-normals 2"
-    assert (
-        run(["generate", "picture.png", *TINY, *options.split(), "--normals", "maps", "-o", "out", "--scheduler", "ddim"]) == 0
-    )
+        Image.new("RGB", (48, 48), (128, 128, 250 - index)).save(desk / "maps" / f"{index}.png")
+    options = "--normals maps --normal-space world --guidance-normals 2"
+    options += " --azimuths 10,20,350 --elevation 15 --steps 3 --guidance 1.5 --eta 0.5 --seed 9 --size 48 --dtype bfloat16"
+    assert run(["generate", "picture.png", *TINY, *options.split(), "-o", "out", "--scheduler", "ddim"]) == 0
     parameters = json.loads((desk / "out" / "metadata.json").read_text())["parameters"]
     given = {"steps": 3, "guidance": 1.5, "eta": 0.5, "seed": 9, "size_px": 48, "dtype": "bfloat16", "scheduler": "ddim"}
     given |= {"guidance_normals": 2.0, "guidance_image": None, "guidance_interval": [0.0, 1.0]}
@@ -157,6 +155,11 @@ def test_every_option_reaches_the_run(desk: Path) -> None:
     np.testing.assert_allclose(azimuths, [10, 20, 350], atol=1e-3)
     np.testing.assert_allclose(np.degrees(np.arcsin(positions[:, 1] / np.linalg.norm(positions, axis=1))), 15, atol=1e-3)
     assert parameters["normals"] == str(desk / "maps") and parameters["normals_sha256"]
+    assert parameters["normal_space"] == "world"
+    files = [argument for index in range(3) for argument in ("--normals", f"maps/{index}.png")]
+    options = options.replace("--normals maps", "")
+    assert run(["generate", "picture.png", *TINY, *options.split(), *files, "-o", "files"]) == 0
+    assert (desk / "files" / "grid.png").read_bytes() == (desk / "out" / "grid.png").read_bytes()
     assert load_image(desk / "out" / "view_002.png").shape == (48, 48, 4)
 
 

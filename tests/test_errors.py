@@ -13,6 +13,7 @@ from mvshared.errors import (
     DatasetError,
     DownloadError,
     ImageError,
+    MeshError,
     MvError,
     NumericsError,
     OptionError,
@@ -33,6 +34,7 @@ ERRORS = [
     DatasetError("has no captures", path="data"),
     NumericsError("NaN", where="sampling"),
     DownloadError("has no such revision", repository="owner/name"),
+    MeshError("holds no faces", path="head.obj", hint="make a mesh of it first"),
 ]
 
 

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close, assert_different, from_numpy, to_numpy, unet_inputs
+from helpers import (
+    BACKENDS,
+    FLOAT32_RMS,
+    Backend,
+    assert_close,
+    assert_different,
+    from_numpy,
+    normal_maps,
+    to_numpy,
+    unet_inputs,
+)
 from public_folders import stable_diffusion
 
 from mvshared.backend import load
@@ -36,7 +46,7 @@ def test_from_imagedream_it_makes_the_views_of_imagedream_whatever_the_normal_ma
     ours, theirs = (load(folder, backend=backend, device="cpu") for folder in (tmp_path / "gaf", source))
     expected = theirs.generate(source / "input.png", **arguments).latents
     assert_close(ours.generate(source / "input.png", **arguments).latents, expected, rms=FLOAT32_RMS)
-    maps = [np.random.default_rng(view).integers(0, 256, (128, 128, 3), dtype=np.uint8) for view in range(4)]
+    maps = list(normal_maps(4, 128))
     assert_close(ours.generate(source / "input.png", normals=maps, **arguments).latents, expected, rms=FLOAT32_RMS)
     config = ours.model.config
     assert (config.family, config.unet.in_channels, config.unet.reference_frame) == ("gaf", 8, True)

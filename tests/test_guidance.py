@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close, assert_different, from_numpy, record, to_numpy
+from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close, assert_different, from_numpy, normal_maps, record, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -346,7 +346,7 @@ def test_the_unet_refuses_a_weight_of_references_that_is_none(folder: Path, back
 # Whole runs
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-MAPS = list(np.random.default_rng(1).integers(0, 256, (VIEWS, 64, 64, 3), dtype=np.uint8))
+MAPS = list(normal_maps(VIEWS, 64))
 PIPELINES: dict[str, Pipeline[Any]] = {}
 
 

@@ -22,7 +22,6 @@ from mvshared.images import (
     from_model,
     grid,
     load_image,
-    load_normals,
     resize_rgba,
     save_png,
     save_turntable,
@@ -446,60 +445,3 @@ def test_a_turntable_loops_forever_with_one_palette_and_the_exact_background(tmp
 def test_a_turntable_of_no_duration_is_refused(tmp_path: Path, seconds: float) -> None:
     with pytest.raises(OptionError, match="seconds"):
         save_turntable(tmp_path / "turn.gif", smooth()[None], seconds=seconds)
-
-
-def normal_map(side: int = 16) -> NDArray[np.uint8]:
-    """A ball, alpha 0 around it, with colour under the transparency that must not leak."""
-    y, x = (np.mgrid[:side, :side] + 0.5) / side * 2 - 1
-    z = np.sqrt(np.clip(0.8 - x**2 - y**2, 0, None))
-    unit = np.stack([x, -y, z], -1) / np.sqrt(0.8)
-    inside = z > 0
-    return np.where(inside[..., None], np.dstack([(unit + 1) * 127.5, inside * 255.0]), (255, 0, 255, 0)).astype(np.uint8)
-
-
-def test_normal_maps_are_vectors_with_zero_where_there_is_no_surface(tmp_path: Path) -> None:
-    for view in range(2):
-        save_png(tmp_path / f"normal_{view:03}.png", normal_map())
-    save_png(tmp_path / "view_000.png", smooth())
-    save_png(tmp_path / "._normal_000.png", smooth())
-    maps = load_normals(tmp_path, views=2, size_px=16)
-    assert maps.shape == (2, 16, 16, 3) and maps.dtype == np.float32
-    inside = normal_map()[..., 3] > 0
-    np.testing.assert_allclose(maps[:, ~inside], 0, atol=0.004)
-    np.testing.assert_allclose(np.linalg.norm(maps[0, inside], axis=-1), 1, atol=0.02)
-    assert maps[0, 3, 8, 1] > 0.3 and maps[0, 8, 12, 0] > 0.3 and maps[0, 8, 8, 2] > 0.9, "y is up, x right, z to the camera"
-
-
-def test_resized_normals_do_not_mix_with_what_is_under_transparency() -> None:
-    (small,) = load_normals([normal_map(64)], views=1, size_px=16)
-    alpha = resize_rgba(normal_map(64), 16, 16)[..., 3]
-    np.testing.assert_allclose(small[alpha == 0], 0, atol=0.004)
-    edge = (alpha > 0) & (alpha < 255)
-    assert edge.any() and np.linalg.norm(small[edge], axis=-1).max() < 1.05
-
-
-def test_normal_maps_of_16_bits_and_lists_of_paths_are_read_in_their_order(tmp_path: Path) -> None:
-    colors = [(255, 128, 128), (128, 255, 128)]
-    paths = []
-    for number, color in enumerate(colors):
-        values = np.broadcast_to(np.array(color, np.uint16) * 257, (4, 4, 3))
-        paths.append(written(tmp_path / f"{number}.png", png_16_bit(values, color_type=2)))
-    maps = load_normals(paths[::-1], views=2, size_px=8)
-    np.testing.assert_allclose(maps[:, 0, 0], [[0, 1, 0], [1, 0, 0]], atol=0.004)
-
-
-def test_a_folder_of_pictures_of_other_names_is_read_by_name(tmp_path: Path) -> None:
-    for name, value in (("b.png", 255), ("a.png", 0), ("._a.png", 7)):
-        save_png(tmp_path / name, np.full((4, 4, 3), value, np.uint8))
-    np.testing.assert_array_equal(load_normals(tmp_path, views=2, size_px=4)[:, 0, 0, 0], [-1, 1])
-
-
-def test_normal_maps_of_a_wrong_number_shape_or_place_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"one map per view \(2\), got '1 maps'"):
-        load_normals([normal_map()], views=2, size_px=8)
-    with pytest.raises(ImageError, match="square, got 32 x 24"):
-        load_normals([smooth()], views=1, size_px=8)
-    with pytest.raises(ImageError, match="no such folder"):
-        load_normals(tmp_path / "none", views=1, size_px=8)
-    with pytest.raises(ImageError, match="is no picture"):
-        load_normals([written(tmp_path / "a.png", b"text")], views=1, size_px=8)

@@ -17,7 +17,8 @@ PACKAGES = {"mvshared": ROOT / "shared" / "mvshared", "mvmlx": ROOT / "mvmlx", "
 
 # Import names by distribution, where they differ.
 IMPORT_NAMES = {"pillow": "PIL"}
-SHARED_MAY_IMPORT = {"PIL", "click", "huggingface_hub", "matplotlib", "numpy", "safetensors", "tokenizers", "tqdm"}
+OPTIONAL = {"embreex", "matplotlib", "trimesh"}
+SHARED_MAY_IMPORT = {"PIL", "click", "huggingface_hub", "numpy", "safetensors", "tokenizers", "tqdm"} | OPTIONAL
 MAY_IMPORT = {
     "mvshared": SHARED_MAY_IMPORT | {"mvshared"},
     "mvmlx": SHARED_MAY_IMPORT | {"mvshared", "mvmlx", "mlx"},
@@ -25,7 +26,19 @@ MAY_IMPORT = {
 }
 # Modules inside of allowed packages that pull in an array library.
 BRING_AN_ARRAY_LIBRARY = re.compile(r"safetensors\.(?!numpy\b)\w+")
-HEAVY = ("torch", "mlx", "jax", "tensorflow", "scipy", "matplotlib", "huggingface_hub", "diffusers", "transformers")
+HEAVY = (
+    "torch",
+    "mlx",
+    "jax",
+    "tensorflow",
+    "scipy",
+    "matplotlib",
+    "huggingface_hub",
+    "diffusers",
+    "transformers",
+    "trimesh",
+    "embreex",
+)
 
 # Imports each module with the project's own packages forgotten, so that a circular import shows whichever comes first.
 PROBE = """
@@ -115,7 +128,7 @@ def test_everything_that_may_be_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = [
         *project["dependencies"],
-        *(r for extra in ("torch", "train") for r in project["optional-dependencies"][extra]),
+        *(r for extra in ("torch", "train", "mesh") for r in project["optional-dependencies"][extra]),
     ]
     distributions = {re.split(r"[\[<>=;! ]", requirement)[0] for requirement in requirements}
     declared = {IMPORT_NAMES.get(name, name) for name in distributions}

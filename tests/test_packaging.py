@@ -107,7 +107,7 @@ def test_the_wheel_says_its_version_licence_and_python(wheel: Path) -> None:
     assert fields["Version"] == mvshared.__version__
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == ">=3.11"
-    assert set(fields.get_all("Provides-Extra", [])) == {"cpu", "cuda", "torch", "train", "validate", "dev"}
+    assert set(fields.get_all("Provides-Extra", [])) == {"cpu", "cuda", "torch", "mesh", "train", "validate", "dev"}
 
 
 def test_a_plain_install_pulls_in_no_array_library_but_mlx_on_a_mac(wheel: Path) -> None:

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from helpers import BACKENDS, TINY_MODEL, Backend, Recorded, assert_close, assert_different, record, write_tiny_model
+from helpers import (
+    BACKENDS,
+    TINY_MODEL,
+    Backend,
+    Recorded,
+    assert_close,
+    assert_different,
+    normal_maps,
+    record,
+    write_tiny_model,
+)
 from numpy.typing import NDArray
 
 from mvshared.backend import load
@@ -23,7 +33,7 @@ from mvshared.runs import Views
 
 LATENTS_RMS = 1e-4
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-NORMALS = list(np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+NORMALS = list(normal_maps(2))
 
 
 @pytest.fixture(scope="module")

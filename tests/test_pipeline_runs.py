@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BACKENDS, TINY_MODEL, Backend, Recorded, record, write_tiny_model
+from helpers import BACKENDS, TINY_MODEL, Backend, Recorded, normal_maps, record, write_tiny_model
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -19,7 +19,7 @@ from mvshared.images import save_png
 from mvshared.pipeline import Pipeline, Progress
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-MAPS = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+MAPS = normal_maps(2)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BACKENDS, Backend, Recorded, record, write_tiny_model
+from helpers import BACKENDS, Backend, Recorded, normal_maps, record, write_tiny_model
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -27,7 +27,7 @@ from mvshared.runs import Run, Views, read_run
 from mvshared.weights import sha256_of_files
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-MAPS = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+MAPS = normal_maps(2)
 VIEW_FILES = {"view_000.png", "view_001.png"}
 RUN_FILES = VIEW_FILES | {"grid.png", "turntable.gif", "latents.npy", "transforms.json", "metadata.json"}
 
@@ -317,13 +317,15 @@ def test_the_other_backend_is_refused(pipelines: dict[Backend, Pipeline[Any]], p
 
 PARAMETERS = (
     "model", "family", "backend", "dtype", "device", "image", "image_sha256", "image_scale", "reference_scale",
-    "prompt", "negative_prompt", "normals", "normals_sha256", "latents", "latents_sha256", "cameras", "fov_deg", "steps",
-    "guidance", "guidance_text", "guidance_image", "guidance_normals", "guidance_interval", "guidance_rescale",
-    "scheduler", "eta", "seed", "size_px", "config_sha256",
+    "prompt", "negative_prompt", "normals", "normals_sha256", "normal_space", "latents", "latents_sha256", "cameras", "fov_deg",
+    "steps", "guidance", "guidance_text", "guidance_image", "guidance_normals", "guidance_interval", "guidance_rescale",
+    "scheduler", "eta", "seed", "size_px", "config_sha256", "upscale",
 )  # fmt: skip
 NEWER = {"reference_scale": 1.0, "guidance_text": None, "guidance_image": None, "guidance_normals": None,
-         "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0}  # fmt: skip
+         "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "upscale": None}  # fmt: skip
 DELETED = object()
+# Which model "x" is, load() decides; without a space the maps are in their own.
+ALLOWED: tuple[Any, ...] = (("model", "x"), ("normal_space", DELETED), ("normal_space", None))
 WRONG_VALUES: tuple[Any, ...] = (DELETED, None, True, "x", -1, 10**400, [], {}, [None], [[[1.0]]], [["x"]])
 
 
@@ -350,7 +352,7 @@ def test_an_edited_parameter_is_refused_in_one_clear_line(
     assert tuple(document["parameters"]) == PARAMETERS
     for value in WRONG_VALUES:
         parameters = dict(document["parameters"])
-        if parameters.pop(name) == value or (name, value) == ("model", "x"):  # which model that is, load() decides
+        if parameters.pop(name) == value or (name, value) in ALLOWED:
             continue
         if value is DELETED and name in NEWER:
             continue

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from mvshared.camera import as_poses, even_azimuths, orbit
 from mvshared.config import ModelConfig
 from mvshared.errors import OptionError
 from mvshared.framing import Framed
+from mvshared.normals import Normals
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
 Pictures: TypeAlias = Picture | Sequence[Picture]
-Normals: TypeAlias = str | Path | Sequence[str | Path | NDArray[Any]]
+MAX_VIEWS = 64
+
 Latents: TypeAlias = str | Path | NDArray[np.floating[Any]]
 
 
@@ -64,6 +67,41 @@ def number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
+def view_poses(
+    config: ModelConfig,
+    *,
+    views: int | None,
+    azimuths_deg: Sequence[float] | None,
+    elevation_deg: float | None,
+    cameras: ArrayLike | None,
+    without_cameras: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Poses float32 (v, 4, 4) that a caller asked for, as `Pipeline.generate` documents them; `without_cameras` are those if
+    nothing was said. Raises OptionError and CameraError."""
+    camera, defaults = config.camera, config.defaults
+    given = {"views": views, "azimuths_deg": azimuths_deg, "cameras": cameras}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise OptionError(named[1], expected=f"left out where {named[0]} is given", got=given[named[1]])
+    if cameras is not None:
+        if elevation_deg is not None:
+            raise OptionError("elevation_deg", expected="left out where cameras is given", got=elevation_deg)
+        poses = as_poses(cameras, camera.radius)
+    elif without_cameras is not None and not named and elevation_deg is None:
+        named, poses = ["normals"], without_cameras
+    else:
+        count = whole("views", defaults.views if views is None else views, 1, MAX_VIEWS)
+        azimuths = even_azimuths(count, start_deg=defaults.azimuth_start_deg) if azimuths_deg is None else azimuths_deg
+        poses = orbit(azimuths, defaults.elevation_deg if elevation_deg is None else elevation_deg, radius=camera.radius)
+    unet = config.unet
+    joined = unet.reference_frame or bool(unet.normal_channels) or unet.cross_attention_dim is None
+    if not (unet.camera_dim or joined) and len(poses) != 1:
+        raise OptionError(named[0] if named else "views", expected="1: this model knows no cameras", got=len(poses))
+    if len(poses) > MAX_VIEWS:
+        raise OptionError(named[0], expected=f"at most {MAX_VIEWS} views", got=len(poses))
+    return poses
+
+
 def image_names(image: Pictures | None) -> str | tuple[str, ...] | None:
     """The file or the files of the pictures; None if one of them was given in memory."""
     if isinstance(image, str | Path):
@@ -84,10 +122,10 @@ def pictures_sha256(pictures: Sequence[Framed]) -> str | None:
 
 def normals_names(normals: Normals | None) -> str | tuple[str, ...] | None:
     """The folder or the files of the normal maps; None if one of them was given in memory."""
-    if normals is None:
-        return None
     if isinstance(normals, str | Path):
         return str(Path(normals).resolve())
+    if not isinstance(normals, Sequence):
+        return None
     names = tuple(str(Path(item).resolve()) for item in normals if isinstance(item, str | Path))
     return names if len(names) == len(normals) else None
 

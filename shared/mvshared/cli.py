@@ -74,6 +74,20 @@ def upscale_options(*, default: str | None) -> Callable[[Callable[..., Any]], Ca
     return add
 
 
+def camera_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that has views."""
+    for option in (
+        click.option("--elevation", type=float, help="Degrees above the horizon.  [default: the model's]"),
+        click.option("--cameras", type=click.Path(path_type=Path), help="JSON file of cameras, such as a transforms.json."),
+        click.option(
+            "--azimuths", type=NumberList(), help="Degrees around the object, as 45,135: 0 is its front, 90 its left."
+        ),
+        click.option("--views", type=int, help="Number of views, spread evenly.  [default: the model's]"),
+    ):
+        function = option(function)
+    return function
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="mvmlx")
 def cli() -> None:
@@ -92,10 +106,7 @@ def cli() -> None:
 @click.option("--negative-prompt", help="What not to show.  [default: the model's]")
 @click.option("--image-scale", type=float, default=1.0, show_default=True, help="Weight of the pictures' tokens, 0 to 2.")
 @click.option("--reference-scale", type=float, default=1.0, show_default=True, help="Weight of the reference frames, 0 to 2.")
-@click.option("--views", type=int, help="Number of views, spread evenly.  [default: the model's]")
-@click.option("--azimuths", type=NumberList(), help="Degrees around the object, such as 45,135: 0 is the front, 90 its left.")
-@click.option("--cameras", type=click.Path(path_type=Path), help="JSON file of cameras, such as a transforms.json.")
-@click.option("--elevation", type=float, help="Degrees above the horizon.  [default: the model's]")
+@camera_options
 @click.option("--steps", type=int, help="Sampling steps, 1 to 1000.  [default: the model's]")
 @click.option("--guidance", type=float, help="Classifier-free guidance, 1 (off) to 20.  [default: the model's]")
 @click.option("--guidance-text", type=float, help="Guidance to the text, 1 to 20.  [default: that of --guidance]")
@@ -115,7 +126,10 @@ def cli() -> None:
 @click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
 @click.option("--latents", type=click.Path(path_type=Path), help="Initial latents instead of the seed's noise, an .npy file.")
-@click.option("--normals", type=click.Path(path_type=Path), help="Folder of normal maps, one per view in the order of names.")
+@click.option("--normals", type=click.Path(path_type=Path), multiple=True, help="Folder of normal maps, or one per view.")
+@click.option(
+    "--normal-space", help="camera or world; see docs/normals.md.  [default: what their transforms.json says, or camera]"
+)
 @upscale_options(default="none")
 @click.option("--stepwise", type=click.Path(path_type=Path), help="Folder for a preview of every step.")
 @click.option("--config", type=click.Path(path_type=Path), help="Repeat the run of a metadata.json.")
@@ -282,6 +296,24 @@ def render_heads(output: Path, identities: range, views: int, size: int, process
     from mvshared.commands.training import render_head_dataset
 
     render_head_dataset(output, identities, views=views, size_px=size, processes=processes)
+
+
+@cli.command("render-normals")
+@click.argument("mesh", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Output folder.")
+@click.option("--model", default="demo", show_default=True, help="The model whose cameras, size and framing are taken.")
+@camera_options
+@click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
+@click.option("--space", default="camera", show_default=True, help="Space of the normals, camera or world.")
+@click.option("--up", default="y", show_default=True, help="Up axis of the mesh, y or z.")
+@click.option("--fit/--no-fit", default=True, show_default=True, help="Move and scale the mesh into the model's frame.")
+@click.option("--force", is_flag=True, help="Overwrite normal maps in the output folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def render_normals(mesh: Path, **options: Any) -> None:
+    """Render normal maps of MESH, an OBJ, PLY or GLB file, for `mvmlx generate --normals`. See docs/normals.md."""
+    from mvshared.commands.normals import render_normal_maps
+
+    render_normal_maps(mesh, options)
 
 
 @cli.command()

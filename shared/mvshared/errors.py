@@ -167,3 +167,13 @@ class DownloadError(MvError):
     def __init__(self, message: str, *, repository: str, hint: str = "") -> None:
         super().__init__(f"{repository}: {message}", hint=hint)
         self.repository = repository
+
+
+class MeshError(MvError):
+    """A mesh cannot be read or rendered. Fields: `path`, or None."""
+
+    exit_code = 12
+
+    def __init__(self, message: str, *, path: Path | str | None = None, hint: str = "") -> None:
+        super().__init__(f"{path}: {message}" if path is not None else message, hint=hint)
+        self.path = path

@@ -7,7 +7,7 @@ import io
 import math
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,6 @@ from mvshared.files import write_atomic
 MAX_PIXELS = 100_000_000
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PALETTE_SAMPLES = 20_000  # pixels of a turntable that its palette is made from
-NO_SURFACE = (128, 128, 128)  # colour of the empty places of a normal map
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's; some of its others start programs
 GREY_PEAKS = {"I;16": 65535.0, "I;16L": 65535.0, "I;16B": 65535.0, "I;16N": 65535.0, "I": 65535.0, "F": 1.0}
@@ -36,6 +35,7 @@ UPRIGHT = {
 }  # by EXIF orientation
 
 Source = str | Path | Image.Image | NDArray[Any]
+Convert = Callable[[Image.Image, Path | None], NDArray[Any]]
 
 
 def load_image(source: Source) -> NDArray[np.uint8]:
@@ -47,18 +47,26 @@ def load_image(source: Source) -> NDArray[np.uint8]:
 
     Raises ImageError for what is missing, truncated, no picture, or larger than 100 million pixels.
     """
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
+    return _from_array(source) if isinstance(source, np.ndarray) else _load(source, _colors)
+
+
+def load_values(source: Source) -> NDArray[np.float32]:
+    """The numbers that a picture stores, RGBA float32 (h, w, 4) from 0 to 255, upright: for pictures of something else than
+    colours, whose colour profile says nothing. Of PNG all 16 bits are kept. Takes and raises what `load_image` does."""
+    return _scaled(source).astype(np.float32) if isinstance(source, np.ndarray) else _load(source, _stored)
+
+
+def _load(source: Source, convert: Convert) -> NDArray[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MAX_PIXELS stands for Pillow's limit, and odd metadata is no concern
         if isinstance(source, Image.Image):
-            return _decode(source, None)
+            return _decode(source, None, convert)
         if not isinstance(source, str | Path):
             raise ImageError(f"a picture must be a path, a Pillow image or an array, got {type(source).__name__}")
-        return _from_file(Path(source))
+        return _from_file(Path(source), convert)
 
 
-def _from_file(path: Path) -> NDArray[np.uint8]:
+def _from_file(path: Path, convert: Convert) -> NDArray[Any]:
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -68,7 +76,7 @@ def _from_file(path: Path) -> NDArray[np.uint8]:
         if not status.st_size:
             raise ImageError("is empty", path=path)
         with path.open("rb") as file:
-            return _decode(_open(file, path), path)
+            return _decode(_open(file, path), path, convert)
     except FileNotFoundError as cause:
         raise ImageError("no such file", path=path) from cause
     except (OSError, ValueError) as cause:  # ValueError: a NUL in the name
@@ -95,22 +103,52 @@ def _damaged(path: Path | None, cause: Exception) -> ImageError:
     return ImageError(f"cannot be decoded: {reason}", path=path, hint="the file may be damaged: copy it again")
 
 
-def _decode(image: Image.Image, path: Path | None) -> NDArray[np.uint8]:
+def _decode(image: Image.Image, path: Path | None, convert: Convert) -> NDArray[Any]:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_large(path)
     if not width * height:
         raise ImageError("has no pixels", path=path)
     try:
-        image.load()
-        image = _upright(image)
-        if image.mode in GREY_PEAKS:
-            return _from_array(_grey(image, path))
-        return np.asarray(_to_srgb(image).convert("RGBA")).copy()
+        return convert(image, path)
     except ImageError:
         raise
     except Exception as cause:  # as in _open
         raise _damaged(path, cause) from cause
+
+
+def _colors(image: Image.Image, path: Path | None) -> NDArray[np.uint8]:
+    image.load()
+    image = _upright(image)
+    if image.mode in GREY_PEAKS:
+        return _from_array(_grey(image, path))
+    return np.asarray(_to_srgb(image).convert("RGBA")).copy()
+
+
+def _stored(image: Image.Image, path: Path | None) -> NDArray[np.float32]:
+    file, raw_mode = _png_of_16_bits(image)
+    image.load()
+    upper = _upright(image)
+    if upper.mode in GREY_PEAKS:
+        return _scaled(_grey(upper, path)).astype(np.float32)
+    values = np.asarray(upper.convert("RGBA")).astype(np.float32)
+    if file is not None:
+        # Pillow keeps the first byte of every number. Read as little-endian numbers, the file yields the second ones.
+        file.seek(0)
+        second: Any = Image.open(file, formats=("PNG",))
+        second.tile = [(codec, box, offset, raw_mode.replace("16B", "16L")) for codec, box, offset, _ in second.tile]
+        second.load()
+        lower = np.asarray(_upright(second), dtype=np.float32)
+        channels = lower.shape[2]
+        values[..., :channels] = (values[..., :channels] * 256 + lower) / 257
+    return values
+
+
+def _png_of_16_bits(image: Image.Image) -> tuple[Any, str]:
+    """The open file and the raw mode of a coloured PNG with 16 bits per channel that is not decoded yet; else None and ""."""
+    tile, file = getattr(image, "tile", None), getattr(image, "fp", None)
+    raw_mode = tile[0][3] if image.format == "PNG" and tile and file is not None else ""
+    return (file, raw_mode) if raw_mode in ("RGB;16B", "RGBA;16B") else (None, "")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -148,6 +186,12 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+    scaled = _scaled(array)
+    return scaled if scaled.dtype == np.uint8 else np.rint(scaled).astype(np.uint8)
+
+
+def _scaled(array: NDArray[Any]) -> NDArray[Any]:
+    """RGBA (h, w, 4) from 0 to 255 of an array that `load_image` takes: uint8, or float64 with fractions."""
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4) or not array.size:
@@ -155,16 +199,16 @@ def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise _too_large(None)
     if array.dtype == np.uint16:
-        array = np.rint(array / 257.0).astype(np.uint8)
+        array = array / 257.0
     elif array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):  # false for NaN, too
             raise ImageError("an array of floats must be finite and within 0 to 1", hint="use uint8 for 0 to 255")
-        array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
+        array = array.astype(np.float64) * 255
     elif array.dtype != np.uint8:
         raise ImageError(f"an array must be uint8, uint16 or float, got {array.dtype}")
     channels = array.shape[2]
     color = array[..., : 3 if channels >= 3 else 1]
-    alpha = array[..., -1:] if channels in (2, 4) else np.full((*array.shape[:2], 1), 255, np.uint8)
+    alpha = array[..., -1:] if channels in (2, 4) else np.full((*array.shape[:2], 1), 255, array.dtype)
     return np.concatenate([np.broadcast_to(color, (*array.shape[:2], 3)), alpha], axis=2)
 
 
@@ -186,32 +230,8 @@ def from_model(values: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.rint((np.clip(values, -1, 1).astype(np.float32) + 1) * np.float32(127.5)).astype(np.uint8)
 
 
-def load_normals(source: str | Path | Sequence[str | Path | NDArray[Any]], *, views: int, size_px: int) -> NDArray[np.float32]:
-    """Normal maps float32 (v, size_px, size_px, 3) in [-1, 1]: a folder (normal_*.png, else all pictures, by name), or a list.
-
-    Camera space, x right, y up, z toward the camera, stored as (n + 1) / 2 of full scale. Alpha 0 means no surface: colour 128,
-    as in training, 1/255 from a normal of zero. Raises OptionError for a wrong number of maps, ImageError for a map that
-    cannot be read or is not square.
-    """
-    if isinstance(source, str | Path):
-        folder = Path(source)
-        if not folder.is_dir():
-            raise ImageError("no such folder of normal maps", path=folder)
-        pictures = sorted(path for path in folder.iterdir() if _is_picture(path))
-        source = [path for path in pictures if path.name.startswith("normal_")] or pictures
-    if len(source) != views:
-        raise OptionError("normals", expected=f"one map per view ({views})", got=f"{len(source)} maps")
-    maps = []
-    for item in source:
-        rgba = load_image(item)
-        if rgba.shape[0] != rgba.shape[1]:
-            path = None if isinstance(item, np.ndarray) else item
-            raise ImageError(f"a normal map must be square, got {rgba.shape[1]} x {rgba.shape[0]} pixels", path=path)
-        maps.append(to_model(composite(resize_rgba(rgba, size_px, size_px), NO_SURFACE)))
-    return np.stack(maps)
-
-
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
+    """Whether a file's name is that of a picture."""
     return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")  # macOS leaves ._names on other disks
 
 
@@ -220,6 +240,11 @@ def resize_rgba(rgba: NDArray[np.uint8], width: int, height: int) -> NDArray[np.
     if rgba.shape[:2] == (height, width):
         return rgba
     return np.asarray(Image.fromarray(rgba).resize((width, height), Image.Resampling.LANCZOS)).copy()
+
+
+def resize_plane(plane: NDArray[np.float32], size_px: int) -> NDArray[np.float32]:
+    """Values (h, w) at (size_px, size_px), with Pillow's Lanczos in float, which may overshoot."""
+    return np.asarray(Image.fromarray(plane).resize((size_px, size_px), Image.Resampling.LANCZOS))
 
 
 def resize_bilinear(pixels: NDArray[np.float32], size_px: tuple[int, int]) -> NDArray[np.float32]:

@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from mvshared.arguments import (
     Latents,
-    Normals,
     Pictures,
     array_sha256,
     config_sha256,
@@ -25,23 +24,24 @@ from mvshared.arguments import (
     normals_names,
     number,
     pictures_sha256,
+    view_poses,
     whole,
 )
 from mvshared.backend import A, Model
-from mvshared.camera import as_poses, camera_vectors, even_azimuths, orbit
+from mvshared.camera import camera_vectors
 from mvshared.checkpoint import find_model, model_name
 from mvshared.clip_images import clip_pixels
 from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
 from mvshared.framing import Framed, frame_picture
 from mvshared.guidance import Branch, Guidance, Mixture, check_scales
-from mvshared.images import from_model, load_image, load_normals
+from mvshared.images import from_model, load_image
+from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
 from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.latents import DEFAULT_BUDGET_BYTES, UpscaleProgress
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views
 
-MAX_VIEWS = 64
 MAX_PICTURES = 8
 SIZE_RANGE_PX = (16, 2048)
 
@@ -97,6 +97,7 @@ class Pipeline(Generic[A]):
         elevation_deg: float | None = None,
         cameras: ArrayLike | None = None,
         normals: Normals | None = None,
+        normal_space: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         guidance_text: float | None = None,
@@ -118,10 +119,11 @@ class Pipeline(Generic[A]):
 
         The cameras are, in this order: `cameras`, matrices (v, 4, 4) or pairs (azimuth_deg, elevation_deg); `azimuths_deg` at
         `elevation_deg`; `views` cameras spread evenly. Azimuth 0 looks at the object's front. `normals` is a folder or a list
-        of normal maps, one per view. `guidance` and what belongs to it are the fields of `mvshared.guidance.Guidance`; with 1
-        there is no unconditional branch. `latents` float32 (v, h, w, c), or an .npy file of them, replaces the initial noise of
-        `seed`; with reference frames it may have as many more, which are ignored. What is None comes from the model's defaults.
-        `on_step` is called after every step.
+        of normal maps, one per view, in `normal_space` "camera" or "world"; a transforms.json beside them brings their space,
+        and their cameras if no others are named (see `mvshared.normals`). `guidance` and what belongs to it are the fields of
+        `mvshared.guidance.Guidance`; with 1 there is no unconditional branch. `latents` float32 (v, h, w, c), or an .npy file
+        of them, replaces the initial noise of `seed`; with reference frames it may have as many more, which are ignored. What
+        is None comes from the model's defaults. `on_step` is called after every step.
 
         Raises OptionError, CameraError and ImageError for arguments that are not allowed, before any long work, and
         NumericsError if the latents end in NaN or infinity.
@@ -145,7 +147,15 @@ class Pipeline(Generic[A]):
         if scheduler not in tuple(SAMPLERS):
             raise OptionError("scheduler", expected=f"one of {', '.join(SAMPLERS)}", got=scheduler)
         plan = sampler_steps(scheduler, config.scheduler, steps=steps, eta=eta)
-        poses = self._poses(views, azimuths_deg, elevation_deg, cameras)
+        maps = self._normals(normals, normal_space)
+        poses = view_poses(
+            config,
+            views=views,
+            azimuths_deg=azimuths_deg,
+            elevation_deg=elevation_deg,
+            cameras=cameras,
+            without_cameras=None if maps is None else maps.poses,
+        )
         count, size = len(poses), size_px // config.vae.downscale
         shape = (count, size, size, config.vae.latent_channels)
         pictures = self._pictures(image, size_px=size_px)
@@ -153,7 +163,8 @@ class Pipeline(Generic[A]):
         prompts = self._prompts(prompt, negative_prompt, pictures=len(pictures))
         given = load_latents(latents)
         initial = initial_latents(given, shape, seed=seed, extra=len(pictures) if config.unet.reference_frame else 0)
-        normal_pixels = self._normals(normals, views=count, size_px=size_px)
+        fov_deg = config.camera.fov_deg
+        normal_pixels = None if maps is None else load_normals(maps, poses, fov_deg=fov_deg, size_px=size_px)
         text = prompts is not None and bool(prompts.prompt or prompts.negative)
         there = Branch(text=text, image=bool(pictures), normals=normal_pixels is not None)
         strength.check_there(there, config)
@@ -171,11 +182,12 @@ class Pipeline(Generic[A]):
             prompt=None if prompts is None else prompts.prompt,
             negative_prompt=None if prompts is None else prompts.negative,
             normals=normals_names(normals),
+            normal_space=None if maps is None else maps.space,
             normals_sha256=array_sha256(normal_pixels),
             latents=str(Path(latents).resolve()) if isinstance(latents, str | Path) else None,
             latents_sha256=array_sha256(given),
             cameras=tuple(tuple(map(tuple, pose)) for pose in poses.tolist()),
-            fov_deg=config.camera.fov_deg,
+            fov_deg=fov_deg,
             steps=len(plan),
             **vars(strength),
             scheduler=scheduler,
@@ -341,43 +353,12 @@ class Pipeline(Generic[A]):
                 warnings.warn(f"the {name} is longer than {room} tokens; left out is: {cut}", MvWarning, stacklevel=3)
         return Prompts(positive, negative, tokens.ids)
 
-    def _poses(
-        self,
-        views: int | None,
-        azimuths_deg: Sequence[float] | None,
-        elevation_deg: float | None,
-        cameras: ArrayLike | None,
-    ) -> NDArray[np.float32]:
-        camera, defaults = self.model.config.camera, self.model.config.defaults
-        given = {"views": views, "azimuths_deg": azimuths_deg, "cameras": cameras}
-        named = [name for name, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise OptionError(named[1], expected=f"left out where {named[0]} is given", got=given[named[1]])
-        if cameras is not None:
-            if elevation_deg is not None:
-                raise OptionError("elevation_deg", expected="left out where cameras is given", got=elevation_deg)
-            poses = as_poses(cameras, camera.radius)
-        else:
-            count = whole("views", defaults.views if views is None else views, 1, MAX_VIEWS)
-            azimuths = even_azimuths(count, start_deg=defaults.azimuth_start_deg) if azimuths_deg is None else azimuths_deg
-            poses = orbit(azimuths, defaults.elevation_deg if elevation_deg is None else elevation_deg, radius=camera.radius)
-        one_view = not (self.model.config.unet.camera_dim or self._joins_views())
-        if one_view and len(poses) != 1:
-            raise OptionError(named[0] if named else "views", expected="1: this model knows no cameras", got=len(poses))
-        if len(poses) > MAX_VIEWS:
-            raise OptionError(named[0], expected=f"at most {MAX_VIEWS} views", got=len(poses))
-        return poses
-
-    def _joins_views(self) -> bool:
-        """Whether something else than cameras tells the views apart or holds them together."""
-        unet = self.model.config.unet
-        return unet.reference_frame or bool(unet.normal_channels) or unet.cross_attention_dim is None
-
-    def _normals(self, normals: Normals | None, *, views: int, size_px: int) -> NDArray[np.float32] | None:
+    def _normals(self, normals: Normals | None, space: str | None) -> NormalMaps | None:
+        """The normal maps, found and not read; None without."""
         if normals is None:
+            if space is not None:
+                raise OptionError("normal_space", expected="left out where no normals are given", got=space)
             return None
-        if not isinstance(normals, str | Path | Sequence | np.ndarray):
-            raise OptionError("normals", expected="a folder or a list of normal maps", got=normals)
         if not self.model.config.unet.normal_channels:
             raise OptionError("normals", expected="left out: this model takes no normal maps", got=normals_names(normals))
-        return load_normals(normals, views=views, size_px=size_px)
+        return find_normals(normals, space)

@@ -5,7 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from mvshared.arguments import array_sha256, config_sha256, load_latents, pictures_sha256, whole
+from mvshared.camera import as_poses
 from mvshared.errors import CheckpointError, OptionError
+from mvshared.normals import load_normals
 from mvshared.pipeline import SIZE_RANGE_PX, Pipeline, Progress
 from mvshared.runs import Run, Views
 from mvshared.upscaling.views import check_unchanged, upscaler_files
@@ -38,7 +40,9 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
         raise OptionError("normals", expected="files: the run's normal maps were given in memory", got=None)
     size_px = whole("size_px", parameters.size_px, *SIZE_RANGE_PX)
     pictures = pipeline._pictures(parameters.image, size_px=size_px)
-    normals = pipeline._normals(parameters.normals, views=len(parameters.cameras), size_px=size_px)
+    maps = pipeline._normals(parameters.normals, parameters.normal_space)
+    poses = as_poses(parameters.cameras, model.config.camera.radius)
+    normals = None if maps is None else load_normals(maps, poses, fov_deg=parameters.fov_deg, size_px=size_px)
     latents = load_latents(parameters.latents)
     now = {"image": pictures_sha256(pictures), "normals": array_sha256(normals), "latents": array_sha256(latents)}
     for name, sha256 in now.items():
@@ -54,6 +58,7 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
         reference_scale=parameters.reference_scale,
         cameras=parameters.cameras,
         normals=parameters.normals,
+        normal_space=parameters.normal_space,
         steps=parameters.steps,
         guidance=parameters.guidance,
         guidance_text=parameters.guidance_text,

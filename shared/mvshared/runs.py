@@ -14,6 +14,7 @@ from mvshared.errors import ConfigError
 from mvshared.export import finish, metadata, parameters_from_metadata, prepare, transforms, weights_from_metadata
 from mvshared.files import write_atomic, write_json
 from mvshared.images import encode_png, grid, save_png, save_turntable
+from mvshared.normals import NormalSpace
 from mvshared.weights import sha256_of_files
 
 UPSCALED = "upscaled"  # the folder of the upscaled views, inside of the run's
@@ -37,9 +38,9 @@ class Parameters:
     """A run, completely: everything that changes a pixel, resolved and checked, as JSON values.
 
     `image_sha256` and `normals_sha256` are of the prepared pixels, `latents_sha256` of the initial latents if they were given;
-    `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. Prompts are None
-    for a model that takes no text. `cameras` are poses (v, 4, 4). `upscale` is None where nothing was upscaled. What has a
-    default here is missing in older files.
+    `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. `normal_space` is
+    None without normal maps. Prompts are None for a model that takes no text. `cameras` are poses (v, 4, 4). `upscale` is None
+    where nothing was upscaled. What has a default here is missing in older files.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Parameters:
     negative_prompt: str | None
     normals: str | tuple[str, ...] | None
     normals_sha256: str | None
+    normal_space: NormalSpace | None = None
     latents: str | None
     latents_sha256: str | None
     cameras: tuple[tuple[tuple[float, ...], ...], ...]

@@ -165,6 +165,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
     config = read_model_config(find_model(options["model"]))
     cameras = None if options["cameras"] is None else load_cameras(options["cameras"], radius=config.camera.radius).poses
     upscale = _planned_upscale(options, config)
+    normals = options["normals"][0] if len(options["normals"]) == 1 else list(options["normals"]) or None
     loaded: list[Pipeline[Any]] = []
 
     def run(reporter: Reporter, seed: int) -> Result:
@@ -182,7 +183,8 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
             azimuths_deg=options["azimuths"],
             elevation_deg=options["elevation"],
             cameras=cameras,
-            normals=options["normals"],
+            normals=normals,
+            normal_space=options["normal_space"],
             steps=options["steps"],
             guidance=options["guidance"],
             guidance_text=options["guidance_text"],

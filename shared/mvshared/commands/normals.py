@@ -1,0 +1,53 @@
+"""`mvmlx render-normals`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from mvshared.arguments import view_poses, whole
+from mvshared.camera import load_cameras
+from mvshared.checkpoint import find_model, read_model_config
+from mvshared.errors import OptionError
+from mvshared.mesh import NormalRenderer, fit_mesh, load_mesh
+from mvshared.normals import check_free, write_normals
+from mvshared.pipeline import SIZE_RANGE_PX
+
+
+def render_normal_maps(path: Path, options: dict[str, Any]) -> None:
+    """`mvmlx render-normals`."""
+    output: Path = options["output"]
+    space = options["space"]
+    if space not in ("camera", "world"):
+        raise OptionError("space", expected="camera or world", got=space)
+    check_free(output, force=options["force"])
+    config = read_model_config(find_model(options["model"]))
+    size_px = whole("size", config.defaults.size_px if options["size"] is None else options["size"], *SIZE_RANGE_PX)
+    cameras, fov_deg = None, config.camera.fov_deg
+    if options["cameras"] is not None:
+        cameras = load_cameras(options["cameras"], radius=config.camera.radius).poses
+    poses = view_poses(
+        config,
+        views=options["views"],
+        azimuths_deg=options["azimuths"],
+        elevation_deg=options["elevation"],
+        cameras=cameras,
+    )
+    mesh = load_mesh(path, up=options["up"])
+    if options["fit"]:
+        mesh = fit_mesh(mesh, poses, fov_deg=fov_deg, framing=config.framing)
+    renderer = NormalRenderer(mesh)
+    views = tqdm(poses, desc="rendering", unit="view", disable=None, file=sys.stderr)
+    maps = np.stack(
+        [renderer.render(pose, index=index, size_px=size_px, fov_deg=fov_deg, space=space) for index, pose in enumerate(views)]
+    )
+    write_normals(output, maps, poses, fov_deg=fov_deg, space=space, force=options["force"])
+    if options["as_json"]:
+        facts = {"views": len(maps), "size_px": size_px, "triangles": len(mesh.faces), "space": space}
+        click.echo(json.dumps({"event": "saved", "folder": str(output), **facts}))
+    else:
+        click.echo(f"{len(maps)} normal maps of {len(mesh.faces)} triangles in {output}")

@@ -1,0 +1,375 @@
+"""Normal maps of meshes: against what is known of balls and boxes, against the renderer of heads, and what is refused."""
+
+import builtins
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trimesh
+from numpy.typing import NDArray
+from skimage.measure import marching_cubes
+
+from mvshared.backend import load
+from mvshared.camera import as_poses, orbit
+from mvshared.cli import run
+from mvshared.config import Framing
+from mvshared.errors import BackendError, CameraError, MeshError, OptionError
+from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render, sample_identity
+from mvshared.heads.shape import HeadShape
+from mvshared.images import load_values
+from mvshared.mesh import Mesh, NormalRenderer, fit_mesh, load_mesh
+from mvshared.metrics import background_mask, iou
+from mvshared.normals import NormalSpace, find_normals, load_normals
+
+FOV_DEG, RADIUS = 40.0, 3.0
+POSES = as_poses([[0, 0], [75, 30], [200, -50], [310, 89]], RADIUS)
+SIZE = 64
+BUST = Framing(mode="subject")
+
+
+def written(path: Path, mesh: Any) -> Path:
+    mesh.export(path)
+    return path
+
+
+def rendered(mesh: Mesh, poses: NDArray[np.float32] = POSES, space: NormalSpace = "camera") -> NDArray[np.uint8]:
+    renderer = NormalRenderer(mesh)
+    views = [renderer.render(pose, index=index, size_px=SIZE, fov_deg=FOV_DEG, space=space) for index, pose in enumerate(poses)]
+    maps = np.stack(views)
+    # What is rendered is what generation takes.
+    load_normals(find_normals(list(maps), space), poses, fov_deg=FOV_DEG, size_px=SIZE)
+    return maps
+
+
+def vectors(maps: NDArray[np.uint8]) -> NDArray[np.float64]:
+    return maps[..., :3] / 127.5 - 1
+
+
+def angles_deg(one: NDArray[np.float64], two: NDArray[np.float64]) -> NDArray[np.float64]:
+    units = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (one, two)]
+    return np.degrees(2 * np.arcsin(np.linalg.norm(units[0] - units[1], axis=-1) / 2))
+
+
+def rays(poses: NDArray[np.float32]) -> NDArray[np.float64]:
+    """World directions (v, h, w, 3) through the centres of pixels."""
+    steps = ((np.arange(SIZE) + 0.5) / SIZE * 2 - 1) * math.tan(math.radians(FOV_DEG) / 2)
+    y, x = np.meshgrid(-steps, steps, indexing="ij")
+    slopes = np.stack([x, y, -np.ones_like(x)], axis=-1)
+    slopes /= np.linalg.norm(slopes, axis=-1, keepdims=True)
+    return np.einsum("vij,hwj->vhwi", poses[:, :3, :3].astype(np.float64), slopes)
+
+
+def ball_truth(centre: Any, radius: float) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Where a ball is, and its world normals, at the centres of pixels."""
+    directions, origins = rays(POSES), POSES[:, None, None, :3, 3].astype(np.float64) - centre
+    along = (directions * origins).sum(-1)
+    inside = along**2 - (origins**2).sum(-1) + radius**2
+    points = origins + directions * (-along - np.sqrt(np.maximum(inside, 0)))[..., None]
+    return inside > 0, points / radius
+
+
+@pytest.mark.parametrize("suffix", ["obj", "ply", "glb"])
+@pytest.mark.parametrize("space", ["camera", "world"])
+def test_a_ball_has_its_normals_and_its_outline_in_every_view(tmp_path: Path, suffix: str, space: NormalSpace) -> None:
+    centre = np.array([0.2, -0.1, 0.3])
+    ball = trimesh.creation.icosphere(subdivisions=4, radius=0.6)
+    ball.apply_translation(centre)
+    maps = rendered(load_mesh(written(tmp_path / f"ball.{suffix}", ball)), space=space)
+    inside, normals = ball_truth(centre, 0.6)
+    if space == "camera":
+        normals = np.einsum("vhwi,vij->vhwj", normals, POSES[:, :3, :3].astype(np.float64))
+    assert iou(maps[..., 3] >= 128, inside).min() > 0.98
+    np.testing.assert_allclose(maps[..., 3].mean() / 255, inside.mean(), rtol=0.01)
+    solid = (maps[..., 3] == 255) & inside
+    error_deg = angles_deg(vectors(maps)[solid], normals[solid])
+    assert np.median(error_deg) < 0.4 and np.percentile(error_deg, 95) < 1.5
+    np.testing.assert_array_equal(maps[maps[..., 3] == 0, :3], 128)
+
+
+@pytest.mark.parametrize("with_normals", [False, True], ids=["without normals", "with averaged normals"])
+def test_a_box_faces_the_axes(tmp_path: Path, with_normals: bool) -> None:
+    box = trimesh.creation.box(extents=[1, 1.2, 0.8])
+    if with_normals:
+        assert len(box.vertex_normals) == 8
+    maps = rendered(load_mesh(written(tmp_path / "box.ply", box)), space="world")
+    solid = maps[..., 3] == 255
+    faces, counts = np.unique(np.abs(vectors(maps)[solid]).round(1), axis=0, return_counts=True)
+    common = {tuple(face) for face, count in zip(faces.tolist(), counts, strict=True) if count > 20}
+    assert common == {(1, 0, 0), (0, 1, 0), (0, 0, 1)}
+    assert np.abs(vectors(maps[0])[SIZE // 2, SIZE // 2] - [0, 0, 1]).max() < 0.01
+
+
+def test_round_sides_are_smooth_and_their_ends_are_flat(tmp_path: Path) -> None:
+    cylinder = trimesh.creation.cylinder(radius=0.5, height=1, sections=24)
+    mesh = load_mesh(written(tmp_path / "cylinder.ply", cylinder), up="z")
+    ends = np.abs(mesh.normals[..., 1]) > 0.5
+    np.testing.assert_allclose(np.abs(mesh.normals[ends]), np.broadcast_to([0, 1, 0], (ends.sum(), 3)), atol=1e-6)
+    corners = mesh.vertices[mesh.faces][~ends]
+    outward = corners * [1, 0, 1] / np.linalg.norm(corners * [1, 0, 1], axis=-1, keepdims=True)
+    np.testing.assert_allclose(mesh.normals[~ends], outward, atol=0.02)
+
+
+def test_normals_of_the_file_are_kept(tmp_path: Path) -> None:
+    """A flat square whose file says that it bulges."""
+    corners = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], float)
+    bulging = (corners * 0.5 + [0, 0, 1]) / np.sqrt(1.5)
+    square = trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], vertex_normals=bulging, process=False)
+    for suffix in ("ply", "obj", "glb"):
+        mesh = load_mesh(written(tmp_path / f"square.{suffix}", square))
+        np.testing.assert_allclose(
+            mesh.normals, mesh.vertices[mesh.faces] * 0.5 / np.sqrt(1.5) + [0, 0, 1 / np.sqrt(1.5)], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_both_sides_of_a_surface_face_the_camera(tmp_path: Path, turned: bool) -> None:
+    faces = np.array([[0, 1, 2], [0, 2, 3]])
+    square = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], faces[:, ::-1] if turned else faces)
+    mesh = load_mesh(written(tmp_path / "square.ply", square))
+    maps = rendered(mesh, orbit([0, 180], 0, radius=RADIUS))
+    np.testing.assert_allclose(vectors(maps)[maps[..., 3] == 255], [[0, 0, 1]] * (maps[..., 3] == 255).sum(), atol=0.01)
+
+
+def test_no_normal_of_a_coarse_mesh_faces_away(tmp_path: Path) -> None:
+    ball = trimesh.creation.icosphere(subdivisions=1, radius=0.8)
+    smooth = trimesh.Trimesh(ball.vertices, ball.faces, vertex_normals=ball.vertices / 0.8 * [1, -1, 1], process=False)
+    maps = rendered(load_mesh(written(tmp_path / "odd.ply", smooth)), space="world")
+    solid = maps[..., 3] == 255
+    assert (vectors(maps)[solid] * rays(POSES)[solid]).sum(-1).max() < 0.02
+
+
+def test_parts_of_a_scene_are_where_its_transforms_put_them(tmp_path: Path) -> None:
+    """One ball, placed twice: moved, and mirrored and squeezed."""
+    scene = trimesh.Scene()
+    ball = trimesh.creation.icosphere(subdivisions=3, radius=0.3)
+    squeezed = np.diag([-2.0, 1.0, 1.0, 1.0])
+    squeezed[:3, 3] = [0.6, 0.2, 0]
+    scene.add_geometry(ball, geom_name="ball", transform=trimesh.transformations.translation_matrix([-0.6, 0, 0.1]))
+    scene.add_geometry(ball, geom_name="ball", transform=squeezed)
+    mesh = load_mesh(written(tmp_path / "scene.glb", scene))
+    np.testing.assert_allclose(mesh.vertices.min(axis=0), [-0.9, -0.3, -0.3], atol=0.01)
+    np.testing.assert_allclose(mesh.vertices.max(axis=0), [1.2, 0.5, 0.4], atol=0.01)
+    places, second = mesh.vertices[mesh.faces], mesh.vertices[mesh.faces][..., 0] > 0
+    outward = (places[second] - [0.6, 0.2, 0]) / np.array([4.0, 1, 1])
+    outward /= np.linalg.norm(outward, axis=-1, keepdims=True)
+    assert (mesh.normals[second] * outward).sum(-1).min() > 0.99
+    rendered(mesh)
+
+
+def test_a_z_up_mesh_is_turned_upright_with_its_front_to_the_camera(tmp_path: Path) -> None:
+    nose = trimesh.creation.box(extents=[0.2, 0.4, 0.6])
+    nose.apply_translation([0, -1, 2])
+    mesh = load_mesh(written(tmp_path / "nose.ply", nose), up="z")
+    np.testing.assert_allclose(mesh.vertices.mean(axis=0), [0, 2, 1], atol=1e-6)
+    np.testing.assert_allclose(np.ptp(mesh.vertices, axis=0), [0.2, 0.6, 0.4], atol=1e-6)
+    with pytest.raises(OptionError, match="up must be y or z, got 'x'"):
+        load_mesh(tmp_path / "nose.ply", up="x")
+
+
+def head_mesh(identity: int) -> Mesh:
+    """A head of the renderer as triangles, by marching cubes of its distance field."""
+    shape, count, half = HeadShape(sample_identity(identity)), 72, 1.02
+    axis = np.linspace(-half, half, count, dtype=np.float32)
+    x, y, z = (each.ravel() for each in np.meshgrid(axis, axis, axis, indexing="ij"))
+    field = np.min([shape.distance_of(part, x, y, z) for part in range(len(shape.parts))], axis=0)
+    vertices, faces, normals, _ = marching_cubes(np.pad(field.reshape(count, count, count), 1, constant_values=1.0), 0)
+    places = (vertices - 1) * 2 * half / (count - 1) - half
+    return Mesh(places.astype(float), faces.astype(np.int64), normals[faces].astype(float))
+
+
+def test_a_head_as_a_mesh_has_the_maps_of_the_renderer_of_heads() -> None:
+    poses = orbit([30, 160, 290], 10, radius=DEFAULT_RADIUS)
+    truth = render(3, poses, size_px=SIZE).normals
+    renderer = NormalRenderer(head_mesh(3))
+    maps = np.stack(
+        [
+            renderer.render(pose, index=index, size_px=SIZE, fov_deg=DEFAULT_FOV_DEG, space="camera")
+            for index, pose in enumerate(poses)
+        ]
+    )
+    assert iou(maps[..., 3] >= 128, truth[..., 3] >= 128).min() > 0.96
+    both = (maps[..., 3] == 255) & (truth[..., 3] == 255)
+    assert np.median(angles_deg(vectors(maps)[both], vectors(truth)[both])) < 3
+
+
+# Fitting
+
+
+def outline(mesh: Mesh, poses: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Left, top, right and bottom (v, 4) of the rendered mesh, in shares of the frame."""
+    boxes = []
+    for alpha in rendered(mesh, poses)[..., 3] > 0:
+        rows, columns = np.nonzero(alpha.any(axis=1))[0], np.nonzero(alpha.any(axis=0))[0]
+        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    return np.array(boxes) / SIZE
+
+
+def test_a_subject_stands_on_the_bottom_line_as_high_as_the_framing_says(tmp_path: Path) -> None:
+    tall = trimesh.creation.box(extents=[20, 100, 30])
+    tall.apply_translation([500, 70, -3])
+    mesh = load_mesh(written(tmp_path / "tall.ply", tall))
+    poses = orbit([0, 50, 100], 0, radius=RADIUS)
+    for framing in (BUST, Framing(mode="subject", height=0.6, bottom=0.8)):
+        boxes = outline(fit_mesh(mesh, poses, fov_deg=FOV_DEG, framing=framing), poses)
+        np.testing.assert_allclose(boxes[:, 1], framing.bottom - framing.height, atol=0.05)
+        np.testing.assert_allclose(boxes[:, 3], framing.bottom, atol=0.06)
+        np.testing.assert_allclose(boxes[[0], 0] + boxes[[0], 2], 1, atol=0.03)
+    wide = load_mesh(written(tmp_path / "wide.ply", trimesh.creation.box(extents=[10, 1, 10])))
+    boxes = outline(fit_mesh(wide, poses, fov_deg=FOV_DEG, framing=BUST), poses)
+    assert 0.9 < (boxes[:, 2] - boxes[:, 0]).max() < 1
+
+
+@pytest.mark.parametrize("elevation", [-80, 0, 45, 90])
+def test_without_a_place_for_the_subject_the_largest_view_fills_nine_tenths(tmp_path: Path, elevation: float) -> None:
+    mesh = load_mesh(written(tmp_path / "box.ply", trimesh.creation.box(extents=[1, 3, 2])))
+    poses = orbit([0, 45, 130], elevation, radius=1.0)
+    boxes = outline(fit_mesh(mesh, poses, fov_deg=FOV_DEG, framing=Framing(mode="none")), poses)
+    np.testing.assert_allclose(max(boxes[:, 2:].max(), 1 - boxes[:, :2].min()), 0.95, atol=0.03)
+
+
+# What is refused
+
+
+def test_files_that_are_no_meshes_are_refused(tmp_path: Path) -> None:
+    ball = trimesh.creation.icosphere(subdivisions=1)
+    whole = {suffix: written(tmp_path / f"ball.{suffix}", ball).read_bytes() for suffix in ("ply", "glb", "obj")}
+    (tmp_path / "folder.ply").mkdir()
+    contents: dict[str, tuple[bytes, str]] = {
+        "empty.ply": (b"", "cannot be read|no faces"),
+        "empty.obj": (b"", "cannot be read|no faces"),
+        "empty.glb": (b"", "cannot be read"),
+        "text.glb": (b"not a mesh at all, but text", "cannot be read"),
+        "text.obj": (b"not a mesh at all, but text", "cannot be read|no faces"),
+        "cut.ply": (whole["ply"][: len(whole["ply"]) // 2], "cannot be read|names vertex|no faces"),
+        "cut.glb": (whole["glb"][: len(whole["glb"]) // 2], "cannot be read"),
+        "range.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "cannot be read|names vertex"),
+        "nan.obj": (b"v 0 0 nan\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "NaN"),
+        "infinite.obj": (b"v 0 0 inf\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "NaN, infinite"),
+        "huge.obj": (b"v 0 0 1e200\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "beyond 1e"),
+        "line.obj": (b"v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n", "no faces"),
+        "points.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\n", "points without faces|no faces"),
+        "mesh.fbx": (whole["ply"], r"of no kind that can be read: \.fbx"),
+        "mesh": (whole["ply"], "of no kind that can be read: no suffix"),
+    }
+    for name, (content, _) in contents.items():
+        (tmp_path / name).write_bytes(content)
+    written(tmp_path / "points.ply", trimesh.PointCloud(ball.vertices))
+    cases = {name: message for name, (_, message) in contents.items()}
+    cases |= {"gone.ply": "no such file", "folder.ply": "is a folder", "points.ply": "a cloud of 42 points without faces"}
+    for name, message in cases.items():
+        with pytest.raises(MeshError, match=message) as caught:
+            load_mesh(tmp_path / name)
+        assert caught.value.path == tmp_path / name and "\n" not in str(caught.value), name
+
+
+def test_a_missing_library_comes_with_the_command_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "box.ply", trimesh.creation.box())
+    real = builtins.__import__
+
+    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("trimesh"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name="embreex.rtcore_scene")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(BackendError, match=r"embreex is not installed \(pip install 'mvmlx\[mesh\]'\)"):
+        load_mesh(path)
+
+
+def test_a_view_that_sees_nothing_is_refused(tmp_path: Path) -> None:
+    box = trimesh.creation.box()
+    box.apply_translation([0, 50, 0])
+    with pytest.raises(CameraError, match="camera 0: sees nothing of the mesh"):
+        rendered(load_mesh(written(tmp_path / "box.ply", box)))
+
+
+# The command line
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "ball.glb", trimesh.creation.icosphere(subdivisions=3))
+    return tmp_path
+
+
+def test_the_command_writes_maps_and_their_cameras(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "render-normals ball.glb -o maps --azimuths 10,200 --elevation 5 --size 32 --space world --json"
+    assert run([*command.split()]) == 0
+    event = json.loads(capsys.readouterr().out)
+    assert event == {
+        "event": "saved", "folder": "maps", "views": 2, "size_px": 32, "triangles": 1280, "space": "world",
+    }  # fmt: skip
+    assert {path.name for path in (desk / "maps").iterdir()} == {"normal_000.png", "normal_001.png", "transforms.json"}
+    maps = find_normals(desk / "maps")
+    assert maps.space == "world" and maps.fov_deg == pytest.approx(DEFAULT_FOV_DEG)
+    assert maps.poses is not None
+    np.testing.assert_allclose(maps.poses, orbit([10, 200], 5, radius=DEFAULT_RADIUS), atol=1e-6)
+    load_normals(maps, maps.poses, fov_deg=DEFAULT_FOV_DEG, size_px=32)
+
+
+def test_maps_are_overwritten_only_by_force_and_never_in_a_run(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["render-normals", "ball.glb", "-o", "maps", "--size", "16", "--views"]
+    assert run([*command, "3"]) == 0
+    (desk / "maps" / "mine.txt").write_text("kept")
+    before = (desk / "maps" / "transforms.json").read_bytes()
+    assert run([*command, "2"]) == 7
+    assert "normal_000.png already" in capsys.readouterr().err
+    assert (desk / "maps" / "transforms.json").read_bytes() == before
+    assert run([*command, "2", "--force"]) == 0
+    names = {path.name for path in (desk / "maps").iterdir()}
+    assert names == {"normal_000.png", "normal_001.png", "transforms.json", "mine.txt"}
+    (desk / "maps" / "metadata.json").write_text("{}")
+    assert run([*command, "2", "--force"]) == 7
+    assert "a finished run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        ("gone.obj -o new", 12, "gone.obj: no such file"),
+        ("ball.glb -o new --up x", 2, "up must be y or z"),
+        ("ball.glb -o new --space tangent", 2, "space must be camera or world"),
+        ("ball.glb -o new --size 4", 2, "size must be a whole number from 16 to 2048"),
+        ("ball.glb -o new --views 0", 2, "views must be"),
+        ("ball.glb -o new --model gone", 5, "no such model"),
+        ("ball.glb -o ball.glb", 7, "is a file"),
+        ("ball.glb -o new --no-fit --cameras close.json --size 16", 4, "sees nothing"),
+    ],
+)
+def test_wrong_calls_are_refused_in_one_line(
+    desk: Path, capsys: pytest.CaptureFixture[str], options: str, code: int, says: str
+) -> None:
+    away = orbit([0], 0, radius=3.0)
+    away[0, :3, :3] = away[0, :3, :3] @ np.diag([-1, 1, -1])
+    (desk / "close.json").write_text(json.dumps({"cameras": away.tolist()}))
+    assert run(["render-normals", *options.split()]) == code
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not (desk / "new").exists()
+
+
+PORTRAIT = Path(__file__).resolve().parent.parent / "examples" / "portrait.png"
+
+
+@pytest.mark.parametrize("space", ["camera", "world"])
+def test_the_folder_of_maps_is_all_that_generate_needs(desk: Path, space: str) -> None:
+    assert run(["render-normals", "ball.glb", "-o", "maps", "--azimuths", "60,200", "--space", space]) == 0
+    assert run(["generate", str(PORTRAIT), "--normals", "maps", "-o", "views", "--steps", "1", "--backend", "torch"]) == 0
+    own, theirs = (json.loads((desk / name / "transforms.json").read_text()) for name in ("views", "maps"))
+    poses = [[frame["transform_matrix"] for frame in document["frames"]] for document in (own, theirs)]
+    assert poses[0] == poses[1] and own["fl_x"] == pytest.approx(theirs["fl_x"])
+
+
+def test_maps_of_a_mesh_steer_the_demo_model(desk: Path) -> None:
+    """A ball is no head: without its maps the outlines of the views have little in common with it."""
+    assert run(["render-normals", "ball.glb", "-o", "maps", "--azimuths", "60,200"]) == 0
+    pipeline = load("demo", backend="torch", device="cpu")
+    steered = pipeline.generate(PORTRAIT, normals=desk / "maps", steps=8)
+    free = pipeline.generate(PORTRAIT, cameras=steered.cameras, steps=8)
+    alpha = np.stack([load_values(path)[..., 3] for path in sorted((desk / "maps").glob("*.png"))]) >= 128
+    scores = [iou(background_mask(views.images, background=(255, 255, 255)), alpha).mean() for views in (steered, free)]
+    assert scores[0] > 0.8 and scores[0] > scores[1] + 0.12, scores
