@@ -22,7 +22,8 @@ from mvshared.metrics import Summary
 from mvshared.pipeline import Pipeline
 
 SIZE_PX = TINY_MODEL.defaults.size_px
-FIGURES = {"psnr_db", "ssim", "silhouette_iou", "copy_psnr_db", "copy_ssim", "vae_psnr_db", "vae_ssim"}
+CONSISTENCY = {f"{of}consistency_{name}" for of in ("", "truth_", "copy_") for name in ("psnr_db", "ssim")}
+FIGURES = {"psnr_db", "ssim", "silhouette_iou", "copy_psnr_db", "copy_ssim", "vae_psnr_db", "vae_ssim"} | CONSISTENCY
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_a_held_out_subject_is_the_same_every_time() -> None:
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b, strict=True)
     assert not any(np.array_equal(a, c) for a, c in zip(first, other, strict=True))
-    assert [array.shape for array in first] == [(24, 24, 4), (4, 24, 24, 4), (4, 24, 24, 4), (4, 4, 4)]
+    assert [array.shape for array in first] == [(24, 24, 4), (4, 24, 24, 4), (4, 24, 24, 4), (4, 4, 4), (4, 24, 24)]
 
 
 def test_references_look_at_the_face_and_views_go_around_at_one_elevation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +89,7 @@ def test_references_look_at_the_face_and_views_go_around_at_one_elevation(monkey
 
     def render(identity: int, cameras: NDArray[np.float32], *, size_px: int) -> Any:
         rendered.append((identity, cameras))
-        return SimpleNamespace(rgba=np.zeros((len(cameras), 1)), normals=np.zeros((len(cameras), 1)))
+        return SimpleNamespace(**{name: np.zeros((len(cameras), 1)) for name in ("rgba", "normals", "depth")})
 
     monkeypatch.setattr(mvshared.evaluation, "render", render)
     subjects = [held_out_subject(identity, size_px=8) for identity in range(40)]
