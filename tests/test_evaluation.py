@@ -151,6 +151,52 @@ def test_true_views_get_the_best_figures(pipeline: Pipeline[Any]) -> None:
     assert result.ssim == result.silhouette_iou == pytest.approx((1.0, 0.0, 1.0, 1.0))
 
 
+def test_true_views_are_recognised_and_as_consistent_as_the_truth(pipeline: Pipeline[Any]) -> None:
+    result = evaluate(Oracle(pipeline.model), range(2))
+    assert result.shares() == {"identity_agreement": 1.0, "camera_agreement": 1.0}
+    assert result.consistency_psnr_db == result.truth_consistency_psnr_db
+    assert result.consistency_ssim == result.truth_consistency_ssim
+    assert result.consistency_psnr_db is not None and result.copy_consistency_psnr_db is not None
+    assert result.consistency_psnr_db.mean > result.copy_consistency_psnr_db.mean + 3
+
+
+class Mistaken(Oracle):
+    """Gives the true views of the other head of two."""
+
+    def generate(self, image: Any = None, **options: Any) -> Any:
+        identity = len(self.options)
+        views = super().generate(image, **options)
+        views.images = composite(held_out_subject(1 - identity, size_px=len(image)).truth)
+        return views
+
+
+class Turned(Oracle):
+    """Gives the true views with the first two exchanged."""
+
+    def generate(self, image: Any = None, **options: Any) -> Any:
+        views = super().generate(image, **options)
+        views.images = views.images[[1, 0, 2, 3]]
+        return views
+
+
+def test_views_of_another_head_are_recognised_as_that_ones(pipeline: Pipeline[Any]) -> None:
+    assert evaluate(Mistaken(pipeline.model), range(2)).identity_agreement == 0
+
+
+def test_views_from_another_camera_are_recognised_as_that_ones(pipeline: Pipeline[Any]) -> None:
+    result = evaluate(Turned(pipeline.model), range(2))
+    assert result.camera_agreement == 0.5
+    assert result.consistency_psnr_db is not None and result.truth_consistency_psnr_db is not None
+    assert result.consistency_psnr_db.mean < result.truth_consistency_psnr_db.mean - 3
+
+
+def test_silhouettes_are_compared_with_the_normal_maps_that_were_given(pipeline: Pipeline[Any]) -> None:
+    result = evaluate(Oracle(pipeline.model), range(2), normals=True)
+    assert result.normals_iou is not None and result.normals_iou.mean > 0.9
+    wrong = evaluate(Turned(pipeline.model), range(2), normals=True)
+    assert wrong.normals_iou is not None and wrong.normals_iou.mean < result.normals_iou.mean
+
+
 def test_options_reach_the_pipeline(pipeline: Pipeline[Any]) -> None:
     oracle = Oracle(pipeline.model)
     evaluate(oracle, range(2), steps=3, guidance=1.5, seed=8, normals=True)
