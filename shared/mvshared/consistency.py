@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
 
 from mvshared.camera import validate_poses
 from mvshared.errors import CameraError, OptionError
@@ -111,7 +112,7 @@ def consistency(
         silhouettes = _checked_masks(np.isfinite(depths), shape)
         scene = Scene(x, silhouettes, cameras, fov_deg, np.zeros(3), 0.0)
     warps, exchanged = [], []
-    for first, second in pairs:
+    for first, second in tqdm(pairs, desc="comparing", unit="pair", leave=False, disable=None if depths is None else True):
         warps += _compare(scene, depths, first, second)
         exchanged += _compare(_exchanged(scene, first, second), depths, first, second)
     return Consistency(
