@@ -133,6 +133,7 @@ CALLS = [
         ("evaluate --model tiny --identities 0:1 --steps 0", "steps | 1 to 1000 | 0"),
         ("evaluate --model tiny --identities 0:1 --guidance 0", "guidance | 1 to 20 | 0"),
         ("evaluate --model tiny --identities 0:1 --seed -3", "seed | -3"),
+        ("evaluate done --steps 3", "steps | left out with FOLDER"),
         ("evaluate --model without-normals --identities 0:1 --normals", "normals | takes no normal maps"),
         ("train", "Missing option | --output"),
         ("train -o new", "config | --family"),
@@ -242,6 +243,8 @@ CALLS = [
     ),
     *calls(
         9,
+        ("evaluate gone -o new", "gone: no such folder"),
+        ("evaluate mine -o new", "transforms.json: no such file"),
         ("train configs/no-data.toml -o new", "at least 2 captures | render-heads"),
         ("train configs/bad-data.toml -o new", "transforms.json"),
     ),

@@ -273,6 +273,9 @@ def test_evaluate_prints_and_writes_the_same_figures(desk: Path, capfd: pytest.C
     assert "2 heads, 4 views each" in table
     for name, figure in document["figures"].items():
         assert re.search(rf"{name} +{figure['mean']:.3f} \+- {figure['std']:.3f}", table)
+    assert document["figures"].keys() >= {"normals_iou", "consistency_psnr_db"}
+    for name, share in document["shares"].items():
+        assert re.search(rf"{name} +{share:.3f} = \d+ of [28]", table)
     assert load_image(desk / "out" / "sheet_00.png").shape == (2 * 32, 9 * 32, 4)
 
 

@@ -89,6 +89,7 @@ def test_normal_maps_make_the_views_better(evaluation: Evaluation) -> None:
     guided = evaluate(load("demo", backend="torch", device="cpu"), range(8), steps=STEPS, normals=True)
     assert guided.psnr_db.mean > evaluation.psnr_db.mean + 0.5
     assert guided.silhouette_iou.mean > evaluation.silhouette_iou.mean
+    assert guided.normals_iou is not None and guided.normals_iou.mean >= 0.95
 
 
 def test_each_head_gets_its_own_views(evaluation: Evaluation) -> None:
@@ -100,6 +101,17 @@ def test_each_head_gets_its_own_views(evaluation: Evaluation) -> None:
     )
     assert np.mean(own) < 0.5 * np.mean(other)
     assert np.mean(own < other) >= 0.75
+
+
+def test_every_head_and_camera_is_recognised(evaluation: Evaluation) -> None:
+    assert evaluation.identity_agreement == 1
+    assert evaluation.camera_agreement >= 0.95
+
+
+def test_the_views_are_far_more_consistent_than_a_copied_picture(evaluation: Evaluation) -> None:
+    generated, copies = evaluation.consistency_psnr_db, evaluation.copy_consistency_psnr_db
+    assert generated is not None and copies is not None
+    assert generated.mean >= copies.mean + 3
 
 
 def test_the_example_picture_is_a_head_that_was_held_out() -> None:

@@ -22,7 +22,8 @@ from mvshared.metrics import Summary
 from mvshared.pipeline import Pipeline
 
 SIZE_PX = TINY_MODEL.defaults.size_px
-FIGURES = {"psnr_db", "ssim", "silhouette_iou", "copy_psnr_db", "copy_ssim", "vae_psnr_db", "vae_ssim"}
+CONSISTENCY = {f"{of}consistency_{name}" for of in ("", "truth_", "copy_") for name in ("psnr_db", "ssim")}
+FIGURES = {"psnr_db", "ssim", "silhouette_iou", "copy_psnr_db", "copy_ssim", "vae_psnr_db", "vae_ssim"} | CONSISTENCY
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_a_held_out_subject_is_the_same_every_time() -> None:
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b, strict=True)
     assert not any(np.array_equal(a, c) for a, c in zip(first, other, strict=True))
-    assert [array.shape for array in first] == [(24, 24, 4), (4, 24, 24, 4), (4, 24, 24, 4), (4, 4, 4)]
+    assert [array.shape for array in first] == [(24, 24, 4), (4, 24, 24, 4), (4, 24, 24, 4), (4, 4, 4), (4, 24, 24)]
 
 
 def test_references_look_at_the_face_and_views_go_around_at_one_elevation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +89,7 @@ def test_references_look_at_the_face_and_views_go_around_at_one_elevation(monkey
 
     def render(identity: int, cameras: NDArray[np.float32], *, size_px: int) -> Any:
         rendered.append((identity, cameras))
-        return SimpleNamespace(rgba=np.zeros((len(cameras), 1)), normals=np.zeros((len(cameras), 1)))
+        return SimpleNamespace(**{name: np.zeros((len(cameras), 1)) for name in ("rgba", "normals", "depth")})
 
     monkeypatch.setattr(mvshared.evaluation, "render", render)
     subjects = [held_out_subject(identity, size_px=8) for identity in range(40)]
@@ -148,6 +149,52 @@ def test_true_views_get_the_best_figures(pipeline: Pipeline[Any]) -> None:
     result = evaluate(Oracle(pipeline.model), range(2))
     assert result.psnr_db == Summary(mean=np.inf, std=0.0, min=np.inf, max=np.inf)
     assert result.ssim == result.silhouette_iou == pytest.approx((1.0, 0.0, 1.0, 1.0))
+
+
+def test_true_views_are_recognised_and_as_consistent_as_the_truth(pipeline: Pipeline[Any]) -> None:
+    result = evaluate(Oracle(pipeline.model), range(2))
+    assert result.shares() == {"identity_agreement": 1.0, "camera_agreement": 1.0}
+    assert result.consistency_psnr_db == result.truth_consistency_psnr_db
+    assert result.consistency_ssim == result.truth_consistency_ssim
+    assert result.consistency_psnr_db is not None and result.copy_consistency_psnr_db is not None
+    assert result.consistency_psnr_db.mean > result.copy_consistency_psnr_db.mean + 3
+
+
+class Mistaken(Oracle):
+    """Gives the true views of the other head of two."""
+
+    def generate(self, image: Any = None, **options: Any) -> Any:
+        identity = len(self.options)
+        views = super().generate(image, **options)
+        views.images = composite(held_out_subject(1 - identity, size_px=len(image)).truth)
+        return views
+
+
+class Turned(Oracle):
+    """Gives the true views with the first two exchanged."""
+
+    def generate(self, image: Any = None, **options: Any) -> Any:
+        views = super().generate(image, **options)
+        views.images = views.images[[1, 0, 2, 3]]
+        return views
+
+
+def test_views_of_another_head_are_recognised_as_that_ones(pipeline: Pipeline[Any]) -> None:
+    assert evaluate(Mistaken(pipeline.model), range(2)).identity_agreement == 0
+
+
+def test_views_from_another_camera_are_recognised_as_that_ones(pipeline: Pipeline[Any]) -> None:
+    result = evaluate(Turned(pipeline.model), range(2))
+    assert result.camera_agreement == 0.5
+    assert result.consistency_psnr_db is not None and result.truth_consistency_psnr_db is not None
+    assert result.consistency_psnr_db.mean < result.truth_consistency_psnr_db.mean - 3
+
+
+def test_silhouettes_are_compared_with_the_normal_maps_that_were_given(pipeline: Pipeline[Any]) -> None:
+    result = evaluate(Oracle(pipeline.model), range(2), normals=True)
+    assert result.normals_iou is not None and result.normals_iou.mean > 0.9
+    wrong = evaluate(Turned(pipeline.model), range(2), normals=True)
+    assert wrong.normals_iou is not None and wrong.normals_iou.mean < result.normals_iou.mean
 
 
 def test_options_reach_the_pipeline(pipeline: Pipeline[Any]) -> None:

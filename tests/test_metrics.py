@@ -104,6 +104,26 @@ def test_a_mask_leaves_out_the_pixels_outside() -> None:
     np.testing.assert_allclose(metrics.psnr(clean, noisy, mask=np.ones_like(mask)), metrics.psnr(clean, noisy), rtol=1e-12)
 
 
+def test_ssim_within_a_mask_does_not_see_what_is_outside() -> None:
+    clean, noisy = views(4)
+    mask = np.zeros(clean.shape[:3], dtype=np.bool_)
+    mask[:, 6:20, 5:17] = True
+    scores = metrics.ssim(clean, noisy, mask=mask)
+    changed = np.where(mask[..., None], noisy, 255 - noisy)
+    np.testing.assert_allclose(metrics.ssim(clean, changed, mask=mask), scores, rtol=1e-9)
+    assert (np.abs(metrics.ssim(clean, changed) - scores) > 0.05).all()
+    np.testing.assert_allclose(metrics.ssim(clean, noisy, mask=np.ones_like(mask)), metrics.ssim(clean, noisy), rtol=1e-9)
+    np.testing.assert_allclose(metrics.ssim(clean, clean.copy(), mask=mask), 1)
+
+
+def test_ssim_within_a_mask_without_middle_is_refused_by_the_views_number() -> None:
+    clean, noisy = views(5)
+    mask = np.ones(clean.shape[:3], dtype=np.bool_)
+    mask[2, 5:-5, 5:-5] = False
+    with pytest.raises(OptionError, match="empty mask in view 2"):
+        metrics.ssim(clean, noisy, mask=mask)
+
+
 def test_a_view_with_an_empty_mask_is_refused_by_its_number() -> None:
     clean, noisy = views(5)
     mask = np.ones(clean.shape[:3], dtype=np.bool_)

@@ -18,6 +18,7 @@ from mvshared.camera import Y_UP_TO_Z_UP, orbit
 from mvshared.captures import write_capture
 from mvshared.errors import CameraError, ConfigError, ImageError, MvError, MvWarning, OptionError
 from mvshared.export import transforms
+from mvshared.guidance import ALL
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
 from mvshared.images import load_image, load_values, save_png
 from mvshared.normals import NO_SURFACE, Normals, find_normals, load_normals
@@ -438,8 +439,8 @@ def test_absent_maps_are_latents_of_zero(model: Path, backend: Backend) -> None:
     x, latents = (network.from_numpy(rng.standard_normal((2, 4, 4, 4), np.float32)) for _ in range(2))
     outputs = []
     for normals in (None, network.from_numpy(np.zeros((2, 4, 4, 4), np.float32)), latents):
-        condition = network.condition(cameras=None, reference=None, normals=normals, guided=False)
-        outputs.append(to_numpy(network.denoise(x, 500.0, condition, 1.0)))
+        condition = network.condition(cameras=None, reference=None, normals=normals, branches=[ALL])
+        outputs.append(to_numpy(network.denoise(x, 500.0, condition, [1.0])))
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert_different(outputs[2], outputs[0], rms=1e-3)
 

@@ -1,7 +1,8 @@
 """Captures: folders of pictures with known cameras, which training and evaluation read.
 
 A capture is a folder with a transforms.json in the convention of nerfstudio and instant-ngp. A frame may also have a
-`normal_file_path`, a normal map in camera space: (n + 1) / 2 * 255 with x right, y up, z toward the camera.
+`normal_file_path`, a normal map in camera space: (n + 1) / 2 * 255 with x right, y up, z toward the camera; and a
+`depth_file_path`, a float32 .npy file (h, w) of depth along the optical axis, infinite where nothing is.
 """
 
 import io
@@ -17,9 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from mvshared.camera import read_transforms, validate_poses
+from mvshared.consistency import foreground
 from mvshared.errors import DatasetError, OptionError, OutputError
 from mvshared.export import transforms
 from mvshared.files import read_json_object, write_atomic, write_json
+from mvshared.images import composite, load_image
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -27,8 +30,8 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 class Capture(NamedTuple):
     """Pictures of one object and their cameras, in the order of the file's frames.
 
-    `normal_paths` and `mask_paths` have None for a frame without; `poses` float32 (v, 4, 4) are those of `mvshared.camera`;
-    `fov_deg` is the vertical field of view, None if the file says none or the views differ.
+    `normal_paths`, `mask_paths` and `depth_paths` have None for a frame without; `poses` float32 (v, 4, 4) are those of
+    `mvshared.camera`; `fov_deg` is the vertical field of view, None if the file says none or the views differ.
     """
 
     image_paths: tuple[Path, ...]
@@ -36,6 +39,16 @@ class Capture(NamedTuple):
     mask_paths: tuple[Path | None, ...]
     poses: NDArray[np.float32]
     fov_deg: float | None
+    depth_paths: tuple[Path | None, ...]
+
+
+class CaptureViews(NamedTuple):
+    """Decoded pictures of a capture, all of one size: `pictures` uint8 (v, h, w, 3) over white, `masks` bool (v, h, w) of the
+    object, `depth` float32 (v, h, w) or None."""
+
+    pictures: NDArray[np.uint8]
+    masks: NDArray[np.bool_]
+    depth: NDArray[np.float32] | None
 
 
 def load_capture(folder: Path | str) -> Capture:
@@ -62,8 +75,39 @@ def load_capture(folder: Path | str) -> Capture:
         images.append(image)
     normals = [_frame_file(folder, frame, "normal_file_path", index) for index, frame in enumerate(frames)]
     masks = [_frame_file(folder, frame, "mask_path", index) for index, frame in enumerate(frames)]
+    depths = [_frame_file(folder, frame, "depth_file_path", index) for index, frame in enumerate(frames)]
     cameras = read_transforms(document, path=path, size_px=_size_px(images[0]), error=DatasetError)
-    return Capture(tuple(images), tuple(normals), tuple(masks), cameras.poses, cameras.fov_deg)
+    return Capture(tuple(images), tuple(normals), tuple(masks), cameras.poses, cameras.fov_deg, tuple(depths))
+
+
+def read_views(capture: Capture) -> CaptureViews:
+    """Decode the pictures, masks and depths of a capture.
+
+    The object is where the mask is light, else where alpha is above a half, else what a plain background leaves, else
+    everything. Depth is used if every frame has it.
+
+    Raises DatasetError for files that differ in size, show nothing or hold no depth; ImageError for those that are no pictures.
+    """
+    rgba = [load_image(path) for path in capture.image_paths]
+    first = rgba[0].shape
+    pictures, masks = [], []
+    for path, mask_path, picture in zip(capture.image_paths, capture.mask_paths, rgba, strict=True):
+        _check_size(path, picture, first)
+        pictures.append(composite(picture, (255, 255, 255)))
+        if mask_path is not None:
+            given = load_image(mask_path)
+            _check_size(mask_path, given, first)
+            mask = composite(given, (0, 0, 0)).max(axis=-1) >= 128
+        elif picture[..., 3].min() < 128:
+            mask = picture[..., 3] >= 128
+        else:
+            mask = foreground(pictures[-1][None])[0]
+        if not mask.any():
+            raise DatasetError("shows nothing", path=mask_path or path)
+        masks.append(mask)
+    depths = [_load_depth(path, first) for path in capture.depth_paths if path is not None]
+    depth = np.stack(depths) if len(depths) == len(rgba) else None
+    return CaptureViews(np.stack(pictures), np.stack(masks), depth)
 
 
 def write_capture(
@@ -135,6 +179,24 @@ def _frame_file(folder: Path, frame: Mapping[str, Any], field: str, index: int) 
         if os.path.isfile(candidate):
             return candidate
     raise DatasetError(f"frame {index}: {field} names a file that is not there", path=folder / name)
+
+
+def _check_size(path: Path, picture: NDArray[np.uint8], shape: tuple[int, ...]) -> None:
+    if picture.shape[:2] != shape[:2]:
+        sizes = f"{picture.shape[1]} x {picture.shape[0]} pixels, the first picture {shape[1]} x {shape[0]}"
+        raise DatasetError(f"has {sizes}", path=path, hint="all pictures and masks of a capture must have one size")
+
+
+def _load_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    try:
+        depth = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as cause:
+        raise DatasetError(f"is no .npy file: {cause}", path=path) from cause
+    if not isinstance(depth, np.ndarray) or not np.issubdtype(depth.dtype, np.floating) or depth.shape != shape[:2]:
+        raise DatasetError(f"must hold floats of shape {shape[:2]}", path=path)
+    if not (depth > 0).all() or not np.isfinite(depth).any():
+        raise DatasetError("must be positive, infinite where nothing is, and finite somewhere", path=path)
+    return depth.astype(np.float32)
 
 
 def _size_px(path: Path) -> tuple[int, int]:

@@ -317,6 +317,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--model", default="demo", show_default=True, help="An embedded model's name, or a checkpoint folder.")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
@@ -327,11 +328,20 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for evaluation.json and sheets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def evaluate(**options: Any) -> None:
-    """Measure a model on held-out heads: PSNR, SSIM and silhouettes of four views each, against true renders."""
-    from mvshared.commands.evaluate import evaluate_model
+@click.pass_context
+def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
+    """Measure how consistent the views in FOLDER are, or how good a model is on held-out heads.
 
-    evaluate_model(options)
+    FOLDER has pictures and their transforms.json: an output of `mvmlx generate`, or a capture. Only -o and --json go with it.
+    Without FOLDER, four views each of heads are compared with true renders: PSNR, SSIM, silhouettes, consistency, identity.
+    """
+    from mvshared.commands.evaluate import evaluate_folder, evaluate_model
+
+    if folder is None:
+        evaluate_model(options)
+    else:
+        given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
+        evaluate_folder(folder, options, given=given)
 
 
 def main() -> None:

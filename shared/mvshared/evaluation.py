@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvshared.camera import orbit
+from mvshared.consistency import consistency
 from mvshared.errors import OptionError
-from mvshared.heads import DEFAULT_RADIUS, composite, render
+from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
 from mvshared.images import from_model, to_model
-from mvshared.metrics import Summary, background_mask, iou, psnr, ssim, summary
+from mvshared.metrics import Summary, alpha_mask, background_mask, iou, psnr, ssim, summary
 from mvshared.pipeline import Pipeline
 
 HELD_OUT = 100_000
@@ -26,21 +27,32 @@ EVALUATION_SEED = 77
 
 
 class Subject(NamedTuple):
-    """A held-out head: reference uint8 (h, w, 4), truth uint8 (v, h, w, 4), its normal maps likewise, cameras (v, 4, 4)."""
+    """A held-out head: reference uint8 (h, w, 4), truth uint8 (v, h, w, 4), its normal maps likewise, cameras (v, 4, 4), and
+    the truth's depth float32 (v, h, w) along the optical axis, infinite where nothing is."""
 
     reference: NDArray[np.uint8]
     truth: NDArray[np.uint8]
     normals: NDArray[np.uint8]
     cameras: NDArray[np.float32]
+    depth: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Summaries over all views of all identities, and one sheet row per identity.
+    """Summaries over all views of all identities, shares of views and identities, and one sheet row per identity.
 
     `psnr_db`, `ssim` and `silhouette_iou` of the generated views, where a silhouette is what is not white; `copy_*` of the
-    reference copied to every view; `vae_*` of the true views encoded and decoded. `rows` uint8 (1 + 2 v, h, w, 3): reference,
-    generated views, true views.
+    reference copied to every view; `vae_*` of the true views encoded and decoded; `normals_iou` of the silhouettes against the
+    alpha of the normal maps, if those were given to the model.
+
+    `consistency_*` as in `mvshared.consistency` with the true depth, of the generated views, of the true ones and of the copied
+    reference; None for pictures that are too small to compare.
+
+    `identity_agreement` is the share of identities whose generated views are nearer (in mean squared error over all of them) to
+    their own true views than to those of any other evaluated identity; `camera_agreement` the share of generated views that are
+    nearer to the true view of their camera than to the head's other true views.
+
+    `rows` uint8 (1 + 2 v, h, w, 3): reference, generated views, true views.
     """
 
     identities: int
@@ -52,11 +64,24 @@ class Evaluation:
     copy_ssim: Summary
     vae_psnr_db: Summary
     vae_ssim: Summary
+    consistency_psnr_db: Summary | None
+    consistency_ssim: Summary | None
+    truth_consistency_psnr_db: Summary | None
+    truth_consistency_ssim: Summary | None
+    copy_consistency_psnr_db: Summary | None
+    copy_consistency_ssim: Summary | None
+    normals_iou: Summary | None
+    identity_agreement: float
+    camera_agreement: float
     rows: tuple[NDArray[np.uint8], ...]
 
     def summaries(self) -> dict[str, Summary]:
-        """The measured quantities by name."""
+        """The quantities that every view has, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Summary)}
+
+    def shares(self) -> dict[str, float]:
+        """The quantities that the evaluation as a whole has, by name: shares from 0 to 1."""
+        return {"identity_agreement": self.identity_agreement, "camera_agreement": self.camera_agreement}
 
 
 def held_out_subject(identity: int, *, size_px: int, azimuths_deg: Sequence[float] = AZIMUTHS_DEG) -> Subject:
@@ -67,7 +92,7 @@ def held_out_subject(identity: int, *, size_px: int, azimuths_deg: Sequence[floa
     cameras = orbit(azimuths_deg, elevation, radius=DEFAULT_RADIUS)
     reference_camera = orbit([azimuth], float(random.uniform(*ELEVATIONS_DEG)), radius=DEFAULT_RADIUS)
     rendered = render(identity, np.concatenate([reference_camera, cameras]), size_px=size_px)
-    return Subject(rendered.rgba[0], rendered.rgba[1:], rendered.normals[1:], cameras)
+    return Subject(rendered.rgba[0], rendered.rgba[1:], rendered.normals[1:], cameras, rendered.depth[1:])
 
 
 def evaluate(
@@ -87,7 +112,7 @@ def evaluate(
         raise OptionError("identities", expected="one or more numbers of heads", got=identities)
     model, size_px = pipeline.model, pipeline.model.config.defaults.size_px
     measured: dict[str, list[NDArray[np.float64]]] = {
-        name: [] for name in Evaluation.__dataclass_fields__ if name not in ("identities", "views", "rows")
+        name: [] for name, field in Evaluation.__dataclass_fields__.items() if field.type in (Summary, Summary | None)
     }
     rows = []
     for identity in tqdm(identities, desc="evaluating", unit="head", disable=None):
@@ -111,7 +136,32 @@ def evaluate(
         measured["copy_ssim"].append(ssim(copies, truth))
         measured["vae_psnr_db"].append(psnr(decoded, truth))
         measured["vae_ssim"].append(ssim(decoded, truth))
+        if normals:
+            measured["normals_iou"].append(iou(silhouettes, alpha_mask(subject.normals)))
+        for prefix, pictures in (("", views.images), ("truth_", truth), ("copy_", copies)):
+            found = consistency(pictures, subject.cameras, fov_deg=DEFAULT_FOV_DEG, depth=subject.depth).views
+            for name in ("psnr_db", "ssim"):
+                values = [value for figures in found if (value := getattr(figures, name)) is not None]
+                measured[f"{prefix}consistency_{name}"].append(np.asarray(values, np.float64))
         assert views.reference is not None
         rows.append(np.concatenate([views.reference[None], views.images, truth]))
-    summaries = {name: summary(np.concatenate(values)) for name, values in measured.items()}
-    return Evaluation(identities=len(identities), views=len(AZIMUTHS_DEG), rows=tuple(rows), **summaries)
+    numbers = {name: np.concatenate(values) if values else np.empty(0) for name, values in measured.items()}
+    summaries: dict[str, Any] = {name: summary(values) if values.size else None for name, values in numbers.items()}
+    count = len(AZIMUTHS_DEG)
+    generated, true = (np.stack([row[first : first + count] for row in rows]) for first in (1, 1 + count))
+    return Evaluation(
+        identities=len(identities),
+        views=count,
+        identity_agreement=_agreement(generated, true),
+        camera_agreement=float(np.mean([_agreement(*views) for views in zip(generated, true, strict=True)])),
+        rows=tuple(rows),
+        **summaries,
+    )
+
+
+def _agreement(generated: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
+    """Share of the generated (n, ...) that no other truth (n, ...) is nearer to than their own, in mean squared error."""
+    # Sums of products of bytes are exact in float64, so equal pictures have equal distances.
+    x, y = (pictures.reshape(len(pictures), -1).astype(np.float64) for pictures in (generated, truth))
+    distances = np.square(y).sum(axis=1) - 2 * (x @ y.T)  # less the squares of x, which every candidate has
+    return float((np.diag(distances) <= distances.min(axis=1)).mean())

@@ -49,8 +49,11 @@ def psnr(pictures: Pictures, references: Pictures, *, mask: NDArray[np.bool_] | 
         return -10 * np.log10(mse)
 
 
-def ssim(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
+def ssim(pictures: Pictures, references: Pictures, *, mask: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
     """Structural similarity float64 (v,), from -1 to 1, 1 for equal pictures; the mean over pixels and channels.
+
+    With `mask` bool (v, h, w) the mean is over the pixels inside, and of each one's window only pixels inside count; a view
+    without pixels inside, the outermost 5 on each side left out, is refused.
 
     Equal to scikit-image's structural_similarity with gaussian_weights=True and use_sample_covariance=False: only windows that
     lie inside the picture count, so height and width are at least 11. Raises OptionError.
@@ -58,7 +61,15 @@ def ssim(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
     x, y = _pair(pictures, references)
     if min(x.shape[1:3]) < SSIM_WINDOW:
         raise OptionError("pictures", expected=f"at least {SSIM_WINDOW} pixels high and wide", got=x.shape)
-    return np.array([_ssim_map(*views).mean() for views in zip(x, y, strict=True)])
+    if mask is None:
+        return np.array([_ssim_map(*views).mean() for views in zip(x, y, strict=True)])
+    _check_masks("mask", mask, shape=x.shape[:3])
+    edge = SSIM_WINDOW // 2
+    centres = mask[:, edge:-edge, edge:-edge]
+    pixels = centres.sum(axis=(1, 2))
+    if (pixels == 0).any():
+        raise OptionError("mask", expected="true in the middle of every view", got=f"an empty mask in view {pixels.argmin()}")
+    return np.array([_ssim_map(*views)[centre].mean() for *views, centre in zip(x, y, mask, centres, strict=True)])
 
 
 def alpha_mask(pictures: Pictures, *, threshold: float = 0.5) -> NDArray[np.bool_]:
@@ -147,11 +158,16 @@ def _share(name: str, value: float) -> float:
     return value
 
 
-def _ssim_map(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """SSIM (h - 10, w - 10, c) of the windows inside two pictures (h, w, c) of 0 to 1; equation 13."""
+def _ssim_map(x: NDArray[np.float64], y: NDArray[np.float64], mask: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """SSIM (h - 10, w - 10, c) of the windows inside two pictures (h, w, c) of 0 to 1; equation 13.
+
+    With a mask (h, w) the windows' weights are those of the pixels inside, and windows without one mean nothing.
+    """
     c1, c2 = SSIM_K1**2, SSIM_K2**2
-    mean_x, mean_y = _blur(x), _blur(y)
-    var_x, var_y, cov = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2, _blur(x * y) - mean_x * mean_y
+    weights = 1.0 if mask is None else mask[..., None].astype(np.float64)
+    norm = 1.0 if mask is None else np.maximum(_blur(mask[..., None].astype(np.float64)), np.finfo(np.float64).tiny)
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = (_blur(z * weights) / norm for z in (x, y, x * x, y * y, x * y))
+    var_x, var_y, cov = mean_xx - mean_x**2, mean_yy - mean_y**2, mean_xy - mean_x * mean_y
     return (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
 
 

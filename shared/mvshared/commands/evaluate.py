@@ -1,6 +1,8 @@
-"""`mvmlx evaluate`."""
+"""`mvmlx evaluate`: a model on held-out heads, or the consistency of the views in a folder."""
 
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,14 @@ import click
 import numpy as np
 
 from mvshared.backend import load
+from mvshared.errors import DatasetError, OptionError
 from mvshared.files import check_folder, make_folder, write_atomic, write_json
 from mvshared.images import encode_png, sheet
 
 SHEET_ROWS = 8
+WARPS_SHOWN = 32
+FOLDER_OPTIONS = ("output", "as_json")
+SMALL_GAIN_DB = 1.0
 
 
 def evaluate_model(options: dict[str, Any]) -> None:
@@ -42,15 +48,88 @@ def evaluate_model(options: dict[str, Any]) -> None:
         "backend": pipeline.model.backend,
         "dtype": pipeline.model.dtype,
     }
+    document = _finite({**settings, "figures": figures, "shares": result.shares()})
     if options["as_json"]:
-        click.echo(json.dumps({**settings, "figures": figures}))
+        click.echo(json.dumps(document))
     else:
         click.echo(f"{result.identities} heads, {result.views} views each; mean +- deviation over views")
         for name, value in figures.items():
-            click.echo(f"  {name:16} {value['mean']:8.3f} +- {value['std']:.3f}  ({value['min']:.3f} to {value['max']:.3f})")
+            click.echo(f"  {name:25} {value['mean']:8.3f} +- {value['std']:.3f}  ({value['min']:.3f} to {value['max']:.3f})")
+        for (name, share), count in zip(
+            result.shares().items(), (result.identities, result.identities * result.views), strict=True
+        ):
+            click.echo(f"  {name:25} {share:8.3f} = {round(share * count)} of {count}")
     if output is not None:
         make_folder(output)
         for first in range(0, len(result.rows), SHEET_ROWS):
             picture = sheet(np.stack(result.rows[first : first + SHEET_ROWS]))
             write_atomic(output / f"sheet_{first // SHEET_ROWS:02}.png", encode_png(picture))
-        write_json(output / "evaluation.json", {**settings, "figures": figures})
+        write_json(output / "evaluation.json", document)
+
+
+def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[str]) -> None:
+    """`mvmlx evaluate FOLDER`; `given` are the options that the command line has."""
+    from mvshared.captures import load_capture, read_views
+    from mvshared.consistency import Consistency, consistency
+
+    for name in given:
+        if name not in FOLDER_OPTIONS:
+            raise OptionError(
+                name, expected="left out with FOLDER", got=options[name], hint="it is about a model, and FOLDER has the views"
+            )
+    output: Path | None = options["output"]
+    if output is not None:
+        check_folder(output)
+    capture = load_capture(folder)
+    path = folder / "transforms.json"
+    if len(capture.poses) < 2:
+        raise DatasetError("has 1 frame, and consistency is one of at least 2", path=path)
+    if capture.fov_deg is None:
+        hint = "add w, h and fl_x, or camera_angle_x"
+        raise DatasetError("says no field of view that all frames have", path=path, hint=hint)
+    views = read_views(capture)
+    result: Consistency = consistency(
+        views.pictures, capture.poses, fov_deg=capture.fov_deg, depth=views.depth, masks=views.masks
+    )
+    figures = {
+        **result.figures._asdict(),
+        "exchanged_psnr_db": result.exchanged.psnr_db,
+        "exchanged_ssim": result.exchanged.ssim,
+        "gain_db": result.gain_db,
+    }
+    names = [image.name for image in capture.image_paths]
+    per_view = [{"file": name, **view._asdict()} for name, view in zip(names, result.views, strict=True)]
+    document = _finite({"folder": str(folder), "views": len(names), "depth": result.depth, **figures, "per_view": per_view})
+    if options["as_json"]:
+        click.echo(json.dumps(document))
+    else:
+        click.echo(f"{len(names)} views, {len(result.warps) // 2} pairs of neighbours, depth {result.depth}")
+        for name, value in figures.items():
+            click.echo(f"  {name:18} {_number(value)}")
+        for name, view in zip(names, result.views, strict=True):
+            click.echo(f"  {name}: {_number(view.psnr_db)} dB, SSIM {_number(view.ssim)}, {view.visible_share:.0%} visible")
+        if result.gain_db is None or result.gain_db < SMALL_GAIN_DB:
+            click.echo(
+                "note: exchanging the cameras changes little or helps: these are hardly different views of one object", err=True
+            )
+    if output is not None:
+        make_folder(output)
+        rows = [
+            np.stack([views.pictures[warp.view], warp.picture, np.repeat(warp.visible[..., None] * np.uint8(255), 3, axis=-1)])
+            for warp in result.warps[:WARPS_SHOWN]
+        ]
+        write_atomic(output / "sheet.png", encode_png(sheet(np.stack(rows))))
+        write_json(output / "evaluation.json", document)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def _finite(value: Any) -> Any:
+    """The document with None for infinite numbers, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

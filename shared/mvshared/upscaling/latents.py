@@ -16,13 +16,13 @@ from mvshared.backend import A, Dtype, TextStates, UpscalerModel
 from mvshared.checkpoint import find_model, model_name
 from mvshared.config import KUNetConfig
 from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
+from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.shapes import check_pictures
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.config import MAX_NOISE_LEVEL, UpscalerConfig
 from mvshared.upscaling.schedule import MAX_UPSCALE_STEPS, SigmaPlan, euler_plan, noise_embedding
 
 FACTOR = 2
-GUIDANCE_RANGE = (1.0, 20.0)  # beside 0, which leaves the prompt out
 DEFAULT_BUDGET_BYTES = 2 * 10**9
 SAMPLE_STREAM, LEVEL_STREAM = 11, 12  # second numbers of the random seeds: other noise than that of the views themselves
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -163,7 +163,7 @@ def resolve(
     defaults = config.defaults
     steps = whole("steps", defaults.steps if steps is None else steps, 1, MAX_UPSCALE_STEPS)
     guidance = defaults.guidance if guidance is None else guidance
-    if guidance != 0:
+    if guidance != 0:  # which leaves the prompt out
         guidance = number("guidance of the upscaler", guidance, *GUIDANCE_RANGE)
     if guidance > 1 and config.text_encoder is None:
         raise OptionError("guidance of the upscaler", expected="0 or 1: this upscaler takes no text", got=guidance)
