@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import mlx.core as mx
-    from mvshared.upscaling.latents import Upscaler
 
     from mvshared.pipeline import Pipeline
+    from mvshared.upscaling.latents import Upscaler
 
 
 def load(name: str | Path = "demo", *, dtype: str | None = None, device: str = "auto") -> "Pipeline[mx.array]":
@@ -29,21 +29,20 @@ def load_upscaler(name: str | Path = "demo-x2", *, dtype: str | None = None, dev
 
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
-    from mvshared.upscaling.latents import Upscaler
-
     from mvmlx.upscaling import load_upscaler_model
+    from mvshared.upscaling.latents import Upscaler
 
     return Upscaler(load_upscaler_model(name, dtype=dtype, device=device), name=str(name))
 
 
 def observe(model: Any, fn: "Callable[[str, mx.array, float], None]") -> AbstractContextManager[None]:
-    """Within the context, `fn(name, array, seconds)` is called after every block of a pipeline, a model or a network.
+    """Within the context, `fn(name, array, seconds)` is called after every block of a pipeline, an upscaler or a network.
 
     See `mvmlx.observation.observe`. Names are the same in both backends; if `model` is no
     single network, they begin with unet, vae, text_encoder or image_encoder.
     """
     from mvmlx.observation import observe as observe_networks
 
-    if hasattr(model, "generate"):
+    if hasattr(model, "generate") or hasattr(model, "upscale"):
         model = model.model
     return model.observe(fn) if hasattr(model, "observe") else observe_networks(model, fn)

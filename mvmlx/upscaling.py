@@ -1,5 +1,7 @@
 """Loading a latent upscaler into MLX, and what the shared upscaling drives."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +14,10 @@ from mvmlx.attention import KeyValues
 from mvmlx.clip import CLIPTextModel
 from mvmlx.latents import LatentModel, _evaluated, _on_device
 from mvmlx.model import choose_device, choose_dtype, load_network
+from mvmlx.observation import Observer, observe
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
-from mvshared.backend import Dtype, TextStates
+from mvshared.backend import BackendName, Dtype, TextStates
 from mvshared.checkpoint import find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
 from mvshared.shapes import check_pictures
@@ -42,6 +45,10 @@ class UpscalerModel(LatentModel):
     """
 
     config: UpscalerConfig
+    backend: BackendName
+    device: str
+    dtype: Dtype
+    weight_files: Sequence[Path]
 
     def __init__(
         self,
@@ -57,6 +64,11 @@ class UpscalerModel(LatentModel):
         self.config, self.unet, self.text_encoder, self.files = config, unet, text_encoder, files
         self.device, self.dtype = device, dtype
         self.weight_files = [path for component in files if component != "vae" for path in files[component]]
+
+    def observe(self, fn: Observer) -> AbstractContextManager[None]:
+        """See `mvmlx.observation.observe`; the names begin with unet, vae or text_encoder."""
+        encoders = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
+        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
 
     @cached_property
     def vae(self) -> AutoencoderKL:

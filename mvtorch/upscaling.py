@@ -1,5 +1,7 @@
 """Loading a latent upscaler into PyTorch, and what the shared upscaling drives."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvshared.backend import Dtype, TextStates
+from mvshared.backend import BackendName, Dtype, TextStates
 from mvshared.checkpoint import find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
 from mvshared.shapes import check_pictures
@@ -19,6 +21,7 @@ from mvtorch.attention import KeyValues
 from mvtorch.clip import CLIPTextModel
 from mvtorch.latents import LatentModel
 from mvtorch.model import choose_device, choose_dtype, load_network
+from mvtorch.observation import Observer, observe
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
@@ -43,6 +46,10 @@ class UpscalerModel(LatentModel):
     """
 
     config: UpscalerConfig
+    backend: BackendName
+    device: str
+    dtype: Dtype
+    weight_files: Sequence[Path]
 
     def __init__(
         self,
@@ -58,6 +65,11 @@ class UpscalerModel(LatentModel):
         self.config, self.unet, self.text_encoder, self.files = config, unet, text_encoder, files
         self.device, self.dtype = device, dtype
         self.weight_files = [path for component in files if component != "vae" for path in files[component]]
+
+    def observe(self, fn: Observer) -> AbstractContextManager[None]:
+        """See `mvtorch.observation.observe`; the names begin with unet, vae or text_encoder."""
+        encoders = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
+        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
 
     @cached_property
     def vae(self) -> AutoencoderKL:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from upscalers import TINY, diffusers_pipeline
 
+import mvmlx
+import mvtorch
 from mvshared.backend import load_upscaler
 from mvshared.errors import MvWarning, NumericsError, OptionError
 from mvshared.upscaling.config import SigmaConfig
@@ -166,6 +168,20 @@ def test_both_backends_upscale_the_same(folder: Path) -> None:
     assert_close(mlx_result, torch_result, rms=RUN_RMS)
 
 
+def test_both_backends_show_the_same_blocks(folder: Path) -> None:
+    seen: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    low = normal(1, 8, 8, 4)
+    for backend, observe in (("torch", mvtorch.observe), ("mlx", mvmlx.observe)):
+        upscaler = load_upscaler(folder, backend=backend, device="cpu")
+        blocks: list[tuple[str, tuple[int, ...]]] = []
+        with observe(upscaler, lambda name, array, seconds, blocks=blocks: blocks.append((name, tuple(array.shape)))):
+            upscaler.model.decode(upscaler.model.from_numpy(upscaler.upscale(low, steps=1)))
+        seen[backend] = blocks
+    assert seen["torch"] == seen["mlx"]
+    names = {name for name, _ in seen["torch"]}
+    assert {"unet.down_blocks.3.attentions.1.attn2", "vae.decoder.conv_out", "text_encoder.final_layer_norm"} <= names
+
+
 def test_half_precision_stays_close_to_float32(folder: Path, upscaler: Upscaler[Any]) -> None:
     half = load_upscaler(folder, backend=upscaler.model.backend, device="cpu", dtype="float16")
     low = normal(1, 8, 8, 4)
@@ -209,7 +225,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(upscaler: Upscaler[Any]
 )
 def test_options_that_are_not_allowed_are_refused(upscaler: Upscaler[Any], options: dict[str, Any], match: str) -> None:
     with pytest.raises(OptionError, match=match):
-        upscaler.upscale(normal(1, 8, 8, 4), **({"guidance": 2} | options))
+        upscaler.upscale(normal(1, 8, 8, 4), **{"guidance": 2, **options})
 
 
 @pytest.mark.parametrize("latents", [normal(1, 8, 8, 3), normal(8, 8, 4), np.zeros((1, 8, 8, 4), np.int64), "latents"])

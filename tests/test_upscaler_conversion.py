@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from helpers import BACKENDS, FLOAT32_RMS, assert_close, make_upscaler
@@ -103,7 +104,7 @@ def test_a_converted_upscaler_computes_what_the_original_does(tmp_path: Path) ->
     torch.save({"model_ema": tensors}, tmp_path / "upscaler.pth")
     convert(tmp_path / "upscaler.pth", tmp_path / "out", extra=[tmp_path / "diffusers"])
     for backend in BACKENDS:
-        loaded = load_upscaler(tmp_path / "out", backend=backend, device="cpu", dtype="float32")
+        loaded: Any = load_upscaler(tmp_path / "out", backend=backend, device="cpu", dtype="float32")
         inputs = upscaler_inputs(config, batch=1, views=1, size=(16, 16))
         assert_close(run_upscaler(loaded.model.unet, inputs), run_upscaler(network, inputs), rms=FLOAT32_RMS)
         assert loaded.model.config.sigmas.interpolation_type == "log_linear"

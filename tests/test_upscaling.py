@@ -14,6 +14,7 @@ from helpers import BACKENDS, TINY_MODEL, Backend, make_upscaler, write_tiny_mod
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from upscalers import PLAIN, UPSCALER, write_tiny_models
 
 import mvshared.pipeline
 import mvtorch.model
@@ -21,37 +22,22 @@ from mvshared.backend import load, load_upscaler
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import WEIGHT_FILE
 from mvshared.cli import run
-from mvshared.config import KUNetConfig
 from mvshared.errors import CheckpointError, NumericsError, OptionError
 from mvshared.images import from_model, load_image
 from mvshared.inspection import inspect
 from mvshared.pipeline import Pipeline
 from mvshared.repetition import repeat
 from mvshared.runs import read_run
-from mvshared.upscaling.config import UpscaleDefaults, UpscalerConfig
 from mvshared.upscaling.folder import write_upscaler
 from mvshared.upscaling.views import enlarge, enlarge_latents
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-NETWORK = KUNetConfig(block_out_channels=(32, 32), layers_per_block=1, attention_levels=(False, False), time_cond_proj_dim=8)
-UPSCALER = UpscalerConfig(
-    family="tiny-x2",
-    unet=NETWORK,
-    vae=TINY_MODEL.vae,
-    text_encoder=None,
-    noise_frequencies=(0.5, 1.0, -2.0, 3.0),
-    defaults=UpscaleDefaults(steps=2),
-)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and an upscaler of its latents, which uses the model's VAE."""
-    path = tmp_path_factory.mktemp("models")
-    write_tiny_model(path / "tiny")
-    weights = mvtorch.model.get_weights(make_upscaler(NETWORK, "torch"))
-    write_upscaler(path / "x2", UPSCALER, weights, vae_from=str(path / "tiny"))
-    return path
+    return write_tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -144,9 +130,9 @@ def test_options_that_are_not_allowed_are_refused(
     pipeline: Pipeline[Any], folders: Path, options: dict[str, Any], match: str
 ) -> None:
     views = pipeline.generate(PIXELS)
-    given = {"upscaler": folders / "x2"} if "method" not in options else {}
+    given: dict[str, Any] = options if "method" in options else {"upscaler": folders / "x2", **options}
     with pytest.raises(OptionError, match=match):
-        pipeline.upscale(views, **(given | options))
+        pipeline.upscale(views, **given)
 
 
 @pytest.mark.parametrize("method", ["sd-x2", "bilinear"])
@@ -161,7 +147,7 @@ def test_an_upscaler_of_other_latents_is_refused(pipeline: Pipeline[Any], tmp_pa
     views = pipeline.generate(PIXELS)
     other = replace(TINY_MODEL, vae=replace(TINY_MODEL.vae, scaling_factor=0.5))
     write_tiny_model(tmp_path / "other", other)
-    weights = mvtorch.model.get_weights(make_upscaler(NETWORK, "torch"))
+    weights = mvtorch.model.get_weights(make_upscaler(PLAIN, "torch"))
     write_upscaler(tmp_path / "x2", replace(UPSCALER, vae=other.vae), weights, vae_from=str(tmp_path / "other"))
     with pytest.raises(OptionError, match=r"upscaler must be one for latents of this model \(scaling_factor 0.18215\)"):
         pipeline.upscale(views, upscaler=tmp_path / "x2")

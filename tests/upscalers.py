@@ -10,11 +10,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_latent_upscale import StableDiffusionLatentUpscalePipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from helpers import Backend, from_numpy, make_upscaler, randomise, to_numpy
+from helpers import TINY_MODEL, Backend, from_numpy, make_upscaler, randomise, to_numpy, write_tiny_model
 from numpy.typing import NDArray
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import mvtorch.model
 from mvshared.config import KUNetConfig
+from mvshared.upscaling.config import UpscaleDefaults, UpscalerConfig
+from mvshared.upscaling.folder import write_upscaler
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -40,6 +43,17 @@ CONFIGS = {
         cross_attention_dim=24,
     ),
 }
+
+
+PLAIN = KUNetConfig(block_out_channels=(32, 32), layers_per_block=1, attention_levels=(False, False), time_cond_proj_dim=8)
+UPSCALER = UpscalerConfig(
+    family="tiny-x2",
+    unet=PLAIN,
+    vae=TINY_MODEL.vae,
+    text_encoder=None,
+    noise_frequencies=(0.5, 1.0, -2.0, 3.0),
+    defaults=UpscaleDefaults(steps=2),
+)
 
 
 class UpscalerInputs(NamedTuple):
@@ -104,14 +118,16 @@ def diffusers_upscaler(config: KUNetConfig) -> UNet2DConditionModel:
 def diffusers_pipeline(config: KUNetConfig = TINY, **scheduler: Any) -> StableDiffusionLatentUpscalePipeline:
     """A complete small pipeline with random weights, in the public one's structure."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=config.latent_channels,
-    )
+    sizes: dict[str, Any] = {
+        "block_out_channels": (16, 32),
+        "norm_num_groups": 8,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": config.latent_channels,
+    }
+    vae = AutoencoderKL(**sizes)
     randomise(vae)
+    assert config.cross_attention_dim is not None
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=49408,
@@ -125,11 +141,20 @@ def diffusers_pipeline(config: KUNetConfig = TINY, **scheduler: Any) -> StableDi
             projection_dim=config.cross_attention_dim,
         )
     )
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "sample"}
+    levels: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    levels |= {"prediction_type": "sample", "interpolation_type": "log_linear", **scheduler}
     return StableDiffusionLatentUpscalePipeline(
         vae=vae.eval(),
         text_encoder=text.eval(),
         tokenizer=CLIPTokenizer.from_pretrained(FIXTURES / "tiny-mvdream" / "tokenizer"),
         unet=diffusers_upscaler(config),
-        scheduler=EulerDiscreteScheduler(**(settings | {"interpolation_type": "log_linear"} | scheduler)),
+        scheduler=EulerDiscreteScheduler(**levels),
     )
+
+
+def write_tiny_models(folder: Path) -> Path:
+    """A tiny model in `folder`/tiny, and in `folder`/x2 an upscaler without text that uses its VAE; returns the folder."""
+    write_tiny_model(folder / "tiny")
+    weights = mvtorch.model.get_weights(make_upscaler(PLAIN, "torch"))
+    write_upscaler(folder / "x2", UPSCALER, weights, vae_from=str(folder / "tiny"))
+    return folder

@@ -119,6 +119,10 @@ class UpscalerModel(Protocol[A]):
     dtype: Dtype
     weight_files: Sequence[Path]
 
+    def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
+        """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
+        ...
+
     def from_numpy(self, x: NDArray[np.float32]) -> A:
         """A float32 array on the device."""
         ...

@@ -325,6 +325,9 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance.  [default: the model's]")
 @click.option("--normals", is_flag=True, help="Give the true normal maps to the model.")
+@click.option("--upscaler", help="Measure this latent upscaler on the model's views instead, beside lanczos and bilinear.")
+@click.option("--upscale-steps", type=int, help="Steps of the upscaler.  [default: the upscaler's]")
+@click.option("--upscale-noise", type=float, help="Noise level of the upscaler, 0 to 1.  [default: the upscaler's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for evaluation.json and sheets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
@@ -335,10 +338,10 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
     FOLDER has pictures and their transforms.json: an output of `mvmlx generate`, or a capture. Only -o and --json go with it.
     Without FOLDER, four views each of heads are compared with true renders: PSNR, SSIM, silhouettes, consistency, identity.
     """
-    from mvshared.commands.evaluate import evaluate_folder, evaluate_model
+    from mvshared.commands.evaluate import evaluate_folder, evaluate_model, evaluate_upscaler
 
     if folder is None:
-        evaluate_model(options)
+        (evaluate_model if options["upscaler"] is None else evaluate_upscaler)(options)
     else:
         given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
         evaluate_folder(folder, options, given=given)

@@ -88,4 +88,6 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
 def _places(folder: Path, config: UpscalerConfig) -> dict[Component, Path]:
     """The folders that hold an upscaler's components; its VAE may be another model's."""
     places: dict[Component, Path] = {"unet": folder, "vae": vae_folder(folder)}
-    return places if config.text_encoder is None else places | {"text_encoder": folder}
+    if config.text_encoder is not None:
+        places["text_encoder"] = folder
+    return places

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from mvshared.backend import load
 from mvshared.errors import DatasetError, OptionError
@@ -24,6 +26,9 @@ def evaluate_model(options: dict[str, Any]) -> None:
     """`mvmlx evaluate`."""
     from mvshared.evaluation import evaluate
 
+    for name in ("upscale_steps", "upscale_noise"):
+        if options[name] is not None:
+            raise OptionError(name, expected="left out without --upscaler", got=options[name])
     output: Path | None = options["output"]
     if output is not None:
         check_folder(output)
@@ -60,11 +65,62 @@ def evaluate_model(options: dict[str, Any]) -> None:
         ):
             click.echo(f"  {name:25} {share:8.3f} = {round(share * count)} of {count}")
     if output is not None:
-        make_folder(output)
-        for first in range(0, len(result.rows), SHEET_ROWS):
-            picture = sheet(np.stack(result.rows[first : first + SHEET_ROWS]))
-            write_atomic(output / f"sheet_{first // SHEET_ROWS:02}.png", encode_png(picture))
-        write_json(output / "evaluation.json", document)
+        _write(output, result.rows, document)
+
+
+def evaluate_upscaler(options: dict[str, Any]) -> None:
+    """`mvmlx evaluate --upscaler`."""
+    from mvshared.upscaling.evaluation import evaluate_upscaling
+    from mvshared.upscaling.views import UpscaleOptions
+
+    if options["normals"]:
+        raise OptionError("normals", expected="left out with --upscaler", got=True)
+    output: Path | None = options["output"]
+    if output is not None:
+        check_folder(output)
+    pipeline = load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"])
+    asked = UpscaleOptions(
+        method="sd-x2",
+        upscaler=options["upscaler"],
+        steps=options["upscale_steps"],
+        noise_level=options["upscale_noise"],
+    )
+    result = evaluate_upscaling(
+        pipeline,
+        options["identities"],
+        asked,
+        steps=options["steps"],
+        guidance=options["guidance"],
+        seed=options["seed"],
+    )
+    figures = {name: value._asdict() for name, value in result.figures.items()}
+    settings = {
+        "model": options["model"],
+        "identities": [options["identities"].start, options["identities"].stop],
+        "views": result.views,
+        "seed": options["seed"],
+        "upscale": asdict(result.settings),
+        "backend": pipeline.model.backend,
+        "dtype": pipeline.model.dtype,
+    }
+    document = _finite({**settings, "figures": figures})
+    if options["as_json"]:
+        click.echo(json.dumps(document))
+    else:
+        click.echo(f"{result.identities} heads, {result.views} views each at twice their size; mean +- deviation over views")
+        for name, value in figures.items():
+            click.echo(f"  {name:27} {value['mean']:8.3f} +- {value['std']:.3f}  ({value['min']:.3f} to {value['max']:.3f})")
+    if output is not None:
+        _write(output, result.rows, document)
+
+
+def _write(output: Path, rows: Sequence[NDArray[np.uint8]], document: dict[str, Any]) -> None:
+    """Write sheet_00.png ... and evaluation.json."""
+    make_folder(output)
+    for first in range(0, len(rows), SHEET_ROWS):
+        picture = sheet(np.stack(rows[first : first + SHEET_ROWS]))
+        write_atomic(output / f"sheet_{first // SHEET_ROWS:02}.png", encode_png(picture))
+    write_json(output / "evaluation.json", document)
 
 
 def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[str]) -> None:

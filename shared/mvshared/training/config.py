@@ -95,6 +95,7 @@ class TrainConfig:
     `vae_from` is the checkpoint folder whose VAE the U-Net and the upscaler use, `init_from` one to start from. Without a table
     `unet`, all of the model is that of `init_from`, with its encoders. Weights whose names begin with one of `frozen` are not
     trained.
+    `first_step_share` of an upscaler's examples have the highest noise level, for runs of one step or a few.
     `dtype` is that of the computation, `model_dtype` that of the trained model's files; the run's own state is float32.
     """
 
@@ -118,6 +119,7 @@ class TrainConfig:
     frozen: tuple[str, ...] = ()
     unet: UNetConfig | None = None
     upscaler: KUNetConfig | None = None
+    first_step_share: float = 0.0
     upscale_defaults: UpscaleDefaults = field(default_factory=UpscaleDefaults)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     camera: CameraConfig = field(default_factory=CameraConfig)
@@ -139,6 +141,8 @@ class TrainConfig:
             raise OptionError(
                 "upscaler", expected="a table of KUNetConfig fields, and vae_from, for stage 'upscaler'", got=None
             )
+        if not 0 <= self.first_step_share <= 1:
+            raise OptionError("first_step_share", expected="0 to 1", got=self.first_step_share)
         if self.upscaler is not None and self.upscaler.cross_attention_dim is not None:
             expected = "left out: upscalers that are trained here take no text"
             raise OptionError("cross_attention_dim", expected=expected, got=self.upscaler.cross_attention_dim)

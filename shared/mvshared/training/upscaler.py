@@ -20,7 +20,7 @@ from mvshared.training.data import find_captures
 from mvshared.training.initial import initial_upscaler_weights
 from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs
 from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
-from mvshared.upscaling.folder import write_upscaler
+from mvshared.upscaling.folder import read_upscaler_config, write_upscaler
 from mvshared.weights import read_weights, sha256_of_files
 
 FREQUENCY_DEVIATION = 2.0  # of the noise level's embedding, as k-diffusion draws it
@@ -31,8 +31,12 @@ FREQUENCY_STREAM = 4
 def upscaler_config(config: TrainConfig) -> UpscalerConfig:
     """What is trained. Raises ConfigError if network and VAE do not fit, CheckpointError for the VAE's folder."""
     assert config.upscaler is not None and config.vae_from is not None
-    channels = config.upscaler.time_cond_proj_dim
-    drawn = np.random.default_rng([FREQUENCY_STREAM, config.seed]).standard_normal(channels // 2) * FREQUENCY_DEVIATION
+    if config.init_from is not None:  # its weights know its own frequencies
+        frequencies = read_upscaler_config(find_model(config.init_from)).noise_frequencies
+    else:
+        count = config.upscaler.time_cond_proj_dim // 2
+        drawn = np.random.default_rng([FREQUENCY_STREAM, config.seed]).standard_normal(count) * FREQUENCY_DEVIATION
+        frequencies = tuple(round(float(value), 6) for value in drawn)
     vae = read_vae_config(find_model(config.vae_from))
     if vae.latent_channels != config.upscaler.latent_channels:
         latents = config.upscaler.latent_channels
@@ -43,7 +47,7 @@ def upscaler_config(config: TrainConfig) -> UpscalerConfig:
         vae=vae,
         text_encoder=None,
         sigmas=SigmaConfig(),
-        noise_frequencies=tuple(round(float(value), 6) for value in drawn),
+        noise_frequencies=frequencies,
         defaults=config.upscale_defaults,
     )
 
@@ -89,7 +93,13 @@ def upscaler_batches(
         frequencies = upscaler.noise_frequencies
         assert frequencies is not None
         batches.append(
-            UpscalerBatches(LatentPairs.load(path), upscaler.sigmas, channels=upscaler.noise_channels, frequencies=frequencies)
+            UpscalerBatches(
+                LatentPairs.load(path),
+                upscaler.sigmas,
+                channels=upscaler.noise_channels,
+                frequencies=frequencies,
+                first_step_share=config.first_step_share,
+            )
         )
     return batches[0], batches[1] if len(batches) > 1 else None
 

@@ -23,7 +23,7 @@ from mvshared.upscaling.config import MAX_NOISE_LEVEL, SigmaConfig
 from mvshared.upscaling.schedule import noise_embedding, training_sigmas
 
 UPSCALER_STREAM = 3  # first number of the random seeds, beside those of the other stages
-CLEAN_SHARE = 0.25  # of the examples whose low-resolution latents get no noise
+CLEAN_SHARE = 0.5  # of the examples whose low-resolution latents get no noise
 
 
 class UpscalerBatch(NamedTuple):
@@ -102,11 +102,23 @@ def _pixels(pictures: list[Picture], *, folder: Path, multiple: int) -> NDArray[
 
 
 class UpscalerBatches:
-    """Pairs of latents, the larger ones noised at levels spread evenly in the logarithm, the smaller ones a little."""
+    """Pairs of latents, the larger ones noised at levels spread evenly in the logarithm, the smaller ones a little.
 
-    def __init__(self, pairs: LatentPairs, sigmas: SigmaConfig, *, channels: int, frequencies: tuple[float, ...]) -> None:
+    A share of the larger ones has the highest level, where a run begins, and a run of a single step ends.
+    """
+
+    def __init__(
+        self,
+        pairs: LatentPairs,
+        sigmas: SigmaConfig,
+        *,
+        channels: int,
+        frequencies: tuple[float, ...],
+        first_step_share: float = 0.0,
+    ) -> None:
         """`channels` is the width of the condition, which holds the noise level of the low-resolution latents."""
         self.pairs, self.channels, self.frequencies = pairs, channels, frequencies
+        self.first_step_share = first_step_share
         levels = training_sigmas(sigmas)
         self.log_sigmas = math.log(levels[0]), math.log(levels[-1])
 
@@ -117,16 +129,17 @@ class UpscalerBatches:
         low, high = (latents[chosen].astype(np.float32)[:, None] for latents in self.pairs)
         levels = np.where(random.random(size) < CLEAN_SHARE, 0, random.random(size) * MAX_NOISE_LEVEL)
         log_sigma = random.uniform(*self.log_sigmas, size)
+        log_sigma[random.random(size) < self.first_step_share] = self.log_sigmas[1]
         blurred = _noisy(low, levels, random)
         noise, eps = np.exp(log_sigma), random.standard_normal(high.shape, np.float32)
-        signal, sigma = (value.astype(np.float32)[:, None, None, None, None] for value in _mix(noise))
+        signal, sigma = (np.asarray(value, np.float32)[:, None, None, None, None] for value in _mix(noise))
         condition = [noise_embedding(level, channels=self.channels, frequencies=self.frequencies) for level in levels]
         enlarged = blurred.repeat(2, axis=2).repeat(2, axis=3)
         return UpscalerBatch(
-            sample=np.concatenate([signal * high + sigma * eps, enlarged], axis=-1),
+            sample=np.concatenate([signal * high + sigma * eps, enlarged], axis=-1, dtype=np.float32),
             noise=(log_sigma / 4).astype(np.float32),
             condition=np.stack(condition),
-            target=sigma * high - signal * eps,
+            target=np.asarray(sigma * high - signal * eps, np.float32),
         )
 
 
@@ -139,4 +152,5 @@ def _mix(sigma: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.fl
 def _noisy(low: NDArray[np.float32], levels: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float32]:
     """Low-resolution latents with noise of the levels (n,), scaled back to the variance that they had."""
     level = levels.astype(np.float32)[:, None, None, None, None]
-    return (low + level * random.standard_normal(low.shape, np.float32)) / np.sqrt(level**2 + 1)
+    noised = low + level * random.standard_normal(low.shape, np.float32)
+    return np.asarray(noised / np.sqrt(level**2 + 1), np.float32)

@@ -172,9 +172,10 @@ def upscale_arrays(
         return Upscaled(enlarge(images), None)
     assert latents is not None and decode is not None
     check_finite(latents)
-    if upscaler is None:
+    if parameters.method == "bilinear":
         larger = enlarge_latents(latents)
     else:
+        assert upscaler is not None
         takes_text = upscaler.model.config.text_encoder is not None
         larger = upscaler.upscale(
             latents,
@@ -190,7 +191,7 @@ def upscale_arrays(
     return Upscaled(from_model(decode(larger)), larger)
 
 
-def load_planned(parameters: UpscaleParameters, *, backend: str, dtype: str, device: str) -> Upscaler[Any] | None:
+def load_planned(parameters: UpscaleParameters, *, backend: str, dtype: str | None, device: str) -> Upscaler[Any] | None:
     """The upscaler that parameters name, None if they name none. Raises CheckpointError if its config is another one now."""
     if parameters.upscaler is None:
         return None
