@@ -137,7 +137,7 @@ def test_a_step_ends_in_the_picture_if_the_network_knows_it() -> None:
 
 def test_groups_of_views_make_what_all_of_them_together_do(upscaler: Upscaler[Any]) -> None:
     low = normal(5, 8, 8, 4)
-    one = view_bytes(TINY, (8, 8), dtype="float32")
+    one = view_bytes(TINY, (8, 8), backend=upscaler.model.backend, dtype="float32")
     seen: list[tuple[int, int]] = []
     together = upscaler.upscale(low, steps=2, seed=3)
     for budget in (one, 2 * one + 1):

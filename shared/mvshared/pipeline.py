@@ -241,7 +241,12 @@ class Pipeline(Generic[A]):
         height, width = views.latents.shape[1:3]
         model = self.model
         planned = plan_upscale(
-            options, family=model.config.family, vae=model.config.vae, latent_size=(height, width), dtype=model.dtype
+            options,
+            family=model.config.family,
+            vae=model.config.vae,
+            latent_size=(height, width),
+            backend=model.backend,
+            dtype=model.dtype,
         )
         return self.upscale_as(views, planned, on_step=on_step)
 

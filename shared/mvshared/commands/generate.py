@@ -13,7 +13,7 @@ import click
 from tqdm import tqdm
 
 from mvshared.arguments import number
-from mvshared.backend import load, parse_dtype
+from mvshared.backend import choose_backend, load, parse_dtype
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.config import ModelConfig
@@ -213,7 +213,8 @@ def _planned_upscale(options: dict[str, Any], config: ModelConfig) -> UpscalePar
     size_px = config.defaults.size_px if options["size"] is None else options["size"]
     side = max(1, size_px // config.vae.downscale)
     dtype = parse_dtype(options["dtype"], default="float32")
-    return plan_upscale(asked, family=config.family, vae=config.vae, latent_size=(side, side), dtype=dtype)
+    backend = choose_backend(options["backend"])
+    return plan_upscale(asked, family=config.family, vae=config.vae, latent_size=(side, side), backend=backend, dtype=dtype)
 
 
 def upscale_options(options: dict[str, Any]) -> UpscaleOptions | None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.arguments import number, whole
-from mvshared.backend import A, Dtype, TextStates, UpscalerModel
+from mvshared.backend import A, BackendName, Dtype, TextStates, UpscalerModel
 from mvshared.checkpoint import find_model, model_name
 from mvshared.config import KUNetConfig
 from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
@@ -26,7 +26,9 @@ FACTOR = 2
 DEFAULT_BUDGET_BYTES = 2 * 10**9
 SAMPLE_STREAM, LEVEL_STREAM = 11, 12  # second numbers of the random seeds: other noise than that of the views themselves
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-WORKING_COPIES = 6  # activations of the finest level that a resnet and its convolutions hold at once
+# Activations of the finest level's widest input that are held at once, as measured on the CPU. MLX's CPU convolutions unfold
+# their input, in float32 whatever the dtype.
+WORKING_COPIES: dict[BackendName, int] = {"torch": 6, "mlx": 26}
 
 
 class UpscaleProgress(NamedTuple):
@@ -95,6 +97,7 @@ class Upscaler(Generic[A]):
         together = views_together(
             config.unet,
             low.shape[1:3],
+            backend=self.model.backend,
             dtype=self.model.dtype,
             branches=2 if settings.guidance > 1 else 1,
             budget_bytes=budget_bytes,
@@ -188,19 +191,22 @@ def check_finite(latents: NDArray[np.float32]) -> NDArray[np.float32]:
     return latents
 
 
-def view_bytes(config: KUNetConfig, size: tuple[int, int], *, dtype: Dtype) -> int:
-    """About what the activations of one view take, whose low-resolution latents are of `size` (h, w).
+def view_bytes(config: KUNetConfig, size: tuple[int, int], *, backend: BackendName, dtype: Dtype) -> int:
+    """About what the activations of one view take at most, whose low-resolution latents are of `size` (h, w).
 
     The skip connections of all levels, and WORKING_COPIES of the widest input of the finest level.
     """
     pixels, channels = FACTOR**2 * size[0] * size[1], config.block_out_channels
     skips = sum(width * pixels // 4**level for level, width in enumerate(channels))
-    return DTYPE_BYTES[dtype] * (skips + WORKING_COPIES * 2 * channels[0] * pixels)
+    number_bytes = DTYPE_BYTES["float32" if backend == "mlx" else dtype]
+    return number_bytes * (skips + WORKING_COPIES[backend] * 2 * channels[0] * pixels)
 
 
-def views_together(config: KUNetConfig, size: tuple[int, int], *, dtype: Dtype, branches: int, budget_bytes: int) -> int:
+def views_together(
+    config: KUNetConfig, size: tuple[int, int], *, backend: BackendName, dtype: Dtype, branches: int, budget_bytes: int
+) -> int:
     """How many views fit into a budget. Raises OptionError if not even one does."""
-    needed = branches * view_bytes(config, size, dtype=dtype)
+    needed = branches * view_bytes(config, size, backend=backend, dtype=dtype)
     if budget_bytes < needed:
         expected = f"at least {needed / 1e9:.3g} GB, what one view takes"
         raise OptionError("memory budget of the upscaler", expected=expected, got=f"{budget_bytes / 1e9:.3g} GB")

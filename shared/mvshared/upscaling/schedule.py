@@ -57,7 +57,7 @@ def sampling_sigmas(config: SigmaConfig, steps: int) -> list[float]:
         case "leading":
             timesteps = np.arange(steps)[::-1] * (count // steps) + config.steps_offset
         case "trailing":
-            timesteps = np.round(count - np.arange(steps) * (count / steps)) - 1
+            timesteps = np.arange(count, 0, -count / steps)[:steps].round() - 1  # rounds halves as diffusers does
         case other:
             raise OptionError("timestep_spacing", expected="leading, trailing or linspace", got=other)
     return [*np.interp(timesteps, np.arange(count), levels).tolist(), 0.0]

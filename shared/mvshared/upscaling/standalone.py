@@ -123,9 +123,9 @@ def upscale_source(
         folder = _vae_folder(options, model, family)
         vae = read_vae_config(folder)
         size = _latent_size(source, vae)
-        used = parse_dtype(dtype, default="float32")
-        planned = plan_upscale(options, family=family, vae=vae, latent_size=size, dtype=used)
-        package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.upscaling")
+        used, chosen = parse_dtype(dtype, default="float32"), choose_backend(backend)
+        planned = plan_upscale(options, family=family, vae=vae, latent_size=size, backend=chosen, dtype=used)
+        package = importlib.import_module(f"{PACKAGES[chosen]}.upscaling")
         codec = package.load_latent_model(folder, dtype=dtype, device=device)
         upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device)
         if latents is None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mvshared.arguments import dataclass_sha256
-from mvshared.backend import Dtype, load_upscaler
+from mvshared.backend import BackendName, Dtype, load_upscaler
 from mvshared.checkpoint import find_model, model_name
 from mvshared.config import VAEConfig
 from mvshared.errors import CheckpointError, OptionError
@@ -60,7 +60,7 @@ class UpscaleOptions:
 
 
 def plan_upscale(
-    options: UpscaleOptions, *, family: str, vae: VAEConfig, latent_size: tuple[int, int], dtype: Dtype
+    options: UpscaleOptions, *, family: str, vae: VAEConfig, latent_size: tuple[int, int], backend: BackendName, dtype: Dtype
 ) -> UpscaleParameters:
     """The parameters of an upscaling of a family's views, resolved and checked without loading any weights.
 
@@ -79,7 +79,7 @@ def plan_upscale(
     check_fits(config, vae, folder=folder)
     settings = resolve(config, steps=options.steps, guidance=options.guidance, noise_level=options.noise_level, seed=0)
     branches = 2 if settings.guidance > 1 else 1
-    views_together(config.unet, latent_size, dtype=dtype, branches=branches, budget_bytes=options.budget_bytes)
+    views_together(config.unet, latent_size, backend=backend, dtype=dtype, branches=branches, budget_bytes=options.budget_bytes)
     return UpscaleParameters(
         method=options.method,
         upscaler=model_name(name),
