@@ -18,7 +18,7 @@ from mvmlx.observation import Observer, observe
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype, TextStates
-from mvshared.checkpoint import find_model, read_vae_config, weight_files
+from mvshared.checkpoint import Component, find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.config import UpscalerConfig
@@ -56,7 +56,7 @@ class UpscalerModel(LatentModel):
         unet: LatentUpscaler,
         *,
         text_encoder: CLIPTextModel | None,
-        files: dict[str, list[Path]],
+        files: dict[Component, list[Path]],
         device: str,
         dtype: Dtype,
     ) -> None:

@@ -7,7 +7,7 @@ here, and only once a model is loaded.
 
 import importlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from mvshared.config import ResamplerConfig, UNetConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.files import read_json_object
 from mvshared.guidance import Branch, check_branches, check_weights
-from mvtorch.model import choose_device, choose_dtype, expected_shapes, read_tensors, rescaled
+from mvtorch.model import choose_device, choose_dtype, network_shapes, read_tensors, rescaled
 from mvtorch.observation import Observer, observe
 
 
@@ -41,39 +41,38 @@ class Condition(NamedTuple):
     branches: Sequence[Branch]
 
 
-class DiffusersModel:
-    """Implements `mvshared.backend.Model` with diffusers' U-Net and VAE and transformers' CLIP, on a folder's weights."""
+class DiffusersNetworks:
+    """Networks of diffusers and transformers with a folder's weights, and what every model with a VAE does."""
 
     backend: BackendName
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    config: Any
 
     def __init__(
-        self, name: str | Path, *, dtype: str | None = None, device: str = "auto", parts: Sequence[Component] | None = None
+        self,
+        config: Any,
+        places: Mapping[Component, Path],
+        builders: Mapping[Component, Callable[[Path, Any], nn.Module]],
+        *,
+        dtype: str | None,
+        device: str,
     ) -> None:
-        """`parts` are the networks that are loaded, all of them if not given.
+        """`places` are the folders of the components that are loaded, `builders` make them without weights.
 
         Raises CheckpointError, OptionError and BackendError, also if diffusers or transformers is not installed.
         """
-        self.backend, self.device = "torch", choose_device(device)
+        self.backend, self.device, self.config = "torch", choose_device(device), config
         self.dtype = choose_dtype(dtype, device=self.device)
-        folder = find_model(name)
-        self.config = read_model_config(folder)
-        shapes = expected_shapes(self.config)
-        chosen = components(self.config) if parts is None else parts
-        self.weight_files = [file for component in chosen for file in weight_files(folder, component)]
+        self.weight_files = [file for component, folder in places.items() for file in weight_files(folder, component)]
         self._networks: dict[str, Any] = {}
-        for component in chosen:
-            network = _BUILDERS[component](folder, self.config)
-            tensors = read_tensors(
-                weight_files(folder, component),
-                shapes[component],
-                dtype=self.dtype,
-                device=self.device,
-                unet=self.config.unet if component == "unet" else None,
-            )
-            _set_weights(network, tensors, resampler=self.config.unet.resampler if component == "unet" else None)
+        for component, folder in places.items():
+            network, own = builders[component](folder, config), getattr(config, component)
+            unet = own if isinstance(own, UNetConfig) else None
+            files, shapes = weight_files(folder, component), network_shapes(own)
+            tensors = read_tensors(files, shapes, dtype=self.dtype, device=self.device, unet=unet)
+            _set_weights(network, tensors, resampler=None if unet is None else unet.resampler)
             nn.Module.to(network, device=self.device, dtype=getattr(torch, self.dtype))
             self._networks[component] = network.eval()
 
@@ -101,10 +100,48 @@ class DiffusersModel:
         mean, scale = self._latent_statistics()
         with torch.inference_mode():
             means = [
-                self._networks["vae"].encode(_channels_first(self._cast(x[None]))).latent_dist.mean
+                self._networks["vae"].encode(channels_first(self._cast(x[None]))).latent_dist.mean
                 for x in self.from_numpy(pixels)
             ]
             return (torch.cat(means).float().permute(0, 2, 3, 1) - mean) * scale
+
+    def decode(self, x: Tensor) -> NDArray[np.float32]:
+        """Pixels (v, H, W, 3) of scaled latents (v, h, w, c)."""
+        mean, scale = self._latent_statistics()
+        with torch.inference_mode():
+            latents = channels_first(self._cast(x / scale + mean))
+            pixels = [self._networks["vae"].decode(view[None]).sample for view in latents]
+            return self.to_numpy(torch.cat(pixels).permute(0, 2, 3, 1))
+
+    def _network(self, component: str, argument: str) -> Any:
+        if component not in self._networks:
+            raise OptionError(argument, expected=f"left out: this model has no {component}", got="a value")
+        return self._networks[component]
+
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        vae = self.config.vae
+        mean = self.from_numpy(np.array(vae.latents_mean or [0.0] * vae.latent_channels, np.float32))
+        std = self.from_numpy(np.array(vae.latents_std or [1.0] * vae.latent_channels, np.float32))
+        return mean, vae.scaling_factor / std
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(getattr(torch, self.dtype))
+
+
+class DiffusersModel(DiffusersNetworks):
+    """Implements `mvshared.backend.Model` with diffusers' U-Net and VAE and transformers' CLIP, on a folder's weights."""
+
+    def __init__(
+        self, name: str | Path, *, dtype: str | None = None, device: str = "auto", parts: Sequence[Component] | None = None
+    ) -> None:
+        """`parts` are the networks that are loaded, all of them if not given.
+
+        Raises CheckpointError, OptionError and BackendError, also if diffusers or transformers is not installed.
+        """
+        folder = find_model(name)
+        config = read_model_config(folder)
+        chosen = components(config) if parts is None else parts
+        super().__init__(config, dict.fromkeys(chosen, folder), BUILDERS, dtype=dtype, device=device)
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> Tensor:
         """The text tower's last states (n, l, c) of token ids (n, l)."""
@@ -115,7 +152,7 @@ class DiffusersModel:
     def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
         """The vision tower's states before its last layer (n, m, c) of normalised pixels (n, s, s, 3)."""
         with torch.inference_mode():
-            x = _channels_first(self._cast(self.from_numpy(pixels)))
+            x = channels_first(self._cast(self.from_numpy(pixels)))
             return self._network("image_encoder", "image")(x, output_hidden_states=True).hidden_states[-2].float()
 
     def condition(
@@ -174,19 +211,11 @@ class DiffusersModel:
                 if tokens is not None:
                     context = (context, [tokens.repeat_interleave(frames, dim=0)])
             timesteps = torch.full((batch * frames,), t, dtype=torch.float32, device=self.device)
-            frames_first = _channels_first(self._cast(sample).flatten(0, 1))
+            frames_first = channels_first(self._cast(sample).flatten(0, 1))
             out = unet(frames_first, timesteps, context, return_dict=False)[0]
             out = out.float().permute(0, 2, 3, 1).unflatten(0, (batch, views))
             mixed = sum((weight * each for weight, each in zip(weights, out, strict=True)), torch.zeros_like(out[0]))
             return rescaled(mixed, out[-1], rescale) if rescale else mixed
-
-    def decode(self, x: Tensor) -> NDArray[np.float32]:
-        """Pixels (v, H, W, 3) of scaled latents (v, h, w, c)."""
-        mean, scale = self._latent_statistics()
-        with torch.inference_mode():
-            latents = _channels_first(self._cast(x / scale + mean))
-            pixels = [self._networks["vae"].decode(view[None]).sample for view in latents]
-            return self.to_numpy(torch.cat(pixels).permute(0, 2, 3, 1))
 
     def _image_tokens(self, condition: Condition) -> Tensor | None:
         """Tokens (b, r m, c) of the pictures."""
@@ -196,22 +225,8 @@ class DiffusersModel:
         tokens = self._networks["unet"].image_embed(self._cast(states).flatten(0, 1))
         return tokens.unflatten(0, states.shape[:2]).flatten(1, 2)
 
-    def _network(self, component: str, argument: str) -> Any:
-        if component not in self._networks:
-            raise OptionError(argument, expected=f"left out: this model has no {component}", got="a value")
-        return self._networks[component]
 
-    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
-        vae = self.config.vae
-        mean = self.from_numpy(np.array(vae.latents_mean or [0.0] * vae.latent_channels, np.float32))
-        std = self.from_numpy(np.array(vae.latents_std or [1.0] * vae.latent_channels, np.float32))
-        return mean, vae.scaling_factor / std
-
-    def _cast(self, x: Tensor) -> Tensor:
-        return x.to(getattr(torch, self.dtype))
-
-
-def _channels_first(x: Tensor) -> Tensor:
+def channels_first(x: Tensor) -> Tensor:
     """(n, h, w, c) as (n, c, h, w), in memory too: PyTorch's group norm for channels_last loses digits on the CPU."""
     return x.permute(0, 3, 1, 2).contiguous()
 
@@ -238,7 +253,7 @@ class _Extras:
         """Self-attention over the tokens of all frames of an object: diffusers' own, on other groups."""
         n, tokens, channels = hidden_states.shape
         joint = hidden_states.reshape(n // self.frames, self.frames * tokens, channels)
-        plain = _library("diffusers.models.attention_processor").AttnProcessor2_0()
+        plain = library("diffusers.models.attention_processor").AttnProcessor2_0()
         if self.reference_scale != 1:
             scales = torch.ones(len(joint), 1, joint.shape[1], dtype=joint.dtype, device=joint.device)
             scales[:, :, self.views * tokens :] = self.reference_scale
@@ -252,7 +267,7 @@ class _Extras:
         return args[0].unflatten(0, (-1, self.frames))[:, : self.views].flatten(0, 1)
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
     """A module of diffusers or transformers. Raises BackendError if the library is not installed."""
     try:
         return importlib.import_module(name)
@@ -263,7 +278,7 @@ def _library(name: str) -> Any:
 
 
 def _build_unet(folder: Path, config: Any) -> nn.Module:
-    kind: Any = _library("diffusers.models.unets.unet_2d_condition").UNet2DConditionModel
+    kind: Any = library("diffusers.models.unets.unet_2d_condition").UNet2DConditionModel
     document = read_json_object(folder / "unet" / "config.json")
     with torch.device("cpu"):
         if document.get("_class_name") == "UNet2DConditionModel":
@@ -296,7 +311,7 @@ def unet_arguments(config: UNetConfig) -> dict[str, Any]:
 
 def _add_parts(unet: Any, config: UNetConfig) -> None:
     """Cameras, image tokens and joint attention."""
-    embeddings, processors = _library("diffusers.models.embeddings"), _library("diffusers.models.attention_processor")
+    embeddings, processors = library("diffusers.models.embeddings"), library("diffusers.models.attention_processor")
     if config.cross_attention_dim is None:  # diffusers' blocks can do without, its U-Net cannot ask for it
         for block in unet.modules():
             if type(block).__name__ == "BasicTransformerBlock":
@@ -323,7 +338,7 @@ def _add_parts(unet: Any, config: UNetConfig) -> None:
 
 
 def _build_vae(folder: Path, config: Any) -> nn.Module:
-    kind: Any = _library("diffusers.models.autoencoders.autoencoder_kl").AutoencoderKL
+    kind: Any = library("diffusers.models.autoencoders.autoencoder_kl").AutoencoderKL
     document = read_json_object(folder / "vae" / "config.json")
     if document.get("_class_name") == "AutoencoderKL":
         return kind.from_config(document)
@@ -350,14 +365,14 @@ def _build_image_encoder(folder: Path, config: Any) -> nn.Module:
 
 
 def _build_tower(folder: Path, component: str, prefix: str, config: Any) -> nn.Module:
-    transformers = _library("transformers")
+    transformers = library("transformers")
     document = read_json_object(folder / component / "config.json")
     given = document if "model_type" in document or "architectures" in document else asdict(config)
     projected = "" if config.projection_dim is None else "WithProjection"
     return getattr(transformers, f"{prefix}Model{projected}")(getattr(transformers, f"{prefix}Config").from_dict(given))
 
 
-_BUILDERS = {
+BUILDERS: dict[Component, Callable[[Path, Any], nn.Module]] = {
     "unet": _build_unet,
     "vae": _build_vae,
     "text_encoder": _build_text_encoder,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvshared.backend import BackendName, Dtype, TextStates
-from mvshared.checkpoint import find_model, read_vae_config, weight_files
+from mvshared.checkpoint import Component, find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.config import UpscalerConfig
@@ -57,7 +57,7 @@ class UpscalerModel(LatentModel):
         unet: LatentUpscaler,
         *,
         text_encoder: CLIPTextModel | None,
-        files: dict[str, list[Path]],
+        files: dict[Component, list[Path]],
         device: str,
         dtype: Dtype,
     ) -> None:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # What only PyTorch can do: run diffusers, read its own pickles.
-ONLY_TORCH = {"diffusers_model.py", "pickled.py"}
+ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py"}
 
 # PyTorch's word, MLX's word, and the one that stands for both.
 WORDS = (

@@ -12,10 +12,12 @@ import safetensors.numpy
 import torch
 from helpers import BACKENDS, Backend, make_unet
 from public_folders import stable_diffusion
+from upscalers import diffusers_pipeline, write_tiny_models
 
 import mvmlx.layers
 import mvshared.validation
 import mvtorch.layers
+import mvtorch.upscaler
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.cli import run
 from mvshared.errors import BackendError, OptionError
@@ -163,3 +165,32 @@ def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mvshared.validation, "find_spec", lambda name: None if name == "transformers" else True)
     with pytest.raises(BackendError, match=r"transformers is not installed \(pip install 'mvmlx\[validate\]'\)"):
         validate("no/folder", against="diffusers", backend="torch", device="cpu")  # before anything is loaded
+
+
+@pytest.mark.parametrize("against", ["diffusers", "mlx"])
+def test_every_block_of_an_upscaler_agrees(against: str, tmp_path: Path) -> None:
+    diffusers_pipeline().save_pretrained(tmp_path)
+    result = validate(tmp_path, against=against, backend="torch", device="cpu")
+    assert result.first_failure is None
+    names = {check.name for check in result.checks}
+    assert {"unet.down_blocks.3.attentions.1.attn1", "unet.up_blocks.3.resnets.1.conv2", "unet.time_embedding"} <= names
+    assert {"unet.up_blocks.0.attentions.0.attn2.norm_cross", "vae.decoder.conv_out", "unet.guided", "pixels"} <= names
+    assert len(names) > 250
+    assert not result.unmatched
+
+
+def test_an_upscaler_without_text_agrees_with_diffusers(tmp_path: Path) -> None:
+    folders = write_tiny_models(tmp_path)
+    for backend in BACKENDS:
+        result = validate(folders / "x2", against="diffusers", backend=backend, device="cpu")
+        assert result.first_failure is None
+        assert not result.unmatched
+
+
+def test_a_fault_of_the_upscaler_is_found_at_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = write_tiny_models(tmp_path)
+    original = mvtorch.upscaler.blur_upsample
+    monkeypatch.setattr(mvtorch.upscaler, "blur_upsample", lambda x: original(x) * 1.001)
+    result = validate(folders / "x2", against="diffusers", backend="torch", device="cpu")
+    assert result.first_failure is not None
+    assert result.first_failure.name.startswith("unet.up_blocks.1.")

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_latent_upscale import StableDiffusionLatentUpscalePipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from helpers import TINY_MODEL, Backend, from_numpy, make_upscaler, randomise, to_numpy, write_tiny_model
+from helpers import TINY_MODEL, from_numpy, make_upscaler, randomise, to_numpy, write_tiny_model
 from numpy.typing import NDArray
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -18,6 +18,7 @@ import mvtorch.model
 from mvshared.config import KUNetConfig
 from mvshared.upscaling.config import UpscaleDefaults, UpscalerConfig
 from mvshared.upscaling.folder import write_upscaler
+from mvtorch.diffusers_upscaler import k_unet_arguments
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -89,29 +90,8 @@ def run_upscaler(model: Any, inputs: UpscalerInputs) -> NDArray[Any]:
 
 def diffusers_upscaler(config: KUNetConfig) -> UNet2DConditionModel:
     """diffusers' network of a config, with the weights of `make_upscaler`; they must fit exactly."""
-    down = ["KCrossAttnDownBlock2D" if attends else "KDownBlock2D" for attends in config.attention_levels]
-    backend: Backend = "torch"
-    arguments: dict[str, Any] = {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "down_block_types": down,
-        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
-        "mid_block_type": None,
-        "block_out_channels": config.block_out_channels,
-        "layers_per_block": config.layers_per_block,
-        "act_fn": "gelu",
-        "norm_num_groups": None,
-        "attention_head_dim": config.attention_head_dim,
-        "cross_attention_dim": config.cross_attention_dim or 8,
-        "resnet_time_scale_shift": "scale_shift",
-        "time_embedding_type": "fourier",
-        "timestep_post_act": "gelu",
-        "time_cond_proj_dim": config.time_cond_proj_dim,
-        "conv_in_kernel": 1,
-        "conv_out_kernel": 1,
-    }
-    oracle = UNet2DConditionModel(**arguments)
-    oracle.load_state_dict(make_upscaler(config, backend).state_dict())
+    oracle = UNet2DConditionModel(**k_unet_arguments(config))
+    oracle.load_state_dict(make_upscaler(config, "torch").state_dict())
     return oracle.eval()
 
 

@@ -12,7 +12,7 @@ from mvshared.config import ModelConfig, UNetConfig
 from mvshared.errors import MvError
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.config import UpscalerConfig
-from mvshared.upscaling.folder import is_upscaler, read_upscaler_config, vae_folder
+from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
 from mvshared.weights import match_tensors
 
 BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -55,7 +55,10 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
     faults: list[str] = []
     try:
         config = read_upscaler_config(folder) if is_upscaler(folder) else read_model_config(folder)
-        places = dict.fromkeys(components(config), folder) if isinstance(config, ModelConfig) else _places(folder, config)
+        if isinstance(config, ModelConfig):
+            places = dict.fromkeys(components(config), folder)
+        else:
+            places = component_folders(folder, config)
     except MvError as fault:
         return Report(folder=folder, config=None, components=(), faults=(str(fault),))
     reports = []
@@ -83,11 +86,3 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
         except MvError as fault:
             faults.append(str(fault))
     return Report(folder=folder, config=config, components=tuple(reports), faults=tuple(faults))
-
-
-def _places(folder: Path, config: UpscalerConfig) -> dict[Component, Path]:
-    """The folders that hold an upscaler's components; its VAE may be another model's."""
-    places: dict[Component, Path] = {"unet": folder, "vae": vae_folder(folder)}
-    if config.text_encoder is not None:
-        places["text_encoder"] = folder
-    return places

@@ -28,6 +28,7 @@ from mvshared.framing import frame_picture
 from mvshared.guidance import ALL, Guidance
 from mvshared.images import load_image
 from mvshared.tokenizer import CLIPTokenizer
+from mvshared.upscaling.folder import is_upscaler
 
 Against = Literal["mlx", "torch", "diffusers"]
 
@@ -67,6 +68,17 @@ class Validation:
     def first_failure(self) -> Check | None:
         """The first block that leaves the tolerance, or is not finite."""
         return next((check for check in self.checks if not check.rms_error <= self.tolerance), None)
+
+
+class Suite(NamedTuple):
+    """How a kind of model is run: module and loader in the backends and in the twin of diffusers, inputs of a config and a
+    folder, how often the reference repeats what is computed once here, and every network once."""
+
+    backends: tuple[str, str]
+    diffusers: tuple[str, str]
+    inputs: Callable[[Any, Path], Any]
+    frames: Callable[[Any], tuple[int, ...]]
+    run: Callable[..., Any]
 
 
 class Inputs(NamedTuple):
@@ -115,15 +127,16 @@ def validate(
     with ExitStack() as stack:
         folder = make_folder(save) if save else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mvmlx-")))
         recorder = _Recorder(make_folder(folder / chosen))
-        model = _load(chosen, name, dtype=used_dtype, device=device)
-        inputs = _inputs(model.config, find_model(name))
-        states = _run(model, inputs, recorder, states=None)
+        suite = _suite(find_model(name))
+        model = _load(suite, chosen, name, dtype=used_dtype, device=device)
+        inputs = suite.inputs(model.config, find_model(name))
+        states = suite.run(model, inputs, recorder, states=None)
         del model
         gc.collect()
         keep = make_folder(folder / against) if save else None
-        comparer = _Comparer(recorder, frames=_frames(inputs), keep=keep)
-        reference = _load(against, name, dtype="float32", device="cpu")  # type: ignore[arg-type]
-        _run(reference, inputs, comparer, states=states)
+        comparer = _Comparer(recorder, frames=suite.frames(inputs), keep=keep)
+        reference = _load(suite, against, name, dtype="float32", device="cpu")  # type: ignore[arg-type]
+        suite.run(reference, inputs, comparer, states=states)
         checks = comparer.in_order()
     if on_check is not None:
         for check in checks:
@@ -152,16 +165,26 @@ def _backend_under_test(backend: str, *, against: Against) -> BackendName:
     return choose_backend(backend)
 
 
-def _load(side: Against, name: str | Path, *, dtype: Dtype, device: str) -> Model[Any]:
-    if side == "diffusers":
-        return importlib.import_module(f"{PACKAGES['torch']}.diffusers_model").DiffusersModel(name, dtype=dtype, device=device)
-    return importlib.import_module(f"{PACKAGES[side]}.model").load_model(name, dtype=dtype, device=device)
+def _suite(folder: Path) -> Suite:
+    """How the networks in a folder are run."""
+    if is_upscaler(folder):
+        from mvshared.upscaling.validation import UPSCALER
+
+        return UPSCALER
+    return Suite(("model", "load_model"), ("diffusers_model", "DiffusersModel"), _inputs, _frames, _run)
+
+
+def _load(suite: Suite, side: Against, name: str | Path, *, dtype: Dtype, device: str) -> Any:
+    package, (module, loader) = (
+        (PACKAGES["torch"], suite.diffusers) if side == "diffusers" else (PACKAGES[side], suite.backends)
+    )
+    return getattr(importlib.import_module(f"{package}.{module}"), loader)(name, dtype=dtype, device=device)
 
 
 def _inputs(config: ModelConfig, folder: Path) -> Inputs:
     defaults, rng = config.defaults, np.random.default_rng(0)
     size = defaults.size_px // config.vae.downscale
-    framed = frame_picture(load_image(_picture(defaults.size_px)), size_px=defaults.size_px, framing=config.framing)
+    framed = frame_picture(load_image(textured_picture(defaults.size_px)), size_px=defaults.size_px, framing=config.framing)
     poses = orbit(even_azimuths(defaults.views), ELEVATION_DEG, radius=config.camera.radius)
     processor = config.image_processor
     return Inputs(
@@ -174,8 +197,8 @@ def _inputs(config: ModelConfig, folder: Path) -> Inputs:
     )
 
 
-def _picture(size_px: int) -> NDArray[np.uint8]:
-    """Gradients with texture everywhere: flat areas would leave the norms little but rounding to divide by."""
+def textured_picture(size_px: int) -> NDArray[np.uint8]:
+    """Gradients with texture everywhere, uint8 (size_px, size_px, 3): flat areas would leave norms little but rounding."""
     y, x = np.mgrid[:size_px, :size_px] / size_px
     texture = np.random.default_rng(1).integers(-64, 64, (size_px, size_px, 3))
     return (np.stack([x, y, 1 - x], axis=-1) * 127 + 64 + texture).astype(np.uint8)

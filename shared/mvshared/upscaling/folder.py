@@ -17,6 +17,7 @@ from mvshared.checkpoint import (
     OWN_UPSCALER,
     UPSCALER_CLASSES,
     WEIGHT_FILE,
+    Component,
     config_from_json,
     find_model,
     read_config,
@@ -93,10 +94,17 @@ def vae_folder(folder: Path) -> Path:
     return folder if name is None else find_model(str(name))
 
 
-def upscaler_weight_files(folder: Path, config: UpscalerConfig) -> dict[str, list[Path]]:
+def component_folders(folder: Path, config: UpscalerConfig) -> dict[Component, Path]:
+    """The folders that hold an upscaler's components: unet, vae, which may be another model's, text_encoder if there is one."""
+    places: dict[Component, Path] = {"unet": folder, "vae": vae_folder(folder)}
+    if config.text_encoder is not None:
+        places["text_encoder"] = folder
+    return places
+
+
+def upscaler_weight_files(folder: Path, config: UpscalerConfig) -> dict[Component, list[Path]]:
     """Weight files by component: unet, vae, text_encoder if there is one. Raises CheckpointError if one is missing."""
-    files = {"unet": weight_files(folder, "unet"), "vae": weight_files(vae_folder(folder), "vae")}
-    return files if config.text_encoder is None else files | {"text_encoder": weight_files(folder, "text_encoder")}
+    return {name: weight_files(place, name) for name, place in component_folders(folder, config).items()}
 
 
 def write_upscaler(folder: Path, config: UpscalerConfig, weights: Mapping[str, NDArray[Any]], *, vae_from: str | None) -> None:
