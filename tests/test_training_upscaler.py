@@ -10,10 +10,14 @@ from helpers import TINY_MODEL, assert_close, write_tiny_model
 from training_cases import SIZE, run, toml, vae_config, write_objects
 
 import mvshared.training.loop
-from mvshared.backend import load_upscaler
+from mvshared.backend import load, load_upscaler
+from mvshared.captures import load_capture, write_capture
 from mvshared.checkpoint import read_vae_config
 from mvshared.config import KUNetConfig
 from mvshared.errors import ConfigError, DatasetError, OptionError
+from mvshared.heads import DEFAULT_FOV_DEG, render
+from mvshared.heads.dataset import dataset_poses
+from mvshared.images import from_model
 from mvshared.training.config import TrainConfig, load_train_config
 from mvshared.training.data import read_picture
 from mvshared.training.log import read_log
@@ -171,3 +175,36 @@ def test_a_run_from_another_upscaler_keeps_its_frequencies(data: Path, model: Pa
     other = run(config(data, model, steps=1, seed=4), tmp_path / "other")
     found = [read_upscaler_config(folder).noise_frequencies for folder in (first, second, other)]
     assert found[0] == found[1] != found[2]
+
+
+def test_a_share_of_the_examples_starts_from_views_that_a_model_generates(model: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        poses = dataset_poses(number, views=3)
+        pictures = render(number, poses, size_px=32)
+        write_capture(tmp_path / "heads" / f"head_{number}", pictures.rgba, pictures.normals, poses, DEFAULT_FOV_DEG)
+    settings = config(tmp_path / "heads", model, steps=1, views_from=str(model), generated_captures=1)
+    run(settings, tmp_path / "run")
+    (path,) = (tmp_path / "run").glob("pairs-generated-*.npz")
+    found = LatentPairs.load(path)
+    assert (found.low.shape, found.high.shape) == ((3, 8, 8, 4), (3, 16, 16, 4))
+    capture = load_capture(tmp_path / "heads" / "head_0")
+    # The azimuths are 31, 336 and 47 degrees: the second view is nearest to the front.
+    front = read_picture(capture.image_paths[1], background=settings.data.background).pixels
+    pipeline = load(model, backend="torch", device="cpu")
+    expected = pipeline.generate(from_model(halved(front)), cameras=capture.poses, size_px=16).latents
+    np.testing.assert_allclose(found.low, expected, atol=2e-2)
+
+
+def test_the_generated_share_is_drawn_in_pairs() -> None:
+    generated = LatentPairs(np.full((1, 4, 4, 4), 7, np.float16), np.full((1, 8, 8, 4), 9, np.float16))
+    options = {"channels": 6, "frequencies": (0.0, 1.0, 2.0)}
+    batches = UpscalerBatches(pairs(), SigmaConfig(), generated=generated, generated_share=0.25, **options)  # type: ignore[arg-type]
+    found = batches.batch(0, size=400, seed=0)
+    sigma = np.exp(4 * found.noise)[:, None, None, None, None]
+    signal = 1 / np.sqrt(sigma**2 + 1)
+    clean = signal * found.sample[..., :4] + sigma * signal * found.target
+    ours = np.abs(clean - 9).max(axis=(1, 2, 3, 4)) < 0.1
+    assert 0.18 < ours.mean() < 0.32
+    plain = ~found.condition[:, 3:].any(axis=1)
+    assert (found.sample[ours & plain, ..., 4:] == 7).all()
+    assert (found.sample[~ours & plain, ..., 4:] != 7).any(axis=(1, 2, 3, 4)).all()

@@ -95,7 +95,8 @@ class TrainConfig:
     `vae_from` is the checkpoint folder whose VAE the U-Net and the upscaler use, `init_from` one to start from. Without a table
     `unet`, all of the model is that of `init_from`, with its encoders. Weights whose names begin with one of `frozen` are not
     trained.
-    `first_step_share` of an upscaler's examples have the highest noise level, for runs of one step or a few.
+    `first_step_share` of an upscaler's examples have the highest noise level, for runs of one step or a few. With `views_from`,
+    a model, `generated_share` of them start from views that it generates of up to `generated_captures` training captures.
     `dtype` is that of the computation, `model_dtype` that of the trained model's files; the run's own state is float32.
     """
 
@@ -120,6 +121,9 @@ class TrainConfig:
     unet: UNetConfig | None = None
     upscaler: KUNetConfig | None = None
     first_step_share: float = 0.0
+    views_from: str | None = None
+    generated_share: float = 0.5
+    generated_captures: int = 500
     upscale_defaults: UpscaleDefaults = field(default_factory=UpscaleDefaults)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     camera: CameraConfig = field(default_factory=CameraConfig)
@@ -127,7 +131,7 @@ class TrainConfig:
     framing: Framing = field(default_factory=Framing)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "sample_every"):
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "sample_every", "generated_captures"):
             if getattr(self, name) < 1:
                 raise OptionError(name, expected="at least 1", got=getattr(self, name))
         if self.seed < 0:
@@ -141,8 +145,9 @@ class TrainConfig:
             raise OptionError(
                 "upscaler", expected="a table of KUNetConfig fields, and vae_from, for stage 'upscaler'", got=None
             )
-        if not 0 <= self.first_step_share <= 1:
-            raise OptionError("first_step_share", expected="0 to 1", got=self.first_step_share)
+        for name in ("first_step_share", "generated_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(name, expected="0 to 1", got=getattr(self, name))
         if self.upscaler is not None and self.upscaler.cross_attention_dim is not None:
             expected = "left out: upscalers that are trained here take no text"
             raise OptionError("cross_attention_dim", expected=expected, got=self.upscaler.cross_attention_dim)

@@ -2,7 +2,8 @@
 
 import importlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.backend import PACKAGES, choose_backend
+from mvshared.backend import PACKAGES, choose_backend, load
 from mvshared.checkpoint import find_model, read_vae_config, weight_files
 from mvshared.errors import ConfigError
 from mvshared.files import make_folder
@@ -18,7 +19,7 @@ from mvshared.models import EMBEDDED
 from mvshared.training.config import TrainConfig
 from mvshared.training.data import find_captures
 from mvshared.training.initial import initial_upscaler_weights
-from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs
+from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs, generated_pairs
 from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, write_upscaler
 from mvshared.weights import read_weights, sha256_of_files
@@ -79,17 +80,30 @@ def upscaler_batches(
     files = weight_files(find_model(config.vae_from), "vae")
     key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     captures = find_captures(config.data.folder, held_out=config.data.held_out)
-    codec, batches = None, []
+    multiple = 2 * upscaler.vae.downscale * max(1, upscaler.unet.downscale // 2)
+
+    @cache
+    def encode() -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
+        return package.load_vae(upscaler.vae, files, device=device).encode
+
+    generated = None
+    if config.views_from is not None:
+        denoiser = sha256_of_files(weight_files(find_model(config.views_from), "unet"))
+        own = "-".join(digest[:12] for digest in denoiser.values())
+        path = folder / f"pairs-generated-{key}-{own}.npz"
+        if not path.exists():
+            chosen = captures[0][: config.generated_captures]
+            make = _view_maker(config, backend=backend, device=device)
+            generated_pairs(chosen, config.data, make, encode(), multiple=multiple).save(path)
+        generated = LatentPairs.load(path)
+    batches = []
     for name, folders in zip(("training", "held-out"), captures, strict=True):
         if not folders:
             continue
         path = folder / f"pairs-{name}-{key}.npz"
         if not path.exists():
-            if codec is None:
-                package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
-                codec = package.load_vae(upscaler.vae, files, device=device)
-            multiple = 2 * upscaler.vae.downscale * max(1, upscaler.unet.downscale // 2)
-            encode_pairs(folders, config.data, codec.encode, multiple=multiple).save(path)
+            encode_pairs(folders, config.data, encode(), multiple=multiple).save(path)
         frequencies = upscaler.noise_frequencies
         assert frequencies is not None
         batches.append(
@@ -99,9 +113,24 @@ def upscaler_batches(
                 channels=upscaler.noise_channels,
                 frequencies=frequencies,
                 first_step_share=config.first_step_share,
+                generated=generated if name == "training" else None,
+                generated_share=config.generated_share,
             )
         )
     return batches[0], batches[1] if len(batches) > 1 else None
+
+
+def _view_maker(
+    config: TrainConfig, *, backend: str, device: str
+) -> Callable[[NDArray[np.uint8], NDArray[np.float32]], NDArray[np.float32]]:
+    """A function that makes latents of views with the model of `views_from`, in float32."""
+    assert config.views_from is not None
+    pipeline = load(config.views_from, backend=backend, device=device, dtype="float32")
+
+    def make(reference: NDArray[np.uint8], cameras: NDArray[np.float32]) -> NDArray[np.float32]:
+        return pipeline.generate(reference, cameras=cameras, size_px=len(reference)).latents
+
+    return make
 
 
 def save_upscaler(folder: Path, config: TrainConfig, upscaler: UpscalerConfig, weights: Mapping[str, NDArray[Any]]) -> None:

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from mvshared.camera import azimuth_elevation
 from mvshared.captures import load_capture
 from mvshared.errors import DatasetError
 from mvshared.files import write_atomic
+from mvshared.images import from_model
 from mvshared.training.config import DataConfig
 from mvshared.training.data import Picture, mirror_picture, read_picture
 from mvshared.upscaling.config import MAX_NOISE_LEVEL, SigmaConfig
@@ -86,10 +88,35 @@ def encode_pairs(
     return LatentPairs(np.concatenate(low), np.concatenate(high))
 
 
+def generated_pairs(
+    folders: list[Path],
+    config: DataConfig,
+    generate: Callable[[NDArray[np.uint8], NDArray[np.float32]], NDArray[np.float32]],
+    encode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    *,
+    multiple: int,
+) -> LatentPairs:
+    """The latents that a model generates of captures, and those of the true pictures at twice the size.
+
+    `generate` makes scaled latents (v, h, w, c) of a reference picture uint8 (h, w, 3) and cameras (v, 4, 4); the reference is
+    the view nearest to the front. Raises DatasetError as `encode_pairs` does.
+    """
+    low, high = [], []
+    for folder in tqdm(folders, desc="generating", unit="capture", disable=None):
+        capture = load_capture(folder)
+        pictures = [read_picture(path, background=config.background) for path in capture.image_paths]
+        pixels = _pixels(pictures, folder=folder, multiple=multiple)
+        azimuths = azimuth_elevation(capture.poses).azimuths_deg
+        front = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
+        low.append(generate(from_model(halved(pixels[front])), capture.poses).astype(np.float16))
+        high.append(encode(pixels).astype(np.float16))
+    return LatentPairs(np.concatenate(low), np.concatenate(high))
+
+
 def halved(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pictures (n, h, w, 3) at half their size: the means of two by two pixels."""
-    n, height, width, _ = pixels.shape
-    return pixels.reshape(n, height // 2, 2, width // 2, 2, 3).mean(axis=(2, 4))
+    """Pictures (..., h, w, 3) at half their size: the means of two by two pixels."""
+    *n, height, width, _ = pixels.shape
+    return pixels.reshape(*n, height // 2, 2, width // 2, 2, 3).mean(axis=(-4, -2))
 
 
 def _pixels(pictures: list[Picture], *, folder: Path, multiple: int) -> NDArray[np.float32]:
@@ -104,7 +131,8 @@ def _pixels(pictures: list[Picture], *, folder: Path, multiple: int) -> NDArray[
 class UpscalerBatches:
     """Pairs of latents, the larger ones noised at levels spread evenly in the logarithm, the smaller ones a little.
 
-    A share of the larger ones has the highest level, where a run begins, and a run of a single step ends.
+    `first_step_share` of the larger ones have the highest level, where a run begins, and a run of a single step ends;
+    `generated_share` of the pairs are of `generated`, if that is given.
     """
 
     def __init__(
@@ -115,10 +143,13 @@ class UpscalerBatches:
         channels: int,
         frequencies: tuple[float, ...],
         first_step_share: float = 0.0,
+        generated: LatentPairs | None = None,
+        generated_share: float = 0.5,
     ) -> None:
         """`channels` is the width of the condition, which holds the noise level of the low-resolution latents."""
         self.pairs, self.channels, self.frequencies = pairs, channels, frequencies
         self.first_step_share = first_step_share
+        self.generated, self.generated_share = generated, 0.0 if generated is None else generated_share
         levels = training_sigmas(sigmas)
         self.log_sigmas = math.log(levels[0]), math.log(levels[-1])
 
@@ -127,6 +158,10 @@ class UpscalerBatches:
         random = np.random.default_rng([UPSCALER_STREAM, seed, step])
         chosen = random.integers(len(self.pairs.high), size=size)
         low, high = (latents[chosen].astype(np.float32)[:, None] for latents in self.pairs)
+        if self.generated is not None:
+            ours = random.random(size) < self.generated_share
+            others = random.integers(len(self.generated.high), size=size)[ours]
+            low[ours, 0], high[ours, 0] = self.generated.low[others], self.generated.high[others]
         levels = np.where(random.random(size) < CLEAN_SHARE, 0, random.random(size) * MAX_NOISE_LEVEL)
         log_sigma = random.uniform(*self.log_sigmas, size)
         log_sigma[random.random(size) < self.first_step_share] = self.log_sigmas[1]
