@@ -31,14 +31,14 @@ from mvshared.backend import A, Model
 from mvshared.camera import camera_vectors
 from mvshared.checkpoint import find_model, model_name
 from mvshared.clip_images import clip_pixels
-from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
+from mvshared.errors import MvWarning, NumericsError, OptionError
 from mvshared.framing import Framed, frame_picture
 from mvshared.guidance import Branch, Guidance, Mixture, check_scales
 from mvshared.images import from_model, load_image
 from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
 from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
-from mvshared.tokenizer import CLIPTokenizer
+from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 from mvshared.upscaling.latents import DEFAULT_BUDGET_BYTES, UpscaleProgress
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views
 
@@ -77,12 +77,7 @@ class Pipeline(Generic[A]):
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         """The tokenizer of the model's folder. Raises CheckpointError if it is missing or does not fit the text encoder."""
-        folder, text = find_model(self.name) / "tokenizer", self.model.config.text_encoder
-        tokenizer = CLIPTokenizer(folder)
-        if text is not None and tokenizer.max_length > text.max_position_embeddings:
-            places = text.max_position_embeddings
-            raise CheckpointError(f"has {tokenizer.max_length} tokens, the text encoder has {places} positions", path=folder)
-        return tokenizer
+        return load_tokenizer(find_model(self.name), self.model.config.text_encoder)
 
     def generate(
         self,

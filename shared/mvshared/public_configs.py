@@ -181,8 +181,8 @@ def diffusers_unet(document: Document, *, path: Path) -> UNetConfig:
     fields = Fields(document, path=path)
     channels = tuple(fields.take("block_out_channels", (list, tuple)))
     levels = len(channels)
-    attention = _attention_levels(fields, "down_block_types", DOWN_BLOCKS, levels)
-    if _attention_levels(fields, "up_block_types", UP_BLOCKS, levels) != attention[::-1]:
+    attention = attention_levels(fields, "down_block_types", DOWN_BLOCKS, levels)
+    if attention_levels(fields, "up_block_types", UP_BLOCKS, levels) != attention[::-1]:
         raise CheckpointError("up_block_types must be down_block_types the other way round", path=path)
     # diffusers' attention_head_dim is the number of heads, by a mistake that its own documentation keeps.
     heads = fields.per_level("attention_head_dim", levels, 8)
@@ -206,7 +206,8 @@ def diffusers_unet(document: Document, *, path: Path) -> UNetConfig:
     return config
 
 
-def _attention_levels(fields: Fields, name: str, kinds: Mapping[str, bool], levels: int) -> tuple[bool, ...]:
+def attention_levels(fields: Fields, name: str, kinds: Mapping[str, bool], levels: int) -> tuple[bool, ...]:
+    """Which levels attend, by the kinds of their blocks. Raises CheckpointError for other kinds or another number."""
     blocks = fields.take(name, (list, tuple))
     if len(blocks) != levels or not all(block in kinds for block in blocks):
         raise fields.malformed(name, blocks)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from mvshared.config import CLIPTextConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import read_json_object
 
@@ -70,6 +71,16 @@ class CLIPTokenizer:
             row[: len(kept) + 2] = [self.bos_token_id, *kept, self.eos_token_id]
             cut.append(clean[encoding.offsets[room][0] :] if len(encoding.ids) > room else "")
         return Tokens(ids, tuple(cut))
+
+
+def load_tokenizer(folder: Path, text: CLIPTextConfig | None) -> CLIPTokenizer:
+    """The tokenizer in a checkpoint folder. Raises CheckpointError if it is missing or does not fit the text encoder."""
+    tokenizer = CLIPTokenizer(folder / "tokenizer")
+    if text is not None and tokenizer.max_length > text.max_position_embeddings:
+        places = text.max_position_embeddings
+        reason = f"has {tokenizer.max_length} tokens, the text encoder has {places} positions"
+        raise CheckpointError(reason, path=folder / "tokenizer")
+    return tokenizer
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mvshared.checkpoint import (
 from mvshared.config import K_NORM_EPS, KUNetConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import make_folder, read_json_object, write_atomic, write_json
-from mvshared.public_configs import DIFFUSERS_UNET_NEUTRAL, Document, Fields, clip_text
+from mvshared.public_configs import DIFFUSERS_UNET_NEUTRAL, Document, Fields, attention_levels, clip_text
 from mvshared.upscaling.config import SigmaConfig, UpscaleDefaults, UpscalerConfig
 
 PUBLIC_FAMILY = "sd-x2-latent-upscaler"
@@ -173,8 +173,8 @@ def k_unet(document: Document, *, path: Path) -> KUNetConfig:
     fields = Fields(document, path=path)
     channels = tuple(fields.take("block_out_channels", (list, tuple)))
     levels = len(channels)
-    attends = _levels(fields, "down_block_types", _DOWN_BLOCKS, levels)
-    if _levels(fields, "up_block_types", _UP_BLOCKS, levels) != attends[::-1]:
+    attends = attention_levels(fields, "down_block_types", _DOWN_BLOCKS, levels)
+    if attention_levels(fields, "up_block_types", _UP_BLOCKS, levels) != attends[::-1]:
         raise CheckpointError("up_block_types must be down_block_types the other way round", path=path)
     layers, widths = fields.per_level("layers_per_block", levels, 2), fields.per_level("attention_head_dim", levels, 8)
     if len(set(layers)) > 1 or len(set(widths)) > 1:
@@ -199,13 +199,6 @@ def k_unet(document: Document, *, path: Path) -> KUNetConfig:
         raise CheckpointError(f"the field {name!r} is missing", path=path)
     fields.finish(_UNET_NEUTRAL)
     return config
-
-
-def _levels(fields: Fields, name: str, kinds: Mapping[str, bool], levels: int) -> tuple[bool, ...]:
-    blocks = fields.take(name, (list, tuple))
-    if len(blocks) != levels or not all(block in kinds for block in blocks):
-        raise CheckpointError(f"is no latent upscaler: {name} must be {' and '.join(kinds)}, got {blocks!r}", path=fields.path)
-    return tuple(kinds[block] for block in blocks)
 
 
 def euler_sigmas(document: Document, *, path: Path) -> SigmaConfig:

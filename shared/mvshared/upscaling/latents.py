@@ -15,10 +15,10 @@ from mvshared.arguments import number, whole
 from mvshared.backend import A, BackendName, Dtype, TextStates, UpscalerModel
 from mvshared.checkpoint import find_model, model_name
 from mvshared.config import KUNetConfig
-from mvshared.errors import CheckpointError, MvWarning, NumericsError, OptionError
+from mvshared.errors import MvWarning, NumericsError, OptionError
 from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.shapes import check_pictures
-from mvshared.tokenizer import CLIPTokenizer
+from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 from mvshared.upscaling.config import MAX_NOISE_LEVEL, UpscalerConfig
 from mvshared.upscaling.schedule import MAX_UPSCALE_STEPS, SigmaPlan, euler_plan, noise_embedding
 
@@ -57,12 +57,7 @@ class Upscaler(Generic[A]):
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         """The tokenizer of the upscaler's folder. Raises CheckpointError if it is missing or does not fit the text encoder."""
-        folder, text = find_model(self.name) / "tokenizer", self.model.config.text_encoder
-        tokenizer = CLIPTokenizer(folder)
-        if text is not None and tokenizer.max_length > text.max_position_embeddings:
-            places = text.max_position_embeddings
-            raise CheckpointError(f"has {tokenizer.max_length} tokens, the text encoder has {places} positions", path=folder)
-        return tokenizer
+        return load_tokenizer(find_model(self.name), self.model.config.text_encoder)
 
     def upscale(
         self,
