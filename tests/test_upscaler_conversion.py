@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from helpers import BACKENDS, FLOAT32_RMS, assert_close, make_upscaler
 from safetensors.torch import load_file
-from upscalers import FIXTURES, TINY, diffusers_pipeline, run_upscaler, upscaler_inputs
+from upscalers import FIXTURES, TINY, diffusers_pipeline, run_upscaler, upscaler_inputs, write_tiny_models
 
 from mvshared.backend import load_upscaler
 from mvshared.conversion.convert import convert
+from mvshared.inspection import inspect
+from mvshared.upscaling.folder import read_upscaler_config
 
 
 def convolution(name: str, shape: list[int]) -> tuple[int, ...]:
@@ -108,6 +110,19 @@ def test_a_converted_upscaler_computes_what_the_original_does(tmp_path: Path) ->
         inputs = upscaler_inputs(config, batch=1, views=1, size=(16, 16))
         assert_close(run_upscaler(loaded.model.unet, inputs), run_upscaler(network, inputs), rms=FLOAT32_RMS)
         assert loaded.model.config.sigmas.interpolation_type == "log_linear"
+
+
+def test_a_folder_is_stored_in_another_dtype(tmp_path: Path) -> None:
+    for source in ("public", "own"):
+        if source == "public":
+            diffusers_pipeline().save_pretrained(tmp_path / "public")
+        else:
+            write_tiny_models(tmp_path / "own-models").joinpath("x2").rename(tmp_path / "own")
+        convert(tmp_path / source, tmp_path / f"{source}-half", dtype="float16")
+        report = inspect(tmp_path / f"{source}-half", backend="torch")
+        assert not report.faults
+        assert report.components[0].dtypes.keys() == {"F16"}
+        assert read_upscaler_config(tmp_path / f"{source}-half") == read_upscaler_config(tmp_path / source)
 
 
 def own_names(manifest: dict[str, list[int]]) -> list[str]:

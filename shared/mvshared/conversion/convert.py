@@ -26,6 +26,7 @@ from mvshared.files import make_folder, read_json_object, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.schedule import alphas_cumprod
 from mvshared.upscaling.config import SigmaConfig
+from mvshared.upscaling.folder import is_upscaler, read_upscaler_config
 
 UPSCALER = "sd-x2-latent-upscaler"
 FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-768", UPSCALER)
@@ -86,7 +87,8 @@ def convert(
     for each in extra:
         _collect(collected, each, local=family == "imagedream-local")
     if source.is_dir() and family is None:
-        family = read_model_config(source).family
+        read = read_upscaler_config if is_upscaler(source) else read_model_config
+        family = read(source).family
     if like is not None:
         _take_configs(collected, find_model(like))
     chosen = _family(collected, family)
