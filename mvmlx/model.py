@@ -341,7 +341,7 @@ def _checkpoint_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _from_checkpoint(x: mx.array) -> mx.array:
-    """Convolution kernels (out, in, h, w) as (out, h, w, in), _evaluated; all else as it is."""
+    """Convolution kernels (out, in, h, w) as (out, h, w, in), evaluated; all else as it is."""
     return _evaluated(mx.contiguous(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x)
 
 

@@ -39,7 +39,7 @@ class UpscaleCondition:
 
 
 class UpscalerModel(LatentModel):
-    """The network, the VAE and the text encoder of an upscaler on one device: implements `mvshared.backend.Upscaler`.
+    """The network, the VAE and the text encoder of an upscaler on one device: implements `mvshared.backend.UpscalerModel`.
 
     The VAE is read when it is needed: latents that are upscaled for another model are decoded by that model's.
     """
@@ -72,7 +72,7 @@ class UpscalerModel(LatentModel):
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        """The VAE of the upscaler's folder. Raises CheckpointError for a damaged file, mx.arrayMismatchError."""
+        """The VAE of the upscaler's folder. Raises CheckpointError for a damaged file, TensorMismatchError."""
         return load_network(self.config.vae, self.files["vae"], dtype=self.dtype, device=self.device)
 
     def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[mx.array]:

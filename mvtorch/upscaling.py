@@ -40,7 +40,7 @@ class UpscaleCondition:
 
 
 class UpscalerModel(LatentModel):
-    """The network, the VAE and the text encoder of an upscaler on one device: implements `mvshared.backend.Upscaler`.
+    """The network, the VAE and the text encoder of an upscaler on one device: implements `mvshared.backend.UpscalerModel`.
 
     The VAE is read when it is needed: latents that are upscaled for another model are decoded by that model's.
     """

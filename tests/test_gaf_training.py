@@ -63,6 +63,29 @@ def train(arguments: str) -> int:
 # The recipe
 
 
+@pytest.mark.parametrize("damage", ["transparent map", "pictures that are not square"])
+def test_a_sample_sheet_cannot_end_a_training(desk: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for path in sorted((desk / "captures").glob("*/*.png")):
+        image = Image.open(path).convert("RGBA")
+        if damage == "transparent map" and path.name.startswith("normal_") and path.parent.name == "object_3":
+            image.putalpha(0)
+        if damage == "pictures that are not square":
+            image = image.resize((SIZE, 2 * SIZE))
+        image.save(path)
+    assert train("--family gaf --from gaf --data captures -o run --steps 1 --batch-size 1 --backend torch --device cpu") == 0
+    assert (desk / "run" / "model" / "model_index.json").exists()
+    assert (desk / "run" / "samples").exists() == (damage == "transparent map")
+
+
+def test_maps_in_world_space_are_not_learned_as_if_they_were_in_camera_space(
+    desk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = desk / "captures" / "object_0" / "transforms.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normal_space": "world"}))
+    assert train("--family gaf --from gaf --data captures -o run --steps 1") == DatasetError.exit_code
+    assert "normal_space must be 'camera' for a capture, got 'world'" in capfd.readouterr().err
+
+
 def test_the_recipe_is_that_of_the_paper(desk: Path) -> None:
     config = preset("gaf", source="gaf", data="captures", changes={})
     assert (config.steps, config.batch_size, config.data.targets) == (20_000, 64, 4)

@@ -150,6 +150,12 @@ def test_wrong_configurations_are_refused(data: Path, model: Path, tmp_path: Pat
     text = replace(NETWORK, attention_levels=(True, False), attention_head_dim=32, cross_attention_dim=8)
     with pytest.raises(OptionError, match="upscalers that are trained here take no text"):
         config(data, model, upscaler=text)
+    with pytest.raises(DatasetError):
+        run(config(tmp_path / "nowhere", model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    scaled = write_tiny_model(tmp_path / "scaled", replace(MODEL, vae=replace(MODEL.vae, scaling_factor=0.5)))
+    with pytest.raises(OptionError, match="views_from must be of the same latents"):
+        run(config(data, model, views_from=str(scaled)), tmp_path / "run")
     with pytest.raises(ConfigError, match="the upscaler has 8 latent channels, the VAE of vae_from 4"):
         run(config(data, model, upscaler=replace(NETWORK, in_channels=16, out_channels=9)), tmp_path / "run")
 

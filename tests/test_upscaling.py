@@ -149,7 +149,7 @@ def test_an_upscaler_of_other_latents_is_refused(pipeline: Pipeline[Any], tmp_pa
     write_tiny_model(tmp_path / "other", other)
     weights = mvtorch.model.get_weights(make_upscaler(PLAIN, "torch"))
     write_upscaler(tmp_path / "x2", replace(UPSCALER, vae=other.vae), weights, vae_from=str(tmp_path / "other"))
-    with pytest.raises(OptionError, match=r"upscaler must be one for latents of this model \(scaling_factor 0.18215\)"):
+    with pytest.raises(OptionError, match=r"upscaler must be of the same latents \(scaling_factor 0.18215, not 0.5\)"):
         pipeline.upscale(views, upscaler=tmp_path / "x2")
 
 
@@ -237,6 +237,7 @@ def test_what_cannot_be_upscaled_is_refused_before_anything_is_generated(
         (["--upscale", "nearest"], 2, "upscale must be one of"),
         (["--upscaler", "x2"], 2, "upscaler must be left out without --upscale"),
         (["--upscale-steps", "3"], 2, "steps of the upscaler must be left out without --upscale"),
+        (["--upscale", "lanczos", "--upscale-budget", "3"], 2, "budget_bytes of the upscaler must be left out for lanczos"),
         (["--upscale", "lanczos", "--upscale-steps", "3"], 2, "left out for lanczos"),
         (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-steps", "0"], 2, "steps must be"),
         (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-guidance", "30"], 2, "guidance of the upscaler must be"),
@@ -268,6 +269,53 @@ def test_upscale_takes_the_folder_of_a_run(desk: Path, capfd: pytest.CaptureFixt
     assert any(name.startswith("upscaler/unet/") for name in document["weights"])
 
 
+def test_lanczos_needs_no_model_and_a_run_of_another_backend_not_its_device(desk: Path) -> None:
+    assert generate("-o", "out") == 0
+    document = json.loads((desk / "out" / "metadata.json").read_text())
+    document["parameters"] |= {"backend": "mlx", "device": "gpu"}
+    (desk / "out" / "metadata.json").write_text(json.dumps(document))
+    assert run(["upscale", "out", "--backend", "torch", "--upscale", "bilinear"]) == 0
+    document["parameters"]["model"] = "gone"
+    (desk / "out" / "metadata.json").write_text(json.dumps(document))
+    assert run(["upscale", "out", "--upscale", "lanczos", "--force"]) == 0
+    assert run(["upscale", "out", "--upscale", "bilinear", "--force"]) == 5
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"method": "foo"},
+        {"method": "sd-x2"},
+        {"method": "lanczos", "steps": 3},
+        {"steps": 0},
+        {"steps": None},
+        {"upscaler": "nowhere"},
+        {"config_sha256": "0"},
+    ],
+)
+def test_a_damaged_upscaling_in_the_metadata_is_refused_before_anything_is_generated(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, damaged: dict[str, Any]
+) -> None:
+    assert generate("-o", "out", "--upscale", "sd-x2", "--upscaler", "x2") == 0
+    path = desk / "out" / "metadata.json"
+    document = json.loads(path.read_text())
+    whole = document["parameters"]["upscale"]
+    document["parameters"]["upscale"] = damaged if "method" in damaged else whole | damaged
+    path.write_text(json.dumps(document))
+    monkeypatch.setattr(Pipeline, "generate", lambda *args, **kwargs: pytest.fail("views were generated"))
+    assert run(["generate", "-o", "again", "--config", "out/metadata.json"]) in (2, 5, 8)
+    assert not (desk / "again").exists()
+
+
+def test_one_upscaler_serves_all_seeds(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    original = mvshared.pipeline.load_planned
+    monkeypatch.setattr(mvshared.pipeline, "load_planned", lambda *a, **k: loads.append(a) or original(*a, **k))
+    assert generate("-o", "out", "--upscale", "sd-x2", "--upscaler", "x2", "--seed", "1", "--seed", "2") == 0
+    assert len(loads) == 1
+    assert all((desk / "out" / f"seed_{seed}" / "upscaled" / "metadata.json").exists() for seed in (1, 2))
+
+
 def test_upscale_takes_pictures_and_latents(desk: Path) -> None:
     assert run(["upscale", "picture.png", "-o", "lanczos"]) == 0
     np.testing.assert_array_equal(views_in(desk / "lanczos"), enlarge(PIXELS[None]))
@@ -287,8 +335,12 @@ def test_sources_that_cannot_be_upscaled_are_refused(desk: Path, capfd: pytest.C
     np.save("bad.npy", np.full((1, 8, 8, 4), np.nan, np.float32))
     np.save("flat.npy", np.zeros((8, 8), np.float32))
     np.save("good.npy", np.zeros((1, 8, 8, 4), np.float32))
+    with open("archive.npy", "wb") as file:
+        np.savez(file, latents=np.zeros((1, 8, 8, 4), np.float32))
     (desk / "empty").mkdir()
     assert generate("-o", "out", "--upscale", "lanczos") == 0
+    assert generate("-o", "mixed") == 0
+    np.save("mixed/latents.npy", np.zeros((2, 5, 4, 4), np.float32))
     capfd.readouterr()
     rows = [
         (["empty"], 2, "an output folder, with a metadata.json"),
@@ -304,6 +356,10 @@ def test_sources_that_cannot_be_upscaled_are_refused(desk: Path, capfd: pytest.C
         (["good.npy", "picture.png"], 2, "one .npy file, or pictures"),
         (["good.npy", "--upscaler", "tiny"], 5, "is no latent upscaler"),
         (["good.npy", "--upscaler", "x2", "--seed", "-1"], 2, "seed must be"),
+        (["picture.png", "--upscale-steps", "3"], 2, "the one whose VAE"),
+        (["picture.png", "--dtype", "float8"], 2, "dtype must be"),
+        (["archive.npy", "--upscaler", "x2"], 2, "it is an .npz archive"),
+        (["mixed", "--upscale", "bilinear"], 2, "latents must be those of the pictures beside them"),
     ]
     for arguments, code, says in rows:
         assert run(["upscale", *arguments, "-o", "new"]) == code, arguments

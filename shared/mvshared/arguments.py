@@ -28,9 +28,12 @@ def load_latents(given: Latents | None) -> NDArray[Any] | None:
     """Latents as an array, from an .npy file if a path was given. Raises OptionError for what is neither."""
     if isinstance(given, str | Path):
         try:
-            return np.load(given, allow_pickle=False)
+            loaded = np.load(given, allow_pickle=False)
         except (OSError, ValueError, EOFError) as cause:
             raise OptionError("latents", expected="an .npy file of floats", got=str(given), hint=str(cause)) from cause
+        if not isinstance(loaded, np.ndarray):
+            raise OptionError("latents", expected="an .npy file of floats", got=str(given), hint="it is an .npz archive")
+        return loaded
     if given is not None and not isinstance(given, np.ndarray):
         raise OptionError("latents", expected="a numpy array of floats", got=type(given).__name__)
     return given

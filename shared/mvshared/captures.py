@@ -64,6 +64,9 @@ def load_capture(folder: Path | str) -> Capture:
         raise DatasetError("no such folder", path=folder)
     path = folder / "transforms.json"
     document = read_json_object(path, error=DatasetError)
+    if document.get("normal_space", "camera") != "camera":
+        space = document["normal_space"]
+        raise DatasetError(f"normal_space must be 'camera' for a capture, got {space!r}", path=path)
     # The frames' fields are checked before their files, so that the message is about the first cause.
     read_transforms(document, path=path, error=DatasetError)
     frames: list[Mapping[str, Any]] = document["frames"]

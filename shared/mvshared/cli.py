@@ -41,7 +41,7 @@ class NumberRange(click.ParamType):
         if isinstance(value, range):
             return value
         first, colon, end = value.partition(":")
-        if not colon or not first.isdigit() or not end.isdigit() or int(first) >= int(end):
+        if not colon or not first.isdecimal() or not end.isdecimal() or int(first) >= int(end):
             self.fail(f"{value!r} must be two whole numbers, the second one larger, such as 0:64", param, ctx)
         return range(int(first), int(end))
 

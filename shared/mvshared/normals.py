@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mvshared.camera import Y_UP_TO_Z_UP, read_transforms
-from mvshared.errors import CameraError, ImageError, MvWarning, OptionError, OutputError
+from mvshared.errors import CameraError, ConfigError, ImageError, MvWarning, OptionError, OutputError
 from mvshared.export import METADATA, transforms
 from mvshared.files import check_folder, make_folder, read_json_object, write_json
 from mvshared.images import PICTURE_SUFFIXES, is_picture, load_values, resize_plane, save_png
@@ -181,13 +181,17 @@ def _frames(folder: Path) -> _Frames | None:
     named = any("normal_file_path" in frame for frame in frames)
     field = "normal_file_path" if named else "file_path"
     chosen = [index for index, frame in enumerate(frames) if isinstance(frame.get(field), str)]
+    if any("\0" in frames[index][field] for index in chosen):
+        raise ConfigError(f"{field} must be a file name", path=path)
     paths = [_picture_file(folder, frames[index][field]) for index in chosen]
     space = document.get("normal_space")
+    if space is not None and space not in get_args(NormalSpace):
+        raise ConfigError(f"normal_space must be camera or world, got {space!r}", path=path)
     found = NormalMaps(
         sources=tuple(paths),
         poses=cameras.poses[np.array(chosen, dtype=int)],
         fov_deg=cameras.fov_deg,
-        space=space if space in get_args(NormalSpace) else None,
+        space=space,
         world=np.eye(3) if document.get("up") == [0, 1, 0] else Y_UP_TO_Z_UP[:3, :3].T,
     )
     return _Frames(paths, named, found)

@@ -39,7 +39,7 @@ from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
 from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
 from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
-from mvshared.upscaling.latents import DEFAULT_BUDGET_BYTES, UpscaleProgress
+from mvshared.upscaling.latents import UpscaleProgress, Upscaler
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views
 
 MAX_PICTURES = 8
@@ -73,6 +73,7 @@ class Pipeline(Generic[A]):
     def __init__(self, model: Model[A], *, name: str) -> None:
         self.model = model
         self.name = model_name(name)
+        self._upscaler: tuple[str | None, Upscaler[Any] | None] | None = None  # the last one, by its name
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -214,7 +215,7 @@ class Pipeline(Generic[A]):
         steps: int | None = None,
         guidance: float | None = None,
         noise_level: float | None = None,
-        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        budget_bytes: int | None = None,
         on_step: Callable[[UpscaleProgress], None] | None = None,
     ) -> Views:
         """The views at twice their size: by sd-x2, a diffusion model on their latents, by bilinear latents, or by lanczos.
@@ -250,12 +251,14 @@ class Pipeline(Generic[A]):
     ) -> Views:
         """The views at twice their size, as the parameters say. Raises as `upscale` does."""
         model = self.model
-        loaded = load_planned(parameters, backend=model.backend, dtype=model.dtype, device=model.device)
+        if self._upscaler is None or self._upscaler[0] != parameters.upscaler:
+            loaded = load_planned(parameters, backend=model.backend, dtype=model.dtype, device=model.device)
+            self._upscaler = parameters.upscaler, loaded
         return upscale_views(
             views,
             parameters,
             decode=lambda latents: model.decode(model.from_numpy(latents)),
-            upscaler=loaded,
+            upscaler=self._upscaler[1],
             on_step=on_step,
         )
 

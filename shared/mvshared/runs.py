@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.checkpoint import config_from_json
-from mvshared.errors import ConfigError
+from mvshared.errors import ConfigError, OptionError
 from mvshared.export import finish, metadata, parameters_from_metadata, prepare, transforms, weights_from_metadata
 from mvshared.files import write_atomic, write_json
 from mvshared.images import encode_png, grid, save_png, save_turntable
 from mvshared.normals import NormalSpace
 from mvshared.weights import sha256_of_files
 
+UPSCALE_METHODS = ("bilinear", "lanczos", "sd-x2")
 UPSCALED = "upscaled"  # the folder of the upscaled views, inside of the run's
 
 
@@ -31,6 +32,14 @@ class UpscaleParameters:
     noise_level: float | None = None
     budget_bytes: int | None = None
     config_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in UPSCALE_METHODS:
+            raise OptionError("method", expected=f"one of {', '.join(UPSCALE_METHODS)}", got=self.method)
+        for name, value in vars(self).items():
+            if name != "method" and (value is None) == (self.method == "sd-x2"):
+                expected = "given for sd-x2" if value is None else f"null for {self.method}"
+                raise OptionError(name, expected=expected, got=value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,8 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
         "identities": [options["identities"].start, options["identities"].stop],
         "views": result.views,
         "seed": options["seed"],
+        "steps": options["steps"] or pipeline.model.config.defaults.steps,
+        "guidance": options["guidance"] or pipeline.model.config.defaults.guidance,
         "upscale": asdict(result.settings),
         "backend": pipeline.model.backend,
         "dtype": pipeline.model.dtype,

@@ -24,7 +24,7 @@ from mvshared.images import encode_png, grid
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.repetition import repeat
 from mvshared.runs import UPSCALED, UpscaleParameters, Views, read_run
-from mvshared.upscaling.latents import DEFAULT_BUDGET_BYTES, UpscaleProgress
+from mvshared.upscaling.latents import UpscaleProgress
 from mvshared.upscaling.views import UpscaleOptions, plan_upscale, upscaler_files
 
 # What may stand beside --config: it changes where the result goes, not what it is.
@@ -112,8 +112,6 @@ def _upscale(result: Result, folder: Path, reporter: Reporter) -> None:
         kept = f"the views of {views.images.shape[1]} pixels are in {folder}"
         error.hint = f"{error.hint}; {kept}" if error.hint else kept
         raise
-    finally:
-        reporter.close()
 
 
 def _save(views: Views, folder: Path, reporter: Reporter, *, force: bool) -> None:
@@ -126,12 +124,16 @@ def _save(views: Views, folder: Path, reporter: Reporter, *, force: bool) -> Non
 @contextmanager
 def shown_warnings(reporter: Reporter) -> Iterator[None]:
     """Print what is warned of inside, each text once."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", MvWarning)
-        yield
-    for text in sorted({str(each.message) for each in caught if issubclass(each.category, MvWarning)}):
-        reporter.event("warning", message=text)
-        click.echo(f"mvmlx: warning: {text}", err=True)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MvWarning)
+            yield
+    finally:
+        reporter.close()
+        for text in sorted({str(each.message) for each in caught if issubclass(each.category, MvWarning)}):
+            reporter.event("warning", message=text)
+            click.echo(f"mvmlx: warning: {text}", err=True)
 
 
 def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
@@ -235,5 +237,5 @@ def upscale_options(options: dict[str, Any]) -> UpscaleOptions | None:
                 raise OptionError(label, expected="left out without --upscale", got=value)
         return None
     budget = options["upscale_budget"]
-    budget_bytes = DEFAULT_BUDGET_BYTES if budget is None else round(1e9 * number("budget of the upscaler", budget, 1e-3, 1e6))
+    budget_bytes = None if budget is None else round(1e9 * number("budget of the upscaler", budget, 1e-3, 1e6))
     return UpscaleOptions(method=options["upscale"] or "sd-x2", budget_bytes=budget_bytes, **beside)

@@ -9,6 +9,7 @@ from mvshared.commands.generate import Reporter, shown_warnings, upscale_options
 from mvshared.errors import OptionError
 from mvshared.upscaling.standalone import read_source, upscale_source
 
+ASKED = ("upscale", "upscaler", "upscale_steps", "upscale_guidance", "upscale_noise", "upscale_budget")
 GIVEN = ("model", "prompt", "negative_prompt", "seed", "backend", "dtype", "device", "force")
 
 
@@ -17,17 +18,14 @@ def upscale_files(paths: tuple[Path, ...], options: dict[str, Any]) -> None:
     reporter = Reporter(as_json=options["as_json"], stepwise=None)
     if options["upscale"] == "none":
         raise OptionError("upscale", expected="bilinear, lanczos or sd-x2", got="none")
-    asked = None if options["upscale"] is None and options["upscaler"] is None else upscale_options(options)
+    asked = None if all(options[name] is None for name in ASKED) else upscale_options(options)
     with shown_warnings(reporter):
         folder = upscale_source(
             read_source(paths),
             asked,
             options["output"],
             on_step=reporter.upscale_step,
-            **{
-                name: options[name]
-                for name in ("model", "prompt", "negative_prompt", "seed", "backend", "dtype", "device", "force")
-            },
+            **{name: options[name] for name in GIVEN},
         )
     reporter.event("saved", folder=str(folder))
     if not options["as_json"]:

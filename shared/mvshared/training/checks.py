@@ -24,7 +24,7 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
     for _, folder, capture in captures:
         if len(capture.image_paths) < 2:
             raise DatasetError("a capture needs at least 2 views", path=folder)
-    _check_sizes([capture for *_, capture in captures], factor=model.vae.downscale * model.unet.downscale)
+    check_sizes([capture for *_, capture in captures], factor=model.vae.downscale * model.unet.downscale)
     for name, folders in named:
         own = [(folder, capture) for part, folder, capture in captures if part == name]
         left_out = [folder for folder, capture in own if not _is_usable(capture, config)]
@@ -38,8 +38,8 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
         _check_normals([capture for *_, capture in captures], folder=config.folder)
 
 
-def _check_sizes(captures: list[Capture], *, factor: int) -> None:
-    """All pictures and normal maps have one size, a multiple of `factor`."""
+def check_sizes(captures: list[Capture], *, factor: int) -> None:
+    """Raise DatasetError unless all pictures and normal maps have one size, a multiple of `factor` pixels."""
     expected = None
     for capture in captures:
         for path in (*capture.image_paths, *(path for path in capture.normal_paths if path is not None)):

@@ -39,7 +39,7 @@ from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_cap
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.log import LogRow, TrainingLog
 from mvshared.training.optimizer import Weights, steps_of
-from mvshared.training.upscaler import save_upscaler, upscaler_batches, upscaler_config, upscaler_trainer
+from mvshared.training.upscaler import check_pictures_of, save_upscaler, upscaler_batches, upscaler_config, upscaler_trainer
 from mvshared.training.upscaler_data import UpscalerBatches
 from mvshared.weights import read_header, read_weights, sha256_of_files
 
@@ -254,6 +254,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
 
 def _upscaler_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
     upscaler = upscaler_config(config)
+    check_pictures_of(config, upscaler)
     trainer = upscaler_trainer(config, upscaler, module, device=device)
     _prepare(folder, config)
     batches, held_out = upscaler_batches(config, upscaler, folder, backend=backend, device=device)

@@ -1,6 +1,7 @@
 """Sample sheets during training: what the averaged weights make of held-out captures, or of those that are learned."""
 
 import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mvshared.camera import azimuth_elevation
 from mvshared.captures import load_capture
 from mvshared.checkpoint import read_vae_config, weight_files
 from mvshared.config import ModelConfig
+from mvshared.errors import CameraError, ImageError, MvWarning, OptionError
 from mvshared.files import make_folder, write_atomic
 from mvshared.images import encode_png, from_model, sheet
 from mvshared.training.config import TrainConfig
@@ -34,7 +36,8 @@ def sample_writer(config: TrainConfig, folder: Path, *, backend: str, device: st
         training, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
         makers = {"vae": _reconstructions, "unet": _generated, "upscaler": _upscaled}
         picture = makers[config.stage](config, (held_out or training)[:ROWS], model, backend=backend, device=device)
-        write_atomic(make_folder(folder / "samples") / f"step_{step:06}.png", encode_png(picture))
+        if picture is not None:
+            write_atomic(make_folder(folder / "samples") / f"step_{step:06}.png", encode_png(picture))
 
     return write
 
@@ -59,7 +62,7 @@ def _normals(config: TrainConfig, paths: list[Path | None], model: ModelConfig) 
     return found if model.family == "gaf" and config.data.normals and len(found) == len(paths) else None
 
 
-def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend: str, device: str) -> NDArray[np.uint8]:
+def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend: str, device: str) -> NDArray[np.uint8] | None:
     pipeline = load(model, backend=backend, device=device, dtype="float32")
     rows = []
     for folder in folders:
@@ -69,12 +72,17 @@ def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend
         reference = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
         others = [view for view in range(len(pixels)) if view != reference][-VIEWS:]
         images = from_model(pixels)
-        views = pipeline.generate(
-            images[reference],
-            prompt=None if pipeline.model.config.text_encoder is None else config.data.prompt,
-            cameras=capture.poses[others],
-            normals=_normals(config, [capture.normal_paths[view] for view in others], pipeline.model.config),
-        )
+        if images.shape[1] != images.shape[2]:
+            warnings.warn("no sample sheets: the captures are not square, and what is generated is", MvWarning, stacklevel=2)
+            return None
+        normals = _normals(config, [capture.normal_paths[view] for view in others], pipeline.model.config)
+        given: dict[str, Any] = {"cameras": capture.poses[others]}
+        given["prompt"] = None if pipeline.model.config.text_encoder is None else config.data.prompt
+        try:
+            views = pipeline.generate(images[reference], normals=normals, **given)
+        except (ImageError, CameraError, OptionError) as refused:  # what training takes may be no map to steer by
+            warnings.warn(f"sampled without the normal maps of {folder.name}: {refused}", MvWarning, stacklevel=2)
+            views = pipeline.generate(images[reference], **given)
         rows.append(np.concatenate([images[reference : reference + 1], views.images, images[others]]))
     return sheet(np.stack(rows))
 

@@ -12,16 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.backend import PACKAGES, choose_backend, load
-from mvshared.checkpoint import find_model, read_vae_config, weight_files
+from mvshared.captures import load_capture
+from mvshared.checkpoint import find_model, read_model_config, read_vae_config, weight_files
 from mvshared.errors import ConfigError
 from mvshared.files import make_folder
 from mvshared.models import EMBEDDED
+from mvshared.training.checks import check_sizes
 from mvshared.training.config import TrainConfig
 from mvshared.training.data import find_captures
 from mvshared.training.initial import initial_upscaler_weights
 from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs, generated_pairs
 from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, write_upscaler
+from mvshared.upscaling.views import check_fits
 from mvshared.weights import read_weights, sha256_of_files
 
 FREQUENCY_DEVIATION = 2.0  # of the noise level's embedding, as k-diffusion draws it
@@ -30,10 +33,13 @@ FREQUENCY_STREAM = 4
 
 
 def upscaler_config(config: TrainConfig) -> UpscalerConfig:
-    """What is trained. Raises ConfigError if network and VAE do not fit, CheckpointError for the VAE's folder."""
+    """What is trained. Raises ConfigError and OptionError if network, VAE and models do not fit, CheckpointError
+    for a folder."""
     assert config.upscaler is not None and config.vae_from is not None
     if config.init_from is not None:  # its weights know its own frequencies
         frequencies = read_upscaler_config(find_model(config.init_from)).noise_frequencies
+        if frequencies is None:
+            raise ConfigError("init_from must be an upscaler that knows its noise_frequencies", path=config.init_from)
     else:
         count = config.upscaler.time_cond_proj_dim // 2
         drawn = np.random.default_rng([FREQUENCY_STREAM, config.seed]).standard_normal(count) * FREQUENCY_DEVIATION
@@ -42,6 +48,8 @@ def upscaler_config(config: TrainConfig) -> UpscalerConfig:
     if vae.latent_channels != config.upscaler.latent_channels:
         latents = config.upscaler.latent_channels
         raise ConfigError(f"the upscaler has {latents} latent channels, the VAE of vae_from {vae.latent_channels}")
+    if config.views_from is not None:
+        check_fits(vae, read_model_config(find_model(config.views_from)).vae, name="views_from", got=config.views_from)
     return UpscalerConfig(
         family=config.family,
         unet=config.upscaler,
@@ -71,6 +79,17 @@ def upscaler_trainer(config: TrainConfig, upscaler: UpscalerConfig, module: Modu
     )
 
 
+def check_pictures_of(config: TrainConfig, upscaler: UpscalerConfig) -> None:
+    """Raise DatasetError for captures that cannot be learned from, before anything is written."""
+    captures = find_captures(config.data.folder, held_out=config.data.held_out)
+    check_sizes([load_capture(folder) for folders in captures for folder in folders], factor=_multiple(upscaler))
+
+
+def _multiple(upscaler: UpscalerConfig) -> int:
+    """Widths and heights of pictures are multiples of this, so that half of them makes latents that the network can take."""
+    return 2 * upscaler.vae.downscale * max(1, upscaler.unet.downscale // 2)
+
+
 def upscaler_batches(
     config: TrainConfig, upscaler: UpscalerConfig, folder: Path, *, backend: str, device: str
 ) -> tuple[UpscalerBatches, UpscalerBatches | None]:
@@ -80,7 +99,7 @@ def upscaler_batches(
     files = weight_files(find_model(config.vae_from), "vae")
     key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     captures = find_captures(config.data.folder, held_out=config.data.held_out)
-    multiple = 2 * upscaler.vae.downscale * max(1, upscaler.unet.downscale // 2)
+    multiple = _multiple(upscaler)
 
     @cache
     def encode() -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
@@ -137,6 +156,6 @@ def save_upscaler(folder: Path, config: TrainConfig, upscaler: UpscalerConfig, w
     """Write the checkpoint folder of a run; a VAE that is not in the package is copied into it."""
     assert config.vae_from is not None
     embedded = config.vae_from in EMBEDDED
-    if not embedded and not (folder / "vae").is_dir():
-        shutil.copytree(find_model(config.vae_from) / "vae", make_folder(folder) / "vae")
+    if not embedded and not (folder / "model_index.json").exists():
+        shutil.copytree(find_model(config.vae_from) / "vae", make_folder(folder) / "vae", dirs_exist_ok=True)
     write_upscaler(folder, upscaler, weights, vae_from=config.vae_from if embedded else None)

@@ -108,8 +108,12 @@ def generated_pairs(
         pixels = _pixels(pictures, folder=folder, multiple=multiple)
         azimuths = azimuth_elevation(capture.poses).azimuths_deg
         front = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
+        if pixels.shape[1] != pixels.shape[2]:
+            raise DatasetError("must have square pictures for views_from: those are what is generated", path=folder)
         low.append(generate(from_model(halved(pixels[front])), capture.poses).astype(np.float16))
         high.append(encode(pixels).astype(np.float16))
+        if high[-1].shape[1:] != high[0].shape[1:]:
+            raise DatasetError("all pictures must have one size", path=folder)
     return LatentPairs(np.concatenate(low), np.concatenate(high))
 
 

@@ -18,9 +18,9 @@ from mvshared.heads import composite
 from mvshared.images import from_model, to_model
 from mvshared.metrics import Summary, psnr, ssim, summary
 from mvshared.pipeline import Pipeline
-from mvshared.runs import UpscaleParameters
+from mvshared.runs import UPSCALE_METHODS, UpscaleParameters
 from mvshared.upscaling.latents import FACTOR
-from mvshared.upscaling.views import METHODS, UpscaleOptions, load_planned, plan_upscale, upscale_views
+from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views
 
 SHEET_VIEWS = 2
 
@@ -74,7 +74,7 @@ def evaluate_upscaling(
         encoded = replace(generated, latents=latents, images=from_model(decode(latents)))
         upscaled = {}
         for name, views in (("generated", generated), ("encoded", encoded)):
-            for method in METHODS:
+            for method in UPSCALE_METHODS:
                 parameters = planned if method == planned.method else UpscaleParameters(method=method)
                 images = upscale_views(views, parameters, decode=decode, upscaler=upscaler).images
                 measured.setdefault(f"{name}_{method}_psnr_db", []).append(psnr(images, truth))

@@ -161,8 +161,10 @@ def resolve(
     defaults = config.defaults
     steps = whole("steps", defaults.steps if steps is None else steps, 1, MAX_UPSCALE_STEPS)
     guidance = defaults.guidance if guidance is None else guidance
-    if guidance != 0:  # which leaves the prompt out
-        guidance = number("guidance of the upscaler", guidance, *GUIDANCE_RANGE)
+    low, high = GUIDANCE_RANGE
+    is_number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+    if not is_number or not (guidance == 0 or low <= guidance <= high):  # 0 leaves the prompt out
+        raise OptionError("guidance of the upscaler", expected=f"0, or a number from {low:g} to {high:g}", got=guidance)
     if guidance > 1 and config.text_encoder is None:
         raise OptionError("guidance of the upscaler", expected="0 or 1: this upscaler takes no text", got=guidance)
     level = number("noise_level", defaults.noise_level if noise_level is None else noise_level, 0, MAX_NOISE_LEVEL)
@@ -201,6 +203,7 @@ def views_together(
     config: KUNetConfig, size: tuple[int, int], *, backend: BackendName, dtype: Dtype, branches: int, budget_bytes: int
 ) -> int:
     """How many views fit into a budget. Raises OptionError if not even one does."""
+    budget_bytes = whole("budget_bytes", budget_bytes, 1, 2**63 - 1)
     needed = branches * view_bytes(config, size, backend=backend, dtype=dtype)
     if budget_bytes < needed:
         expected = f"at least {needed / 1e9:.3g} GB, what one view takes"
@@ -224,8 +227,8 @@ def _start(
     full = (v, FACTOR * height, FACTOR * width, channels)
     if noise is None:
         return np.random.default_rng([seed, SAMPLE_STREAM]).standard_normal(full, np.float32)
-    if noise.shape != shape or not np.isfinite(noise).all():
-        raise OptionError("noise", expected=f"finite, of shape {shape}", got=noise.shape)
+    if not isinstance(noise, np.ndarray) or noise.shape != shape or not np.isfinite(noise).all():
+        raise OptionError("noise", expected=f"finite, of shape {shape}", got=getattr(noise, "shape", type(noise).__name__))
     result = np.zeros(full, np.float32)
     result[:, : shape[1], : shape[2]] = noise
     return result

@@ -23,7 +23,7 @@ from mvshared.models import EMBEDDED_UPSCALERS
 from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, read_run
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.folder import read_upscaler_config, vae_folder
-from mvshared.upscaling.latents import UpscaleProgress
+from mvshared.upscaling.latents import UpscaleProgress, check_finite
 from mvshared.upscaling.views import Upscaled, UpscaleOptions, load_planned, plan_upscale, upscale_arrays, upscaler_files
 from mvshared.weights import sha256_of_files
 
@@ -55,7 +55,7 @@ def read_source(paths: Sequence[Path]) -> Source:
         if latents is None or latents.dtype.kind != "f" or latents.ndim != 4 or not latents.size:
             got = None if latents is None else (latents.dtype.name, latents.shape)
             raise OptionError("latents", expected="floats of shape (v, h, w, c)", got=got)
-        return Source(None, latents.astype(np.float32), None, tuple(paths))
+        return Source(None, _finite(latents), None, tuple(paths))
     return Source(_pictures(paths), None, None, tuple(paths))
 
 
@@ -67,10 +67,17 @@ def _read_run(folder: Path) -> Source:
     if images.shape[1] != run.size_px:
         raise OptionError("source", expected="views that are not upscaled yet", got=str(folder))
     path = folder / "latents.npy"
-    latents = load_latents(path) if path.is_file() else None
+    latents = _finite(load_latents(path)) if path.is_file() else None
     if len(images) != len(run.cameras) or (latents is not None and (latents.ndim != 4 or len(latents) != len(images))):
         raise ImageError(f"has other files than its {METADATA} says", path=folder)
     return Source(images, latents, run, (folder,))
+
+
+def _finite(latents: NDArray[Any] | None) -> NDArray[np.float32]:
+    """Latents in float32. Raises NumericsError for NaN, infinity and what becomes infinity."""
+    assert latents is not None
+    with np.errstate(over="ignore", invalid="ignore"):
+        return check_finite(latents.astype(np.float32))
 
 
 def _pictures(paths: Sequence[Path]) -> NDArray[np.uint8]:
@@ -107,23 +114,25 @@ def upscale_source(
     output = output or (source.paths[0] / UPSCALED if run else Path(f"{source.paths[0].stem}-{UPSCALED}"))
     check_free(output, force=force)
     if run is not None:
-        model, dtype = model or run.model, dtype or run.dtype
-        backend = run.backend if backend == "auto" else backend
-        device = run.device if device == "auto" else device
+        model = model or run.model
+        if backend in ("auto", run.backend):  # another backend has other devices
+            dtype, device = dtype or run.dtype, run.device if device == "auto" else device
+            backend = run.backend
         prompt = run.prompt if prompt is None else prompt
         negative_prompt = run.negative_prompt if negative_prompt is None else negative_prompt
         seed = run.seed if seed is None else seed
     seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
-    family = "" if model is None else read_model_config(find_model(model)).family
+    used = parse_dtype(dtype, default="float32")
+    needs_model = model is not None and (options is None or options.method != "lanczos")
+    family = read_model_config(find_model(str(model))).family if needs_model else ""
     options = options or UpscaleOptions(method="sd-x2" if family in EMBEDDED_UPSCALERS else "lanczos")
-    planned, upscaler, codec, latents = UpscaleParameters(method=options.method), None, None, source.latents
+    planned, upscaler, codec, latents = UpscaleParameters(method="lanczos"), None, None, source.latents
     if options.method == "lanczos" and source.images is None:
         raise OptionError("upscale", expected="bilinear or sd-x2 for latents", got="lanczos")
     if options.method != "lanczos":
         folder = _vae_folder(options, model, family)
         vae = read_vae_config(folder)
-        size = _latent_size(source, vae)
-        used, chosen = parse_dtype(dtype, default="float32"), choose_backend(backend)
+        size, chosen = _latent_size(source, vae), choose_backend(backend)
         planned = plan_upscale(options, family=family, vae=vae, latent_size=size, backend=chosen, dtype=used)
         package = importlib.import_module(f"{PACKAGES[chosen]}.upscaling")
         codec = package.load_latent_model(folder, dtype=dtype, device=device)
@@ -148,12 +157,14 @@ def upscale_source(
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "model": model,
-        "backend": None if upscaler is None else upscaler.model.backend,
-        "dtype": None if upscaler is None else upscaler.model.dtype,
+        "backend": None if codec is None else codec.backend,
+        "device": None if codec is None else codec.device,
+        "dtype": None if codec is None else codec.dtype,
         "source": [str(path.resolve()) for path in source.paths],
         "source_sha256": array_sha256(source.images if source.latents is None else source.latents),
     }
-    return _save(output, upscaled, source, planned, document, force=force)
+    files = [] if codec is None else codec.weight_files
+    return _save(output, upscaled, source, planned, document, files=files, force=force)
 
 
 def _vae_folder(options: UpscaleOptions, model: str | None, family: str) -> Path:
@@ -173,7 +184,10 @@ def _latent_size(source: Source, vae: VAEConfig) -> tuple[int, int]:
     """Height and width of the latents. Raises OptionError if they or the pictures do not fit the VAE."""
     if source.latents is not None:
         check_pictures("latents", source.latents.shape, channels=vae.latent_channels)
-        return source.latents.shape[1], source.latents.shape[2]
+        height, width = source.latents.shape[1:3]
+        if source.images is not None and source.images.shape[1:3] != (height * vae.downscale, width * vae.downscale):
+            raise OptionError("latents", expected="those of the pictures beside them", got=source.latents.shape)
+        return height, width
     assert source.images is not None
     _, height, width, _ = source.images.shape
     if height % vae.downscale or width % vae.downscale:
@@ -183,12 +197,20 @@ def _latent_size(source: Source, vae: VAEConfig) -> tuple[int, int]:
 
 
 def _save(
-    output: Path, upscaled: Upscaled, source: Source, planned: UpscaleParameters, document: dict[str, Any], *, force: bool
+    output: Path,
+    upscaled: Upscaled,
+    source: Source,
+    planned: UpscaleParameters,
+    document: dict[str, Any],
+    *,
+    files: Sequence[Path],
+    force: bool,
 ) -> Path:
     """Write view_000.png ..., grid.png, turntable.gif, latents.npy if there are any, transforms.json if the cameras are known,
-    and metadata.json."""
+    and metadata.json; `files` are the weights of the VAE."""
     hashes = sha256_of_files(upscaler_files(planned))
-    details = metadata(document, weights={f"upscaler/{name}": sha256 for name, sha256 in hashes.items()})
+    weights = sha256_of_files(files) | {f"upscaler/{name}": sha256 for name, sha256 in hashes.items()}
+    details = metadata(document, weights=weights)
     target = prepare(output, force=force)
     names = [f"view_{index:03}.png" for index in range(len(upscaled.images))]
     for name, image in zip(names, upscaled.images, strict=True):

@@ -7,7 +7,7 @@ since in-between latents are no latents of sharp pictures. `lanczos` resizes the
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from mvshared.config import VAEConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.images import from_model, resize_bilinear
 from mvshared.models import EMBEDDED_UPSCALERS
-from mvshared.runs import UpscaleParameters, Views
+from mvshared.runs import UPSCALE_METHODS, UpscaleParameters, Views
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
 from mvshared.upscaling.latents import (
@@ -34,8 +34,6 @@ from mvshared.upscaling.latents import (
 )
 from mvshared.weights import sha256_of_files
 
-Method = Literal["bilinear", "lanczos", "sd-x2"]
-METHODS: tuple[Method, ...] = get_args(Method)
 Decode: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # pixels in [-1, 1] of scaled latents
 
 
@@ -48,12 +46,12 @@ class UpscaleOptions:
     steps: int | None = None
     guidance: float | None = None
     noise_level: float | None = None
-    budget_bytes: int = DEFAULT_BUDGET_BYTES
+    budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise OptionError("upscale", expected=f"one of {', '.join(METHODS)}", got=self.method)
-        for name in ("upscaler", "steps", "guidance", "noise_level"):
+        if self.method not in UPSCALE_METHODS:
+            raise OptionError("upscale", expected=f"one of {', '.join(UPSCALE_METHODS)}", got=self.method)
+        for name in ("upscaler", "steps", "guidance", "noise_level", "budget_bytes"):
             if self.method != "sd-x2" and getattr(self, name) is not None:
                 label = name if name == "upscaler" else f"{name} of the upscaler"
                 raise OptionError(label, expected=f"left out for {self.method}", got=getattr(self, name))
@@ -76,28 +74,28 @@ def plan_upscale(
     folder = find_model(name)
     config = read_upscaler_config(folder)
     upscaler_weight_files(folder, config)
-    check_fits(config, vae, folder=folder)
+    check_fits(config.vae, vae, name="upscaler", got=str(folder))
     settings = resolve(config, steps=options.steps, guidance=options.guidance, noise_level=options.noise_level, seed=0)
     branches = 2 if settings.guidance > 1 else 1
-    views_together(config.unet, latent_size, backend=backend, dtype=dtype, branches=branches, budget_bytes=options.budget_bytes)
+    budget = DEFAULT_BUDGET_BYTES if options.budget_bytes is None else options.budget_bytes
+    views_together(config.unet, latent_size, backend=backend, dtype=dtype, branches=branches, budget_bytes=budget)
     return UpscaleParameters(
         method=options.method,
         upscaler=model_name(name),
         steps=settings.steps,
         guidance=settings.guidance,
         noise_level=settings.noise_level,
-        budget_bytes=options.budget_bytes,
+        budget_bytes=budget,
         config_sha256=dataclass_sha256(config),
     )
 
 
-def check_fits(config: UpscalerConfig, vae: VAEConfig, *, folder: Path) -> None:
-    """Raise OptionError unless the latents of `vae` are those that an upscaler was made for."""
-    for name in ("latent_channels", "downscale", "scaling_factor", "latents_mean", "latents_std"):
-        made_for, given = getattr(config.vae, name), getattr(vae, name)
-        if made_for != given:
-            expected = f"one for latents of this model ({name} {given})"
-            raise OptionError("upscaler", expected=expected, got=f"{folder}, which is for {made_for}")
+def check_fits(made_for: VAEConfig, vae: VAEConfig, *, name: str, got: object) -> None:
+    """Raise OptionError about `name` unless the latents of two VAEs are the same."""
+    for field in ("latent_channels", "downscale", "scaling_factor", "latents_mean", "latents_std"):
+        theirs, ours = getattr(made_for, field), getattr(vae, field)
+        if theirs != ours:
+            raise OptionError(name, expected=f"of the same latents ({field} {ours}, not {theirs})", got=got)
 
 
 def upscaler_files(parameters: UpscaleParameters | None) -> list[Path]:
@@ -196,13 +194,21 @@ def load_planned(parameters: UpscaleParameters, *, backend: str, dtype: str | No
     if parameters.upscaler is None:
         return None
     upscaler = load_upscaler(parameters.upscaler, backend=backend, dtype=dtype, device=device)
-    if dataclass_sha256(upscaler.model.config) != parameters.config_sha256:
-        raise CheckpointError("the upscaler's configs have changed since the run", path=find_model(parameters.upscaler))
+    _check_config(upscaler.model.config, parameters)
     return upscaler
 
 
+def _check_config(config: UpscalerConfig, parameters: UpscaleParameters) -> None:
+    if dataclass_sha256(config) != parameters.config_sha256:
+        raise CheckpointError("the upscaler's configs have changed since the run", path=parameters.upscaler)
+    steps, guidance, noise_level = parameters.steps, parameters.guidance, parameters.noise_level
+    resolve(config, steps=steps, guidance=guidance, noise_level=noise_level, seed=0)
+
+
 def check_unchanged(parameters: UpscaleParameters, weights: Mapping[str, str]) -> None:
-    """Raise CheckpointError unless the upscaler's weights have the hashes of a run's metadata."""
+    """Raise CheckpointError unless the upscaler's config and weights have the hashes of a run's metadata."""
+    if parameters.upscaler is not None:
+        _check_config(read_upscaler_config(find_model(parameters.upscaler)), parameters)
     for name, sha256 in sha256_of_files(upscaler_files(parameters)).items():
         if weights.get(f"upscaler/{name}") != sha256:
             raise CheckpointError("the upscaler's weights have changed since the run", path=name)
