@@ -250,17 +250,18 @@ class NormalRenderer:
         tangent = math.tan(math.radians(fov_deg) / 2)
         steps = ((np.arange(size_px * SAMPLES) + 0.5) / (size_px * SAMPLES) * 2 - 1) * tangent
         rows = max(1, RAYS // (size_px * SAMPLES**2))
-        parts = []
+        summed, covered = [], []
         for first in range(0, size_px, rows):
             y, x = np.meshgrid(-steps[first * SAMPLES : (first + rows) * SAMPLES], steps, indexing="ij")
             slopes = np.stack([x, y, -np.ones_like(x)], axis=-1).reshape(-1, 3)
             hits = self._hits(position, _unit(slopes @ rotation.T)) @ rotation
-            parts.append(hits.reshape(-1, SAMPLES, size_px, SAMPLES, 3))
-        samples = np.concatenate(parts).swapaxes(1, 2).reshape(size_px, size_px, SAMPLES**2, 3)
-        alpha = samples.any(axis=-1).mean(axis=-1, keepdims=True)
+            samples = hits.reshape(-1, SAMPLES, size_px, SAMPLES, 3)
+            summed.append(samples.sum(axis=(1, 3)))
+            covered.append(samples.any(axis=-1).mean(axis=(1, 3)))
+        alpha = np.concatenate(covered)[..., None]
         if not alpha.any():
             raise CameraError("sees nothing of the mesh", index=index, hint="leave out --no-fit, or move the camera")
-        sums = samples.sum(axis=2)
+        sums = np.concatenate(summed)
         vectors = _unit(sums if space == "camera" else sums @ rotation.T)
         values = np.where(alpha > 0, np.rint((vectors + 1) * 127.5), 128)
         return np.concatenate([values, np.rint(alpha * 255)], axis=-1).astype(np.uint8)
