@@ -36,7 +36,9 @@ def test_lanczos_is_measured_against_the_head_at_twice_the_size(folders: Path) -
     assert result.figures["generated_lanczos_ssim"].mean == pytest.approx(ssim(large, truth).mean())
     upscaled = pipeline.upscale(views, upscaler=folders / "x2").images
     assert result.figures["generated_sd-x2_psnr_db"].mean == pytest.approx(psnr(upscaled, truth).mean())
-    assert len(result.figures) == 12
+    gain = psnr(upscaled, truth) - psnr(large, truth)
+    assert result.figures["generated_gain_psnr_db"] == pytest.approx((gain.mean(), gain.std(), gain.min(), gain.max()))
+    assert len(result.figures) == 16
     np.testing.assert_array_equal(result.rows[0][:3], np.stack([large[0], upscaled[0], truth[0]]))
 
 

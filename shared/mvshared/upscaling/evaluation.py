@@ -28,8 +28,8 @@ SHEET_VIEWS = 2
 @dataclass(frozen=True, kw_only=True)
 class UpscaleEvaluation:
     """`figures` by name: PSNR in dB and SSIM of every method on `generated` views and on `encoded` true ones, against true
-    renders of twice the size. `settings` are those of sd-x2. `rows` uint8 (6, h, w, 3): of two generated views each lanczos,
-    sd-x2 and the truth."""
+    renders of twice the size; `gain` is that of sd-x2 over lanczos, view by view. `settings` are those of sd-x2. `rows` uint8
+    (6, h, w, 3): of two generated views each lanczos, sd-x2 and the truth."""
 
     identities: int
     views: int
@@ -80,6 +80,9 @@ def evaluate_upscaling(
                 measured.setdefault(f"{name}_{method}_psnr_db", []).append(psnr(images, truth))
                 measured.setdefault(f"{name}_{method}_ssim", []).append(ssim(images, truth))
                 upscaled[name, method] = images
+            for figure in ("psnr_db", "ssim"):
+                ours, theirs = (measured[f"{name}_{method}_{figure}"][-1] for method in ("sd-x2", "lanczos"))
+                measured.setdefault(f"{name}_gain_{figure}", []).append(ours - theirs)
         shown = (upscaled["generated", "lanczos"], upscaled["generated", "sd-x2"], truth)
         rows.append(np.concatenate([np.stack(views) for views in zip(*(each[:SHEET_VIEWS] for each in shown), strict=True)]))
     return UpscaleEvaluation(
