@@ -24,7 +24,7 @@ def load(name: str | Path = "demo", *, dtype: str | None = None, device: str = "
     return Pipeline(load_model(name, dtype=dtype, device=device), name=str(name))
 
 
-def load_upscaler(name: str | Path = "demo-x2", *, dtype: str | None = None, device: str = "auto") -> "Upscaler[Tensor]":
+def load_upscaler(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> "Upscaler[Tensor]":
     """Load a latent upscaler by name or from a folder, for `Pipeline.upscale` and for latents alone. dtype, device: as `load`.
 
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.

@@ -208,7 +208,7 @@ def load(
 
 
 def load_upscaler(
-    name: str | Path = "demo-x2", *, backend: str = "auto", dtype: str | None = None, device: str = "auto"
+    name: str | Path, *, backend: str = "auto", dtype: str | None = None, device: str = "auto"
 ) -> "Upscaler[Any]":
     """Load a latent upscaler in a backend: see `mvtorch.load_upscaler` and `mvmlx.load_upscaler`, which this calls.
 

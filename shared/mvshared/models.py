@@ -14,7 +14,6 @@ from mvshared.errors import ConfigError
 from mvshared.files import make_folder, read_json_object, write_json
 
 EMBEDDED = {"demo": "demo"}  # names, and folders in the package
-EMBEDDED_UPSCALERS: dict[str, str] = {}  # families, and the embedded upscalers of their views
 # Names, and the repositories on huggingface.co that have the model in diffusers' layout.
 REPOSITORIES = {
     "mvdream": "ashawkey/mvdream-sd2.1-diffusers",

@@ -220,7 +220,7 @@ class Pipeline(Generic[A]):
     ) -> Views:
         """The views at twice their size: by sd-x2, a diffusion model on their latents, by bilinear latents, or by lanczos.
 
-        `upscaler` is the name or the folder of the diffusion model, which the demo model has in the package; it is loaded in
+        `upscaler` is the name or the folder of the diffusion model, which sd-x2 needs; it is loaded in
         this model's backend, device and dtype. `steps`, `guidance`, `noise_level` and `budget_bytes` are of
         `mvshared.upscaling.latents.Upscaler.upscale`; the prompts and the seed are those of the views.
 
@@ -238,7 +238,6 @@ class Pipeline(Generic[A]):
         model = self.model
         planned = plan_upscale(
             options,
-            family=model.config.family,
             vae=model.config.vae,
             latent_size=(height, width),
             backend=model.backend,

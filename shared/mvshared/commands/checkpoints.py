@@ -14,9 +14,8 @@ from tqdm import tqdm
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.errors import CheckpointError, NumericsError
 from mvshared.inspection import Report, inspect
-from mvshared.models import EMBEDDED, EMBEDDED_UPSCALERS, REPOSITORIES, read_pins
+from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.upscaling.config import UpscalerConfig
-from mvshared.upscaling.folder import is_upscaler
 
 if TYPE_CHECKING:
     from mvshared.conversion.report import Report as ConversionReport
@@ -27,13 +26,8 @@ def list_models(*, as_json: bool) -> None:
     for name in EMBEDDED:
         folder = find_model(name)
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        if is_upscaler(folder):
-            what = f"upscales the latents of {', '.join(model for model, its in EMBEDDED_UPSCALERS.items() if its == name)}"
-        else:
-            defaults = read_model_config(folder).defaults
-            what = (
-                f"{defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance {defaults.guidance:g}"
-            )
+        defaults = read_model_config(folder).defaults
+        what = f"{defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance {defaults.guidance:g}"
         if as_json:
             click.echo(json.dumps({"name": name, "state": "embedded", "folder": str(folder), "bytes": size}))
         else:

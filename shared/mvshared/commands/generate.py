@@ -216,7 +216,7 @@ def _planned_upscale(options: dict[str, Any], config: ModelConfig) -> UpscalePar
     side = max(1, size_px // config.vae.downscale)
     dtype = parse_dtype(options["dtype"], default="float32")
     backend = choose_backend(options["backend"])
-    return plan_upscale(asked, family=config.family, vae=config.vae, latent_size=(side, side), backend=backend, dtype=dtype)
+    return plan_upscale(asked, vae=config.vae, latent_size=(side, side), backend=backend, dtype=dtype)
 
 
 def upscale_options(options: dict[str, Any]) -> UpscaleOptions | None:

@@ -56,9 +56,7 @@ def evaluate_upscaling(
     model = pipeline.model
     config, size_px = model.config, model.config.defaults.size_px
     side = size_px // config.vae.downscale
-    planned = plan_upscale(
-        options, family=config.family, vae=config.vae, latent_size=(side, side), backend=model.backend, dtype=model.dtype
-    )
+    planned = plan_upscale(options, vae=config.vae, latent_size=(side, side), backend=model.backend, dtype=model.dtype)
     upscaler = load_planned(planned, backend=model.backend, dtype=model.dtype, device=model.device)
     measured: dict[str, list[NDArray[np.float64]]] = {}
     rows = []

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from mvshared.arguments import array_sha256, load_latents, whole
 from mvshared.backend import PACKAGES, choose_backend, parse_dtype
-from mvshared.checkpoint import find_model, read_model_config, read_vae_config
+from mvshared.checkpoint import find_model, read_vae_config
 from mvshared.config import VAEConfig
 from mvshared.errors import ImageError, OptionError
 from mvshared.export import METADATA, check_free, finish, metadata, prepare, transforms
 from mvshared.files import write_atomic, write_json
 from mvshared.images import composite, encode_png, grid, load_image, save_png, save_turntable, to_model
-from mvshared.models import EMBEDDED_UPSCALERS
 from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, read_run
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.folder import read_upscaler_config, vae_folder
@@ -106,7 +105,7 @@ def upscale_source(
 ) -> Path:
     """Upscale and write an output folder, which is returned: `upscaled` in that of the run, or beside the first picture's name.
 
-    `options` None takes sd-x2 where the model has an upscaler in the package, else lanczos. `model` names the model whose VAE
+    `options` None takes lanczos. `model` names the model whose VAE
     the latents are of; without one it is the upscaler's. What is None or auto is taken from the run, if there is one. Raises
     OptionError, CheckpointError and OutputError before any long work, and NumericsError for latents that are not finite.
     """
@@ -123,17 +122,15 @@ def upscale_source(
         seed = run.seed if seed is None else seed
     seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
     used = parse_dtype(dtype, default="float32")
-    needs_model = model is not None and (options is None or options.method != "lanczos")
-    family = read_model_config(find_model(str(model))).family if needs_model else ""
-    options = options or UpscaleOptions(method="sd-x2" if family in EMBEDDED_UPSCALERS else "lanczos")
+    options = options or UpscaleOptions(method="lanczos")
     planned, upscaler, codec, latents = UpscaleParameters(method="lanczos"), None, None, source.latents
     if options.method == "lanczos" and source.images is None:
         raise OptionError("upscale", expected="bilinear or sd-x2 for latents", got="lanczos")
     if options.method != "lanczos":
-        folder = _vae_folder(options, model, family)
+        folder = _vae_folder(options, model)
         vae = read_vae_config(folder)
         size, chosen = _latent_size(source, vae), choose_backend(backend)
-        planned = plan_upscale(options, family=family, vae=vae, latent_size=size, backend=chosen, dtype=used)
+        planned = plan_upscale(options, vae=vae, latent_size=size, backend=chosen, dtype=used)
         package = importlib.import_module(f"{PACKAGES[chosen]}.upscaling")
         codec = package.load_latent_model(folder, dtype=dtype, device=device)
         upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device)
@@ -167,15 +164,14 @@ def upscale_source(
     return _save(output, upscaled, source, planned, document, files=files, force=force)
 
 
-def _vae_folder(options: UpscaleOptions, model: str | None, family: str) -> Path:
+def _vae_folder(options: UpscaleOptions, model: str | None) -> Path:
     """Where the VAE of the latents is."""
     if model is not None:
         return find_model(model)
-    upscaler = options.upscaler or EMBEDDED_UPSCALERS.get(family)
-    if upscaler is None:
+    if options.upscaler is None:
         hint = "--model, or --upscaler with sd-x2"
         raise OptionError("model", expected="the one whose VAE the latents are of", got=None, hint=hint)
-    folder = find_model(upscaler)
+    folder = find_model(options.upscaler)
     read_upscaler_config(folder)  # refuses a folder of another kind by its name
     return vae_folder(folder)
 

@@ -19,7 +19,6 @@ from mvshared.checkpoint import find_model, model_name
 from mvshared.config import VAEConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.images import from_model, resize_bilinear
-from mvshared.models import EMBEDDED_UPSCALERS
 from mvshared.runs import UPSCALE_METHODS, UpscaleParameters, Views
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
@@ -58,16 +57,16 @@ class UpscaleOptions:
 
 
 def plan_upscale(
-    options: UpscaleOptions, *, family: str, vae: VAEConfig, latent_size: tuple[int, int], backend: BackendName, dtype: Dtype
+    options: UpscaleOptions, *, vae: VAEConfig, latent_size: tuple[int, int], backend: BackendName, dtype: Dtype
 ) -> UpscaleParameters:
-    """The parameters of an upscaling of a family's views, resolved and checked without loading any weights.
+    """The parameters of an upscaling, resolved and checked without loading any weights.
 
     Raises OptionError for what is not allowed, among it an upscaler of other latents than those of `vae`, and CheckpointError
     for a folder that is no upscaler's or lacks weights.
     """
     if options.method != "sd-x2":
         return UpscaleParameters(method=options.method)
-    name = EMBEDDED_UPSCALERS.get(family) if options.upscaler is None else options.upscaler
+    name = options.upscaler
     if name is None:
         hint = "bilinear and lanczos need none; mvmlx download sd-x2-latent-upscaler"
         raise OptionError("upscaler", expected="a name or a folder for sd-x2", got=None, hint=hint)
