@@ -15,7 +15,7 @@ from helpers import BACKENDS, Backend, Recorded, normal_maps, record, write_tiny
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-import mvshared.runs
+import mvshared.export
 from mvshared.backend import load
 from mvshared.camera import load_cameras, orbit
 from mvshared.checkpoint import WEIGHT_FILE
@@ -135,7 +135,7 @@ def test_a_save_that_breaks_off_leaves_no_finished_run_and_the_next_one_works(
 
     views.save(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(mvshared.runs, writer, fail)
+        patch.setattr(mvshared.export, writer, fail)
         with pytest.raises(type(error)):
             views.save(tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "metadata.json").exists()
@@ -379,13 +379,13 @@ def test_edited_hashes_of_the_weights_are_refused(recorded: Recorded, picture: P
 INTERRUPTED = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import mvshared.runs
+import mvshared.export
 from mvshared.cli import main
 def stall(*_):
     print("saving", flush=True)
     time.sleep(60)
 if sys.argv[1]:
-    setattr(mvshared.runs, sys.argv[1], stall)
+    setattr(mvshared.export, sys.argv[1], stall)
 sys.argv = ["mvmlx", *sys.argv[2:]]
 main()
 """

@@ -10,15 +10,17 @@ import math
 import platform
 import re
 from collections.abc import Collection, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from mvshared.camera import validate_poses
 from mvshared.errors import ConfigError, OptionError, OutputError
 from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
+from mvshared.images import encode_png, grid, save_png, save_turntable
 
 METADATA = "metadata.json"
 UNFINISHED = ".unfinished"
@@ -89,6 +91,37 @@ def discard(folder: Path | str) -> None:
 
 def _run_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name))
+
+
+def view_names(count: int) -> list[str]:
+    """The file names of views: view_000.png ..."""
+    return [f"view_{index:03}.png" for index in range(count)]
+
+
+def write_views(
+    folder: Path | str,
+    images: NDArray[np.uint8],
+    *,
+    latents: NDArray[np.float32] | None,
+    cameras: Mapping[str, Any] | None,
+    document: Mapping[str, Any],
+    force: bool = False,
+) -> Path:
+    """Write views uint8 (v, h, w, 3), grid.png, turntable.gif and, where they are known, latents.npy and transforms.json, which
+    gets `cameras`; last the metadata.json `document`. Returns the folder. Raises OutputError as `prepare` does."""
+    target = prepare(folder, force=force)
+    for name, image in zip(view_names(len(images)), images, strict=True):
+        save_png(target / name, image)
+    write_atomic(target / "grid.png", encode_png(grid(images)))
+    save_turntable(target / "turntable.gif", images)
+    if latents is not None:
+        with BytesIO() as file:
+            np.save(file, latents)
+            write_atomic(target / "latents.npy", file.getvalue())
+    if cameras is not None:
+        write_json(target / "transforms.json", cameras)
+    finish(target, document)
+    return target
 
 
 def finish(folder: Path | str, document: Mapping[str, Any]) -> None:

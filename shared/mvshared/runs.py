@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +10,7 @@ from numpy.typing import NDArray
 
 from mvshared.checkpoint import config_from_json
 from mvshared.errors import ConfigError, OptionError
-from mvshared.export import finish, metadata, parameters_from_metadata, prepare, transforms, weights_from_metadata
-from mvshared.files import write_atomic, write_json
-from mvshared.images import encode_png, grid, save_png, save_turntable
+from mvshared.export import metadata, parameters_from_metadata, transforms, view_names, weights_from_metadata, write_views
 from mvshared.normals import NormalSpace
 from mvshared.weights import sha256_of_files
 
@@ -116,23 +113,13 @@ class Views:
         Raises OutputError if the folder holds a finished run and no `force` is given, or cannot be written; CheckpointError if
         the weight files are gone, whose hashes belong to the metadata.
         """
-        names = [f"view_{index:03}.png" for index in range(len(self.images))]
+        names = view_names(len(self.images))
         height, width = self.images.shape[1:3]
         cameras = transforms(self.cameras, width_px=width, height_px=height, fov_deg=self.parameters.fov_deg, file_names=names)
         weights = sha256_of_files(self.weight_files)
         weights |= {f"upscaler/{name}": sha256 for name, sha256 in sha256_of_files(self.upscaler_files).items()}
         document = metadata(asdict(self.parameters), weights=weights, details={"width_px": width, "height_px": height})
-        target = prepare(folder, force=force)
-        for name, image in zip(names, self.images, strict=True):
-            save_png(target / name, image)
-        write_atomic(target / "grid.png", encode_png(grid(self.images)))
-        save_turntable(target / "turntable.gif", self.images)
-        with BytesIO() as file:
-            np.save(file, self.latents)
-            write_atomic(target / "latents.npy", file.getvalue())
-        write_json(target / "transforms.json", cameras)
-        finish(target, document)
-        return target
+        return write_views(folder, self.images, latents=self.latents, cameras=cameras, document=document, force=force)
 
 
 def read_run(path: Path | str) -> Run:

@@ -8,6 +8,7 @@ import click
 from mvshared.commands.generate import Reporter, shown_warnings, upscale_options
 from mvshared.errors import OptionError
 from mvshared.upscaling.standalone import read_source, upscale_source
+from mvshared.upscaling.views import UpscaleOptions
 
 ASKED = ("upscale", "upscaler", "upscale_steps", "upscale_guidance", "upscale_noise", "upscale_budget")
 GIVEN = ("model", "prompt", "negative_prompt", "seed", "backend", "dtype", "device", "force")
@@ -18,7 +19,8 @@ def upscale_files(paths: tuple[Path, ...], options: dict[str, Any]) -> None:
     reporter = Reporter(as_json=options["as_json"], stepwise=None)
     if options["upscale"] == "none":
         raise OptionError("upscale", expected="bilinear, lanczos or sd-x2", got="none")
-    asked = None if all(options[name] is None for name in ASKED) else upscale_options(options)
+    given = upscale_options(options) if any(options[name] is not None for name in ASKED) else None
+    asked = given or UpscaleOptions(method="lanczos")
     with shown_warnings(reporter):
         folder = upscale_source(
             read_source(paths),

@@ -4,7 +4,6 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +15,8 @@ from mvshared.backend import PACKAGES, choose_backend, parse_dtype
 from mvshared.checkpoint import find_model, read_vae_config
 from mvshared.config import VAEConfig
 from mvshared.errors import ImageError, OptionError
-from mvshared.export import METADATA, check_free, finish, metadata, prepare, transforms
-from mvshared.files import write_atomic, write_json
-from mvshared.images import composite, encode_png, grid, load_image, save_png, save_turntable, to_model
+from mvshared.export import METADATA, check_free, metadata, transforms, view_names, write_views
+from mvshared.images import composite, load_image, to_model
 from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, read_run
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.folder import read_upscaler_config, vae_folder
@@ -90,7 +88,7 @@ def _pictures(paths: Sequence[Path]) -> NDArray[np.uint8]:
 
 def upscale_source(
     source: Source,
-    options: UpscaleOptions | None,
+    options: UpscaleOptions,
     output: Path | None,
     *,
     model: str | None = None,
@@ -105,9 +103,9 @@ def upscale_source(
 ) -> Path:
     """Upscale and write an output folder, which is returned: `upscaled` in that of the run, or beside the first picture's name.
 
-    `options` None takes lanczos. `model` names the model whose VAE
-    the latents are of; without one it is the upscaler's. What is None or auto is taken from the run, if there is one. Raises
-    OptionError, CheckpointError and OutputError before any long work, and NumericsError for latents that are not finite.
+    `model` names the model whose VAE the latents are of; without one it is the upscaler's. What is None or auto is taken from
+    the run, if there is one. Raises OptionError, CheckpointError and OutputError before any long work, and NumericsError for
+    latents that are not finite.
     """
     run = source.run
     output = output or (source.paths[0] / UPSCALED if run else Path(f"{source.paths[0].stem}-{UPSCALED}"))
@@ -122,7 +120,6 @@ def upscale_source(
         seed = run.seed if seed is None else seed
     seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
     used = parse_dtype(dtype, default="float32")
-    options = options or UpscaleOptions(method="lanczos")
     planned, upscaler, codec, latents = UpscaleParameters(method="lanczos"), None, None, source.latents
     if options.method == "lanczos" and source.images is None:
         raise OptionError("upscale", expected="bilinear or sd-x2 for latents", got="lanczos")
@@ -202,25 +199,13 @@ def _save(
     files: Sequence[Path],
     force: bool,
 ) -> Path:
-    """Write view_000.png ..., grid.png, turntable.gif, latents.npy if there are any, transforms.json if the cameras are known,
-    and metadata.json; `files` are the weights of the VAE."""
+    """Write the output folder; `files` are the weights of the VAE."""
     hashes = sha256_of_files(upscaler_files(planned))
     weights = sha256_of_files(files) | {f"upscaler/{name}": sha256 for name, sha256 in hashes.items()}
-    details = metadata(document, weights=weights)
-    target = prepare(output, force=force)
-    names = [f"view_{index:03}.png" for index in range(len(upscaled.images))]
-    for name, image in zip(names, upscaled.images, strict=True):
-        save_png(target / name, image)
-    write_atomic(target / "grid.png", encode_png(grid(upscaled.images)))
-    save_turntable(target / "turntable.gif", upscaled.images)
-    if upscaled.latents is not None:
-        with BytesIO() as file:
-            np.save(file, upscaled.latents)
-            write_atomic(target / "latents.npy", file.getvalue())
+    details = metadata(document, weights=weights) | {"format": FORMAT}
+    cameras = None
     if source.run is not None:
-        height, width = upscaled.images.shape[1:3]
-        cameras = np.asarray(source.run.cameras, np.float32)
-        lens = transforms(cameras, width_px=width, height_px=height, fov_deg=source.run.fov_deg, file_names=names)
-        write_json(target / "transforms.json", lens)
-    finish(target, details | {"format": FORMAT})
-    return target
+        count, height, width, _ = upscaled.images.shape
+        poses, names = np.asarray(source.run.cameras, np.float32), view_names(count)
+        cameras = transforms(poses, width_px=width, height_px=height, fov_deg=source.run.fov_deg, file_names=names)
+    return write_views(output, upscaled.images, latents=upscaled.latents, cameras=cameras, document=details, force=force)
