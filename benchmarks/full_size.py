@@ -110,5 +110,5 @@ def _unet_alone(folder: Path, *, backend: str, dtype: str) -> Any:
     module = importlib.import_module(f"{PACKAGES[backend]}.model")  # type: ignore[index]
     config, device = read_model_config(folder), module.choose_device()
     files = weight_files(folder, "unet")
-    unet = module.load_network(config.unet, files, dtype=dtype, device=device)
-    return module.MultiViewModel(config, unet, None, device=device, dtype=dtype, weight_files=files)
+    networks = module.network_loaders(config, {"unet": files}, dtype=dtype, device=device)
+    return module.MultiViewModel(config, networks, device=device, dtype=dtype, weight_files=files)

@@ -11,20 +11,26 @@ from numpy.typing import NDArray
 
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype
+from mvshared.networks import Networks
 from mvshared.shapes import check_pictures
 
 
 class LatentModel:
-    """A VAE on one device; its subclasses add what makes latents."""
+    """A VAE on one device; its subclasses add what makes latents. `networks` are read when they are needed."""
 
     backend: BackendName
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
 
-    def __init__(self, vae: AutoencoderKL, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
+    def __init__(self, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
         self.backend = "mlx"
-        self.vae, self.device, self.dtype, self.weight_files = vae, device, dtype, weight_files
+        self.networks, self.device, self.dtype, self.weight_files = networks, device, dtype, weight_files
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The VAE, read if it is not in memory."""
+        return self.networks["vae"]
 
     def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
         """A float32 copy on the device."""

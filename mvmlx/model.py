@@ -8,6 +8,7 @@ evaluated before it is handed out, so that another thread may use it.
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
+from mvshared.networks import Networks
 from mvshared.weights import check_names_and_shapes, match_tensors
-
-NO_NETWORKS: dict[str, Any] = {"unet": None, "vae": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,43 +55,36 @@ class MultiViewModel(LatentModel):
     config: ModelConfig
 
     def __init__(
-        self,
-        config: ModelConfig,
-        unet: MultiViewUNet,
-        vae: AutoencoderKL,
-        *,
-        text_encoder: CLIPTextModel | None = None,
-        image_encoder: CLIPVisionModel | None = None,
-        device: str,
-        dtype: Dtype,
-        weight_files: Sequence[Path],
+        self, config: ModelConfig, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]
     ) -> None:
-        super().__init__(vae, device=device, dtype=dtype, weight_files=weight_files)
-        self.config, self.unet = config, unet
-        self.text_encoder, self.image_encoder = text_encoder, image_encoder
+        super().__init__(networks, device=device, dtype=dtype, weight_files=weight_files)
+        self.config = config
+
+    @property
+    def unet(self) -> MultiViewUNet:
+        """The U-Net, read if it is not in memory."""
+        return self.networks["unet"]
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvmlx.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
-        encoders = {"text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
-        encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
-        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
+        return observe(self.networks, fn)
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> mx.array:
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
-        if self.text_encoder is None:
+        if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
         with _on_device(self.device):
-            return _evaluated(self.text_encoder(mx.array(token_ids)).last_hidden_state.astype(mx.float32))
+            return _evaluated(self.networks["text_encoder"](mx.array(token_ids)).last_hidden_state.astype(mx.float32))
 
     def encode_image(self, pixels: NDArray[np.float32]) -> mx.array:
         """The vision tower's states before its last layer (n, m, c), float32, of normalised pixels (n, s, s, 3).
 
         Raises OptionError without a vision tower.
         """
-        if self.image_encoder is None:
+        if "image_encoder" not in self.networks:
             raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
         with _on_device(self.device):
-            return _evaluated(self.image_encoder(self.from_numpy(pixels)).hidden_states[-2].astype(mx.float32))
+            return _evaluated(self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].astype(mx.float32))
 
     def condition(
         self,
@@ -192,8 +185,8 @@ def choose_dtype(dtype: str | None, *, device: str) -> Dtype:
     return chosen
 
 
-def load_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> MultiViewModel:
-    """Load an embedded model by name, or a checkpoint folder.
+def load_model(name: str | Path, *, dtype: str | None = None, device: str = "auto", at_once: bool = True) -> MultiViewModel:
+    """Load an embedded model by name, or a checkpoint folder; its networks `at_once`, or each when it is needed.
 
     Raises CheckpointError, OptionError and BackendError.
     """
@@ -202,12 +195,12 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str = "aut
     folder = find_model(name)
     config = read_model_config(folder)
     files = {component: weight_files(folder, component) for component in components(config)}
-    parts: dict[Any, Any] = {
-        component: load_network(getattr(config, component), paths, dtype=chosen_dtype, device=chosen_device)
-        for component, paths in files.items()
-    }
+    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen_device)
+    if at_once:
+        for component in files:
+            networks[component]
     weights = [file for component in files for file in files[component]]
-    return MultiViewModel(config, **parts, device=chosen_device, dtype=chosen_dtype, weight_files=weights)
+    return MultiViewModel(config, networks, device=chosen_device, dtype=chosen_dtype, weight_files=weights)
 
 
 def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
@@ -218,12 +211,19 @@ def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
     chosen, folder = choose_device(device), find_model(name)
     config = read_model_config(folder)
     files = {component: weight_files(folder, component) for component in components(config) if component not in ("unet", "vae")}
-    parts: dict[Any, Any] = {
-        component: load_network(getattr(config, component), paths, dtype="float32", device=chosen)
-        for component, paths in files.items()
-    }
+    networks = network_loaders(config, files, dtype="float32", device=chosen)
     weights = [file for component in files for file in files[component]]
-    return MultiViewModel(config, **NO_NETWORKS, **parts, device=chosen, dtype="float32", weight_files=weights)
+    return MultiViewModel(config, networks, device=chosen, dtype="float32", weight_files=weights)
+
+
+def network_loaders(config: Any, files: Mapping[Any, Sequence[Path]], *, dtype: Dtype, device: str) -> Networks:
+    """The networks of the components that have files, read when they are needed; the config has one for each."""
+    return Networks(
+        {
+            component: partial(load_network, getattr(config, component), paths, dtype=dtype, device=device)
+            for component, paths in files.items()
+        }
+    )
 
 
 def load_network(config: NetworkConfig, paths: Sequence[Path], *, dtype: Dtype, device: str) -> Any:

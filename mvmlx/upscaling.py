@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,15 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvmlx.attention import KeyValues
-from mvmlx.clip import CLIPTextModel
 from mvmlx.latents import LatentModel, _evaluated, _on_device
-from mvmlx.model import choose_device, choose_dtype, load_network
+from mvmlx.model import choose_device, choose_dtype, load_network, network_loaders
 from mvmlx.observation import Observer, observe
 from mvmlx.upscaler import LatentUpscaler
-from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype, TextStates
 from mvshared.checkpoint import Component, find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
+from mvshared.networks import Networks
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
@@ -51,39 +50,29 @@ class UpscalerModel(LatentModel):
     weight_files: Sequence[Path]
 
     def __init__(
-        self,
-        config: UpscalerConfig,
-        unet: LatentUpscaler,
-        *,
-        text_encoder: CLIPTextModel | None,
-        files: dict[Component, list[Path]],
-        device: str,
-        dtype: Dtype,
+        self, config: UpscalerConfig, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]
     ) -> None:
-        self.backend = "mlx"
-        self.config, self.unet, self.text_encoder, self.files = config, unet, text_encoder, files
-        self.device, self.dtype = device, dtype
-        self.weight_files = [path for component in files if component != "vae" for path in files[component]]
+        super().__init__(networks, device=device, dtype=dtype, weight_files=weight_files)
+        self.config = config
+
+    @property
+    def unet(self) -> LatentUpscaler:
+        """The network that upscales, read if it is not in memory."""
+        return self.networks["unet"]
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvmlx.observation.observe`; the names begin with unet, vae or text_encoder."""
-        encoders = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
-        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
-
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        """The VAE of the upscaler's folder. Raises CheckpointError for a damaged file, TensorMismatchError."""
-        return load_network(self.config.vae, self.files["vae"], dtype=self.dtype, device=self.device)
+        return observe(self.networks, fn)
 
     def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[mx.array]:
         """The states before the last norm (b, l, c) and the pooled state (b, c), float32, of token ids (b, l).
 
         Raises OptionError without a text encoder.
         """
-        if self.text_encoder is None:
+        if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
         with _on_device(self.device):
-            out = self.text_encoder(mx.array(token_ids))
+            out = self.networks["text_encoder"](mx.array(token_ids))
             states, pooled = (x.astype(mx.float32) for x in (out.hidden_states[-1], out.pooler_output))
             return TextStates(_evaluated(states), _evaluated(pooled))
 
@@ -121,8 +110,10 @@ class UpscalerModel(LatentModel):
             return _evaluated(out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0]))
 
 
-def load_upscaler_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> UpscalerModel:
-    """Load an upscaler by name, or from a checkpoint folder.
+def load_upscaler_model(
+    name: str | Path, *, dtype: str | None = None, device: str = "auto", at_once: bool = True
+) -> UpscalerModel:
+    """Load an upscaler by name, or from a checkpoint folder; its networks but the VAE `at_once`, or each when it is needed.
 
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
@@ -131,15 +122,13 @@ def load_upscaler_model(name: str | Path, *, dtype: str | None = None, device: s
     folder = find_model(name)
     config = read_upscaler_config(folder)
     files = upscaler_weight_files(folder, config)
-    text = config.text_encoder
-    return UpscalerModel(
-        config,
-        load_network(config.unet, files["unet"], dtype=chosen_dtype, device=chosen),
-        text_encoder=None if text is None else load_network(text, files["text_encoder"], dtype=chosen_dtype, device=chosen),
-        files=files,
-        device=chosen,
-        dtype=chosen_dtype,
-    )
+    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen)
+    used: list[Component] = [component for component in files if component != "vae"]
+    if at_once:
+        for component in used:
+            networks[component]
+    weights = [path for component in used for path in files[component]]
+    return UpscalerModel(config, networks, device=chosen, dtype=chosen_dtype, weight_files=weights)
 
 
 def load_latent_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> LatentModel:
@@ -151,5 +140,5 @@ def load_latent_model(name: str | Path, *, dtype: str | None = None, device: str
     chosen_dtype = choose_dtype(dtype, device=chosen)
     folder = find_model(name)
     files = weight_files(folder, "vae")
-    vae = load_network(read_vae_config(folder), files, dtype=chosen_dtype, device=chosen)
-    return LatentModel(vae, device=chosen, dtype=chosen_dtype, weight_files=files)
+    vae = partial(load_network, read_vae_config(folder), files, dtype=chosen_dtype, device=chosen)
+    return LatentModel(Networks({"vae": vae}), device=chosen, dtype=chosen_dtype, weight_files=files)

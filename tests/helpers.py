@@ -1,5 +1,6 @@
 """Helpers of the tests: comparisons that raise, tiny configurations, and the same call on both backends."""
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,7 @@ import mvtorch.vae
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.checkpoint import write_component, write_model_config
 from mvshared.config import GenerationDefaults, KUNetConfig, ModelConfig, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.networks import Networks
 from mvshared.pipeline import Pipeline
 
 Backend = Literal["torch", "mlx"]
@@ -274,3 +276,12 @@ def record(pipeline: Pipeline[Any]) -> Recorded:
     """The pipeline around a model that keeps its calls."""
     model: Any = RecordingModel(pipeline.model)
     return Recorded(Pipeline(model, name=pipeline.name), model)
+
+
+def with_unet(pipeline: Pipeline[Any], unet: Any) -> Pipeline[Any]:
+    """A pipeline of the same networks but another U-Net."""
+    model: Any = copy(pipeline.model)
+    kept: Networks = model.networks
+    loaders = {name: lambda name=name: kept[name] for name in kept}
+    model.networks = Networks({**loaders, "unet": lambda: unet})
+    return Pipeline(model, name=pipeline.name)

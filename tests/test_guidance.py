@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close, assert_different, from_numpy, normal_maps, record, to_numpy
+from helpers import (
+    BACKENDS,
+    FLOAT32_RMS,
+    Backend,
+    assert_close,
+    assert_different,
+    from_numpy,
+    normal_maps,
+    record,
+    to_numpy,
+    with_unet,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -364,16 +375,15 @@ def generate(pipeline: Pipeline[Any], **options: Any) -> Views:
 
 def batches(pipeline: Pipeline[Any], **options: Any) -> list[int]:
     """How many branches every call of the U-Net had."""
-    model: Any = copy(pipeline.model)
-    unet, seen = model.unet, []
+    unet, seen = pipeline.model.unet, []  # pyright: ignore[reportAttributeAccessIssue]
 
     def counting(sample: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(sample.shape[0])
         return unet(sample, *args, **kwargs)
 
     counting.cross_keys_values = unet.cross_keys_values  # pyright: ignore[reportFunctionMemberAccess]
-    model.unet = counting
-    generate(Pipeline(model, name=pipeline.name), **options)
+    counted = with_unet(pipeline, counting)
+    generate(counted, **options)
     return seen
 
 

@@ -18,6 +18,7 @@ from helpers import (
     assert_different,
     normal_maps,
     record,
+    with_unet,
     write_tiny_model,
 )
 from numpy.typing import NDArray
@@ -234,17 +235,16 @@ def test_the_sampler_is_a_loop_over_diffusers_ddim_scheduler(
 
 
 def test_guidance_1_skips_the_unconditional_half(pipeline: Pipeline[Any]) -> None:
-    model: Any = copy(pipeline.model)
-    unet, batches = model.unet, []
+    unet, batches = pipeline.model.unet, []  # pyright: ignore[reportAttributeAccessIssue]
 
     def counting(sample: Any, *args: Any, **kwargs: Any) -> Any:
         batches.append(tuple(sample.shape))
         return unet(sample, *args, **kwargs)
 
     counting.cross_keys_values = unet.cross_keys_values  # pyright: ignore[reportFunctionMemberAccess]
-    model.unet = counting
+    counted = with_unet(pipeline, counting)
     for guidance in (1, 1.5):
-        generate(Pipeline(model, name=pipeline.name), steps=1, views=3, guidance=guidance)
+        generate(counted, steps=1, views=3, guidance=guidance)
     assert batches == [(1, 3, 8, 8, 8), (2, 3, 8, 8, 8)]
 
 
