@@ -26,6 +26,15 @@ class LatentModel:
         self.backend = "mlx"
         self.vae, self.device, self.dtype, self.weight_files = vae, device, dtype, weight_files
 
+    def memory_peak(self) -> int | None:
+        """Most bytes in use since `reset_memory_peak`, once the device has done its work: of MLX's arrays, on any device."""
+        mx.synchronize(mx.default_stream(mx.Device(getattr(mx, self.device))))
+        return mx.get_peak_memory()
+
+    def reset_memory_peak(self) -> None:
+        """Begin to measure anew."""
+        mx.reset_peak_memory()
+
     def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
         """A float32 copy on the device."""
         with _on_device(self.device):
