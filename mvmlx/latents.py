@@ -21,6 +21,7 @@ class LatentModel:
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    _memory_at_reset = 0
 
     def __init__(self, vae: AutoencoderKL, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
         self.backend = "mlx"
@@ -29,10 +30,11 @@ class LatentModel:
     def memory_peak(self) -> int | None:
         """Most bytes in use since `reset_memory_peak`, once the device has done its work: of MLX's arrays, on any device."""
         mx.synchronize(mx.default_stream(mx.Device(getattr(mx, self.device))))
-        return mx.get_peak_memory()
+        return max(mx.get_peak_memory(), self._memory_at_reset)
 
     def reset_memory_peak(self) -> None:
         """Begin to measure anew."""
+        self._memory_at_reset = mx.get_active_memory()  # MLX begins with zero and looks when memory is asked for
         mx.reset_peak_memory()
 
     def from_numpy(self, x: NDArray[np.float32]) -> mx.array:

@@ -1,4 +1,4 @@
-"""The stages of a run: which there are, in which order, how their times and memory add up, and that they end when a run fails."""
+"""The stages of a run: which there are, in which order, how their times and memory add up, what is left of one that fails."""
 
 from pathlib import Path
 from typing import Any
@@ -99,19 +99,25 @@ def test_a_run_goes_through_every_stage_of_its_model(backend: Backend) -> None:
     ]
     assert steps == [1, 2]
     assert all(stage.seconds >= 0 for stage in ended)
-    assert all(stage.peak_bytes is None or stage.peak_bytes > 0 for stage in ended)
+    assert all(stage.peak_bytes is None or stage.peak_bytes > 100_000 for stage in ended)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_memory_peak_sees_an_array_that_is_gone(backend: Backend) -> None:
     model = load(FIXTURES / "tiny-mvdream", backend=backend, device="cpu").model
-    model.reset_memory_peak()
-    before = model.memory_peak()
-    if before is None:
+    if model.memory_peak() is None:
         pytest.skip("this system does not let a process reset its peak of resident memory")
+
+    def peak() -> int:
+        measured = model.memory_peak()
+        assert measured is not None
+        return measured
+
+    model.reset_memory_peak()
+    before = peak()
     array = np.ones((64, 1024, 1024), np.float32)
     there = model.from_numpy(array)
     del there, array
-    assert model.memory_peak() - before >= 256_000_000
+    assert peak() - before >= 256_000_000
     model.reset_memory_peak()
-    assert model.memory_peak() - before < 256_000_000
+    assert peak() - before < 256_000_000
