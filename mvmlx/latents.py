@@ -22,6 +22,7 @@ class LatentModel:
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    _memory_at_reset = 0
 
     def __init__(self, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
         self.backend = "mlx"
@@ -31,6 +32,16 @@ class LatentModel:
     def vae(self) -> AutoencoderKL:
         """The VAE, read if it is not in memory."""
         return self.networks["vae"]
+
+    def memory_peak(self) -> int | None:
+        """Most bytes in use since `reset_memory_peak`, once the device has done its work: of MLX's arrays, on any device."""
+        mx.synchronize(mx.default_stream(mx.Device(getattr(mx, self.device))))
+        return max(mx.get_peak_memory(), self._memory_at_reset)
+
+    def reset_memory_peak(self) -> None:
+        """Begin to measure anew."""
+        self._memory_at_reset = mx.get_active_memory()  # MLX begins with zero and looks when memory is asked for
+        mx.reset_peak_memory()
 
     def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
         """A float32 copy on the device."""

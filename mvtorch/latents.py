@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mvshared.backend import BackendName, Dtype
 from mvshared.networks import Networks
+from mvshared.process_memory import reset_resident_peak, resident_peak
 from mvshared.shapes import check_pictures
 from mvtorch.vae import AutoencoderKL
 
@@ -30,6 +31,21 @@ class LatentModel:
     def vae(self) -> AutoencoderKL:
         """The VAE, read if it is not in memory."""
         return self.networks["vae"]
+
+    def memory_peak(self) -> int | None:
+        """Most bytes in use since `reset_memory_peak`, once the device has done its work: of PyTorch's tensors on CUDA, of the
+        whole process on the CPU, None where neither is known."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device)
+        return resident_peak() if self.device == "cpu" else None
+
+    def reset_memory_peak(self) -> None:
+        """Begin to measure anew."""
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            reset_resident_peak()
 
     def from_numpy(self, x: NDArray[np.float32]) -> Tensor:
         """A float32 copy on the device."""

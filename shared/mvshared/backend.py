@@ -53,6 +53,14 @@ class Model(Protocol[A]):
         """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
         ...
 
+    def memory_peak(self) -> int | None:
+        """Most bytes in use since `reset_memory_peak`, once the device has done its work; see `mvshared.stages.MemoryMeter`."""
+        ...
+
+    def reset_memory_peak(self) -> None:
+        """Begin to measure anew."""
+        ...
+
     def from_numpy(self, x: NDArray[np.float32]) -> A:
         """A float32 array on the device."""
         ...
@@ -121,6 +129,14 @@ class UpscalerModel(Protocol[A]):
 
     def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
         """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
+        ...
+
+    def memory_peak(self) -> int | None:
+        """Most bytes in use since `reset_memory_peak`, once the device has done its work; see `mvshared.stages.MemoryMeter`."""
+        ...
+
+    def reset_memory_peak(self) -> None:
+        """Begin to measure anew."""
         ...
 
     def from_numpy(self, x: NDArray[np.float32]) -> A:

@@ -38,6 +38,7 @@ from mvshared.images import from_model, load_image
 from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
 from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
+from mvshared.stages import Stages
 from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 from mvshared.upscaling.latents import UpscaleProgress, Upscaler
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views
@@ -73,6 +74,7 @@ class Pipeline(Generic[A]):
     def __init__(self, model: Model[A], *, name: str) -> None:
         self.model = model
         self.name = model_name(name)
+        self.stages = Stages()
         self._upscaler: tuple[str | None, Upscaler[Any] | None] | None = None  # the last one, by its name
 
     @cached_property
@@ -154,13 +156,17 @@ class Pipeline(Generic[A]):
         )
         count, size = len(poses), size_px // config.vae.downscale
         shape = (count, size, size, config.vae.latent_channels)
-        pictures = self._pictures(image, size_px=size_px)
+        with self.stages("pictures"):
+            pictures = self._pictures(image, size_px=size_px)
         scales = check_scales(config.unet, image_scale=image_scale, reference_scale=reference_scale)
         prompts = self._prompts(prompt, negative_prompt, pictures=len(pictures))
         given = load_latents(latents)
         initial = initial_latents(given, shape, seed=seed, extra=len(pictures) if config.unet.reference_frame else 0)
         fov_deg = config.camera.fov_deg
-        normal_pixels = None if maps is None else load_normals(maps, poses, fov_deg=fov_deg, size_px=size_px)
+        normal_pixels = None
+        if maps is not None:
+            with self.stages("pictures"):
+                normal_pixels = load_normals(maps, poses, fov_deg=fov_deg, size_px=size_px)
         text = prompts is not None and bool(prompts.prompt or prompts.negative)
         there = Branch(text=text, image=bool(pictures), normals=normal_pixels is not None)
         strength.check_there(there, config)
@@ -198,7 +204,7 @@ class Pipeline(Generic[A]):
             hint = "are the weights damaged?" if self.model.dtype == "float32" else "use --dtype float32"
             raise NumericsError("the final latents are not finite", where="sampling", hint=hint)
         return Views(
-            images=from_model(self.model.decode(self.model.from_numpy(final))),
+            images=self._decode(self.model.from_numpy(final)),
             latents=final,
             cameras=poses,
             reference=pictures[0].picture if pictures else None,
@@ -258,6 +264,7 @@ class Pipeline(Generic[A]):
             parameters,
             decode=lambda latents: model.decode(model.from_numpy(latents)),
             upscaler=self._upscaler[1],
+            stages=self.stages,
             on_step=on_step,
         )
 
@@ -272,27 +279,34 @@ class Pipeline(Generic[A]):
     ) -> dict[Mixture, Any]:
         """What the model's `condition` makes of all that stays constant over the steps, for every mixture once."""
         model, config, wanted = self.model, self.model.config, dict.fromkeys(mixtures)
-        states = reference = None
+        states = reference = text = normal_latents = None
         if config.image_processor is not None:
-            states = model.encode_image(np.stack([clip_pixels(each.full, config.image_processor) for each in pictures]))
+            with self.stages("image_encoder", what="picture"):
+                states = model.encode_image(np.stack([clip_pixels(each.full, config.image_processor) for each in pictures]))
         if config.unet.reference_frame:
-            reference = model.encode_latents(np.stack([each.pixels for each in pictures]))
-        negative = any(not branch.text for mixture in wanted for branch in mixture.branches)
-        text = None if prompts is None else model.encode_prompt(prompts.ids[0 if negative else 1 :])
-        normal_latents = None if normals is None else model.encode_latents(normals)
-        return {
-            mixture: model.condition(
-                text=text,
-                image_states=states,
-                image_scale=parameters.image_scale,
-                cameras=camera_vectors(poses) if config.unet.camera_dim else None,
-                reference=reference,
-                reference_scale=parameters.reference_scale,
-                normals=normal_latents,
-                branches=mixture.branches,
-            )
-            for mixture in wanted
-        }
+            with self.stages("vae_encoder", what="picture"):
+                reference = model.encode_latents(np.stack([each.pixels for each in pictures]))
+        if prompts is not None:
+            negative = any(not branch.text for mixture in wanted for branch in mixture.branches)
+            with self.stages("text_encoder", what="prompt"):
+                text = model.encode_prompt(prompts.ids[0 if negative else 1 :])
+        if normals is not None:
+            with self.stages("vae_encoder", what="normal map"):
+                normal_latents = model.encode_latents(normals)
+        with self.stages("condition"):
+            return {
+                mixture: model.condition(
+                    text=text,
+                    image_states=states,
+                    image_scale=parameters.image_scale,
+                    cameras=camera_vectors(poses) if config.unet.camera_dim else None,
+                    reference=reference,
+                    reference_scale=parameters.reference_scale,
+                    normals=normal_latents,
+                    branches=mixture.branches,
+                )
+                for mixture in wanted
+            }
 
     def _sample(
         self,
@@ -305,21 +319,28 @@ class Pipeline(Generic[A]):
     ) -> NDArray[np.float32]:
         """Run the sampler from the initial latents to the final ones, both (v, h, w, c)."""
         model = self.model
-        x = model.from_numpy(initial)
-        for index, (step, mixture) in enumerate(zip(plan, mixtures, strict=True)):
-            out = model.denoise(x, step.timestep, conditions[mixture], mixture.weights, parameters.guidance_rescale)
-            clean = (x, out)  # kept for a preview
-            x = step.x * x + step.out * out
-            if step.noise:
-                random = np.random.default_rng([parameters.seed, index + 1])
-                x = x + step.noise * model.from_numpy(random.standard_normal(initial.shape, np.float32))
-            if on_step is not None:
-                on_step(self._progress(index + 1, len(plan), step, x, clean))
-        return model.to_numpy(x)
+        with self.stages("unet"):
+            x = model.from_numpy(initial)
+            for index, (step, mixture) in enumerate(zip(plan, mixtures, strict=True)):
+                self.stages.step = index + 1
+                out = model.denoise(x, step.timestep, conditions[mixture], mixture.weights, parameters.guidance_rescale)
+                clean = (x, out)  # kept for a preview
+                x = step.x * x + step.out * out
+                if step.noise:
+                    random = np.random.default_rng([parameters.seed, index + 1])
+                    x = x + step.noise * model.from_numpy(random.standard_normal(initial.shape, np.float32))
+                if on_step is not None:
+                    on_step(self._progress(index + 1, len(plan), step, x, clean))
+            return model.to_numpy(x)
+
+    def _decode(self, latents: A) -> NDArray[np.uint8]:
+        """Pictures of latents."""
+        with self.stages("vae_decoder"):
+            return from_model(self.model.decode(latents))
 
     def _progress(self, number: int, steps: int, step: Step, x: A, before: tuple[A, A]) -> Progress:
         def preview() -> NDArray[np.uint8]:
-            return from_model(self.model.decode(step.x0_x * before[0] + step.x0_out * before[1]))
+            return self._decode(step.x0_x * before[0] + step.x0_out * before[1])
 
         return Progress(number, steps, step.timestep, lambda: self.model.to_numpy(x), preview)
 

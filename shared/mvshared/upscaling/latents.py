@@ -18,6 +18,7 @@ from mvshared.config import KUNetConfig
 from mvshared.errors import MvWarning, NumericsError, OptionError
 from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.shapes import check_pictures
+from mvshared.stages import Stages
 from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 from mvshared.upscaling.config import MAX_NOISE_LEVEL, UpscalerConfig
 from mvshared.upscaling.schedule import MAX_UPSCALE_STEPS, SigmaPlan, euler_plan, noise_embedding
@@ -72,6 +73,7 @@ class Upscaler(Generic[A]):
         noise: NDArray[np.float32] | None = None,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
         on_step: Callable[[UpscaleProgress], None] | None = None,
+        stages: Stages | None = None,
     ) -> NDArray[np.float32]:
         """Latents float32 (v, 2 h, 2 w, c) of scaled latents (v, h, w, c).
 
@@ -79,7 +81,7 @@ class Upscaler(Generic[A]):
         `guidance` is 0, which leaves the prompt out, 1, or up to 20, which computes an unconditional half as well.
         `noise_level` blurs the latents with noise of that deviation first and tells the network so, where the upscaler knows
         how. `noise` (v, 2 h, 2 w, c) of deviation 1 replaces that of `seed`. `budget_bytes` bounds the activations: as many
-        views go together as fit. What is None comes from the upscaler's defaults.
+        views go together as fit. What is None comes from the upscaler's defaults. `stages` are told what runs.
 
         Raises OptionError for arguments that are not allowed, before any work, and NumericsError for latents that are not
         finite or become so.
@@ -99,7 +101,9 @@ class Upscaler(Generic[A]):
         )
         large = tuple(FACTOR * size for size in latents.shape[1:3])
         start = _start(noise, (len(low), *large, low.shape[3]), low.shape, seed=settings.seed)
-        text = self._text(prompt, negative_prompt, guidance=settings.guidance)
+        stages = stages or Stages()
+        with stages("text_encoder", what="prompt"):
+            text = self._text(prompt, negative_prompt, guidance=settings.guidance)
         low = _blurred(low, settings)
         groups = [slice(first, first + together) for first in range(0, len(low), together)]
         steps_done = iter(range(1, len(groups) * settings.steps + 1))
@@ -108,10 +112,11 @@ class Upscaler(Generic[A]):
             if on_step is not None:
                 on_step(UpscaleProgress(next(steps_done), len(groups) * settings.steps))
 
-        parts = [
-            self._sample(plan, low[group], start[group], embedding, text, guidance=settings.guidance, report=report)
-            for group in groups
-        ]
+        parts = []
+        for group in groups:
+            with stages("upscaler"):
+                part = self._sample(plan, low[group], start[group], embedding, text, stages, settings.guidance, report)
+                parts.append(part)
         result = np.concatenate(parts)[:, : large[0], : large[1]]
         if not np.isfinite(result).all():
             hint = "are the weights damaged?" if self.model.dtype == "float32" else "use --dtype float32"
@@ -125,14 +130,15 @@ class Upscaler(Generic[A]):
         start: NDArray[np.float32],
         embedding: NDArray[np.float32],
         text: TextStates[A] | None,
-        *,
+        stages: Stages,
         guidance: float,
         report: Callable[[], None],
     ) -> NDArray[np.float32]:
         """Run Euler's method for a group of views."""
         condition = self.model.condition(low, embedding, text=text)
         x = plan.initial * self.model.from_numpy(start)
-        for step in plan.steps:
+        for index, step in enumerate(plan.steps):
+            stages.step = index + 1
             out = self.model.denoise(x, step.timestep, condition, guidance)
             x = step.x * x + step.out * out
             report()

@@ -20,6 +20,7 @@ from mvshared.config import VAEConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.images import from_model, resize_bilinear
 from mvshared.runs import UPSCALE_METHODS, UpscaleParameters, Views
+from mvshared.stages import Stages
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
 from mvshared.upscaling.latents import (
@@ -120,11 +121,12 @@ def upscale_views(
     decode: Decode,
     upscaler: Upscaler[Any] | None = None,
     on_step: Callable[[UpscaleProgress], None] | None = None,
+    stages: Stages | None = None,
 ) -> Views:
     """Views of twice the size. `decode` makes pixels of latents, with the VAE of the views' model.
 
-    `upscaler` is the loaded one that the parameters name, None for the other methods. Raises NumericsError for latents that are
-    not finite or become so.
+    `upscaler` is the loaded one that the parameters name, None for the other methods. `stages` are told what runs. Raises
+    NumericsError for latents that are not finite or become so.
     """
     run = views.parameters
     upscaled = upscale_arrays(
@@ -137,6 +139,7 @@ def upscale_views(
         negative_prompt=run.negative_prompt,
         seed=run.seed,
         on_step=on_step,
+        stages=stages,
     )
     return replace(
         views,
@@ -158,19 +161,23 @@ def upscale_arrays(
     negative_prompt: str | None,
     seed: int,
     on_step: Callable[[UpscaleProgress], None] | None = None,
+    stages: Stages | None = None,
 ) -> Upscaled:
     """Pictures (v, h, w, 3) by lanczos, or scaled latents (v, h, w, c) by another method, at twice their size.
 
     Prompts are for an upscaler with text; another one leaves them out. Raises NumericsError for latents that are not finite or
     become so.
     """
+    stages = stages or Stages()
     if parameters.method == "lanczos":
         assert images is not None
-        return Upscaled(enlarge(images), None)
+        with stages("upscaler"):
+            return Upscaled(enlarge(images), None)
     assert latents is not None and decode is not None
     check_finite(latents)
     if parameters.method == "bilinear":
-        larger = enlarge_latents(latents)
+        with stages("upscaler"):
+            larger = enlarge_latents(latents)
     else:
         assert upscaler is not None
         takes_text = upscaler.model.config.text_encoder is not None
@@ -184,8 +191,10 @@ def upscale_arrays(
             seed=seed,
             budget_bytes=parameters.budget_bytes or DEFAULT_BUDGET_BYTES,
             on_step=on_step,
+            stages=stages,
         )
-    return Upscaled(from_model(decode(larger)), larger)
+    with stages("vae_decoder"):
+        return Upscaled(from_model(decode(larger)), larger)
 
 
 def load_planned(parameters: UpscaleParameters, *, backend: str, dtype: str | None, device: str) -> Upscaler[Any] | None:
