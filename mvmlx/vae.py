@@ -1,6 +1,7 @@
 """The VAE between pictures and latents: AutoencoderKL of latent diffusion (arXiv 2112.10752) with diffusers' tensor names."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ import mlx.nn as nn
 
 from mvmlx.attention import SpatialAttention
 from mvmlx.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
+from mvmlx.tiling import decode_in_tiles, encode_in_tiles
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import VAEConfig
 from mvshared.errors import OptionError
@@ -132,23 +134,24 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
-    def encode(self, pixels: mx.array, *, batch: int | None = None) -> Moments:
+    def encode(self, pixels: mx.array, *, batch: int | None = None, tile: int | None = None) -> Moments:
         """Moments (n, h / 8, w / 8, c) of pixels (n, h, w, 3), `batch` pictures at a time, or all at once.
 
-        A deterministic encoding is the mean, a sample is `mean + exp(logvar / 2) * noise`; `logvar` is in [-30, 20].
+        `tile` is the side of the tiles that a picture is computed in, in pixels; the result is the same up to rounding. A
+        deterministic encoding is the mean, a sample is `mean + exp(logvar / 2) * noise`; `logvar` is in [-30, 20].
         Raises OptionError for a size that is no multiple of `config.downscale`.
         """
         check_pictures("pixels", pixels.shape, channels=self.config.in_channels, multiple=self.config.downscale)
-        mean, logvar = mx.split(_in_batches(self._encode, pixels, batch), 2, axis=-1)
+        mean, logvar = mx.split(_in_batches(partial(self._encode, tile=tile), pixels, batch), 2, axis=-1)
         return Moments(mean, mx.clip(logvar, -30.0, 20.0))
 
-    def decode(self, latents: mx.array, *, batch: int | None = None) -> mx.array:
+    def decode(self, latents: mx.array, *, batch: int | None = None, tile: int | None = None) -> mx.array:
         """Float32 pixels (n, 8 h, 8 w, 3) of unscaled latents (n, h, w, c), `batch` pictures at a time, or all at once.
 
-        Raises OptionError for a wrong number of channels.
+        `tile` as in `encode`. Raises OptionError for a wrong number of channels.
         """
         check_pictures("latents", latents.shape, channels=self.config.latent_channels)
-        return _in_batches(self._decode, latents, batch)
+        return _in_batches(partial(self._decode, tile=tile), latents, batch)
 
     def scale_latents(self, latents: mx.array) -> mx.array:
         """The U-Net's latents of the VAE's: `(z - latents_mean) * scaling_factor / latents_std`, any shape (..., c)."""
@@ -160,13 +163,16 @@ class AutoencoderKL(nn.Module):
         mean, scale = self._statistics(latents)
         return latents / scale + mean
 
-    def _encode(self, pixels: mx.array) -> mx.array:
+    def _encode(self, pixels: mx.array, *, tile: int | None) -> mx.array:
         x = pixels.astype(self.quant_conv.weight.dtype)
-        return self.quant_conv(self.encoder(x, options=self.attention_options))
+        options = self.attention_options
+        encoded = encode_in_tiles(self.encoder, x, options=options, side=tile) if tile else self.encoder(x, options=options)
+        return self.quant_conv(encoded)
 
-    def _decode(self, latents: mx.array) -> mx.array:
+    def _decode(self, latents: mx.array, *, tile: int | None) -> mx.array:
         x = latents.astype(self.post_quant_conv.weight.dtype)
-        return self.decoder(self.post_quant_conv(x), options=self.attention_options)
+        x, options = self.post_quant_conv(x), self.attention_options
+        return decode_in_tiles(self.decoder, x, options=options, side=tile) if tile else self.decoder(x, options=options)
 
     def _statistics(self, latents: mx.array) -> tuple[mx.array, mx.array]:
         mean = self.config.latents_mean or (0.0,) * self.config.latent_channels

@@ -1,6 +1,7 @@
 """The VAE between pictures and latents: AutoencoderKL of latent diffusion (arXiv 2112.10752) with diffusers' tensor names."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from mvshared.errors import OptionError
 from mvshared.shapes import check_pictures
 from mvtorch.attention import SpatialAttention
 from mvtorch.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
+from mvtorch.tiling import decode_in_tiles, encode_in_tiles
 
 NORM_EPS = 1e-6
 
@@ -137,23 +139,24 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    def encode(self, pixels: Tensor, *, batch: int | None = None) -> Moments:
+    def encode(self, pixels: Tensor, *, batch: int | None = None, tile: int | None = None) -> Moments:
         """Moments (n, h / 8, w / 8, c) of pixels (n, h, w, 3), `batch` pictures at a time, or all at once.
 
-        A deterministic encoding is the mean, a sample is `mean + exp(logvar / 2) * noise`; `logvar` is in [-30, 20].
+        `tile` is the side of the tiles that a picture is computed in, in pixels; the result is the same up to rounding. A
+        deterministic encoding is the mean, a sample is `mean + exp(logvar / 2) * noise`; `logvar` is in [-30, 20].
         Raises OptionError for a size that is no multiple of `config.downscale`.
         """
         check_pictures("pixels", pixels.shape, channels=self.config.in_channels, multiple=self.config.downscale)
-        mean, logvar = _in_batches(self._encode, pixels, batch).chunk(2, dim=-1)
+        mean, logvar = _in_batches(partial(self._encode, tile=tile), pixels, batch).chunk(2, dim=-1)
         return Moments(mean, logvar.clamp(-30.0, 20.0))
 
-    def decode(self, latents: Tensor, *, batch: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, *, batch: int | None = None, tile: int | None = None) -> Tensor:
         """Float32 pixels (n, 8 h, 8 w, 3) of unscaled latents (n, h, w, c), `batch` pictures at a time, or all at once.
 
-        Raises OptionError for a wrong number of channels.
+        `tile` as in `encode`. Raises OptionError for a wrong number of channels.
         """
         check_pictures("latents", latents.shape, channels=self.config.latent_channels)
-        return _in_batches(self._decode, latents, batch)
+        return _in_batches(partial(self._decode, tile=tile), latents, batch)
 
     def scale_latents(self, latents: Tensor) -> Tensor:
         """The U-Net's latents of the VAE's: `(z - latents_mean) * scaling_factor / latents_std`, any shape (..., c)."""
@@ -165,13 +168,17 @@ class AutoencoderKL(nn.Module):
         mean, scale = self._statistics(latents)
         return latents / scale + mean
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def _encode(self, pixels: Tensor, *, tile: int | None) -> Tensor:
         x = pixels.to(self.quant_conv.weight.dtype).permute(0, 3, 1, 2)
-        return self.quant_conv(self.encoder(x, options=self.attention_options)).permute(0, 2, 3, 1)
+        options = self.attention_options
+        encoded = encode_in_tiles(self.encoder, x, options=options, side=tile) if tile else self.encoder(x, options=options)
+        return self.quant_conv(encoded).permute(0, 2, 3, 1)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor, *, tile: int | None) -> Tensor:
         x = latents.to(self.post_quant_conv.weight.dtype).permute(0, 3, 1, 2)
-        return self.decoder(self.post_quant_conv(x), options=self.attention_options).permute(0, 2, 3, 1)
+        x, options = self.post_quant_conv(x), self.attention_options
+        decoded = decode_in_tiles(self.decoder, x, options=options, side=tile) if tile else self.decoder(x, options=options)
+        return decoded.permute(0, 2, 3, 1)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.config.latents_mean or (0.0,) * self.config.latent_channels
