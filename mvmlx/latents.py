@@ -1,5 +1,6 @@
 """What every model with a VAE does: arrays in and out, pictures to latents and back."""
 
+import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,12 +12,17 @@ from numpy.typing import NDArray
 
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype
+from mvshared.memory.plan import PLAIN
 from mvshared.networks import Networks
+from mvshared.process_memory import trim_heap
 from mvshared.shapes import check_pictures
 
 
 class LatentModel:
-    """A VAE on one device; its subclasses add what makes latents. `networks` are read when they are needed."""
+    """A VAE on one device; its subclasses add what makes latents.
+
+    `networks` are read when they are needed; `plan` says how memory is used.
+    """
 
     backend: BackendName
     device: str
@@ -27,11 +33,24 @@ class LatentModel:
     def __init__(self, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
         self.backend = "mlx"
         self.networks, self.device, self.dtype, self.weight_files = networks, device, dtype, weight_files
+        self.plan = PLAIN
 
     @property
     def vae(self) -> AutoencoderKL:
         """The VAE, read if it is not in memory."""
-        return self.networks["vae"]
+        vae = self._network("vae")
+        vae.attention_options = self.plan.vae_attention
+        return vae
+
+    def release(self, *components: str) -> None:
+        """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""
+        if self.networks.release(*components):
+            _free_memory()
+
+    def _network(self, component: str) -> Any:
+        network = self.networks[component]
+        network.attention_options = self.plan.attention
+        return network
 
     def memory_peak(self) -> int | None:
         """Most bytes in use since `reset_memory_peak`, once the device has done its work: of MLX's arrays, on any device."""
@@ -61,7 +80,10 @@ class LatentModel:
         check_pictures("pixels", pixels.shape, channels=vae.in_channels, multiple=vae.downscale)
         with _on_device(self.device):
             x = self.from_numpy(pixels)
-            means = [_evaluated(self.vae.encode(x[n : n + 1]).mean.astype(mx.float32)) for n in range(len(x))]
+            means = [
+                _evaluated(self.vae.encode(x[n : n + 1], tile=self.plan.vae_tile).mean.astype(mx.float32))
+                for n in range(len(x))
+            ]
             return _evaluated(self.vae.scale_latents(mx.concatenate(means)))
 
     def decode(self, x: mx.array) -> NDArray[np.float32]:
@@ -71,8 +93,9 @@ class LatentModel:
         """
         check_pictures("latents", x.shape, channels=self.vae.config.latent_channels)
         with _on_device(self.device):
-            latents = self.vae.unscale_latents(x)
-            return np.concatenate([self.to_numpy(self.vae.decode(latents[v : v + 1])) for v in range(len(latents))])
+            latents, tile = self.vae.unscale_latents(x), self.plan.vae_tile
+            decoded = [self.to_numpy(self.vae.decode(latents[v : v + 1], tile=tile)) for v in range(len(latents))]
+            return np.concatenate(decoded)
 
 
 def _on_device(device: str) -> AbstractContextManager[Any]:
@@ -84,6 +107,13 @@ def _evaluated(x: mx.array) -> mx.array:
     """The same array, computed, so that another thread may use it."""
     mx.eval(x)
     return x
+
+
+def _free_memory() -> None:
+    """Give memory that is not used any more back to the system."""
+    gc.collect()
+    mx.clear_cache()
+    trim_heap()
 
 
 def to_numpy(x: mx.array) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
 from mvmlx.latents import LatentModel, _evaluated, _on_device, to_numpy
 from mvmlx.observation import Observer, observe
-from mvmlx.unet import Cross, MultiViewUNet
+from mvmlx.unet import Cross, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import Dtype, VAECodec, parse_dtype
@@ -63,7 +63,7 @@ class MultiViewModel(LatentModel):
     @property
     def unet(self) -> MultiViewUNet:
         """The U-Net, read if it is not in memory."""
-        return self.networks["unet"]
+        return self._network("unet")
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvmlx.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
@@ -74,7 +74,7 @@ class MultiViewModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
         with _on_device(self.device):
-            return _evaluated(self.networks["text_encoder"](mx.array(token_ids)).last_hidden_state.astype(mx.float32))
+            return _evaluated(self._network("text_encoder")(mx.array(token_ids)).last_hidden_state.astype(mx.float32))
 
     def encode_image(self, pixels: NDArray[np.float32]) -> mx.array:
         """The vision tower's states before its last layer (n, m, c), float32, of normalised pixels (n, s, s, 3).
@@ -84,7 +84,7 @@ class MultiViewModel(LatentModel):
         if "image_encoder" not in self.networks:
             raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
         with _on_device(self.device):
-            return _evaluated(self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].astype(mx.float32))
+            return _evaluated(self._network("image_encoder")(self.from_numpy(pixels)).hidden_states[-2].astype(mx.float32))
 
     def condition(
         self,
@@ -132,24 +132,34 @@ class MultiViewModel(LatentModel):
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
         check_weights(weights, branches=condition.branches)
-        unet = self.config.unet
+        count = len(condition.branches)
+        together = count if self.plan.branches_at_once else 1
         with _on_device(self.device):
-            batch = len(condition.branches)
-            sample = mx.broadcast_to(x[None], (batch, *x.shape))
-            if unet.normal_channels:
-                zeros = mx.zeros((*sample.shape[:-1], unet.normal_channels), dtype=x.dtype)
-                sample = mx.concatenate([sample, zeros if condition.normals is None else condition.normals], axis=-1)
-            timesteps = mx.full((batch,), t, dtype=mx.float32)
-            out = self.unet(
-                sample,
-                timesteps,
-                cross=condition.cross,
-                camera=condition.cameras,
-                reference=condition.reference,
-                reference_scale=condition.reference_scale,
-            ).astype(mx.float32)
-            mixed = (mx.array(list(weights), dtype=mx.float32)[:, None, None, None, None] * out).sum(0)
-            return _evaluated(rescaled(mixed, out[-1], rescale) if rescale else mixed)
+            mixed = out = mx.zeros(())
+            for first in range(0, count, together):
+                some = slice(first, first + together)
+                out = self._outputs(x, t, condition, some)
+                mixed = _evaluated(mixed + (mx.array(list(weights[some]))[:, None, None, None, None] * out).sum(0))
+            return _evaluated(rescaled(mixed, out[-1], rescale)) if rescale else mixed
+
+    def _outputs(self, x: mx.array, t: float, condition: Condition, branches: slice) -> mx.array:
+        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
+        cameras, reference, normals = (
+            None if given is None else given[branches] for given in (condition.cameras, condition.reference, condition.normals)
+        )
+        batch, unet = len(condition.branches[branches]), self.config.unet
+        sample = mx.broadcast_to(x[None], (batch, *x.shape))
+        if unet.normal_channels:
+            zeros = mx.zeros((*sample.shape[:-1], unet.normal_channels), dtype=x.dtype)
+            sample = mx.concatenate([sample, zeros if normals is None else normals], axis=-1)
+        return self.unet(
+            sample,
+            mx.full((batch,), t, dtype=mx.float32),
+            cross=select_objects(condition.cross, branches),
+            camera=cameras,
+            reference=reference,
+            reference_scale=condition.reference_scale,
+        ).astype(mx.float32)
 
 
 def rescaled(x: mx.array, conditional: mx.array, share: float) -> mx.array:

@@ -6,7 +6,7 @@ coarsest one, is computed as a whole.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -87,7 +87,7 @@ def resnet_in_tiles(block: ResnetBlock, x: mx.array, *, side: int) -> mx.array:
     return in_tiles(second, h, side=side, halo=1, out=x if block.conv_shortcut is None else None)
 
 
-def encode_in_tiles(encoder: nn.Module, x: mx.array, *, options: AttentionOptions, side: int) -> mx.array:
+def encode_in_tiles(encoder: Any, x: mx.array, *, options: AttentionOptions, side: int) -> mx.array:
     """What the VAE's encoder makes of pixels (n, h, w, 3), in tiles of `side` pixels. Raises OptionError for the side."""
     side = check_tile(side)
     x = in_tiles(lambda piece, tile: encoder.conv_in(piece), x, side=side, halo=1)
@@ -101,7 +101,7 @@ def encode_in_tiles(encoder: nn.Module, x: mx.array, *, options: AttentionOption
     return in_tiles(lambda piece, tile: encoder.conv_out(norm.silu(piece)), x, side=side, halo=1)
 
 
-def decode_in_tiles(decoder: nn.Module, x: mx.array, *, options: AttentionOptions, side: int) -> mx.array:
+def decode_in_tiles(decoder: Any, x: mx.array, *, options: AttentionOptions, side: int) -> mx.array:
     """What the VAE's decoder makes of latents (n, h, w, c), in tiles of `side` pixels. Raises OptionError for the side."""
     side = check_tile(side)
     x = decoder.mid_block(decoder.conv_in(x), options=options)

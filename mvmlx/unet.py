@@ -11,7 +11,7 @@ from itertools import repeat, zip_longest
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.attention import CrossKeyValues, SpatialTransformer
+from mvmlx.attention import CrossKeyValues, KeyValues, SpatialTransformer
 from mvmlx.clip import Resampler
 from mvmlx.layers import Downsample, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, run_block, timestep_embedding
 from mvshared.attention import FUSED, AttentionOptions, frame_bias
@@ -19,6 +19,20 @@ from mvshared.config import UNetConfig
 from mvshared.shapes import check_context, check_unet_inputs
 
 Cross = Sequence[Sequence[CrossKeyValues]]  # of every block of every transformer, in the order in which they run
+
+
+def select_objects(cross: Cross | None, objects: slice) -> Cross | None:
+    """What some of the objects attend to."""
+
+    def selected(given: KeyValues) -> KeyValues:
+        return KeyValues(given.keys[objects], given.values[objects])
+
+    if cross is None:
+        return None
+    return [
+        [CrossKeyValues(selected(each.context), None if each.image is None else selected(each.image)) for each in blocks]
+        for blocks in cross
+    ]
 
 
 class Level(nn.Module):

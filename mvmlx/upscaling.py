@@ -58,7 +58,7 @@ class UpscalerModel(LatentModel):
     @property
     def unet(self) -> LatentUpscaler:
         """The network that upscales, read if it is not in memory."""
-        return self.networks["unet"]
+        return self._network("unet")
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvmlx.observation.observe`; the names begin with unet, vae or text_encoder."""
@@ -72,7 +72,7 @@ class UpscalerModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
         with _on_device(self.device):
-            out = self.networks["text_encoder"](mx.array(token_ids))
+            out = self._network("text_encoder")(mx.array(token_ids))
             states, pooled = (x.astype(mx.float32) for x in (out.hidden_states[-1], out.pooler_output))
             return TextStates(_evaluated(states), _evaluated(pooled))
 

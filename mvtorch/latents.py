@@ -1,7 +1,9 @@
 """What every model with a VAE does: arrays in and out, pictures to latents and back."""
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,14 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvshared.backend import BackendName, Dtype
+from mvshared.memory.plan import PLAIN
 from mvshared.networks import Networks
-from mvshared.process_memory import reset_resident_peak, resident_peak
+from mvshared.process_memory import reset_resident_peak, resident_peak, trim_heap
 from mvshared.shapes import check_pictures
 from mvtorch.vae import AutoencoderKL
 
 
 class LatentModel:
-    """A VAE on one device; its subclasses add what makes latents. `networks` are read when they are needed."""
+    """A VAE on one device; its subclasses add what makes latents.
+
+    `networks` are read when they are needed; `plan` says how memory is used.
+    """
 
     backend: BackendName
     device: str
@@ -26,11 +32,24 @@ class LatentModel:
     def __init__(self, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
         self.backend = "torch"
         self.networks, self.device, self.dtype, self.weight_files = networks, device, dtype, weight_files
+        self.plan = PLAIN
 
     @property
     def vae(self) -> AutoencoderKL:
         """The VAE, read if it is not in memory."""
-        return self.networks["vae"]
+        vae = self._network("vae")
+        vae.attention_options = self.plan.vae_attention
+        return vae
+
+    def release(self, *components: str) -> None:
+        """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""
+        if self.networks.release(*components):
+            _free_memory(self.device)
+
+    def _network(self, component: str) -> Any:
+        network = self.networks[component]
+        network.attention_options = self.plan.attention
+        return network
 
     def memory_peak(self) -> int | None:
         """Most bytes in use since `reset_memory_peak`, once the device has done its work: of PyTorch's tensors on CUDA, of the
@@ -61,7 +80,9 @@ class LatentModel:
         Raises OptionError for shapes that do not fit.
         """
         with torch.inference_mode():
-            return self.vae.scale_latents(self.vae.encode(self.from_numpy(pixels), batch=1).mean.float())
+            return self.vae.scale_latents(
+                self.vae.encode(self.from_numpy(pixels), batch=1, tile=self.plan.vae_tile).mean.float()
+            )
 
     def decode(self, x: Tensor) -> NDArray[np.float32]:
         """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), one view at a time.
@@ -70,7 +91,16 @@ class LatentModel:
         """
         check_pictures("latents", tuple(x.shape), channels=self.vae.config.latent_channels)
         with torch.inference_mode():
-            return self.to_numpy(self.vae.decode(self.vae.unscale_latents(x), batch=1))
+            latents, tile = self.vae.unscale_latents(x), self.plan.vae_tile
+            return self.to_numpy(self.vae.decode(latents, batch=1, tile=tile))
+
+
+def _free_memory(device: str) -> None:
+    """Give memory that is not used any more back to the system."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    trim_heap()
 
 
 def to_numpy(x: Tensor) -> NDArray[np.float32]:

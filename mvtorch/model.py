@@ -23,7 +23,7 @@ from mvshared.weights import Stored, check_names_and_shapes, match_tensors
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.latents import LatentModel, to_numpy
 from mvtorch.observation import Observer, observe
-from mvtorch.unet import Cross, MultiViewUNet
+from mvtorch.unet import Cross, MultiViewUNet, select_objects
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
@@ -60,7 +60,7 @@ class MultiViewModel(LatentModel):
     @property
     def unet(self) -> MultiViewUNet:
         """The U-Net, read if it is not in memory."""
-        return self.networks["unet"]
+        return self._network("unet")
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvtorch.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
@@ -71,7 +71,7 @@ class MultiViewModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
         with torch.inference_mode():
-            return self.networks["text_encoder"](torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
+            return self._network("text_encoder")(torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
 
     def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
         """The vision tower's states before its last layer (n, m, c), float32, of normalised pixels (n, s, s, 3).
@@ -81,7 +81,7 @@ class MultiViewModel(LatentModel):
         if "image_encoder" not in self.networks:
             raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
         with torch.inference_mode():
-            return self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].float()
+            return self._network("image_encoder")(self.from_numpy(pixels)).hidden_states[-2].float()
 
     def condition(
         self,
@@ -127,24 +127,34 @@ class MultiViewModel(LatentModel):
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
         check_weights(weights, branches=condition.branches)
-        unet = self.config.unet
+        count = len(condition.branches)
+        together = count if self.plan.branches_at_once else 1
         with torch.inference_mode():
-            batch = len(condition.branches)
-            sample = x[None].expand(batch, *x.shape)
-            if unet.normal_channels:
-                zeros = sample.new_zeros((*sample.shape[:-1], unet.normal_channels))
-                sample = torch.cat([sample, zeros if condition.normals is None else condition.normals], dim=-1)
-            timesteps = torch.full((batch,), t, dtype=torch.float32, device=self.device)
-            out = self.unet(
-                sample,
-                timesteps,
-                cross=condition.cross,
-                camera=condition.cameras,
-                reference=condition.reference,
-                reference_scale=condition.reference_scale,
-            ).float()
-            mixed = (torch.tensor(weights, device=self.device)[:, None, None, None, None] * out).sum(0)
+            mixed = out = torch.zeros((), device=self.device)
+            for first in range(0, count, together):
+                some = slice(first, first + together)
+                out = self._outputs(x, t, condition, some)
+                mixed = mixed + (torch.tensor(weights[some], device=self.device)[:, None, None, None, None] * out).sum(0)
             return rescaled(mixed, out[-1], rescale) if rescale else mixed
+
+    def _outputs(self, x: Tensor, t: float, condition: Condition, branches: slice) -> Tensor:
+        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
+        cameras, reference, normals = (
+            None if given is None else given[branches] for given in (condition.cameras, condition.reference, condition.normals)
+        )
+        batch, unet = len(condition.branches[branches]), self.config.unet
+        sample = x[None].expand(batch, *x.shape)
+        if unet.normal_channels:
+            zeros = sample.new_zeros((*sample.shape[:-1], unet.normal_channels))
+            sample = torch.cat([sample, zeros if normals is None else normals], dim=-1)
+        return self.unet(
+            sample,
+            torch.full((batch,), t, dtype=torch.float32, device=self.device),
+            cross=select_objects(condition.cross, branches),
+            camera=cameras,
+            reference=reference,
+            reference_scale=condition.reference_scale,
+        ).float()
 
 
 def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:

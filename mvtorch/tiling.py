@@ -6,7 +6,7 @@ coarsest one, is computed as a whole.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ def resnet_in_tiles(block: ResnetBlock, x: Tensor, *, side: int) -> Tensor:
     return in_tiles(second, h, side=side, halo=1, out=x if block.conv_shortcut is None else None)
 
 
-def encode_in_tiles(encoder: torch.nn.Module, x: Tensor, *, options: AttentionOptions, side: int) -> Tensor:
+def encode_in_tiles(encoder: Any, x: Tensor, *, options: AttentionOptions, side: int) -> Tensor:
     """What the VAE's encoder makes of pixels (n, 3, h, w), in tiles of `side` pixels. Raises OptionError for the side."""
     side = check_tile(side)
     x = in_tiles(lambda piece, tile: encoder.conv_in(piece), x, side=side, halo=1)
@@ -95,7 +95,7 @@ def encode_in_tiles(encoder: torch.nn.Module, x: Tensor, *, options: AttentionOp
     return in_tiles(lambda piece, tile: encoder.conv_out(norm.silu(piece)), x, side=side, halo=1)
 
 
-def decode_in_tiles(decoder: torch.nn.Module, x: Tensor, *, options: AttentionOptions, side: int) -> Tensor:
+def decode_in_tiles(decoder: Any, x: Tensor, *, options: AttentionOptions, side: int) -> Tensor:
     """What the VAE's decoder makes of latents (n, c, h, w), in tiles of `side` pixels. Raises OptionError for the side."""
     side = check_tile(side)
     x = decoder.mid_block(decoder.conv_in(x), options=options)

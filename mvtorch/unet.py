@@ -16,11 +16,25 @@ from torch import Tensor, nn
 from mvshared.attention import FUSED, AttentionOptions, frame_bias
 from mvshared.config import UNetConfig
 from mvshared.shapes import check_context, check_unet_inputs
-from mvtorch.attention import CrossKeyValues, SpatialTransformer
+from mvtorch.attention import CrossKeyValues, KeyValues, SpatialTransformer
 from mvtorch.clip import Resampler
 from mvtorch.layers import Downsample, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, run_block, timestep_embedding
 
 Cross = Sequence[Sequence[CrossKeyValues]]  # of every block of every transformer, in the order in which they run
+
+
+def select_objects(cross: Cross | None, objects: slice) -> Cross | None:
+    """What some of the objects attend to."""
+
+    def selected(given: KeyValues) -> KeyValues:
+        return KeyValues(given.keys[objects], given.values[objects])
+
+    if cross is None:
+        return None
+    return [
+        [CrossKeyValues(selected(each.context), None if each.image is None else selected(each.image)) for each in blocks]
+        for blocks in cross
+    ]
 
 
 class Level(nn.Module):

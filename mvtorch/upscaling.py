@@ -59,7 +59,7 @@ class UpscalerModel(LatentModel):
     @property
     def unet(self) -> LatentUpscaler:
         """The network that upscales, read if it is not in memory."""
-        return self.networks["unet"]
+        return self._network("unet")
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvtorch.observation.observe`; the names begin with unet, vae or text_encoder."""
@@ -73,7 +73,7 @@ class UpscalerModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
         with torch.inference_mode():
-            out = self.networks["text_encoder"](torch.tensor(token_ids, device=self.device))
+            out = self._network("text_encoder")(torch.tensor(token_ids, device=self.device))
             return TextStates(out.hidden_states[-1].float(), out.pooler_output.float())
 
     def condition(

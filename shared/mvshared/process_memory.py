@@ -1,7 +1,9 @@
 """The memory of this process, as Linux counts it: what is measured where an array library keeps no books."""
 
+import ctypes
 import os
 import re
+import sys
 from pathlib import Path
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -19,3 +21,25 @@ def reset_resident_peak() -> None:
     """Measure anew from what is resident now, where that can be measured."""
     if os.access(_RESET, os.W_OK):
         _RESET.write_text("5")
+
+
+def resident() -> int:
+    """Bytes of memory that this process has resident now; where the system does not say, the most that it ever had, or 0."""
+    if _STATUS.exists():
+        found = re.search(r"^VmRSS:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        if found is not None:
+            return 1024 * int(found[1])
+    if sys.platform == "win32":
+        return 0
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def trim_heap() -> None:
+    """Give what was freed back to the system, where the C library keeps it (glibc); elsewhere nothing is done."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

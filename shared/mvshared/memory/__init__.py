@@ -1,0 +1,1 @@
+"""Memory: how a run may use it, what it will take, and what to choose so that it fits a budget."""

@@ -1,0 +1,32 @@
+"""How a run uses memory: what is held together, and what is computed in pieces. It changes results by rounding only."""
+
+from dataclasses import dataclass
+
+from mvshared.attention import FUSED, AttentionOptions
+from mvshared.tiling import check_tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """How much is in memory at once.
+
+    `networks_at_once`: all networks from the first stage to the last, else each is read for its stage and dropped after it.
+    `branches_at_once`: the branches of guidance in one call of the U-Net, else one after the other. `attention` and
+    `vae_attention`: how it is computed in all networks, and in the VAE. `vae_tile`: the side of the tiles of the VAE in pixels,
+    None for whole pictures.
+    `cache_bytes`: how much freed memory MLX may keep for later, None for its own limit. Raises OptionError.
+    """
+
+    networks_at_once: bool = True
+    branches_at_once: bool = True
+    attention: AttentionOptions = FUSED
+    vae_attention: AttentionOptions = FUSED
+    vae_tile: int | None = None
+    cache_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.vae_tile is not None:
+            check_tile(self.vae_tile)
+
+
+PLAIN = MemoryPlan()
