@@ -1,0 +1,163 @@
+"""What the networks' activations take at most, from their configs: every formula follows the layers in the order they run.
+
+Counted is what is alive at once, in numbers per pixel or token, at the layer where that is most: the skip connections that wait
+for the way up, the input, and the working copies of the layer itself. How many copies a layer has at once depends on the
+backend, and was fitted to measured peaks: see docs/memory.md.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mvshared.attention import SCORE_BYTES, AttentionOptions
+from mvshared.backend import BackendName, Dtype
+from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, UNetConfig, VAEConfig
+
+DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+FUSED_WIDTHS = (64, 80, 96, 128)  # head widths for which MLX has a kernel on the GPU
+PIECES = {"torch": 3, "mlx": 10}  # of sliced attention, in flight at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a backend holds of a layer at once, in copies of its input and output; `unfolded` counts float32 copies of a
+    convolution's input that are made for the matrix product, 9 where the whole picture is unfolded at once."""
+
+    norm: float
+    feed_forward: float
+    unfolded: float
+    fused: bool  # attention never holds its scores
+
+    def convolution(self, inputs: float, outputs: float, *, number: int) -> float:
+        """Bytes per pixel of a convolution with its norm before it."""
+        return number * (self.norm * inputs + outputs) + SCORE_BYTES * self.unfolded * inputs
+
+
+def costs_of(backend: BackendName, device: str) -> Costs:
+    """The costs of a backend on a device."""
+    if backend == "torch":
+        return Costs(norm=3, feed_forward=18, unfolded=0, fused=True)
+    if device == "cpu":
+        return Costs(norm=4, feed_forward=18, unfolded=9, fused=False)
+    return Costs(norm=5, feed_forward=18, unfolded=0, fused=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a network's memory depends on beside its config: pictures that run together, and (h, w) of its finest level."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    dtype: Dtype
+    attention: AttentionOptions
+
+    @property
+    def number(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.frames * self.height * self.width
+
+
+def attention_bytes(costs: Costs, options: AttentionOptions, *, batch: int, heads: int, queries: int, keys: int, width: int) -> int:
+    """Bytes of the scores that attention holds at once."""
+    scores = SCORE_BYTES * batch * heads * queries * keys
+    if options.implementation == "plain":
+        return 3 * scores
+    pieces = PIECES["torch" if costs.unfolded == 0 and costs.fused else "mlx"]
+    if options.implementation == "sliced":
+        return min(3 * scores, pieces * max(options.budget_bytes, SCORE_BYTES * keys))
+    return 0 if costs.fused and width in FUSED_WIDTHS else 2 * scores
+
+
+def unet_bytes(config: UNetConfig, sizes: Sizes, costs: Costs) -> int:
+    """The most that one call of the U-Net takes: skip connections and the widest layer, whichever level has it."""
+    most = 0.0
+    for level, inputs, outputs, skips, attends in _unet_layers(config):
+        pixels = sizes.pixels / 4**level
+        waiting = sizes.number * sizes.pixels * skips
+        work = pixels * (sizes.number * inputs + costs.convolution(max(inputs, outputs), outputs, number=sizes.number))
+        if attends:
+            tokens = sizes.frames * sizes.height * sizes.width // 4**level
+            heads = config.heads(level)
+            scores = attention_bytes(
+                costs, sizes.attention, batch=sizes.batch, heads=heads, queries=tokens, keys=tokens, width=outputs // heads
+            )
+            work = max(work, pixels * sizes.number * outputs * costs.feed_forward)
+            work = max(work, pixels * sizes.number * outputs * 7 + scores)
+        most = max(most, waiting + work)
+    return round(most)
+
+
+def _unet_layers(config: UNetConfig) -> Iterator[tuple[int, int, int, float, bool]]:
+    """Level, input and output channels, and channels of the waiting skip connections per pixel of the finest level, of every
+    resnet, and whether a transformer follows it."""
+    channels, last = config.block_out_channels, len(config.block_out_channels) - 1
+    width, skips = channels[0], [(0, channels[0])]
+    for level, count in enumerate(config.layers_per_block):
+        for _ in range(count):
+            yield level, width, channels[level], _waiting(skips), config.attention_levels[level]
+            width = channels[level]
+            skips.append((level, width))
+        if level < last:
+            skips.append((level + 1, width))
+    yield last, width, width, _waiting(skips), config.mid_attention
+    for level in range(last, -1, -1):
+        for _ in range(config.layers_per_block[level] + 1):
+            skip = skips.pop()[1]
+            yield level, width + skip, channels[level], _waiting(skips), config.attention_levels[level]
+            width = channels[level]
+
+
+def _waiting(skips: list[tuple[int, int]]) -> float:
+    return sum(width / 4**level for level, width in skips)
+
+
+def vae_bytes(config: VAEConfig, sizes: Sizes, costs: Costs, *, decoder: bool, tile: int | None) -> int:
+    """The most that the VAE's encoder or decoder takes for one picture; `sizes` are those of the picture."""
+    channels = config.block_out_channels
+    pixels, number = sizes.height * sizes.width, sizes.number
+    most = 0.0
+    for level, width in enumerate(channels):
+        here = pixels / 4**level
+        wider = channels[min(level + 1, len(channels) - 1)] if decoder else width
+        if tile is None:
+            most = max(most, here * (number * wider + costs.convolution(wider, max(width, wider), number=number)))
+        else:
+            piece = min(here, (tile + 2) ** 2)
+            held = number * here * (wider + 2 * width if wider != width else 2 * width)
+            most = max(most, held + piece * (8 * wider + costs.convolution(wider, wider, number=number)))
+    coarse = pixels // 4 ** (len(channels) - 1)
+    middle = channels[-1] * coarse * number * 6.0
+    middle += attention_bytes(costs, sizes.attention, batch=1, heads=1, queries=coarse, keys=coarse, width=channels[-1])
+    if config.mid_block_add_attention:
+        most = max(most, middle)
+    return round(most)
+
+
+def tower_bytes(config: CLIPTextConfig | CLIPVisionConfig, sizes: Sizes, costs: Costs) -> int:
+    """The most that a CLIP tower takes for `sizes.batch` texts or pictures: every layer's states are kept."""
+    tokens = config.tokens if isinstance(config, CLIPVisionConfig) else config.max_position_embeddings
+    width, number = config.hidden_size, sizes.number
+    kept = (config.num_hidden_layers + 1) * width * number
+    work = number * (4 * width + 2 * config.intermediate_size)
+    scores = attention_bytes(
+        costs,
+        sizes.attention,
+        batch=sizes.batch,
+        heads=config.num_attention_heads,
+        queries=tokens,
+        keys=tokens,
+        width=width // config.num_attention_heads,
+    )
+    return sizes.batch * tokens * (kept + work) + scores
+
+
+def upscaler_bytes(config: KUNetConfig, sizes: Sizes, costs: Costs) -> int:
+    """The most that one call of the upscaler's network takes; `sizes` are those of the larger latents."""
+    channels = config.block_out_channels
+    skips = sum(width / 4**level for level, width in enumerate(channels))
+    work = costs.convolution(2 * channels[0], 2 * channels[0], number=sizes.number) + sizes.number * 2 * channels[0]
+    return round(sizes.pixels * (sizes.number * skips + work))
