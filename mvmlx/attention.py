@@ -34,11 +34,17 @@ def attention(
     """softmax(q k^T / sqrt(d)) v of queries (b, n, l, d) to keys and values (b, n, m, d), as (b, n, l, d).
 
     `causal` lets a token attend to itself and to those before it; there l = m. `key_bias` (m,) is added to the scores of each
-    key, and not for causal attention. The softmax is in float32 whatever the dtype.
+    key, and not for causal attention. The softmax is in float32 whatever the dtype. What no kernel takes in half precision is
+    `sliced`: MLX would write it out with scores in that dtype, where those beyond 65504 are infinite.
     """
     if options.implementation == "fused":
         mask = "causal" if causal else None if key_bias is None else key_bias.astype(q.dtype)
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+        half = q.dtype != mx.float32
+        try:
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, force_fused=half)
+        except ValueError:  # there is no kernel
+            if not half:
+                raise
     if options.implementation == "plain":
         return _plain_attention(q, k, v, first=0 if causal else None, key_bias=key_bias)
     batch, heads, queries, width = q.shape

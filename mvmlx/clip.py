@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mvmlx.attention import attention
+from mvmlx.layers import gelu
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import Activation, CLIPTextConfig, CLIPVisionConfig, ResamplerConfig
 from mvshared.shapes import check_pictures, check_tokens
@@ -58,7 +59,7 @@ class CLIPMLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., c) to (..., c)."""
         x = self.fc1(x)
-        return self.fc2(nn.gelu(x) if self.activation == "gelu" else x * mx.sigmoid(1.702 * x))
+        return self.fc2(gelu(x) if self.activation == "gelu" else x * mx.sigmoid(1.702 * x))
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -212,7 +213,7 @@ class Resampler(nn.Module):
         """States (b, m, embedding_dim) to image tokens (b, num_queries, output_dim)."""
         x = self.proj_in(x.astype(self.latents.dtype))
         latents = mx.broadcast_to(self.latents, (len(x), *self.latents.shape[1:]))
-        for attend, (norm, up, gelu, down) in self.layers:
+        for attend, (norm, up, _, down) in self.layers:
             latents = latents + attend(x, latents, options=options)
             latents = latents + down(gelu(up(norm(latents))))
         return self.norm_out(self.proj_out(latents))

@@ -4,6 +4,7 @@ Inside the networks pictures are (n, h, w, c), where n counts the views of all o
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -149,7 +150,7 @@ class GEGLU(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., channels) to (..., hidden)."""
         x, gate = mx.split(self.proj(x), 2, axis=-1)
-        return x * nn.gelu(gate)
+        return x * gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -162,6 +163,16 @@ class FeedForward(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., channels) to (..., channels)."""
         return self.net[2](self.net[0](x))
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The exact GELU, computed in float32: MLX's own doubles x in its dtype, and beyond 32752 float16 has no room for that."""
+    return _gelu(x)
+
+
+@partial(mx.compile, shapeless=True)  # one kernel, which reads and writes the dtype of x
+def _gelu(x: mx.array) -> mx.array:
+    return nn.gelu(x.astype(mx.float32)).astype(x.dtype)
 
 
 def timestep_embedding(timesteps: mx.array, channels: int) -> mx.array:

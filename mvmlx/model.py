@@ -24,12 +24,14 @@ from mvmlx.observation import Observer, observe
 from mvmlx.unet import Cross, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
+from mvshared import precision
 from mvshared.backend import Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.networks import Networks
+from mvshared.precision import DtypeChoice
 from mvshared.weights import check_names_and_shapes, match_tensors
 
 
@@ -183,13 +185,20 @@ def choose_device(device: str = "auto") -> str:
     return device
 
 
+def default_dtype(device: str) -> DtypeChoice:
+    """The dtype of a device for which none is given, and why."""
+    if device == "cpu":
+        return precision.MLX_CPU
+    return precision.METAL if mx.metal.is_available() else precision.on_cuda(precision.TENSOR_CORES)
+
+
 def choose_dtype(dtype: str | None, *, device: str) -> Dtype:
-    """The given dtype, or float16 on a GPU and float32 on the CPU. Raises OptionError for another name.
+    """The given dtype, or that of `default_dtype`. Raises OptionError for another name.
 
     Raises BackendError for bfloat16 on Metal: its fast convolutions keep their transforms in the tensor's dtype, which leaves
     an error of some 6 % per layer in bfloat16.
     """
-    chosen = parse_dtype(dtype, default="float16" if device == "gpu" else "float32")
+    chosen = parse_dtype(dtype, default=default_dtype(device).dtype)
     if chosen == "bfloat16" and device == "gpu" and mx.metal.is_available():
         raise BackendError("convolutions in bfloat16 are inaccurate on Metal", backend="mlx", hint="use float16 or float32")
     return chosen

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mvmlx.attention import Attention, KeyValues
-from mvmlx.layers import AdaGroupNorm, run_block
+from mvmlx.layers import AdaGroupNorm, gelu, run_block
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import K_GROUP_WIDTH, K_NORM_EPS, KUNetConfig
 from mvshared.upscaling.shapes import check_context, check_inputs
@@ -31,8 +31,8 @@ class KResnetBlock(nn.Module):
 
     def __call__(self, x: mx.array, emb: mx.array) -> mx.array:
         """x (n, h, w, in_channels) and embeddings (n, time_embed_dim) to (n, h, w, out_channels)."""
-        h = self.conv1(nn.gelu(self.norm1(x, emb)))
-        h = self.conv2(nn.gelu(self.norm2(h, emb)))
+        h = self.conv1(gelu(self.norm1(x, emb)))
+        h = self.conv2(gelu(self.norm2(h, emb)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -101,7 +101,7 @@ class KTimeEmbedding(nn.Module):
 
     def __call__(self, waves: mx.array, condition: mx.array) -> mx.array:
         """Waves (b, time_embed_dim) and condition (b, time_cond_proj_dim) to (b, time_embed_dim)."""
-        return nn.gelu(self.linear_2(nn.gelu(self.linear_1(waves + self.cond_proj(condition)))))
+        return gelu(self.linear_2(gelu(self.linear_1(waves + self.cond_proj(condition)))))
 
 
 class FourierEmbedding(nn.Module):

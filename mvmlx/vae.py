@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mvmlx.attention import SpatialAttention
-from mvmlx.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
+from mvmlx.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample, run_block
 from mvmlx.tiling import decode_in_tiles, encode_in_tiles
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import VAEConfig
@@ -37,10 +37,10 @@ class Level(nn.Module):
         self.downsamplers = [Downsample(out_channels, pad_after=True)] if downsample else []
         self.upsamplers = [Upsample(out_channels)] if upsample else []
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *, recompute: bool = False) -> mx.array:
         """(n, h, w, in_channels) to (n, h', w', out_channels)."""
         for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = block(x)
+            x = run_block(block, x, recompute=recompute)
         return x
 
 
@@ -53,12 +53,12 @@ class MidBlock(nn.Module):
         self.attentions = [SpatialAttention(channels, groups=groups, eps=NORM_EPS)] if config.mid_block_add_attention else []
         self.resnets = [ResnetBlock(channels, channels, groups=groups, eps=NORM_EPS) for _ in range(2)]
 
-    def __call__(self, x: mx.array, *, options: AttentionOptions) -> mx.array:
+    def __call__(self, x: mx.array, *, options: AttentionOptions, recompute: bool = False) -> mx.array:
         """(n, h, w, c) to (n, h, w, c)."""
-        x = self.resnets[0](x)
+        x = run_block(self.resnets[0], x, recompute=recompute)
         for attention in self.attentions:
-            x = attention(x, options=options)
-        return self.resnets[1](x)
+            x = run_block(attention, x, recompute=recompute, options=options)
+        return run_block(self.resnets[1], x, recompute=recompute)
 
 
 class Encoder(nn.Module):
@@ -83,12 +83,12 @@ class Encoder(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def __call__(self, x: mx.array, *, options: AttentionOptions) -> mx.array:
+    def __call__(self, x: mx.array, *, options: AttentionOptions, recompute: bool = False) -> mx.array:
         """Pixels (n, h, w, 3) to (n, h / 8, w / 8, 2 * latent_channels)."""
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x, options=options)
+            x = block(x, recompute=recompute)
+        x = self.mid_block(x, options=options, recompute=recompute)
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
 
@@ -114,21 +114,27 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=NORM_EPS)
         self.conv_out = Float32Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
-    def __call__(self, x: mx.array, *, options: AttentionOptions) -> mx.array:
+    def __call__(self, x: mx.array, *, options: AttentionOptions, recompute: bool = False) -> mx.array:
         """Latents (n, h, w, latent_channels) to float32 pixels (n, 8 h, 8 w, 3)."""
-        x = self.mid_block(self.conv_in(x), options=options)
+        x = self.mid_block(self.conv_in(x), options=options, recompute=recompute)
         for block in self.up_blocks:
-            x = block(x)
+            x = block(x, recompute=recompute)
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder. Pixels are in [-1, 1]; latents are unscaled unless a function says otherwise."""
+    """Encoder and decoder. Pixels are in [-1, 1]; latents are unscaled unless a function says otherwise.
 
-    def __init__(self, config: VAEConfig, *, attention_options: AttentionOptions = FUSED) -> None:
+    `gradient_checkpointing` trades time for memory in training: blocks are computed again for their gradients.
+    """
+
+    def __init__(
+        self, config: VAEConfig, *, attention_options: AttentionOptions = FUSED, gradient_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.attention_options = attention_options
+        self.gradient_checkpointing = gradient_checkpointing
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
@@ -166,13 +172,20 @@ class AutoencoderKL(nn.Module):
     def _encode(self, pixels: mx.array, *, tile: int | None) -> mx.array:
         x = pixels.astype(self.quant_conv.weight.dtype)
         options = self.attention_options
-        encoded = encode_in_tiles(self.encoder, x, options=options, side=tile) if tile else self.encoder(x, options=options)
-        return self.quant_conv(encoded)
+        if tile:
+            x = encode_in_tiles(self.encoder, x, options=options, side=tile)
+        else:
+            x = self.encoder(x, options=options, recompute=self.gradient_checkpointing)
+        return self.quant_conv(x)
 
     def _decode(self, latents: mx.array, *, tile: int | None) -> mx.array:
         x = latents.astype(self.post_quant_conv.weight.dtype)
         x, options = self.post_quant_conv(x), self.attention_options
-        return decode_in_tiles(self.decoder, x, options=options, side=tile) if tile else self.decoder(x, options=options)
+        if tile:
+            x = decode_in_tiles(self.decoder, x, options=options, side=tile)
+        else:
+            x = self.decoder(x, options=options, recompute=self.gradient_checkpointing)
+        return x
 
     def _statistics(self, latents: mx.array) -> tuple[mx.array, mx.array]:
         mean = self.config.latents_mean or (0.0,) * self.config.latent_channels

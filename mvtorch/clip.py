@@ -7,13 +7,13 @@ tower's last layer but one.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import Activation, CLIPTextConfig, CLIPVisionConfig, ResamplerConfig
 from mvshared.shapes import check_pictures, check_tokens
 from mvtorch.attention import attention
+from mvtorch.layers import gelu
 
 
 class CLIPOutput(NamedTuple):
@@ -59,7 +59,7 @@ class CLIPMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., c) to (..., c)."""
         x = self.fc1(x)
-        return self.fc2(F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x))
+        return self.fc2(gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x))
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -216,7 +216,7 @@ class Resampler(nn.Module):
         """States (b, m, embedding_dim) to image tokens (b, num_queries, output_dim)."""
         x = self.proj_in(x.to(self.latents.dtype))
         latents = self.latents.expand(len(x), -1, -1)
-        for attend, (norm, up, gelu, down) in self.layers:  # pyright: ignore[reportGeneralTypeIssues]
+        for attend, (norm, up, _, down) in self.layers:  # pyright: ignore[reportGeneralTypeIssues]
             latents = latents + attend(x, latents, options=options)
             latents = latents + down(gelu(up(norm(latents))))
         return self.norm_out(self.proj_out(latents))

@@ -64,7 +64,8 @@ class Float32Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Convolve x (n, c, h, w); the result is float32."""
         bias = None if self.bias is None else self.bias.float()
-        return self._conv_forward(x.float(), self.weight.float(), bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._conv_forward(x.float(), self.weight.float(), bias)
 
 
 class ResnetBlock(nn.Module):
@@ -142,7 +143,7 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to (..., hidden)."""
         x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return x * gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -155,6 +156,11 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to (..., channels)."""
         return self.net[2](self.net[0](x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU, which PyTorch computes in float32."""
+    return F.gelu(x)
 
 
 def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:

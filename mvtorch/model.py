@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from mvshared import precision
 from mvshared.backend import Dtype, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.networks import Networks
+from mvshared.precision import DtypeChoice
 from mvshared.weights import Stored, check_names_and_shapes, match_tensors
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.latents import LatentModel, to_numpy
@@ -181,9 +183,19 @@ def choose_device(device: str = "auto") -> str:
     return device
 
 
+def default_dtype(device: str) -> DtypeChoice:
+    """The dtype of a device for which none is given, and why."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return precision.on_cuda(torch.cuda.get_device_capability(device))
+    if kind == "cpu":  # where oneDNN has the fast products
+        return precision.on_cpu(precision.bfloat16_instructions() if torch.backends.mkldnn.is_available() else None)
+    return precision.elsewhere(kind)
+
+
 def choose_dtype(dtype: str | None, *, device: str) -> Dtype:
-    """The given dtype, or float16 on a GPU and float32 on the CPU. Raises OptionError for another name."""
-    return parse_dtype(dtype, default="float16" if device.startswith("cuda") else "float32")
+    """The given dtype, or that of `default_dtype`. Raises OptionError for another name."""
+    return parse_dtype(dtype, default=default_dtype(device).dtype)
 
 
 def load_model(name: str | Path, *, dtype: str | None = None, device: str = "auto", at_once: bool = True) -> MultiViewModel:

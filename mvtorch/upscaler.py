@@ -10,14 +10,13 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import K_GROUP_WIDTH, K_NORM_EPS, KUNetConfig
 from mvshared.upscaling.shapes import check_context, check_inputs
 from mvtorch.attention import Attention, KeyValues
-from mvtorch.layers import AdaGroupNorm, run_block
+from mvtorch.layers import AdaGroupNorm, gelu, run_block
 
 
 class KResnetBlock(nn.Module):
@@ -33,8 +32,8 @@ class KResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (n, in_channels, h, w) and embeddings (n, time_embed_dim) to (n, out_channels, h, w)."""
-        h = self.conv1(F.gelu(self.norm1(x, emb)))
-        h = self.conv2(F.gelu(self.norm2(h, emb)))
+        h = self.conv1(gelu(self.norm1(x, emb)))
+        h = self.conv2(gelu(self.norm2(h, emb)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -106,7 +105,7 @@ class KTimeEmbedding(nn.Module):
 
     def forward(self, waves: Tensor, condition: Tensor) -> Tensor:
         """Waves (b, time_embed_dim) and condition (b, time_cond_proj_dim) to (b, time_embed_dim)."""
-        return F.gelu(self.linear_2(F.gelu(self.linear_1(waves + self.cond_proj(condition)))))
+        return gelu(self.linear_2(gelu(self.linear_1(waves + self.cond_proj(condition)))))
 
 
 class FourierEmbedding(nn.Module):

@@ -13,7 +13,7 @@ from mvshared.config import VAEConfig
 from mvshared.errors import OptionError
 from mvshared.shapes import check_pictures
 from mvtorch.attention import SpatialAttention
-from mvtorch.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
+from mvtorch.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample, run_block
 from mvtorch.tiling import decode_in_tiles, encode_in_tiles
 
 NORM_EPS = 1e-6
@@ -40,10 +40,10 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(out_channels, pad_after=True)] if downsample else [])
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
         """(n, in_channels, h, w) to (n, out_channels, h', w')."""
         for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = block(x)
+            x = run_block(block, x, recompute=recompute)
         return x
 
 
@@ -57,12 +57,12 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups=groups, eps=NORM_EPS) for _ in range(2))
 
-    def forward(self, x: Tensor, *, options: AttentionOptions) -> Tensor:
+    def forward(self, x: Tensor, *, options: AttentionOptions, recompute: bool = False) -> Tensor:
         """(n, c, h, w) to (n, c, h, w)."""
-        x = self.resnets[0](x)
+        x = run_block(self.resnets[0], x, recompute=recompute)
         for attention in self.attentions:
-            x = attention(x, options=options)
-        return self.resnets[1](x)
+            x = run_block(attention, x, recompute=recompute, options=options)
+        return run_block(self.resnets[1], x, recompute=recompute)
 
 
 class Encoder(nn.Module):
@@ -87,12 +87,12 @@ class Encoder(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, *, options: AttentionOptions) -> Tensor:
+    def forward(self, x: Tensor, *, options: AttentionOptions, recompute: bool = False) -> Tensor:
         """Pixels (n, 3, h, w) to (n, 2 * latent_channels, h / 8, w / 8)."""
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x, options=options)
+            x = block(x, recompute=recompute)
+        x = self.mid_block(x, options=options, recompute=recompute)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -118,21 +118,27 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=NORM_EPS)
         self.conv_out = Float32Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, *, options: AttentionOptions) -> Tensor:
+    def forward(self, x: Tensor, *, options: AttentionOptions, recompute: bool = False) -> Tensor:
         """Latents (n, latent_channels, h, w) to float32 pixels (n, 3, 8 h, 8 w)."""
-        x = self.mid_block(self.conv_in(x), options=options)
+        x = self.mid_block(self.conv_in(x), options=options, recompute=recompute)
         for block in self.up_blocks:
-            x = block(x)
+            x = block(x, recompute=recompute)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder. Pixels are in [-1, 1]; latents are unscaled unless a function says otherwise."""
+    """Encoder and decoder. Pixels are in [-1, 1]; latents are unscaled unless a function says otherwise.
 
-    def __init__(self, config: VAEConfig, *, attention_options: AttentionOptions = FUSED) -> None:
+    `gradient_checkpointing` trades time for memory in training: blocks are computed again for their gradients.
+    """
+
+    def __init__(
+        self, config: VAEConfig, *, attention_options: AttentionOptions = FUSED, gradient_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.attention_options = attention_options
+        self.gradient_checkpointing = gradient_checkpointing
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
@@ -171,14 +177,20 @@ class AutoencoderKL(nn.Module):
     def _encode(self, pixels: Tensor, *, tile: int | None) -> Tensor:
         x = pixels.to(self.quant_conv.weight.dtype).permute(0, 3, 1, 2)
         options = self.attention_options
-        encoded = encode_in_tiles(self.encoder, x, options=options, side=tile) if tile else self.encoder(x, options=options)
-        return self.quant_conv(encoded).permute(0, 2, 3, 1)
+        if tile:
+            x = encode_in_tiles(self.encoder, x, options=options, side=tile)
+        else:
+            x = self.encoder(x, options=options, recompute=self.gradient_checkpointing)
+        return self.quant_conv(x).permute(0, 2, 3, 1)
 
     def _decode(self, latents: Tensor, *, tile: int | None) -> Tensor:
         x = latents.to(self.post_quant_conv.weight.dtype).permute(0, 3, 1, 2)
         x, options = self.post_quant_conv(x), self.attention_options
-        decoded = decode_in_tiles(self.decoder, x, options=options, side=tile) if tile else self.decoder(x, options=options)
-        return decoded.permute(0, 2, 3, 1)
+        if tile:
+            x = decode_in_tiles(self.decoder, x, options=options, side=tile)
+        else:
+            x = self.decoder(x, options=options, recompute=self.gradient_checkpointing)
+        return x.permute(0, 2, 3, 1)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.config.latents_mean or (0.0,) * self.config.latent_channels

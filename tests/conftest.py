@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def preload_torch_blas() -> None:
 
 
 preload_torch_blas()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_same_default_dtype_on_every_processor() -> Iterator[None]:
+    """Float32, so that tests compare the same numbers wherever they run; commands in other processes choose for themselves."""
+    import mvshared.precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mvshared.precision, "bfloat16_instructions", lambda: None)
+        yield
 
 
 @cache

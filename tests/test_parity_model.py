@@ -28,6 +28,7 @@ from helpers import (
 from numpy.typing import NDArray
 
 import mvmlx.model
+import mvshared.precision
 import mvtorch.model
 import mvtorch.train
 from mvshared.checkpoint import WEIGHT_FILE, weight_files, write_component, write_model_config
@@ -335,9 +336,20 @@ def test_an_unknown_dtype_is_refused(folder: Path, backend: Backend) -> None:
         MODULES[backend].load_model(folder, dtype="int8")
 
 
-def test_the_default_dtype_is_float16_on_a_gpu_and_float32_on_the_cpu() -> None:
-    assert mvtorch.model.choose_dtype(None, device="cuda:1") == mvmlx.model.choose_dtype(None, device="gpu") == "float16"
-    assert mvtorch.model.choose_dtype(None, device="cpu") == mvmlx.model.choose_dtype(None, device="cpu") == "float32"
+def test_the_default_dtype_is_what_the_device_is_good_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = [mvmlx.model.choose_dtype(None, device=device) for device in ("gpu", "cpu")]
+    assert chosen == ["float16", "float32"]
+    for capability, dtype in (((9, 0), "float16"), ((7, 0), "float16"), ((6, 1), "float32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert mvtorch.model.choose_dtype(None, device="cuda:1") == dtype
+    for instructions, dtype in (("AMX", "bfloat16"), (None, "float32")):
+        monkeypatch.setattr(mvshared.precision, "bfloat16_instructions", lambda found=instructions: found)
+        assert mvtorch.model.choose_dtype(None, device="cpu") == dtype
+        assert mvmlx.model.choose_dtype(None, device="cpu") == "float32"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(mvshared.precision, "bfloat16_instructions", lambda: "AMX")
+    assert mvtorch.model.choose_dtype(None, device="cpu") == "float32"
+    assert mvtorch.model.choose_dtype(None, device="meta") == "float32"
 
 
 def test_bfloat16_is_refused_on_metal_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,11 +192,14 @@ def download(name: str, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--backend", default="auto", show_default=True, help="auto, mlx or torch.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def info(model: str, backend: str, as_json: bool) -> None:
-    """Say what is in MODEL, an embedded model's name or a checkpoint folder, and what is wrong with it."""
+def info(model: str | None, backend: str, as_json: bool) -> None:
+    """Say what is in MODEL, an embedded model's name or a checkpoint folder, and what is wrong with it.
+
+    And what the installed backends compute on, in which dtype, and why; without MODEL, only that.
+    """
     from mvshared.commands.checkpoints import show_model
 
     show_model(model, backend=backend, as_json=as_json)

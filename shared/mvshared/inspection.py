@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from mvshared.backend import PACKAGES, choose_backend
+from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, choose_backend
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig, UNetConfig
 from mvshared.errors import MvError
@@ -42,6 +42,28 @@ class Report:
         """What the weights of the sound components need, by dtype; activations come on top."""
         numbers = sum(component.parameters for component in self.components)
         return {dtype: numbers * size for dtype, size in BYTES_PER_NUMBER.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceReport:
+    """What a backend computes on and in if nothing is said, and why in that dtype."""
+
+    backend: BackendName
+    device: str
+    dtype: Dtype
+    reason: str
+
+
+def inspect_devices(*, backend: str = "auto") -> tuple[DeviceReport, ...]:
+    """The defaults of a backend; `auto` is every one that is installed. Raises OptionError and BackendError."""
+    chosen = choose_backend(backend)
+    reports = []
+    for name in available_backends() if backend == "auto" else [chosen]:
+        module = importlib.import_module(f"{PACKAGES[name]}.model")
+        device = module.choose_device()
+        dtype, reason = module.default_dtype(device)
+        reports.append(DeviceReport(backend=name, device=device, dtype=dtype, reason=reason))
+    return tuple(reports)
 
 
 def inspect(name: Path | str, *, backend: str = "auto") -> Report:

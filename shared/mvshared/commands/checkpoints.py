@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.errors import CheckpointError, NumericsError
-from mvshared.inspection import Report, inspect
+from mvshared.inspection import Report, inspect, inspect_devices
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.upscaling.config import UpscalerConfig
 
@@ -70,16 +70,23 @@ def _size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def show_model(name: str, *, backend: str, as_json: bool) -> None:
+def show_model(name: str | None, *, backend: str, as_json: bool) -> None:
     """`mvmlx info`. Raises CheckpointError if something is wrong with the folder."""
-    report = inspect(name, backend=backend)
+    report = None if name is None else inspect(name, backend=backend)
+    devices = inspect_devices(backend=backend)
     if as_json:
-        document = {"folder": str(report.folder), "family": report.config.family if report.config else None}
-        document |= {"components": [asdict(each) for each in report.components], "faults": report.faults}
-        click.echo(json.dumps(document | {"memory_bytes": report.memory_bytes()}))
+        document: dict[str, Any] = {}
+        if report is not None:
+            document |= {"folder": str(report.folder), "family": report.config.family if report.config else None}
+            document |= {"components": [asdict(each) for each in report.components], "faults": report.faults}
+            document |= {"memory_bytes": report.memory_bytes()}
+        click.echo(json.dumps(document | {"devices": [asdict(each) for each in devices]}))
     else:
-        _print_report(report)
-    if report.faults:
+        if report is not None:
+            _print_report(report)
+        for each in devices:
+            click.echo(f"{each.backend} computes on {each.device} in {each.dtype} unless it is told otherwise: {each.reason}")
+    if report is not None and report.faults:
         count = len(report.faults)
         raise CheckpointError(f"{count} fault{'s' if count > 1 else ''}; the first: {report.faults[0]}")
 

@@ -61,7 +61,9 @@ class Sizes:
         return self.batch * self.frames * self.height * self.width
 
 
-def attention_bytes(costs: Costs, options: AttentionOptions, *, batch: int, heads: int, queries: int, keys: int, width: int) -> int:
+def attention_bytes(
+    costs: Costs, options: AttentionOptions, *, batch: int, heads: int, queries: int, keys: int, width: int
+) -> int:
     """Bytes of the scores that attention holds at once."""
     scores = SCORE_BYTES * batch * heads * queries * keys
     if options.implementation == "plain":

@@ -1,0 +1,97 @@
+"""Which dtype is the default, the reasons that are given, and where they are printed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from helpers import BACKENDS
+
+import mvshared.precision
+from mvshared.backend import Dtype
+from mvshared.cli import run
+from mvshared.inspection import inspect_devices
+from mvshared.precision import METAL, MLX_CPU, elsewhere, on_cpu, on_cuda
+
+READ_CPUINFO = mvshared.precision.bfloat16_instructions  # the fixture of conftest replaces it
+X86 = "processor\t: 0\nmodel name\t: a processor\nflags\t\t: fpu sse2 {flags} avx512_fp16\n\nprocessor\t: 1\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd {flags} svebf16x\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "instructions"),
+    [
+        (X86.format(flags="avx512_bf16 amx_bf16"), "AMX"),
+        (X86.format(flags="avx512_bf16"), "AVX-512"),
+        (X86.format(flags="avx512f"), None),
+        (ARM.format(flags="bf16 i8mm"), "Arm's BF16"),
+        (ARM.format(flags="i8mm"), None),
+        ("bugs : bf16\n", None),
+        ("", None),
+    ],
+)
+def test_instructions_for_bfloat16_are_read_from_the_kernels_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, instructions: str | None
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(mvshared.precision, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(mvshared.precision.platform, "system", lambda: "Linux")
+    assert READ_CPUINFO() == instructions
+
+
+def test_without_the_kernels_list_no_instructions_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mvshared.precision, "CPUINFO", tmp_path / "none")
+    assert READ_CPUINFO() is None
+    (tmp_path / "none").write_text(X86.format(flags="amx_bf16"))
+    monkeypatch.setattr(mvshared.precision.platform, "system", lambda: "Darwin")
+    assert READ_CPUINFO() is None
+
+
+def test_every_choice_names_a_dtype_and_one_sentence_of_reason() -> None:
+    choices = [METAL, MLX_CPU, on_cuda((9, 0)), on_cuda((6, 1)), on_cpu("AMX"), on_cpu(None), elsewhere("mps")]
+    for choice in choices:
+        assert choice.dtype in get_args(Dtype)
+        assert choice.reason and not choice.reason.endswith(".")
+    assert "6.1" in on_cuda((6, 1)).reason
+    assert "AMX" in on_cpu("AMX").reason
+    assert "mps" in elsewhere("mps").reason
+
+
+def test_a_processor_never_computes_in_float16_by_default() -> None:
+    assert {on_cpu("AMX").dtype, on_cpu(None).dtype, MLX_CPU.dtype} == {"bfloat16", "float32"}
+
+
+def test_info_names_device_dtype_and_reason_of_every_backend(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mvshared.precision, "bfloat16_instructions", lambda: "AMX")
+    expected = inspect_devices()
+    assert {each.backend for each in expected} == set(BACKENDS)
+    assert {each.dtype for each in expected if each.device == "cpu" and each.backend == "torch"} <= {"bfloat16"}
+    for arguments in (["info"], ["info", "demo"]):
+        assert run(arguments) == 0
+        lines = capfd.readouterr().out.splitlines()
+        for each in expected:
+            said = [line for line in lines if line.startswith(f"{each.backend} computes on {each.device} in {each.dtype}")]
+            assert len(said) == 1 and said[0].endswith(each.reason)
+        assert ("family" in lines[0]) == (arguments[1:] == ["demo"])
+
+
+def test_info_of_one_backend_is_of_that_alone_and_json_has_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    for backend in BACKENDS:
+        assert run(["info", "--backend", backend, "--json"]) == 0
+        document = json.loads(capfd.readouterr().out)
+        assert document == {"devices": [vars(each) for each in inspect_devices(backend=backend)]}
+        assert document["devices"][0]["backend"] == backend
+
+
+def test_a_process_of_its_own_uses_what_this_processor_has() -> None:
+    code = "import mvtorch.model as m; print(*m.default_dtype('cpu'), sep='|')"
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env={"PYTHONPATH": f"{root}:{root / 'shared'}"}, text=True, capture_output=True
+    )
+    dtype, reason = done.stdout.strip().split("|")
+    assert (dtype, reason) == on_cpu(READ_CPUINFO())
