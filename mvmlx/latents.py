@@ -15,16 +15,29 @@ from mvshared.shapes import check_pictures
 
 
 class LatentModel:
-    """A VAE on one device; its subclasses add what makes latents."""
+    """A VAE on one device; its subclasses add what makes latents.
+
+    `quantization` says how weights were quantised: q8 or q4 as they were read, `stored` and the preset if their files are.
+    """
 
     backend: BackendName
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    quantization: str | None
 
-    def __init__(self, vae: AutoencoderKL, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        *,
+        device: str,
+        dtype: Dtype,
+        weight_files: Sequence[Path],
+        quantization: str | None = None,
+    ) -> None:
         self.backend = "mlx"
         self.vae, self.device, self.dtype, self.weight_files = vae, device, dtype, weight_files
+        self.quantization = quantization
 
     def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
         """A float32 copy on the device."""

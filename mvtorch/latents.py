@@ -14,16 +14,29 @@ from mvtorch.vae import AutoencoderKL
 
 
 class LatentModel:
-    """A VAE on one device; its subclasses add what makes latents."""
+    """A VAE on one device; its subclasses add what makes latents.
+
+    `quantization` says how weights were quantised: q8 or q4 as they were read, `stored` and the preset if their files are.
+    """
 
     backend: BackendName
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    quantization: str | None
 
-    def __init__(self, vae: AutoencoderKL, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        *,
+        device: str,
+        dtype: Dtype,
+        weight_files: Sequence[Path],
+        quantization: str | None = None,
+    ) -> None:
         self.backend = "torch"
         self.vae, self.device, self.dtype, self.weight_files = vae, device, dtype, weight_files
+        self.quantization = quantization
 
     def from_numpy(self, x: NDArray[np.float32]) -> Tensor:
         """A float32 copy on the device."""

@@ -17,10 +17,12 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
-from mvshared.weights import Stored, check_names_and_shapes, match_tensors
+from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
+from mvshared.weights import Stored, check_names_and_shapes, choose_quantization, match_tensors, stored_quantization
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.latents import LatentModel, to_numpy
 from mvtorch.observation import Observer, observe
+from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Cross, MultiViewUNet
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
@@ -63,8 +65,9 @@ class MultiViewModel(LatentModel):
         device: str,
         dtype: Dtype,
         weight_files: Sequence[Path],
+        quantization: str | None = None,
     ) -> None:
-        super().__init__(vae, device=device, dtype=dtype, weight_files=weight_files)
+        super().__init__(vae, device=device, dtype=dtype, weight_files=weight_files, quantization=quantization)
         self.config, self.unet = config, unet
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
 
@@ -184,8 +187,10 @@ def choose_dtype(dtype: str | None, *, device: str) -> Dtype:
     return parse_dtype(dtype, default="float16" if device.startswith("cuda") else "float32")
 
 
-def load_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> MultiViewModel:
-    """Load an embedded model by name, or a checkpoint folder.
+def load_model(
+    name: str | Path, *, dtype: str | None = None, device: str = "auto", quantize: str | None = None
+) -> MultiViewModel:
+    """Load an embedded model by name, or a checkpoint folder; `quantize`, q8 or q4, quantises it as it is read.
 
     Raises CheckpointError, OptionError and BackendError.
     """
@@ -194,12 +199,20 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str = "aut
     folder = find_model(name)
     config = read_model_config(folder)
     files = {component: weight_files(folder, component) for component in components(config)}
+    quantization = choose_quantization(files, quantize)
     parts: dict[Any, Any] = {
-        component: load_network(getattr(config, component), paths, dtype=chosen_dtype, device=chosen_device)
+        component: load_network(getattr(config, component), paths, dtype=chosen_dtype, device=chosen_device, quantize=quantize)
         for component, paths in files.items()
     }
     weights = [file for component in files for file in files[component]]
-    return MultiViewModel(config, **parts, device=chosen_device, dtype=chosen_dtype, weight_files=weights)
+    return MultiViewModel(
+        config,
+        **parts,
+        device=chosen_device,
+        dtype=chosen_dtype,
+        weight_files=weights,
+        quantization=quantization,
+    )
 
 
 def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
@@ -218,15 +231,23 @@ def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
     return MultiViewModel(config, **NO_NETWORKS, **parts, device=chosen, dtype="float32", weight_files=weights)
 
 
-def load_network(config: NetworkConfig, paths: Sequence[Path], *, dtype: Dtype, device: str) -> Any:
-    """One network with the weights of files, ready to compute.
+def load_network(
+    config: NetworkConfig, paths: Sequence[Path], *, dtype: Dtype, device: str, quantize: str | None = None
+) -> Any:
+    """One network with the weights of files, ready to compute; `quantize`, q8 or q4, quantises it as it is read.
 
-    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    Raises CheckpointError for a damaged file, TensorMismatchError if names or shapes differ, and OptionError for another
+    preset.
     """
     with torch.device("meta"):
         network = _network(config)
+        shapes = weight_shapes(network)
+        stored, layers = stored_quantization(paths).layers, preset_layers(config, shapes, quantize)
+        expected = quantized_shapes(shapes, stored)
+        quantize_network(network, stored or layers)
     unet = config if isinstance(config, UNetConfig) else None
-    load_weights(network, paths, dtype=dtype, device=device, unet=unet)
+    tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
+    network.load_state_dict(tensors, strict=True, assign=True)
     return network.eval()
 
 
@@ -263,18 +284,29 @@ def read_tensors(
     dtype: Dtype,
     device: str,
     unet: UNetConfig | None = None,
+    stored: Layers | None = None,
+    quantize: Layers | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of weight files by their names in the model, kernels in channels_last memory.
 
-    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    Of the layers in `stored`, which the files hold quantised, the packed tensors; those in `quantize` are quantised as they are
+    read. Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
     """
     tensors = {}
-    for path, places in _readings(match_tensors(paths, shapes, unet=unet)):
+    stored, quantize = stored or {}, quantize or {}
+    for path, places in _readings(match_tensors(paths, shapes, unet=unet, layers=stored)):
         with safe_open(path, framework="pt") as file:
             for name, place in places:
                 tensor = file.get_tensor(place.name).reshape(shapes[name])
-                layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-                tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
+                part = part_of(name, quantize)
+                if part is not None:
+                    packed = quantize_weight(tensor.float().numpy(), quantize[part.layer])
+                    tensors |= packed_tensors(part.layer, packed, device=device)
+                elif part_of(name, stored) is not None:
+                    tensors[name] = tensor.to(device=device, copy=True)
+                else:
+                    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+                    tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
     return tensors
 
 

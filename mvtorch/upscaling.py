@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from mvshared.errors import OptionError
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
+from mvshared.weights import choose_quantization
 from mvtorch.attention import KeyValues
 from mvtorch.clip import CLIPTextModel
 from mvtorch.latents import LatentModel
@@ -50,6 +52,7 @@ class UpscalerModel(LatentModel):
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    quantization: str | None
 
     def __init__(
         self,
@@ -60,10 +63,11 @@ class UpscalerModel(LatentModel):
         files: dict[Component, list[Path]],
         device: str,
         dtype: Dtype,
+        quantization: str | None = None,
     ) -> None:
         self.backend = "torch"
         self.config, self.unet, self.text_encoder, self.files = config, unet, text_encoder, files
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.quantization = device, dtype, quantization
         self.weight_files = [path for component in files if component != "vae" for path in files[component]]
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
@@ -117,8 +121,10 @@ class UpscalerModel(LatentModel):
             return out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0])
 
 
-def load_upscaler_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> UpscalerModel:
-    """Load an upscaler by name, or from a checkpoint folder.
+def load_upscaler_model(
+    name: str | Path, *, dtype: str | None = None, device: str = "auto", quantize: str | None = None
+) -> UpscalerModel:
+    """Load an upscaler by name, or from a checkpoint folder; `quantize`, q8 or q4, quantises it as it is read.
 
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
@@ -127,14 +133,20 @@ def load_upscaler_model(name: str | Path, *, dtype: str | None = None, device: s
     folder = find_model(name)
     config = read_upscaler_config(folder)
     files = upscaler_weight_files(folder, config)
-    text = config.text_encoder
+    quantization = choose_quantization(files, quantize)
+
+    def network(component: Component) -> Any:
+        paths = files[component]
+        return load_network(getattr(config, component), paths, dtype=chosen_dtype, device=chosen, quantize=quantize)
+
     return UpscalerModel(
         config,
-        load_network(config.unet, files["unet"], dtype=chosen_dtype, device=chosen),
-        text_encoder=None if text is None else load_network(text, files["text_encoder"], dtype=chosen_dtype, device=chosen),
+        network("unet"),
+        text_encoder=None if config.text_encoder is None else network("text_encoder"),
         files=files,
         device=chosen,
         dtype=chosen_dtype,
+        quantization=quantization,
     )
 
 

@@ -96,7 +96,8 @@ def _print_report(report: Report) -> None:
     for each in report.components:
         dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in sorted(each.dtypes.items()))
         files = f"{each.files} file{'s' if each.files > 1 else ''}"
-        click.echo(f"{each.name}: {each.parameters:,} parameters in {each.tensors} tensors ({dtypes}) of {files}")
+        quantized = "" if each.quantization is None else f", quantised ({each.quantization})"
+        click.echo(f"{each.name}: {each.parameters:,} parameters in {each.tensors} tensors ({dtypes}) of {files}{quantized}")
     if report.components:
         memory = ", ".join(f"{size / 1e9:.3f} GB in {dtype}" for dtype, size in report.memory_bytes().items())
         click.echo(f"memory for these weights: {memory}")
