@@ -31,7 +31,7 @@ class QuantizedLinear(nn.QuantizedLinear):
             # Scales stay float16, with which a bfloat16 input gives float32.
             return super().__call__(x).astype(x.dtype)
         weight = _dequantize(self, self.layer, x.dtype).T
-        return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
+        return mx.addmm(self["bias"], x, weight) if "bias" in self else x @ weight
 
 
 class QuantizedConv2d(nn.Module):
@@ -49,7 +49,7 @@ class QuantizedConv2d(nn.Module):
         outputs, inputs, height, width = self.layer.shape
         kernel = _dequantize(self, self.layer, x.dtype).reshape(outputs, height, width, inputs)
         y = mx.conv2d(x, kernel, self.stride, self.padding)
-        return y + self.bias if "bias" in self else y
+        return y + self["bias"] if "bias" in self else y
 
 
 def quantize_network(network: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
@@ -66,12 +66,6 @@ def quantize_network(network: nn.Module, layers: Mapping[str, QuantizedLayer]) -
             parent[int(attribute)] = new
         else:
             setattr(parent, attribute, new)
-
-
-def layer_weight(network: nn.Module, name: str) -> NDArray[np.float32]:
-    """A float32 copy of the weight (o, i) or (o, i, h, w) of a layer that is not quantised."""
-    weight = np.array(_submodule(network, name).weight.astype(mx.float32))
-    return np.ascontiguousarray(weight.transpose(0, 3, 1, 2)) if weight.ndim == 4 else weight
 
 
 def set_layer_weight(network: nn.Module, name: str, weight: NDArray[np.float32]) -> None:

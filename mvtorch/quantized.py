@@ -22,6 +22,8 @@ _CHUNK_NUMBERS = 1 << 17  # on the CPU: what fits a core's cache in float32
 class QuantizedLinear(nn.Module):
     """A linear layer with a weight of few bits; `bias` says whether it has one."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, layer: QuantizedLayer, *, bias: bool) -> None:
         super().__init__()
         self.layer = layer
@@ -34,6 +36,8 @@ class QuantizedLinear(nn.Module):
 
 class QuantizedConv2d(nn.Module):
     """A convolution with a kernel of few bits; `bias` says whether it has one."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, layer: QuantizedLayer, *, stride: tuple[int, int], padding: tuple[int, int], bias: bool) -> None:
         super().__init__()
@@ -61,12 +65,6 @@ def quantize_network(network: nn.Module, layers: Mapping[str, QuantizedLayer]) -
         else:
             new = QuantizedLinear(layer, bias=bias)
         parent.register_module(attribute, new)
-
-
-def layer_weight(network: nn.Module, name: str) -> NDArray[np.float32]:
-    """A float32 copy of the weight (o, i) or (o, i, h, w) of a layer that is not quantised."""
-    weight: Any = network.get_submodule(name).weight
-    return weight.detach().to("cpu", torch.float32, memory_format=torch.contiguous_format, copy=True).numpy()
 
 
 def set_layer_weight(network: nn.Module, name: str, weight: NDArray[np.float32]) -> None:

@@ -233,10 +233,10 @@ def match_tensors(
         if own in tensors:
             raise CheckpointError(f"holds one tensor under two names: {tensors[own].name!r} and {name!r}", path=path)
         part = part_of(own, layers)
-        allowed = tuple(WEIGHT_DTYPES) if part is None else ("U32",) if part.kind == "weight" else ("F16",)
+        allowed: tuple[str, ...] = tuple(WEIGHT_DTYPES) if part is None else ("U32",) if part.kind == "weight" else ("F16",)
         if info.dtype not in allowed:
-            which = f"one of {', '.join(allowed)}" if len(allowed) > 1 else allowed[0]
-            raise CheckpointError(f"{name!r} must be {which}, got {info.dtype}", path=path)
+            which = ", ".join(allowed)
+            raise CheckpointError(f"{name!r} must be {'one of ' * (len(allowed) > 1)}{which}, got {info.dtype}", path=path)
         tensors[own] = Stored(path, name, info)
     found = {own: tensor.info.shape for own, tensor in tensors.items()}
     for name, shape in found.items():

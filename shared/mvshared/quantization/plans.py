@@ -7,7 +7,7 @@ layers, so that nothing beside it is needed to load it.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -32,8 +32,10 @@ EXTRA_BITS = 0.08
 
 # In a network's dtype: the first and last layers, which are small and tell the network's dtype, and tables of embeddings.
 _DENSE = re.compile(r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv|(token|position|patch)_embedding)$")
-# What q4 keeps where there is no time to measure.
-_KEPT = re.compile(r"^(time_embedding|camera_embedding)\.")
+# What q4 keeps where nothing was measured, as far as EXTRA_BITS go, in this order: of the last level, whose errors nothing
+# after it evens out, the layers that work on the sum of both ways through the U-Net, then the rest of its convolutions; the
+# embeddings, which go to every block.
+_KEPT = (r"conv_shortcut$|proj_in$|proj_out$", r"conv2$", r"conv1$", r"^(time|camera)_embedding\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +127,16 @@ def check_preset(preset: str) -> None:
         raise OptionError("quantize", expected=f"one of {', '.join(PRESETS)}", got=preset)
 
 
+def preset_of(quantization: str | None) -> str | None:
+    """The preset by which a model was quantised as it was loaded, of what it says of itself; None if its files are."""
+    return quantization if quantization in PRESETS else None
+
+
 def preset_layers(config: NetworkConfig, shapes: Shapes, preset: str | None) -> dict[str, QuantizedLayer]:
     """The layers that a preset quantises in a network where nothing is measured: none of a VAE, and none without a preset.
 
-    q8 takes 8 bits for all. q4 takes 4 bits in the U-Net and 8 for the layers that embed time and cameras; encoders run once
-    for every step of a U-Net, and have 8 bits. Raises OptionError for another preset.
+    q8 takes 8 bits for all. q4 takes 4 bits in the U-Net, and 8 for the first of those that are KEPT. Encoders have 8 bits in
+    both: they run once, and what they lose is in every step. Raises OptionError for another preset.
     """
     if preset is None or isinstance(config, VAEConfig):
         return {}
@@ -137,8 +144,13 @@ def preset_layers(config: NetworkConfig, shapes: Shapes, preset: str | None) -> 
     layers = quantizable(shapes)
     if isinstance(config, CLIPTextConfig | CLIPVisionConfig):
         return with_bits(layers, ENCODER_BITS)
-    bits = {name: max(PRESETS[preset], KEPT_BITS if _KEPT.match(name) else 0) for name in layers}
-    return with_bits(layers, bits)
+    layers = with_bits(layers, PRESETS[preset])
+    last = max((name.split(".")[1] for name in layers if name.startswith("up_blocks.")), key=int, default="")
+    order = []
+    for pattern in _KEPT:
+        inside = "" if pattern.startswith("^") else f"up_blocks.{last}."
+        order += [name for name in layers if name.startswith(inside) and re.search(pattern, name)]
+    return _keep(shapes, layers, order)
 
 
 def keep_sensitive(shapes: Shapes, layers: Layers, errors: Mapping[str, float]) -> dict[str, QuantizedLayer]:
@@ -146,14 +158,19 @@ def keep_sensitive(shapes: Shapes, layers: Layers, errors: Mapping[str, float]) 
 
     `errors` are what the network's output loses, as a relative RMS, by each layer alone.
     """
-    extra = {name: prod(layer.shape) * (KEPT_BITS - layer.bits) for name, layer in layers.items() if layer.bits < KEPT_BITS}
+    return _keep(shapes, layers, sorted(layers, key=lambda name: (-(errors[name] ** 2) / prod(layers[name].shape), name)))
+
+
+def _keep(shapes: Shapes, layers: Layers, order: Sequence[str]) -> dict[str, QuantizedLayer]:
+    """The layers, the first in an order with KEPT_BITS as far as EXTRA_BITS go; one that is too large is passed over."""
     left = EXTRA_BITS * sum(prod(shape) for shape in shapes.values())
-    kept = []
-    for name in sorted(extra, key=lambda name: (-(errors[name] ** 2) / extra[name], name)):
-        if extra[name] <= left:
-            left -= extra[name]
-            kept.append(name)
-    return with_bits(layers, {name: KEPT_BITS if name in kept else layer.bits for name, layer in layers.items()})
+    bits = {name: layer.bits for name, layer in layers.items()}
+    for name in order:
+        extra = prod(layers[name].shape) * (KEPT_BITS - bits[name])
+        if 0 < extra <= left:
+            left -= extra
+            bits[name] = KEPT_BITS
+    return with_bits(layers, bits)
 
 
 def part_of(name: str, layers: Layers) -> Part | None:
