@@ -22,12 +22,11 @@ _CHUNK_NUMBERS = 1 << 17  # on the CPU: what fits a core's cache in float32
 class QuantizedLinear(nn.Module):
     """A linear layer with a weight of few bits; `bias` says whether it has one."""
 
-    bias: nn.Parameter | None
-
     def __init__(self, layer: QuantizedLayer, *, bias: bool) -> None:
         super().__init__()
         self.layer = layer
-        _add_weights(self, layer, bias=bias)
+        self.bias = nn.Parameter(torch.empty(layer.shape[0])) if bias else None
+        _add_weights(self, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) to (..., o)."""
@@ -37,12 +36,11 @@ class QuantizedLinear(nn.Module):
 class QuantizedConv2d(nn.Module):
     """A convolution with a kernel of few bits; `bias` says whether it has one."""
 
-    bias: nn.Parameter | None
-
     def __init__(self, layer: QuantizedLayer, *, stride: tuple[int, int], padding: tuple[int, int], bias: bool) -> None:
         super().__init__()
         self.layer, self.stride, self.padding = layer, stride, padding
-        _add_weights(self, layer, bias=bias)
+        self.bias = nn.Parameter(torch.empty(layer.shape[0])) if bias else None
+        _add_weights(self, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, i, h, w) to (n, o, h, w)."""
@@ -80,11 +78,10 @@ def packed_tensors(name: str, packed: Packed, *, device: str) -> dict[str, Tenso
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-def _add_weights(module: nn.Module, layer: QuantizedLayer, *, bias: bool) -> None:
+def _add_weights(module: nn.Module, layer: QuantizedLayer) -> None:
     module.register_buffer("weight", torch.empty(layer.packed_shape, dtype=torch.uint32))
     for name in ("scales", "biases"):
         module.register_buffer(name, torch.empty(layer.groups_shape, dtype=torch.float16))
-    module.register_parameter("bias", nn.Parameter(torch.empty(layer.shape[0])) if bias else None)
 
 
 def _dequantize(module: Any, layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:

@@ -69,10 +69,12 @@ def _scales_biases(groups: NDArray[np.float32], *, bits: int) -> tuple[NDArray[n
     with np.errstate(over="ignore", invalid="ignore"):
         zeros = np.rint(edges / scales)
         exact = edges / np.where(zeros == 0, np.float32(1), zeros)
-        rounded = np.where(zeros == 0, scales, exact).astype(np.float16)
+        exact = np.where(zeros == 0, scales, exact)
+        rounded = exact.astype(np.float16)
         biases = np.where(zeros == 0, np.float32(0), edges).astype(np.float16)
-    # A range below float16's smallest number: the bias is all there is of it.
-    rounded = np.where(rounded == 0, np.float16(_SMALLEST_SCALE), rounded)
+        # Where float16 has few digits, below 6e-5, a scale that is rounded down would leave the other end out of reach.
+        lost = (np.abs(exact) - np.abs(rounded.astype(np.float32))) * ((1 << bits) - 1) > np.abs(exact) / 2
+        rounded = np.where(lost, np.nextafter(rounded, np.copysign(np.float16(np.inf), exact.astype(np.float16))), rounded)
     if not (np.isfinite(rounded).all() and np.isfinite(biases).all()):
         raise CheckpointError("numbers that are not finite, or beyond the range of float16, cannot be quantised")
     return rounded, biases
