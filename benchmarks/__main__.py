@@ -1,4 +1,4 @@
-"""Measures this machine: `python -m benchmarks [help generate unet vae renderer loading imagedream] [--json FILE]`."""
+"""Measures this machine: `python -m benchmarks [help generate unet vae renderer loading ...] [--json FILE]`."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.compare import compare
 from benchmarks.full_size import write_random_imagedream
 from benchmarks.measure import machine
+from benchmarks.quantized import write_random_sd21
 from benchmarks.results import LARGE, TITLES, Results, markdown, write_results
 from benchmarks.suite import cases
 from mvshared.backend import available_backends
@@ -19,8 +20,9 @@ from mvshared.errors import MvError, OptionError
 def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = None, repeats: int = 3) -> Results:
     """The results of these names of TITLES, of all but the LARGE ones for none; `steps` is by default the model's.
 
-    The LARGE ones are of the `model`, if that is a full ImageDream's folder; for `demo` one with random weights is written, and
-    removed in the end. Raises OptionError, and CheckpointError for a model that is not there.
+    The LARGE ones are of the `model`, if that is a full ImageDream's folder (or Stable Diffusion 2.1's, for `quantized`); for
+    `demo` one with random weights is written, and removed in the end. Raises OptionError, and CheckpointError for a model that
+    is not there.
     """
     for name, value in (("repeats", repeats), ("steps", steps)):
         if value is not None and value < 1:
@@ -29,13 +31,15 @@ def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = No
     steps = steps or read_model_config(folder).defaults.steps
     tables = {}
     with tempfile.TemporaryDirectory(prefix="mvmlx-benchmark-") as scratch:
-        large = folder
-        if model == "demo" and set(names) & set(LARGE):
-            print("writing an ImageDream with random weights ...", file=sys.stderr)
-            large = write_random_imagedream(Path(scratch))
+        written = {}
+        if model == "demo":
+            for writer, those in ((write_random_imagedream, {"loading", "imagedream"}), (write_random_sd21, {"quantized"})):
+                if set(names) & those:
+                    print("writing a model with random weights ...", file=sys.stderr)
+                    written |= dict.fromkeys(those, writer(Path(scratch) / writer.__name__))
         for name in names or [name for name in TITLES if name not in LARGE]:
             rows = []
-            chosen = large if name in LARGE else folder
+            chosen = written.get(name, folder)
             for group in cases(name, model=chosen, backends=available_backends(), steps=steps):
                 print(f"{name}: {group[0].what} {group[0].arguments.get('dtype', '')} ...", file=sys.stderr)
                 rows += compare(group, repeats=repeats)
@@ -46,7 +50,7 @@ def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = No
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(TITLES)}; by default all but {' and '.join(LARGE)}"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(TITLES)}; by default all but {', '.join(LARGE)}"
     )
     parser.add_argument("--model", default="demo", help="an embedded model's name, or a checkpoint folder")
     parser.add_argument("--steps", type=int, help="steps of a generation; by default the model's")

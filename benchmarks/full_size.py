@@ -11,7 +11,7 @@ from benchmarks.measure import peak_rss_bytes
 from benchmarks.networks import condition_of, library_facts, random_latents
 from benchmarks.worker import Prepared
 from mvshared.backend import PACKAGES, load
-from mvshared.checkpoint import read_model_config, weight_files
+from mvshared.checkpoint import WEIGHT_STEMS, Component, read_model_config, weight_files
 from mvshared.config import (
     IMAGEDREAM,
     SD_VAE,
@@ -39,22 +39,24 @@ POOL = 1 << 22  # random numbers that are used again and again: drawing two thou
 
 def write_random_imagedream(folder: Path) -> Path:
     """A checkpoint folder with the sizes of the public ImageDream and random weights in float16, 4 GB; returns the folder."""
-    parts: dict[str, tuple[NetworkConfig, dict[str, Any], str]] = {
-        "unet": (IMAGEDREAM, ldm_unet_document(IMAGEDREAM, image_size=32), "diffusion_pytorch_model"),
-        "vae": (SD_VAE, vae_document(SD_VAE), "diffusion_pytorch_model"),
-        "text_encoder": (CLIPTextConfig(), clip_document(CLIPTextConfig()), "model"),
-        "image_encoder": (CLIPVisionConfig(), clip_document(CLIPVisionConfig()), "model"),
-    }
-    pool = np.random.default_rng(0).uniform(-1, 1, POOL).astype(np.float32)
-    for component, (config, document, stem) in parts.items():
-        write_json(make_folder(folder / component) / "config.json", document)
-        tensors = {name: _random(shape, pool, name=name) for name, shape in network_shapes(config).items()}
-        write_safetensors(folder / component / f"{stem}.safetensors", tensors, on_tensor=lambda name, size: None)
+    write_random_component(folder, "unet", IMAGEDREAM, ldm_unet_document(IMAGEDREAM, image_size=32))
+    write_random_component(folder, "vae", SD_VAE, vae_document(SD_VAE))
+    write_random_component(folder, "text_encoder", CLIPTextConfig(), clip_document(CLIPTextConfig()))
+    write_random_component(folder, "image_encoder", CLIPVisionConfig(), clip_document(CLIPVisionConfig()))
     write_json(make_folder(folder / "scheduler") / "scheduler_config.json", scheduler_document(SchedulerConfig()))
     processor = image_processor_document(CLIPImageConfig())
     write_json(make_folder(folder / "feature_extractor") / "preprocessor_config.json", processor)
     write_json(folder / "model_index.json", {"_class_name": "MVDreamPipeline"})
     return folder
+
+
+def write_random_component(folder: Path, component: Component, config: NetworkConfig, document: dict[str, Any]) -> None:
+    """A component's config.json, and random weights in float16."""
+    pool = np.random.default_rng(0).uniform(-1, 1, POOL).astype(np.float32)
+    write_json(make_folder(folder / component) / "config.json", document)
+    tensors = {name: _random(shape, pool, name=name) for name, shape in network_shapes(config).items()}
+    path = folder / component / f"{WEIGHT_STEMS[component]}.safetensors"
+    write_safetensors(path, tensors, on_tensor=lambda name, size: None)
 
 
 def _random(shape: tuple[int, ...], pool: NDArray[np.float32], *, name: str) -> RawTensor:

@@ -19,8 +19,9 @@ TITLES = {
     "renderer": "Head renderer",
     "loading": "Loading ImageDream at full size, random weights, from float16 files",
     "imagedream": "One guided step of ImageDream at full size, random weights",
+    "quantized": "Stable Diffusion 2.1's U-Net at full size, random weights, quantised as it is loaded from float16",
 }
-LARGE = ("loading", "imagedream")  # gigabytes of memory and disk, and minutes: measured only where they are named
+LARGE = ("loading", "imagedream", "quantized")  # gigabytes of memory and disk, and minutes: measured only where they are named
 LIBRARIES = {"mlx": "MLX", "torch": "PyTorch", "diffusers": "diffusers on PyTorch"}
 MLX_ON_CPU = "MLX's CPU backend (not Metal)"
 MLX_ON_CPU_NOTE = (
@@ -34,7 +35,9 @@ class Row:
     """One thing, timed in a process of its own: the seconds of every call, or the reason why there are none, `failure`.
 
     `views` is how many pictures a call makes, if it makes whole ones. `peak_memory_bytes` is the process's largest resident
-    memory, `device_memory_bytes` the largest sum of arrays on a GPU, `weights_bytes` what the loaded weights need.
+    memory, `device_memory_bytes` the largest sum of arrays on a GPU, `weights_bytes` what the loaded weights need. Where
+    loading was watched, `load_memory_bytes` is what it added to the process, `load_peak_bytes` the most that it added on its
+    way, and `peak_memory_bytes` counts from the same start.
     """
 
     what: str
@@ -47,6 +50,9 @@ class Row:
     peak_memory_bytes: int | None = None
     device_memory_bytes: int | None = None
     weights_bytes: int | None = None
+    load_seconds: float | None = None
+    load_memory_bytes: int | None = None
+    load_peak_bytes: int | None = None
     failure: str = ""
 
 
@@ -111,6 +117,9 @@ def _cells(row: Row) -> dict[str, str]:
         cells["spread"] = f"{100 * timing.spread:.0f} %" if len(row.seconds) > 1 else ""
         cells["repeats"] = _text(len(row.seconds))
         cells["views/s"] = f"{row.views / timing.median:.3g}" if row.views else ""
+    cells["load (s)"] = "" if row.load_seconds is None else f"{row.load_seconds:.3g}"
+    cells["loaded (MB)"] = _megabytes(row.load_memory_bytes)
+    cells["peak of loading (MB)"] = _megabytes(row.load_peak_bytes)
     cells["peak memory (MB)"] = _megabytes(row.peak_memory_bytes)
     cells["weights (MB)"] = _megabytes(row.weights_bytes)
     if row.weights_bytes and row.peak_memory_bytes:

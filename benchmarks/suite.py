@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from benchmarks import commands, full_size, networks
+from benchmarks import commands, full_size, networks, quantized
 from benchmarks.compare import ROOT, Case
 from benchmarks.renderer import renderer
 from benchmarks.worker import Prepared
@@ -35,6 +35,19 @@ def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int
         return [
             [Case(what="load", prepare=full_size.loading, arguments={"model": str(model), "backend": backend, "dtype": dtype})]
             for backend, dtype in product(backends, ("float32", "float16"))
+        ]
+    if name == "quantized":
+        return [
+            [
+                Case(
+                    what=f"guided step, {preset}",
+                    prepare=quantized.step,
+                    arguments={"model": str(model), "backend": backend, "dtype": dtype, "quantize": preset},
+                )
+                for preset in quantized.PRESETS
+            ]
+            for backend, dtype in product(filter(quantized.worthwhile, backends), ("float32", "bfloat16"))
+            if (backend, dtype) != ("mlx", "bfloat16")
         ]
     defaults = read_model_config(model).defaults
     if name == "imagedream":

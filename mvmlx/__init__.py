@@ -12,27 +12,33 @@ if TYPE_CHECKING:
     from mvshared.upscaling.latents import Upscaler
 
 
-def load(name: str | Path = "demo", *, dtype: str | None = None, device: str = "auto") -> "Pipeline[mx.array]":
+def load(
+    name: str | Path = "demo", *, dtype: str | None = None, device: str = "auto", quantize: str | None = None
+) -> "Pipeline[mx.array]":
     """Load an embedded model by name, or a checkpoint folder, ready for `generate`.
 
     dtype: float32, float16 or, not on Metal, bfloat16; by default float16 on a GPU, float32 on the CPU. device: auto, cpu, gpu.
+    quantize: q8 or q4 quantises the weights as they are read; see docs/quantization.md.
     Raises CheckpointError, OptionError and BackendError.
     """
     from mvmlx.model import load_model
     from mvshared.pipeline import Pipeline
 
-    return Pipeline(load_model(name, dtype=dtype, device=device), name=str(name))
+    return Pipeline(load_model(name, dtype=dtype, device=device, quantize=quantize), name=str(name))
 
 
-def load_upscaler(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> "Upscaler[mx.array]":
-    """Load a latent upscaler by name or from a folder, for `Pipeline.upscale` and for latents alone. dtype, device: as `load`.
+def load_upscaler(
+    name: str | Path, *, dtype: str | None = None, device: str = "auto", quantize: str | None = None
+) -> "Upscaler[mx.array]":
+    """Load a latent upscaler by name or from a folder, for `Pipeline.upscale` and for latents alone.
 
+    dtype, device, quantize: as `load`.
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
     from mvmlx.upscaling import load_upscaler_model
     from mvshared.upscaling.latents import Upscaler
 
-    return Upscaler(load_upscaler_model(name, dtype=dtype, device=device), name=str(name))
+    return Upscaler(load_upscaler_model(name, dtype=dtype, device=device, quantize=quantize), name=str(name))
 
 
 def observe(model: Any, fn: "Callable[[str, mx.array, float], None]") -> AbstractContextManager[None]:

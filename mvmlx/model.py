@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
 from mvmlx.latents import LatentModel, _evaluated, _on_device, to_numpy
 from mvmlx.observation import Observer, observe
+from mvmlx.quantized import packed_tensors, quantize_network
 from mvmlx.unet import Cross, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
@@ -32,7 +33,8 @@ from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
-from mvshared.weights import check_names_and_shapes, match_tensors
+from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
+from mvshared.weights import check_names_and_shapes, choose_quantization, match_tensors, stored_quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +59,16 @@ class MultiViewModel(LatentModel):
     config: ModelConfig
 
     def __init__(
-        self, config: ModelConfig, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]
+        self,
+        config: ModelConfig,
+        networks: Networks,
+        *,
+        device: str,
+        dtype: Dtype,
+        weight_files: Sequence[Path],
+        quantization: str | None = None,
     ) -> None:
-        super().__init__(networks, device=device, dtype=dtype, weight_files=weight_files)
+        super().__init__(networks, device=device, dtype=dtype, weight_files=weight_files, quantization=quantization)
         self.config = config
 
     @property
@@ -204,8 +213,17 @@ def choose_dtype(dtype: str | None, *, device: str) -> Dtype:
     return chosen
 
 
-def load_model(name: str | Path, *, dtype: str | None = None, device: str = "auto", at_once: bool = True) -> MultiViewModel:
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
+    at_once: bool = True,
+) -> MultiViewModel:
     """Load an embedded model by name, or a checkpoint folder; its networks `at_once`, or each when it is needed.
+
+    `quantize`, q8 or q4, quantises it as it is read.
 
     Raises CheckpointError, OptionError and BackendError.
     """
@@ -214,12 +232,15 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str = "aut
     folder = find_model(name)
     config = read_model_config(folder)
     files = {component: weight_files(folder, component) for component in components(config)}
-    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen_device)
+    quantization = choose_quantization(files, quantize)
+    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen_device, quantize=quantize)
     if at_once:
         for component in files:
             networks[component]
     weights = [file for component in files for file in files[component]]
-    return MultiViewModel(config, networks, device=chosen_device, dtype=chosen_dtype, weight_files=weights)
+    return MultiViewModel(
+        config, networks, device=chosen_device, dtype=chosen_dtype, weight_files=weights, quantization=quantization
+    )
 
 
 def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
@@ -235,24 +256,31 @@ def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
     return MultiViewModel(config, networks, device=chosen, dtype="float32", weight_files=weights)
 
 
-def network_loaders(config: Any, files: Mapping[Any, Sequence[Path]], *, dtype: Dtype, device: str) -> Networks:
+def network_loaders(
+    config: Any, files: Mapping[Any, Sequence[Path]], *, dtype: Dtype, device: str, quantize: str | None = None
+) -> Networks:
     """The networks of the components that have files, read when they are needed; the config has one for each."""
-    return Networks(
-        {
-            component: partial(load_network, getattr(config, component), paths, dtype=dtype, device=device)
-            for component, paths in files.items()
-        }
-    )
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
+    return Networks({part: partial(load_network, getattr(config, part), paths, **options) for part, paths in files.items()})
 
 
-def load_network(config: NetworkConfig, paths: Sequence[Path], *, dtype: Dtype, device: str) -> Any:
-    """One network with the weights of files, ready to compute.
+def load_network(
+    config: NetworkConfig, paths: Sequence[Path], *, dtype: Dtype, device: str, quantize: str | None = None
+) -> Any:
+    """One network with the weights of files, ready to compute; `quantize`, q8 or q4, quantises it as it is read.
 
-    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    Raises CheckpointError for a damaged file, TensorMismatchError if names or shapes differ, and OptionError for another
+    preset.
     """
     network = _network(config)
+    shapes = weight_shapes(network)
+    stored, layers = stored_quantization(paths).layers, preset_layers(config, shapes, quantize)
+    expected = quantized_shapes(shapes, stored)
     unet = config if isinstance(config, UNetConfig) else None
-    load_weights(network, paths, dtype=dtype, device=device, unet=unet)
+    with _on_device(device):
+        quantize_network(network, stored or layers)
+        tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
+        network.load_weights(list(tensors.items()), strict=True)
     return network.eval()
 
 
@@ -290,18 +318,29 @@ def read_tensors(
     dtype: Dtype,
     device: str,
     unet: UNetConfig | None = None,
+    stored: Layers | None = None,
+    quantize: Layers | None = None,
 ) -> dict[str, mx.array]:
     """The tensors of weight files by their names in the model, kernels channels-last.
 
-    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    Of the layers in `stored`, which the files hold quantised, the packed tensors; those in `quantize` are quantised as they are
+    read. Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
     """
-    stored = match_tensors(paths, shapes, unet=unet)
+    stored, quantize = stored or {}, quantize or {}
+    places = match_tensors(paths, shapes, unet=unet, layers=stored)
     with _on_device(device):
         lazy: dict[Path, Any] = {path: mx.load(str(path)) for path in paths}
-        tensors = {}
-        for name, place in stored.items():
-            tensor = lazy[place.path].pop(place.name).reshape(shapes[name]).astype(getattr(mx, dtype))
-            tensors[name] = _from_checkpoint(tensor)
+        tensors: dict[str, mx.array] = {}
+        for name, place in places.items():
+            tensor = lazy[place.path].pop(place.name).reshape(shapes[name])
+            part = part_of(name, quantize)
+            if part is not None:
+                packed = quantize_weight(to_numpy(tensor), quantize[part.layer])
+                tensors |= packed_tensors(part.layer, packed, device=device)
+            elif part_of(name, stored) is not None:
+                tensors[name] = _evaluated(tensor)
+            else:
+                tensors[name] = _from_checkpoint(tensor.astype(getattr(mx, dtype)))
         return tensors
 
 

@@ -12,27 +12,33 @@ if TYPE_CHECKING:
     from mvshared.upscaling.latents import Upscaler
 
 
-def load(name: str | Path = "demo", *, dtype: str | None = None, device: str = "auto") -> "Pipeline[Tensor]":
+def load(
+    name: str | Path = "demo", *, dtype: str | None = None, device: str = "auto", quantize: str | None = None
+) -> "Pipeline[Tensor]":
     """Load an embedded model by name, or a checkpoint folder, ready for `generate`.
 
     dtype: float32, float16 or bfloat16; by default float16 on CUDA, float32 on the CPU. device: auto, cpu, cuda or cuda:N.
+    quantize: q8 or q4 quantises the weights as they are read; see docs/quantization.md.
     Raises CheckpointError, OptionError and BackendError.
     """
     from mvshared.pipeline import Pipeline
     from mvtorch.model import load_model
 
-    return Pipeline(load_model(name, dtype=dtype, device=device), name=str(name))
+    return Pipeline(load_model(name, dtype=dtype, device=device, quantize=quantize), name=str(name))
 
 
-def load_upscaler(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> "Upscaler[Tensor]":
-    """Load a latent upscaler by name or from a folder, for `Pipeline.upscale` and for latents alone. dtype, device: as `load`.
+def load_upscaler(
+    name: str | Path, *, dtype: str | None = None, device: str = "auto", quantize: str | None = None
+) -> "Upscaler[Tensor]":
+    """Load a latent upscaler by name or from a folder, for `Pipeline.upscale` and for latents alone.
 
+    dtype, device, quantize: as `load`.
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
     from mvshared.upscaling.latents import Upscaler
     from mvtorch.upscaling import load_upscaler_model
 
-    return Upscaler(load_upscaler_model(name, dtype=dtype, device=device), name=str(name))
+    return Upscaler(load_upscaler_model(name, dtype=dtype, device=device, quantize=quantize), name=str(name))
 
 
 def observe(model: Any, fn: "Callable[[str, Tensor, float], None]") -> AbstractContextManager[None]:

@@ -24,6 +24,7 @@ from mvshared.config import ResamplerConfig, UNetConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.files import read_json_object
 from mvshared.guidance import Branch, check_branches, check_weights
+from mvshared.weights import read_dequantized, stored_quantization
 from mvtorch.model import choose_device, choose_dtype, network_shapes, read_tensors, rescaled
 from mvtorch.observation import Observer, observe
 
@@ -48,6 +49,7 @@ class DiffusersNetworks:
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    quantization: str | None = None
     config: Any
 
     def __init__(
@@ -71,7 +73,11 @@ class DiffusersNetworks:
             network, own = builders[component](folder, config), getattr(config, component)
             unet = own if isinstance(own, UNetConfig) else None
             files, shapes = weight_files(folder, component), network_shapes(own)
-            tensors = read_tensors(files, shapes, dtype=self.dtype, device=self.device, unet=unet)
+            if stored_quantization(files).layers:
+                arrays = read_dequantized(files, shapes, unet=unet)
+                tensors = {name: torch.from_numpy(array).to(getattr(torch, self.dtype)) for name, array in arrays.items()}
+            else:
+                tensors = read_tensors(files, shapes, dtype=self.dtype, device=self.device, unet=unet)
             _set_weights(network, tensors, resampler=None if unet is None else unet.resampler)
             nn.Module.to(network, device=self.device, dtype=getattr(torch, self.dtype))
             self._networks[component] = network.eval()

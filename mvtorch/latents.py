@@ -21,18 +21,28 @@ from mvtorch.vae import AutoencoderKL
 class LatentModel:
     """A VAE on one device; its subclasses add what makes latents.
 
-    `networks` are read when they are needed; `plan` says how memory is used.
+    `networks` are read when they are needed; `plan` says how memory is used, `quantization` how weights were quantised: q8 or
+    q4 as they are read, `stored` and the preset if their files are.
     """
 
     backend: BackendName
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    quantization: str | None
 
-    def __init__(self, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        *,
+        device: str,
+        dtype: Dtype,
+        weight_files: Sequence[Path],
+        quantization: str | None = None,
+    ) -> None:
         self.backend = "torch"
         self.networks, self.device, self.dtype, self.weight_files = networks, device, dtype, weight_files
-        self.plan = PLAIN
+        self.plan, self.quantization = PLAIN, quantization
 
     @property
     def vae(self) -> AutoencoderKL:

@@ -21,10 +21,12 @@ from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
-from mvshared.weights import Stored, check_names_and_shapes, match_tensors
+from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
+from mvshared.weights import Stored, check_names_and_shapes, choose_quantization, match_tensors, stored_quantization
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.latents import LatentModel, to_numpy
 from mvtorch.observation import Observer, observe
+from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Cross, MultiViewUNet, select_objects
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
@@ -54,9 +56,16 @@ class MultiViewModel(LatentModel):
     config: ModelConfig
 
     def __init__(
-        self, config: ModelConfig, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]
+        self,
+        config: ModelConfig,
+        networks: Networks,
+        *,
+        device: str,
+        dtype: Dtype,
+        weight_files: Sequence[Path],
+        quantization: str | None = None,
     ) -> None:
-        super().__init__(networks, device=device, dtype=dtype, weight_files=weight_files)
+        super().__init__(networks, device=device, dtype=dtype, weight_files=weight_files, quantization=quantization)
         self.config = config
 
     @property
@@ -198,8 +207,17 @@ def choose_dtype(dtype: str | None, *, device: str) -> Dtype:
     return parse_dtype(dtype, default=default_dtype(device).dtype)
 
 
-def load_model(name: str | Path, *, dtype: str | None = None, device: str = "auto", at_once: bool = True) -> MultiViewModel:
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
+    at_once: bool = True,
+) -> MultiViewModel:
     """Load an embedded model by name, or a checkpoint folder; its networks `at_once`, or each when it is needed.
+
+    `quantize`, q8 or q4, quantises it as it is read.
 
     Raises CheckpointError, OptionError and BackendError.
     """
@@ -208,12 +226,15 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str = "aut
     folder = find_model(name)
     config = read_model_config(folder)
     files = {component: weight_files(folder, component) for component in components(config)}
-    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen_device)
+    quantization = choose_quantization(files, quantize)
+    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen_device, quantize=quantize)
     if at_once:
         for component in files:
             networks[component]
     weights = [file for component in files for file in files[component]]
-    return MultiViewModel(config, networks, device=chosen_device, dtype=chosen_dtype, weight_files=weights)
+    return MultiViewModel(
+        config, networks, device=chosen_device, dtype=chosen_dtype, weight_files=weights, quantization=quantization
+    )
 
 
 def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
@@ -229,25 +250,31 @@ def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
     return MultiViewModel(config, networks, device=chosen, dtype="float32", weight_files=weights)
 
 
-def network_loaders(config: Any, files: Mapping[Any, Sequence[Path]], *, dtype: Dtype, device: str) -> Networks:
+def network_loaders(
+    config: Any, files: Mapping[Any, Sequence[Path]], *, dtype: Dtype, device: str, quantize: str | None = None
+) -> Networks:
     """The networks of the components that have files, read when they are needed; the config has one for each."""
-    return Networks(
-        {
-            component: partial(load_network, getattr(config, component), paths, dtype=dtype, device=device)
-            for component, paths in files.items()
-        }
-    )
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
+    return Networks({part: partial(load_network, getattr(config, part), paths, **options) for part, paths in files.items()})
 
 
-def load_network(config: NetworkConfig, paths: Sequence[Path], *, dtype: Dtype, device: str) -> Any:
-    """One network with the weights of files, ready to compute.
+def load_network(
+    config: NetworkConfig, paths: Sequence[Path], *, dtype: Dtype, device: str, quantize: str | None = None
+) -> Any:
+    """One network with the weights of files, ready to compute; `quantize`, q8 or q4, quantises it as it is read.
 
-    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    Raises CheckpointError for a damaged file, TensorMismatchError if names or shapes differ, and OptionError for another
+    preset.
     """
     with torch.device("meta"):
         network = _network(config)
+        shapes = weight_shapes(network)
+        stored, layers = stored_quantization(paths).layers, preset_layers(config, shapes, quantize)
+        expected = quantized_shapes(shapes, stored)
+        quantize_network(network, stored or layers)
     unet = config if isinstance(config, UNetConfig) else None
-    load_weights(network, paths, dtype=dtype, device=device, unet=unet)
+    tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
+    network.load_state_dict(tensors, strict=True, assign=True)
     return network.eval()
 
 
@@ -284,18 +311,29 @@ def read_tensors(
     dtype: Dtype,
     device: str,
     unet: UNetConfig | None = None,
+    stored: Layers | None = None,
+    quantize: Layers | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of weight files by their names in the model, kernels in channels_last memory.
 
-    Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
+    Of the layers in `stored`, which the files hold quantised, the packed tensors; those in `quantize` are quantised as they are
+    read. Raises CheckpointError for a damaged file and TensorMismatchError if names or shapes differ.
     """
     tensors = {}
-    for path, places in _readings(match_tensors(paths, shapes, unet=unet)):
+    stored, quantize = stored or {}, quantize or {}
+    for path, places in _readings(match_tensors(paths, shapes, unet=unet, layers=stored)):
         with safe_open(path, framework="pt") as file:
             for name, place in places:
                 tensor = file.get_tensor(place.name).reshape(shapes[name])
-                layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-                tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
+                part = part_of(name, quantize)
+                if part is not None:
+                    packed = quantize_weight(tensor.float().numpy(), quantize[part.layer])
+                    tensors |= packed_tensors(part.layer, packed, device=device)
+                elif part_of(name, stored) is not None:
+                    tensors[name] = tensor.to(device=device, copy=True)
+                else:
+                    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+                    tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
     return tensors
 
 

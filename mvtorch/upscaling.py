@@ -18,6 +18,7 @@ from mvshared.networks import Networks
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
+from mvshared.weights import choose_quantization
 from mvtorch.attention import KeyValues
 from mvtorch.latents import LatentModel
 from mvtorch.model import choose_device, choose_dtype, load_network, network_loaders
@@ -49,11 +50,19 @@ class UpscalerModel(LatentModel):
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    quantization: str | None
 
     def __init__(
-        self, config: UpscalerConfig, networks: Networks, *, device: str, dtype: Dtype, weight_files: Sequence[Path]
+        self,
+        config: UpscalerConfig,
+        networks: Networks,
+        *,
+        device: str,
+        dtype: Dtype,
+        weight_files: Sequence[Path],
+        quantization: str | None = None,
     ) -> None:
-        super().__init__(networks, device=device, dtype=dtype, weight_files=weight_files)
+        super().__init__(networks, device=device, dtype=dtype, weight_files=weight_files, quantization=quantization)
         self.config = config
 
     @property
@@ -107,9 +116,16 @@ class UpscalerModel(LatentModel):
 
 
 def load_upscaler_model(
-    name: str | Path, *, dtype: str | None = None, device: str = "auto", at_once: bool = True
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
+    at_once: bool = True,
 ) -> UpscalerModel:
     """Load an upscaler by name, or from a checkpoint folder; its networks but the VAE `at_once`, or each when it is needed.
+
+    `quantize`, q8 or q4, quantises it as it is read.
 
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
@@ -118,13 +134,14 @@ def load_upscaler_model(
     folder = find_model(name)
     config = read_upscaler_config(folder)
     files = upscaler_weight_files(folder, config)
-    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen)
+    quantization = choose_quantization(files, quantize)
+    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen, quantize=quantize)
     used: list[Component] = [component for component in files if component != "vae"]
     if at_once:
         for component in used:
             networks[component]
     weights = [path for component in used for path in files[component]]
-    return UpscalerModel(config, networks, device=chosen, dtype=chosen_dtype, weight_files=weights)
+    return UpscalerModel(config, networks, device=chosen, dtype=chosen_dtype, weight_files=weights, quantization=quantization)
 
 
 def load_latent_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> LatentModel:

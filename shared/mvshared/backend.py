@@ -48,6 +48,7 @@ class Model(Protocol[A]):
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    quantization: str | None
 
     def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
         """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
@@ -126,6 +127,7 @@ class UpscalerModel(Protocol[A]):
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    quantization: str | None
 
     def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
         """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
@@ -213,22 +215,32 @@ def parse_dtype(name: str | None, *, default: Dtype) -> Dtype:
 
 
 def load(
-    name: str | Path = "demo", *, backend: str = "auto", dtype: str | None = None, device: str = "auto"
+    name: str | Path = "demo",
+    *,
+    backend: str = "auto",
+    dtype: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
 ) -> "Pipeline[Any]":
     """Load a model in a backend: see `mvtorch.load` and `mvmlx.load`, which this calls.
 
     Raises OptionError, BackendError and CheckpointError.
     """
     package = importlib.import_module(PACKAGES[choose_backend(backend)])
-    return package.load(name, dtype=dtype, device=device)
+    return package.load(name, dtype=dtype, device=device, quantize=quantize)
 
 
 def load_upscaler(
-    name: str | Path, *, backend: str = "auto", dtype: str | None = None, device: str = "auto"
+    name: str | Path,
+    *,
+    backend: str = "auto",
+    dtype: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
 ) -> "Upscaler[Any]":
     """Load a latent upscaler in a backend: see `mvtorch.load_upscaler` and `mvmlx.load_upscaler`, which this calls.
 
     Raises OptionError, BackendError and CheckpointError.
     """
     package = importlib.import_module(PACKAGES[choose_backend(backend)])
-    return package.load_upscaler(name, dtype=dtype, device=device)
+    return package.load_upscaler(name, dtype=dtype, device=device, quantize=quantize)

@@ -41,7 +41,7 @@ from mvshared.public_configs import (
     family_of,
     ldm_unet,
 )
-from mvshared.weights import read_header
+from mvshared.weights import read_header, stored_quantization
 
 Component = Literal["unet", "vae", "text_encoder", "image_encoder"]
 
@@ -210,7 +210,9 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
 
 def _linear_projections(folder: Path) -> bool:
     """Whether the projections around the U-Net's transformers are linear layers: (o, i), and not (o, i, 1, 1)."""
-    shapes = {name: info.shape for file in weight_files(folder, "unet") for name, info in read_header(file).tensors.items()}
+    files = weight_files(folder, "unet")
+    shapes = {name: info.shape for file in files for name, info in read_header(file).tensors.items()}
+    shapes |= {f"{name}.weight": layer.shape for name, layer in stored_quantization(files).layers.items()}
     return not any(len(shape) == 4 and name.endswith(".proj_in.weight") for name, shape in shapes.items())
 
 

@@ -56,6 +56,9 @@ def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+QUANTIZE = click.option("--quantize", help="q8 or q4: quantise the weights as they are loaded.  [default: as they are stored]")
+
+
 def upscale_options(*, default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options of every command that upscales."""
 
@@ -99,6 +102,7 @@ def cli() -> None:
 @click.option("--model", default="demo", show_default=True, help="A model's name (see `mvmlx models`), or a checkpoint folder.")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
+@QUANTIZE
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output folder.  [default: the picture's name with -views]"
 )
@@ -157,6 +161,7 @@ def generate(ctx: click.Context, **options: Any) -> None:
 @click.option("--negative-prompt", help="What is not shown.  [default: the run's]")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the run's, or the device's]")
+@click.option("--quantize", help="q8 or q4: quantise the upscaler as it is loaded.  [default: the run's]")
 @click.option("--seed", type=int, help="Seed.  [default: the run's, or 0]")
 @click.option("--force", is_flag=True, help="Overwrite a finished run in the output folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print events, one JSON object a line.")
@@ -229,6 +234,30 @@ def convert(source: Path, dest: Path, **options: Any) -> None:
     convert_checkpoint(source, dest, options)
 
 
+@cli.command()
+@click.argument("source")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--preset", help="q8, or q4, which keeps the layers that lose most in 8 bits.  [default: q8]")
+@click.option("--bits", type=int, help="2, 3, 4, 5, 6 or 8 for every layer, instead of a preset.")
+@click.option(
+    "--group-size", type=int, default=64, show_default=True, help="Numbers that share a scale, 64 or 32; with --bits."
+)
+@click.option("--components", help="With commas between.  [default: unet,text_encoder,image_encoder, where they are there]")
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Run the network once per layer for its error.")
+@click.option("--report", type=click.Path(path_type=Path), help="File for every layer's figures, .csv or .json.")
+@backend_options
+@click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def quantize(source: str, dest: Path, **options: Any) -> None:
+    """Store SOURCE, a model's name or a checkpoint folder, with weights of few bits in the folder DEST.
+
+    DEST loads as every folder does. See docs/quantization.md.
+    """
+    from mvshared.commands.checkpoints import quantize_model
+
+    quantize_model(source, dest, options)
+
+
 @cli.group()
 def init() -> None:
     """Make a model to train from the weights of another."""
@@ -253,6 +282,8 @@ def gaf(dest: Path, **options: Any) -> None:
 @click.option("--against", required=True, help="What to compare with: mlx, torch or diffusers.")
 @backend_options
 @click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16; the reference has float32.")
+@click.option("--quantize", help="q8 or q4: quantise MODEL, and compare it with its weights of full precision.")
+@click.option("--reference", help="The model whose weights the other side has, such as the one MODEL was quantised from.")
 @click.option("--tolerance", type=float, help="Relative RMS that a block may differ by.  [default: 2e-5 in float32]")
 @click.option("--save", type=click.Path(path_type=Path), help="Folder for the activations of both sides, as .npy files.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per block.")
@@ -324,6 +355,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @click.option("--model", default="demo", show_default=True, help="An embedded model's name, or a checkpoint folder.")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
+@QUANTIZE
 @click.option("--identities", type=NumberRange(), default="0:64", show_default=True, help="Numbers of the heads, first:end.")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance.  [default: the model's]")

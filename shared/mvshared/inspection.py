@@ -10,23 +10,30 @@ from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, c
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig, UNetConfig
 from mvshared.errors import MvError
+from mvshared.quantization.plans import quantized_shapes
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
-from mvshared.weights import match_tensors
+from mvshared.weights import match_tensors, stored_quantization
 
 BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentReport:
-    """One component's weights: how many files, tensors and numbers, and how many tensors of each dtype in the files."""
+    """One component's weights: how many files, tensors and numbers, and how many tensors of each dtype in the files.
+
+    `quantization` is the preset of a quantised component, else None; so many of its numbers are quantised, in so many bytes.
+    """
 
     name: Component
     files: int
     tensors: int
     parameters: int
     dtypes: dict[str, int]
+    quantization: str | None = None
+    quantized_parameters: int = 0
+    quantized_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +47,9 @@ class Report:
 
     def memory_bytes(self) -> dict[str, int]:
         """What the weights of the sound components need, by dtype; activations come on top."""
-        numbers = sum(component.parameters for component in self.components)
-        return {dtype: numbers * size for dtype, size in BYTES_PER_NUMBER.items()}
+        dense = sum(component.parameters - component.quantized_parameters for component in self.components)
+        quantized = sum(component.quantized_bytes for component in self.components)
+        return {dtype: dense * size + quantized for dtype, size in BYTES_PER_NUMBER.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +64,9 @@ class DeviceReport:
 
 def inspect_devices(*, backend: str = "auto") -> tuple[DeviceReport, ...]:
     """The defaults of a backend; `auto` is every one that is installed. Raises OptionError and BackendError."""
-    chosen = choose_backend(backend)
+    chosen: list[BackendName] = [choose_backend(backend)]
     reports = []
-    for name in available_backends() if backend == "auto" else [chosen]:
+    for name in available_backends() if backend == "auto" else chosen:
         module = importlib.import_module(f"{PACKAGES[name]}.model")
         device = module.choose_device()
         dtype, reason = module.default_dtype(device)
@@ -89,7 +97,10 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
             files = weight_files(place, component)
             network = getattr(config, component)
             unet = network if isinstance(network, UNetConfig) else None
-            stored = match_tensors(files, network_shapes(network), unet=unet)
+            quantization = stored_quantization(files)
+            shapes = network_shapes(network)
+            expected = quantized_shapes(shapes, quantization.layers)
+            stored = match_tensors(files, expected, unet=unet, layers=quantization.layers)
         except MvError as fault:
             faults.append(str(fault))
             continue
@@ -98,8 +109,11 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
                 name=component,
                 files=len(files),
                 tensors=len(stored),
-                parameters=sum(prod(place.info.shape) for place in stored.values()),
+                parameters=sum(prod(shape) for shape in shapes.values()),
                 dtypes=dict(Counter(place.info.dtype for place in stored.values())),
+                quantization=quantization.preset if quantization.layers else None,
+                quantized_parameters=sum(prod(layer.shape) for layer in quantization.layers.values()),
+                quantized_bytes=sum(layer.bytes for layer in quantization.layers.values()),
             )
         )
     if config.text_encoder is not None:

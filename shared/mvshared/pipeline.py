@@ -36,6 +36,7 @@ from mvshared.framing import Framed, frame_picture
 from mvshared.guidance import Branch, Guidance, Mixture, check_scales
 from mvshared.images import from_model, load_image
 from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
+from mvshared.quantization.plans import preset_of
 from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
 from mvshared.stages import Stages
@@ -197,6 +198,7 @@ class Pipeline(Generic[A]):
             seed=seed,
             size_px=size_px,
             config_sha256=config_sha256(config),
+            quantization=self.model.quantization,
         )
         conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, parameters)
         final = self._sample(initial, plan, mixtures, conditions, parameters, on_step)
@@ -227,8 +229,9 @@ class Pipeline(Generic[A]):
         """The views at twice their size: by sd-x2, a diffusion model on their latents, by bilinear latents, or by lanczos.
 
         `upscaler` is the name or the folder of the diffusion model, which sd-x2 needs; it is loaded in
-        this model's backend, device and dtype. `steps`, `guidance`, `noise_level` and `budget_bytes` are of
-        `mvshared.upscaling.latents.Upscaler.upscale`; the prompts and the seed are those of the views.
+        this model's backend, device and dtype, and quantised if this model was as it was loaded. `steps`, `guidance`,
+        `noise_level` and `budget_bytes` are of `mvshared.upscaling.latents.Upscaler.upscale`; the prompts and the seed are
+        those of the views.
 
         Raises OptionError and CheckpointError before any long work, and NumericsError for latents that are not finite.
         """
@@ -257,7 +260,13 @@ class Pipeline(Generic[A]):
         """The views at twice their size, as the parameters say. Raises as `upscale` does."""
         model = self.model
         if self._upscaler is None or self._upscaler[0] != parameters.upscaler:
-            loaded = load_planned(parameters, backend=model.backend, dtype=model.dtype, device=model.device)
+            loaded = load_planned(
+                parameters,
+                backend=model.backend,
+                dtype=model.dtype,
+                device=model.device,
+                quantize=preset_of(model.quantization),
+            )
             self._upscaler = parameters.upscaler, loaded
         return upscale_views(
             views,

@@ -26,7 +26,7 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
     for name, sha256 in sha256_of_files(model.weight_files).items():
         if run.weights.get(name) != sha256:
             raise CheckpointError("the weights have changed since the run", path=name, hint="load the model of the run")
-    loaded = {name: getattr(model, name) for name in ("backend", "dtype", "device")}
+    loaded = {name: getattr(model, name) for name in ("backend", "dtype", "device", "quantization")}
     loaded |= {"family": model.config.family, "fov_deg": model.config.camera.fov_deg}
     loaded |= {"config_sha256": config_sha256(model.config)}
     for name, value in loaded.items():

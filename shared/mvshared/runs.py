@@ -46,7 +46,8 @@ class Parameters:
     `image_sha256` and `normals_sha256` are of the prepared pixels, `latents_sha256` of the initial latents if they were given;
     `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. `normal_space` is
     None without normal maps. Prompts are None for a model that takes no text. `cameras` are poses (v, 4, 4). `upscale` is None
-    where nothing was upscaled. What has a default here is missing in older files.
+    where nothing was upscaled. `quantization` is q8 or q4 where weights were quantised as they were loaded, "stored" and a name
+    where their files are, else None. What has a default here is missing in older files.
     """
 
     model: str
@@ -80,6 +81,7 @@ class Parameters:
     size_px: int
     config_sha256: str
     upscale: UpscaleParameters | None = None
+    quantization: str | None = None
 
 
 class Run(NamedTuple):

@@ -27,12 +27,14 @@ from mvshared.files import make_folder
 from mvshared.framing import frame_picture
 from mvshared.guidance import ALL, Guidance
 from mvshared.images import load_image
+from mvshared.quantization.plans import check_preset
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.folder import is_upscaler
 
 Against = Literal["mlx", "torch", "diffusers"]
 
 TOLERANCES: dict[Dtype, float] = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}  # relative RMS per block
+QUANTIZED_TOLERANCES = {"q8": 5e-2, "q4": 5e-1}  # of random weights too; a trained model stays far below
 PROMPT = "a photo of an owl, 3d asset"
 GUIDANCE = 5.0
 ELEVATION_DEG = 15.0
@@ -60,6 +62,7 @@ class Validation:
     backend: BackendName
     against: Against
     dtype: Dtype
+    quantization: str | None
     tolerance: float
     checks: tuple[Check, ...]
     unmatched: tuple[str, ...]
@@ -107,36 +110,47 @@ def validate(
     backend: str = "auto",
     device: str = "auto",
     dtype: str | None = None,
+    quantize: str | None = None,
+    reference: str | Path | None = None,
     tolerance: float | None = None,
     save: Path | None = None,
     on_check: Callable[[Check], None] | None = None,
 ) -> Validation:
     """Run the networks of a model in a backend and in `against`, the other backend or diffusers, and compare every block.
 
-    The reference computes in float32 on the CPU. `tolerance` is the relative RMS that a block may differ by, TOLERANCES if not
-    given. `save` is a folder for the activations, `SIDE/BLOCK.npy`; `on_check` is called with every comparison.
+    The other side computes in float32 on the CPU, with the same weights: those of full precision if this side's are quantised
+    as they are loaded, by `quantize`; what quantised ones stand for if they are stored so; or the weights of another model of
+    the same networks, `reference`. `tolerance` is the relative RMS that a block may differ by, by default of TOLERANCES, or
+    QUANTIZED_TOLERANCES where `quantize` is given. `save` is a folder for the activations, `SIDE/BLOCK.npy`; `on_check` is
+    called with every comparison.
     Raises OptionError, BackendError and CheckpointError.
     """
     if against not in get_args(Against):
         raise OptionError("against", expected="mlx, torch or diffusers", got=against)
     chosen = _backend_under_test(backend, against=against)  # type: ignore[arg-type]
     used_dtype = parse_dtype(dtype, default="float32")
-    limit = TOLERANCES[used_dtype] if tolerance is None else tolerance
+    limit = tolerance
+    if limit is None:
+        limit = TOLERANCES[used_dtype]
+        if quantize is not None:
+            check_preset(quantize)
+            limit = max(limit, QUANTIZED_TOLERANCES[quantize])
     if not 0 < limit < float("inf"):
         raise OptionError("tolerance", expected="above 0", got=tolerance)
     with ExitStack() as stack:
         folder = make_folder(save) if save else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mvmlx-")))
         recorder = _Recorder(make_folder(folder / chosen))
         suite = _suite(find_model(name))
-        model = _load(suite, chosen, name, dtype=used_dtype, device=device)
+        model = _load(suite, chosen, name, dtype=used_dtype, device=device, quantize=quantize)
+        quantization = model.quantization
         inputs = suite.inputs(model.config, find_model(name))
         states = suite.run(model, inputs, recorder, states=None)
         del model
         gc.collect()
         keep = make_folder(folder / against) if save else None
         comparer = _Comparer(recorder, frames=suite.frames(inputs), keep=keep)
-        reference = _load(suite, against, name, dtype="float32", device="cpu")  # type: ignore[arg-type]
-        suite.run(reference, inputs, comparer, states=states)
+        other = _load(suite, against, reference or name, dtype="float32", device="cpu")  # type: ignore[arg-type]
+        suite.run(other, inputs, comparer, states=states)
         checks = comparer.in_order()
     if on_check is not None:
         for check in checks:
@@ -145,6 +159,7 @@ def validate(
         backend=chosen,
         against=against,  # type: ignore[arg-type]
         dtype=used_dtype,
+        quantization=quantization,
         tolerance=limit,
         checks=checks,
         unmatched=tuple(name for name in recorder.blocks if name not in comparer.checks),
@@ -174,11 +189,12 @@ def _suite(folder: Path) -> Suite:
     return Suite(("model", "load_model"), ("diffusers_model", "DiffusersModel"), _inputs, _frames, _run)
 
 
-def _load(suite: Suite, side: Against, name: str | Path, *, dtype: Dtype, device: str) -> Any:
+def _load(suite: Suite, side: Against, name: str | Path, *, dtype: Dtype, device: str, quantize: str | None = None) -> Any:
     package, (module, loader) = (
         (PACKAGES["torch"], suite.diffusers) if side == "diffusers" else (PACKAGES[side], suite.backends)
     )
-    return getattr(importlib.import_module(f"{package}.{module}"), loader)(name, dtype=dtype, device=device)
+    options = {"dtype": dtype, "device": device} | ({} if quantize is None else {"quantize": quantize})
+    return getattr(importlib.import_module(f"{package}.{module}"), loader)(name, **options)
 
 
 def _inputs(config: ModelConfig, folder: Path) -> Inputs:

@@ -15,8 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.config import UNetConfig
-from mvshared.errors import CheckpointError, TensorMismatchError
+from mvshared.errors import CheckpointError, OptionError, TensorMismatchError
 from mvshared.names import own_names
+from mvshared.quantization.groups import Packed
+from mvshared.quantization.plans import (
+    METADATA,
+    Layers,
+    Quantization,
+    check_preset,
+    dequantize_weight,
+    from_metadata,
+    part_of,
+    quantized_shapes,
+)
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -157,17 +168,59 @@ def check_names_and_shapes(
         raise TensorMismatchError(path=path, missing=missing, unexpected=unexpected, misshaped=misshaped)
 
 
+def stored_quantization(paths: Iterable[Path]) -> Quantization:
+    """The quantised layers of weight files, by what they say; none for plain ones.
+
+    Raises CheckpointError for a damaged file, and for metadata that are malformed or of another version.
+    """
+    found: list[Quantization] = []
+    for path in paths:
+        text = read_header(path).metadata.get(METADATA)
+        if text is not None:
+            found.append(from_metadata(text, path=path))
+    layers = {name: layer for each in found for name, layer in each.layers.items()}
+    return Quantization(preset=found[0].preset if found else "", layers=layers)
+
+
+def choose_quantization(files: Mapping[Any, Sequence[Path]], preset: str | None) -> str | None:
+    """How the weights of a model's components are quantised: `preset` as they are read, `stored` and its own name if a file
+    is, None for weights of full precision.
+
+    Raises OptionError for another preset than q8 and q4, and for one on top of what is stored.
+    """
+    stored = sorted({found.preset for paths in files.values() if (found := stored_quantization(paths)).layers})
+    if preset is not None:
+        check_preset(preset)
+        if stored:
+            hint = "or load the folder that it was made of"
+            raise OptionError("quantize", expected=f"left out: this model is stored as {stored[0]}", got=preset, hint=hint)
+    return f"stored {', '.join(stored)}" if stored else preset
+
+
 def match_tensors(
-    paths: Sequence[Path], expected: Mapping[str, tuple[int, ...]], *, unet: UNetConfig | None = None
+    paths: Sequence[Path],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    unet: UNetConfig | None = None,
+    layers: Layers | None = None,
 ) -> dict[str, Stored]:
     """`{name in the model: where it is stored}` of weight files that together hold exactly the `expected` names and shapes.
 
-    `unet` is the config, if the model is a U-Net. A linear layer of a VAE's attention may be stored as a 1x1 convolution
+    `unet` is the config, if the model is a U-Net. `layers` are the quantised layers that the caller takes as they are stored;
+    `expected` has the shapes of their three tensors. A linear layer of a VAE's attention may be stored as a 1x1 convolution
     (o, i, 1, 1): it has to be reshaped as it is read.
 
-    Raises CheckpointError for a damaged file, a tensor that is there twice or holds no floating-point numbers, and
-    TensorMismatchError if names or shapes differ.
+    Raises CheckpointError for a damaged file, a tensor that is there twice or holds numbers of the wrong kind, and for
+    quantised files that the caller does not take; TensorMismatchError if names or shapes differ.
     """
+    layers = layers or {}
+    quantization = stored_quantization(paths)
+    if quantization.layers and not layers:
+        raise CheckpointError(
+            f"is quantised ({quantization.preset}), and weights of full precision are needed here",
+            path=paths[0],
+            hint="use the folder that it was made of",
+        )
     stored: dict[str, tuple[Path, TensorInfo]] = {}
     for path in paths:
         for name, info in read_header(path).tensors.items():
@@ -179,9 +232,11 @@ def match_tensors(
         path, info = stored[name]
         if own in tensors:
             raise CheckpointError(f"holds one tensor under two names: {tensors[own].name!r} and {name!r}", path=path)
-        if info.dtype not in WEIGHT_DTYPES:
-            allowed = ", ".join(WEIGHT_DTYPES)
-            raise CheckpointError(f"{name!r} must be one of {allowed}, got {info.dtype}", path=path)
+        part = part_of(own, layers)
+        allowed: tuple[str, ...] = tuple(WEIGHT_DTYPES) if part is None else ("U32",) if part.kind == "weight" else ("F16",)
+        if info.dtype not in allowed:
+            which = ", ".join(allowed)
+            raise CheckpointError(f"{name!r} must be {'one of ' * (len(allowed) > 1)}{which}, got {info.dtype}", path=path)
         tensors[own] = Stored(path, name, info)
     found = {own: tensor.info.shape for own, tensor in tensors.items()}
     for name, shape in found.items():
@@ -195,17 +250,41 @@ def read_weights(
     paths: Sequence[Path], expected: Mapping[str, tuple[int, ...]], *, unet: UNetConfig | None = None
 ) -> dict[str, NDArray[np.float32]]:
     """The tensors of weight files as float32 arrays, by their names in the model. Raises as `match_tensors` does."""
+    stored = match_tensors(paths, expected, unet=unet)
+    return {name: _read_float32(place).reshape(expected[name]) for name, place in stored.items()}
+
+
+def read_dequantized(
+    paths: Sequence[Path], expected: Mapping[str, tuple[int, ...]], *, unet: UNetConfig | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """As `read_weights`, where quantised files give the numbers that they stand for."""
+    layers = stored_quantization(paths).layers
+    stored = match_tensors(paths, quantized_shapes(expected, layers), unet=unet, layers=layers)
     weights = {}
-    for name, stored in match_tensors(paths, expected, unet=unet).items():
-        with stored.path.open("rb") as file:
-            data_start = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(data_start + stored.info.start)
-            dtype = np.dtype(WEIGHT_DTYPES[stored.info.dtype]).newbyteorder("<")
-            array = np.frombuffer(file.read(stored.info.end - stored.info.start), dtype)
-        if stored.info.dtype == "BF16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        weights[name] = array.astype(np.float32).reshape(expected[name])
+    for name, shape in expected.items():
+        part = part_of(name, layers)
+        if part is None:
+            weights[name] = _read_float32(stored[name]).reshape(shape)
+        else:
+            packed = Packed(*(_read(stored[f"{part.layer}.{kind}"]) for kind in Packed._fields))
+            weights[name] = dequantize_weight(packed, layers[part.layer])
     return weights
+
+
+def _read(stored: Stored) -> NDArray[Any]:
+    """The numbers of a stored tensor, in its shape; those of BF16 as bits."""
+    with stored.path.open("rb") as file:
+        data_start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(data_start + stored.info.start)
+        dtype = np.dtype({**WEIGHT_DTYPES, "U32": np.uint32}[stored.info.dtype]).newbyteorder("<")
+        return np.frombuffer(file.read(stored.info.end - stored.info.start), dtype).reshape(stored.info.shape)
+
+
+def _read_float32(stored: Stored) -> NDArray[np.float32]:
+    array = _read(stored)
+    if stored.info.dtype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
 
 
 def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:

@@ -12,13 +12,17 @@ import click
 from tqdm import tqdm
 
 from mvshared.checkpoint import find_model, read_model_config
-from mvshared.errors import CheckpointError, NumericsError
+from mvshared.errors import CheckpointError, NumericsError, OptionError
+from mvshared.files import check_folder, make_folder
 from mvshared.inspection import Report, inspect, inspect_devices
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.upscaling.config import UpscalerConfig
 
 if TYPE_CHECKING:
     from mvshared.conversion.report import Report as ConversionReport
+
+
+WORST_LAYERS = 10
 
 
 def list_models(*, as_json: bool) -> None:
@@ -103,7 +107,8 @@ def _print_report(report: Report) -> None:
     for each in report.components:
         dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in sorted(each.dtypes.items()))
         files = f"{each.files} file{'s' if each.files > 1 else ''}"
-        click.echo(f"{each.name}: {each.parameters:,} parameters in {each.tensors} tensors ({dtypes}) of {files}")
+        quantized = "" if each.quantization is None else f", quantised ({each.quantization})"
+        click.echo(f"{each.name}: {each.parameters:,} parameters in {each.tensors} tensors ({dtypes}) of {files}{quantized}")
     if report.components:
         memory = ", ".join(f"{size / 1e9:.3f} GB in {dtype}" for dtype, size in report.memory_bytes().items())
         click.echo(f"memory for these weights: {memory}")
@@ -126,6 +131,55 @@ def convert_checkpoint(source: Path, dest: Path, options: dict[str, Any]) -> Non
         click.echo(f"  left out: {number} tensor{'s' if number > 1 else ''}, {reason}")
     if report.missing:
         click.echo(f"mvmlx: warning: not a whole model yet; add with --with: {', '.join(report.missing)}", err=True)
+
+
+def quantize_model(source: str, dest: Path, options: dict[str, Any]) -> None:
+    """`mvmlx quantize`."""
+    from mvshared.quantization.folders import quantize_folder, write_report
+
+    as_json, report_file, components = options.pop("as_json"), options.pop("report"), options.pop("components")
+    chosen = None if components is None else components.split(",")
+    if report_file is not None:
+        if report_file.suffix not in (".csv", ".json"):
+            raise OptionError("report", expected="a file named .csv or .json", got=str(report_file))
+        check_folder(report_file.parent)
+    with _layers() as on_layer:
+        report = quantize_folder(source, dest, chosen=chosen, on_layer=on_layer, **options)
+    if report_file is not None:
+        make_folder(report_file.parent)
+        write_report(report_file, report)
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"folder": str(report.folder)}))
+        return
+    for each in report.components:
+        error = "" if each.output_error is None else f", relative RMS of its output {each.output_error:.2e}"
+        click.echo(f"{each.name} ({each.preset}): {_size(each.bytes_before)} to {_size(each.bytes)}{error}")
+        layers = [layer for layer in report.layers if layer.component == each.name]
+        for bits, count in sorted(Counter(layer.bits for layer in layers).items()):
+            click.echo(f"  {count} layers of {bits} bits")
+        worst = sorted(layers, key=lambda layer: -(layer.output_error or layer.weight_error))[:WORST_LAYERS]
+        click.echo(f"  {'output error':>12} {'weight error':>12} bits  layer, those that lose most")
+        for layer in worst:
+            output = "-" if layer.output_error is None else f"{layer.output_error:.2e}"
+            click.echo(f"  {output:>12} {layer.weight_error:12.2e} {layer.bits:4}  {layer.name}")
+    click.echo(f"in {report.folder}")
+
+
+@contextmanager
+def _layers() -> Iterator[Callable[[str, int], None]]:
+    """Bars on stderr, if that is a terminal, of the layers of each thing that is done."""
+    bars: dict[str, tqdm[Any]] = {}
+
+    def advance(what: str, count: int) -> None:
+        if what not in bars:
+            bars[what] = tqdm(desc=what, total=count, unit="layer", disable=None)
+        bars[what].update()
+
+    try:
+        yield advance
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 def init_gaf_model(dest: Path, options: dict[str, Any]) -> None:
@@ -165,7 +219,8 @@ def validate_model(name: str, options: dict[str, Any]) -> None:
         for check in result.checks:
             click.echo(json.dumps({"event": "block", **asdict(check)}))
     else:
-        click.echo(f"{name}: {result.backend} in {result.dtype} against {result.against} in float32")
+        quantized = "" if result.quantization is None else f", {result.quantization},"
+        click.echo(f"{name}: {result.backend} in {result.dtype}{quantized} against {result.against} in float32")
         click.echo(f"{'relative RMS':>13} {'max':>9} {'seconds':>9} {'reference':>9}  block (shape)")
         for check in result.checks:
             mark = "  <- first to leave the tolerance" if check is result.first_failure else ""

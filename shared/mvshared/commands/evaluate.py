@@ -32,7 +32,7 @@ def evaluate_model(options: dict[str, Any]) -> None:
     output: Path | None = options["output"]
     if output is not None:
         check_folder(output)
-    pipeline = load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"])
+    pipeline = load(options["model"], **{name: options[name] for name in ("backend", "dtype", "device", "quantize")})
     result = evaluate(
         pipeline,
         options["identities"],
@@ -52,6 +52,7 @@ def evaluate_model(options: dict[str, Any]) -> None:
         "guidance": options["guidance"] or pipeline.model.config.defaults.guidance,
         "backend": pipeline.model.backend,
         "dtype": pipeline.model.dtype,
+        "quantization": pipeline.model.quantization,
     }
     document = _finite({**settings, "figures": figures, "shares": result.shares()})
     if options["as_json"]:
@@ -78,7 +79,7 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
     output: Path | None = options["output"]
     if output is not None:
         check_folder(output)
-    pipeline = load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"])
+    pipeline = load(options["model"], **{name: options[name] for name in ("backend", "dtype", "device", "quantize")})
     asked = UpscaleOptions(
         method="sd-x2",
         upscaler=options["upscaler"],
@@ -104,6 +105,7 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
         "upscale": asdict(result.settings),
         "backend": pipeline.model.backend,
         "dtype": pipeline.model.dtype,
+        "quantization": pipeline.model.quantization,
     }
     document = _finite({**settings, "figures": figures})
     if options["as_json"]:

@@ -22,6 +22,7 @@ from mvshared.export import check_free, discard
 from mvshared.files import check_folder, make_folder, write_atomic
 from mvshared.images import encode_png, grid
 from mvshared.pipeline import Pipeline, Progress
+from mvshared.quantization.plans import preset_of
 from mvshared.repetition import repeat
 from mvshared.runs import UPSCALED, UpscaleParameters, Views, read_run
 from mvshared.upscaling.latents import UpscaleProgress
@@ -152,7 +153,13 @@ def _repeated_run(config: Path, given: set[str]) -> Callable[[Reporter], Result]
     parameters = run.parameters
 
     def repeated(reporter: Reporter) -> Result:
-        pipeline = load(parameters.model, backend=parameters.backend, dtype=parameters.dtype, device=parameters.device)
+        pipeline = load(
+            parameters.model,
+            backend=parameters.backend,
+            dtype=parameters.dtype,
+            device=parameters.device,
+            quantize=preset_of(parameters.quantization),
+        )
         return Result(pipeline, repeat(pipeline, run, on_step=reporter.step))
 
     return repeated
@@ -172,9 +179,12 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
 
     def run(reporter: Reporter, seed: int) -> Result:
         if not loaded:
-            loaded.append(load(options["model"], backend=options["backend"], dtype=options["dtype"], device=options["device"]))
+            loaded.append(
+                load(options["model"], **{name: options[name] for name in ("backend", "dtype", "device", "quantize")})
+            )
             model = loaded[0].model
-            reporter.event("loaded", model=options["model"], backend=model.backend, device=model.device, dtype=model.dtype)
+            facts = {name: getattr(model, name) for name in ("backend", "device", "dtype", "quantization")}
+            reporter.event("loaded", model=options["model"], **facts)
         views = loaded[0].generate(
             list(options["image"]) or None,
             prompt=options["prompt"],

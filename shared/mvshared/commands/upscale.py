@@ -11,7 +11,7 @@ from mvshared.upscaling.standalone import read_source, upscale_source
 from mvshared.upscaling.views import UpscaleOptions
 
 ASKED = ("upscale", "upscaler", "upscale_steps", "upscale_guidance", "upscale_noise", "upscale_budget")
-GIVEN = ("model", "prompt", "negative_prompt", "seed", "backend", "dtype", "device", "force")
+GIVEN = ("model", "prompt", "negative_prompt", "seed", "backend", "dtype", "device", "quantize", "force")
 
 
 def upscale_files(paths: tuple[Path, ...], options: dict[str, Any]) -> None:

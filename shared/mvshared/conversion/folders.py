@@ -62,8 +62,9 @@ def write_weights(
     shard_bytes: int,
     state: Progress,
     on_tensor: OnTensor,
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a component in as many files as its size needs; returns how many."""
+    """Write a component in as many files as its size needs; returns how many. `metadata` is what each says of itself."""
     stem = WEIGHT_STEMS[component]
     groups = shards(tensors, shard_bytes=shard_bytes)
     make_folder(dest / component)
@@ -73,7 +74,7 @@ def write_weights(
         name = f"{component}/{numbered}.safetensors"
         places |= dict.fromkeys(group, f"{numbered}.safetensors")
         if name not in state.done:
-            state.add(name, write_safetensors(dest / name, group, on_tensor=on_tensor))
+            state.add(name, write_safetensors(dest / name, group, on_tensor=on_tensor, metadata=metadata))
         else:
             for tensor in group:
                 on_tensor(tensor, group[tensor].bytes)
@@ -82,11 +83,11 @@ def write_weights(
         size = sum(tensor.bytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": places}
         write_json(dest / component / index_name, index)
-    _remove_others(dest / component, keep={*places.values(), index_name if len(groups) > 1 else ""})
+    remove_others(dest / component, keep={*places.values(), index_name if len(groups) > 1 else ""})
     return len(groups)
 
 
-def _remove_others(folder: Path, *, keep: Collection[str]) -> None:
+def remove_others(folder: Path, *, keep: Collection[str]) -> None:
     """Weight files of an earlier conversion, which a reader would find first."""
     for file in folder.glob("*.safetensors*"):
         if file.name not in keep:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mvshared.errors import CheckpointError
 from mvshared.files import atomic_file
+from mvshared.quantization.plans import METADATA
 from mvshared.weights import DTYPE_BYTES, read_header
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -38,8 +39,11 @@ class RawTensor:
 
 
 def read_safetensors(path: Path) -> dict[str, RawTensor]:
-    """The tensors of a safetensors file, unread. Raises CheckpointError for a malformed file."""
+    """The tensors of a safetensors file, unread. Raises CheckpointError for a malformed file, and for quantised weights."""
     header = read_header(path)
+    if METADATA in header.metadata:
+        hint = "convert the folder that it was made of, and quantise the result"
+        raise CheckpointError("is quantised, and weights of full precision are needed here", path=path, hint=hint)
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
 
@@ -104,17 +108,26 @@ def shards(tensors: Mapping[str, RawTensor], *, shard_bytes: int) -> list[dict[s
     return groups
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], *, on_tensor: Callable[[str, int], None]) -> str:
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, RawTensor],
+    *,
+    on_tensor: Callable[[str, int], None],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
     """Write a safetensors file, tensor by tensor, as `write_atomic` does; returns its SHA-256.
 
-    `on_tensor` gets the name and the bytes of each. Raises OutputError, and CheckpointError if a tensor cannot be read.
+    `on_tensor` gets the name and the bytes of each, `metadata` is what the file says of itself. Raises OutputError, and
+    CheckpointError if a tensor cannot be read.
     """
     with atomic_file(path) as file:
-        return _write(file, tensors, on_tensor)
+        return _write(file, tensors, on_tensor, {"format": "pt", **(metadata or {})})
 
 
-def _write(file: BinaryIO, tensors: Mapping[str, RawTensor], on_tensor: Callable[[str, int], None]) -> str:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _write(
+    file: BinaryIO, tensors: Mapping[str, RawTensor], on_tensor: Callable[[str, int], None], metadata: Mapping[str, str]
+) -> str:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, position + tensor.bytes]}

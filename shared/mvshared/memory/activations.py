@@ -14,7 +14,6 @@ from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, UNetC
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 FUSED_WIDTHS = (64, 80, 96, 128)  # head widths for which MLX has a kernel on the GPU
-PIECES = {"torch": 3, "mlx": 10}  # of sliced attention, in flight at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +25,7 @@ class Costs:
     feed_forward: float
     unfolded: float
     fused: bool  # attention never holds its scores
+    pieces: int  # of sliced attention, in flight at once
 
     def convolution(self, inputs: float, outputs: float, *, number: int) -> float:
         """Bytes per pixel of a convolution with its norm before it."""
@@ -35,10 +35,10 @@ class Costs:
 def costs_of(backend: BackendName, device: str) -> Costs:
     """The costs of a backend on a device."""
     if backend == "torch":
-        return Costs(norm=3, feed_forward=18, unfolded=0, fused=True)
+        return Costs(norm=3, feed_forward=18, unfolded=0, fused=True, pieces=3)
     if device == "cpu":
-        return Costs(norm=4, feed_forward=18, unfolded=9, fused=False)
-    return Costs(norm=5, feed_forward=18, unfolded=0, fused=True)
+        return Costs(norm=4, feed_forward=18, unfolded=9, fused=False, pieces=10)
+    return Costs(norm=5, feed_forward=18, unfolded=0, fused=True, pieces=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,8 @@ def attention_bytes(
     scores = SCORE_BYTES * batch * heads * queries * keys
     if options.implementation == "plain":
         return 3 * scores
-    pieces = PIECES["torch" if costs.unfolded == 0 and costs.fused else "mlx"]
     if options.implementation == "sliced":
-        return min(3 * scores, pieces * max(options.budget_bytes, SCORE_BYTES * keys))
+        return min(3 * scores, costs.pieces * max(options.budget_bytes, SCORE_BYTES * keys))
     return 0 if costs.fused and width in FUSED_WIDTHS else 2 * scores
 
 

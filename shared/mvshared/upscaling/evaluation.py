@@ -18,6 +18,7 @@ from mvshared.heads import composite
 from mvshared.images import from_model, to_model
 from mvshared.metrics import Summary, psnr, ssim, summary
 from mvshared.pipeline import Pipeline
+from mvshared.quantization.plans import preset_of
 from mvshared.runs import UPSCALE_METHODS, UpscaleParameters
 from mvshared.upscaling.latents import FACTOR
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views
@@ -57,7 +58,9 @@ def evaluate_upscaling(
     config, size_px = model.config, model.config.defaults.size_px
     side = size_px // config.vae.downscale
     planned = plan_upscale(options, vae=config.vae, latent_size=(side, side), backend=model.backend, dtype=model.dtype)
-    upscaler = load_planned(planned, backend=model.backend, dtype=model.dtype, device=model.device)
+    upscaler = load_planned(
+        planned, backend=model.backend, dtype=model.dtype, device=model.device, quantize=preset_of(model.quantization)
+    )
     measured: dict[str, list[NDArray[np.float64]]] = {}
     rows = []
 

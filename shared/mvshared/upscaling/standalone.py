@@ -17,6 +17,7 @@ from mvshared.config import VAEConfig
 from mvshared.errors import ImageError, OptionError
 from mvshared.export import METADATA, check_free, metadata, transforms, view_names, write_views
 from mvshared.images import composite, load_image, to_model
+from mvshared.quantization.plans import preset_of
 from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, read_run
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.folder import read_upscaler_config, vae_folder
@@ -98,14 +99,15 @@ def upscale_source(
     backend: str = "auto",
     dtype: str | None = None,
     device: str = "auto",
+    quantize: str | None = None,
     force: bool = False,
     on_step: Callable[[UpscaleProgress], None] | None = None,
 ) -> Path:
     """Upscale and write an output folder, which is returned: `upscaled` in that of the run, or beside the first picture's name.
 
-    `model` names the model whose VAE the latents are of; without one it is the upscaler's. What is None or auto is taken from
-    the run, if there is one. Raises OptionError, CheckpointError and OutputError before any long work, and NumericsError for
-    latents that are not finite.
+    `model` names the model whose VAE the latents are of; without one it is the upscaler's. `quantize` is for the
+    upscaler. What is None or auto is taken from the run, if there is one. Raises OptionError, CheckpointError and OutputError
+    before any long work, and NumericsError for latents that are not finite.
     """
     run = source.run
     output = output or (source.paths[0] / UPSCALED if run else Path(f"{source.paths[0].stem}-{UPSCALED}"))
@@ -118,6 +120,7 @@ def upscale_source(
         prompt = run.prompt if prompt is None else prompt
         negative_prompt = run.negative_prompt if negative_prompt is None else negative_prompt
         seed = run.seed if seed is None else seed
+        quantize = quantize or preset_of(run.quantization)
     seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
     used = parse_dtype(dtype, default="float32")
     planned, upscaler, codec, latents = UpscaleParameters(method="lanczos"), None, None, source.latents
@@ -130,7 +133,7 @@ def upscale_source(
         planned = plan_upscale(options, vae=vae, latent_size=size, backend=chosen, dtype=used)
         package = importlib.import_module(f"{PACKAGES[chosen]}.upscaling")
         codec = package.load_latent_model(folder, dtype=dtype, device=device)
-        upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device)
+        upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device, quantize=quantize)
         if latents is None:
             assert source.images is not None
             latents = codec.to_numpy(codec.encode_latents(to_model(source.images)))
@@ -154,6 +157,7 @@ def upscale_source(
         "backend": None if codec is None else codec.backend,
         "device": None if codec is None else codec.device,
         "dtype": None if codec is None else codec.dtype,
+        "quantization": None if upscaler is None else upscaler.model.quantization,
         "source": [str(path.resolve()) for path in source.paths],
         "source_sha256": array_sha256(source.images if source.latents is None else source.latents),
     }

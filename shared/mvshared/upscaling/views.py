@@ -32,7 +32,7 @@ from mvshared.upscaling.latents import (
     resolve,
     views_together,
 )
-from mvshared.weights import sha256_of_files
+from mvshared.weights import sha256_of_files, stored_quantization
 
 Decode: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # pixels in [-1, 1] of scaled latents
 
@@ -197,11 +197,18 @@ def upscale_arrays(
         return Upscaled(from_model(decode(larger)), larger)
 
 
-def load_planned(parameters: UpscaleParameters, *, backend: str, dtype: str | None, device: str) -> Upscaler[Any] | None:
-    """The upscaler that parameters name, None if they name none. Raises CheckpointError if its config is another one now."""
+def load_planned(
+    parameters: UpscaleParameters, *, backend: str, dtype: str | None, device: str, quantize: str | None = None
+) -> Upscaler[Any] | None:
+    """The upscaler that parameters name, None if they name none; `quantize` is for one that is not stored quantised.
+
+    Raises CheckpointError if its config is another one now.
+    """
     if parameters.upscaler is None:
         return None
-    upscaler = load_upscaler(parameters.upscaler, backend=backend, dtype=dtype, device=device)
+    if stored_quantization(upscaler_files(parameters)).layers:
+        quantize = None
+    upscaler = load_upscaler(parameters.upscaler, backend=backend, dtype=dtype, device=device, quantize=quantize)
     _check_config(upscaler.model.config, parameters)
     return upscaler
 

@@ -1,0 +1,71 @@
+"""Stable Diffusion 2.1's U-Net at full size with random weights, plain and quantised: loading it, and one step."""
+
+import gc
+import importlib
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.full_size import write_random_component
+from benchmarks.measure import peak_rss_bytes, rss_bytes
+from benchmarks.networks import TIMESTEP, condition_of, library_facts, random_latents
+from benchmarks.worker import Prepared
+from mvshared.backend import PACKAGES
+from mvshared.checkpoint import read_model_config, weight_files
+from mvshared.config import SD21, SD_VAE, CLIPTextConfig, SchedulerConfig
+from mvshared.conversion.configs import clip_document, diffusers_unet_document, scheduler_document, vae_document
+from mvshared.files import make_folder, write_json
+from mvshared.guidance import ALL, Guidance
+from mvshared.networks import Networks
+
+LATENT_SIDE, GUIDANCE = 32, 5.0
+PLAIN = "plain"
+PRESETS = (PLAIN, "q8", "q4")
+
+
+def write_random_sd21(folder: Path) -> Path:
+    """A checkpoint folder whose U-Net has the sizes of Stable Diffusion 2.1, 1.7 GB in float16; its text encoder has one layer,
+    and its VAE no weights. Returns the folder."""
+    text = replace(CLIPTextConfig(), num_hidden_layers=1)
+    write_random_component(folder, "unet", SD21, diffusers_unet_document(SD21, sample_size=LATENT_SIDE))
+    write_random_component(folder, "text_encoder", text, clip_document(text))
+    write_json(make_folder(folder / "vae") / "config.json", vae_document(SD_VAE))
+    write_json(make_folder(folder / "scheduler") / "scheduler_config.json", scheduler_document(SchedulerConfig()))
+    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    return folder
+
+
+def step(*, model: str, backend: str, dtype: str, quantize: str) -> Prepared:
+    """One guided call of the U-Net, which is loaded alone, and quantised as it is read unless `quantize` is "plain"."""
+    module: Any = importlib.import_module(f"{PACKAGES[backend]}.model")  # type: ignore[index]
+    config, device, files = read_model_config(Path(model)), module.choose_device(), weight_files(Path(model), "unet")
+    module.network_shapes(config.unet)  # so that what is imported for it does not count
+    before, start = rss_bytes(), time.perf_counter()
+    preset = None if quantize == PLAIN else quantize
+    unet = module.load_network(config.unet, files, dtype=dtype, device=device, quantize=preset)
+    gc.collect()
+    seconds, loaded, peak = time.perf_counter() - start, rss_bytes() - before, peak_rss_bytes() - before
+    networks = Networks({"unet": lambda: unet})
+    running = module.MultiViewModel(config, networks, device=device, dtype=dtype, weight_files=files)
+    x = running.from_numpy(random_latents(running))
+    guided = Guidance(guidance=GUIDANCE).mixture(ALL)
+    condition = condition_of(running, x, branches=guided.branches)
+
+    def facts() -> dict[str, Any]:
+        return {
+            "device": running.device,
+            "load_seconds": seconds,
+            "load_memory_bytes": loaded,
+            "load_peak_bytes": peak,
+            "peak_memory_bytes": peak_rss_bytes() - before,
+            **library_facts(running),
+        }
+
+    return Prepared(lambda: running.to_numpy(running.denoise(x, TIMESTEP, condition, guided.weights)), facts)
+
+
+def worthwhile(backend: str) -> bool:
+    """Whether a step of the full size takes seconds: MLX's CPU backend would take minutes."""
+    return backend != "mlx" or sys.platform == "darwin"
