@@ -177,3 +177,14 @@ class MeshError(MvError):
     def __init__(self, message: str, *, path: Path | str | None = None, hint: str = "") -> None:
         super().__init__(f"{path}: {message}" if path is not None else message, hint=hint)
         self.path = path
+
+
+class MemoryBudgetError(MvError):
+    """A run does not fit into the memory that it was given. Fields: `needed_bytes` at least, `budget_bytes`, `stage`."""
+
+    exit_code = 13
+
+    def __init__(self, *, needed_bytes: int, budget_bytes: int, stage: str, hint: str = "") -> None:
+        needed, budget = f"{needed_bytes / 1e9:.2f} GB", f"{budget_bytes / 1e9:.2f} GB"
+        super().__init__(f"this run needs at least {needed} in its stage {stage}, the budget is {budget}", hint=hint)
+        self.needed_bytes, self.budget_bytes, self.stage = needed_bytes, budget_bytes, stage

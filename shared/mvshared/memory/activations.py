@@ -18,27 +18,42 @@ FUSED_WIDTHS = (64, 80, 96, 128)  # head widths for which MLX has a kernel on th
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a backend holds of a layer at once, in copies of its input and output; `unfolded` counts float32 copies of a
-    convolution's input that are made for the matrix product, 9 where the whole picture is unfolded at once."""
+    """What a backend holds of a layer at once.
 
-    norm: float
+    `norm`: copies of a norm's input, in float32 and in half precision. `feed_forward`: of its tokens. `unfolded`: float32 copies
+    of a convolution's input that are made for the matrix product. `fused`: whether attention has a kernel that never holds its
+    scores. `pieces`: of sliced attention, in flight at once. `relaid`: whether a weight is copied to another layout when it is
+    used. `dequantized`: bytes per number of a quantised weight when it is used.
+    """
+
+    norm: tuple[float, float]
     feed_forward: float
     unfolded: float
-    fused: bool  # attention never holds its scores
-    pieces: int  # of sliced attention, in flight at once
+    fused: bool
+    pieces: int
+    relaid: bool
+    dequantized: int
 
     def convolution(self, inputs: float, outputs: float, *, number: int) -> float:
         """Bytes per pixel of a convolution with its norm before it."""
-        return number * (self.norm * inputs + outputs) + SCORE_BYTES * self.unfolded * inputs
+        return number * (self.norm[number < SCORE_BYTES] * inputs + outputs) + SCORE_BYTES * self.unfolded * inputs
+
+    def weight(self, largest: int, quantized: int, *, number: int) -> int:
+        """Bytes of the copies of a weight while it is used, of networks whose largest (quantised) weight has so many numbers."""
+        return max(number * largest if self.relaid else 0, self.dequantized * quantized)
+
+
+TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=27, unfolded=0, fused=True, pieces=3, relaid=True, dequantized=8)
+TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=True, pieces=3, relaid=False, dequantized=8)
+MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=False, pieces=10, relaid=False, dequantized=8)
+MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=True, pieces=10, relaid=False, dequantized=8)
 
 
 def costs_of(backend: BackendName, device: str) -> Costs:
     """The costs of a backend on a device."""
     if backend == "torch":
-        return Costs(norm=3, feed_forward=18, unfolded=0, fused=True, pieces=3)
-    if device == "cpu":
-        return Costs(norm=4, feed_forward=18, unfolded=9, fused=False, pieces=10)
-    return Costs(norm=5, feed_forward=18, unfolded=0, fused=True, pieces=10)
+        return TORCH_CPU if device == "cpu" else TORCH_GPU
+    return MLX_CPU if device == "cpu" else MLX_GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +144,7 @@ def vae_bytes(config: VAEConfig, sizes: Sizes, costs: Costs, *, decoder: bool, t
         else:
             piece = min(here, (tile + 2) ** 2)
             held = number * here * (wider + 2 * width if wider != width else 2 * width)
-            most = max(most, held + piece * (8 * wider + costs.convolution(wider, wider, number=number)))
+            most = max(most, held + piece * (4 * wider + costs.convolution(wider, wider, number=number)))
     coarse = pixels // 4 ** (len(channels) - 1)
     middle = channels[-1] * coarse * number * 6.0
     middle += attention_bytes(costs, sizes.attention, batch=1, heads=1, queries=coarse, keys=coarse, width=channels[-1])

@@ -1,8 +1,9 @@
 """How a run uses memory: what is held together, and what is computed in pieces. It changes results by rounding only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mvshared.attention import FUSED, AttentionOptions
+from mvshared.backend import BackendName
 from mvshared.tiling import check_tile
 
 
@@ -30,3 +31,15 @@ class MemoryPlan:
 
 
 PLAIN = MemoryPlan()
+SLICED = AttentionOptions(implementation="sliced", budget_bytes=2**26)
+CACHE_BYTES = 2**28
+
+
+def plans(backend: BackendName, device: str) -> tuple[MemoryPlan, ...]:
+    """The plans that a backend has, from the fastest to the one that takes least memory."""
+    cached = MemoryPlan(networks_at_once=False, cache_bytes=CACHE_BYTES if backend == "mlx" else None)
+    tiled = replace(cached, vae_tile=256, vae_attention=SLICED)
+    apart = replace(tiled, vae_tile=128, branches_at_once=False)
+    # PyTorch's kernels, and MLX's on the GPU, never hold the scores of the U-Net's heads: slices of them save nothing there.
+    sliced = replace(apart, attention=SLICED) if backend == "mlx" and device == "cpu" else apart
+    return tuple(dict.fromkeys((PLAIN, cached, tiled, apart, sliced)))
