@@ -46,6 +46,10 @@ class LatentModel:
         """A float32 copy."""
         return to_numpy(x)
 
+    def all_finite(self, x: mx.array) -> bool:
+        """Whether there is neither NaN nor infinity in an array."""
+        return bool(mx.isfinite(x).all().item())
+
     def encode_latents(self, pixels: NDArray[np.float32]) -> mx.array:
         """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.
 

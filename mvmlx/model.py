@@ -5,7 +5,7 @@ MLX's default device belongs to the program around this: what is computed here r
 evaluated before it is handed out, so that another thread may use it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
 from mvmlx.latents import LatentModel, _evaluated, _on_device, to_numpy
-from mvmlx.observation import Observer, observe
+from mvmlx.observation import Networks, Observer, OnEnd, OnStart, observe, observe_blocks
 from mvmlx.unet import Cross, MultiViewUNet
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
@@ -72,9 +72,11 @@ class MultiViewModel(LatentModel):
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvmlx.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
-        encoders = {"text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
-        encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
-        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
+        return observe(self._networks(), fn)
+
+    def observe_blocks(self, on_end: OnEnd, on_start: OnStart | None = None) -> AbstractContextManager[Callable[[], float]]:
+        """See `mvmlx.observation.observe_blocks`; the names are those of `observe`."""
+        return observe_blocks(self._networks(), on_end, on_start)
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> mx.array:
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
@@ -157,6 +159,10 @@ class MultiViewModel(LatentModel):
             ).astype(mx.float32)
             mixed = (mx.array(list(weights), dtype=mx.float32)[:, None, None, None, None] * out).sum(0)
             return _evaluated(rescaled(mixed, out[-1], rescale) if rescale else mixed)
+
+    def _networks(self) -> Networks:
+        named = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
+        return {name: network for name, network in named.items() if network is not None}
 
 
 def rescaled(x: mx.array, conditional: mx.array, share: float) -> mx.array:

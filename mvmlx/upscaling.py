@@ -1,6 +1,6 @@
 """Loading a latent upscaler into MLX, and what the shared upscaling drives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from mvmlx.attention import KeyValues
 from mvmlx.clip import CLIPTextModel
 from mvmlx.latents import LatentModel, _evaluated, _on_device
 from mvmlx.model import choose_device, choose_dtype, load_network
-from mvmlx.observation import Observer, observe
+from mvmlx.observation import Networks, Observer, OnEnd, OnStart, observe, observe_blocks
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype, TextStates
@@ -67,8 +67,11 @@ class UpscalerModel(LatentModel):
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvmlx.observation.observe`; the names begin with unet, vae or text_encoder."""
-        encoders = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
-        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
+        return observe(self._networks(), fn)
+
+    def observe_blocks(self, on_end: OnEnd, on_start: OnStart | None = None) -> AbstractContextManager[Callable[[], float]]:
+        """See `mvmlx.observation.observe_blocks`; the names are those of `observe`."""
+        return observe_blocks(self._networks(), on_end, on_start)
 
     @cached_property
     def vae(self) -> AutoencoderKL:
@@ -119,6 +122,10 @@ class UpscalerModel(LatentModel):
             noise = mx.full((branches,), t, dtype=mx.float32)
             out = self.unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].astype(mx.float32)
             return _evaluated(out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0]))
+
+    def _networks(self) -> Networks:
+        encoders = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
+        return {"unet": self.unet, "vae": self.vae, **encoders}
 
 
 def load_upscaler_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> UpscalerModel:

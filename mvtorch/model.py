@@ -1,6 +1,6 @@
 """Loading a checkpoint folder into PyTorch, and the Model that the shared pipeline drives."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.weights import Stored, check_names_and_shapes, match_tensors
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.latents import LatentModel, to_numpy
-from mvtorch.observation import Observer, observe
+from mvtorch.observation import Networks, Observer, OnEnd, OnStart, observe, observe_blocks
 from mvtorch.unet import Cross, MultiViewUNet
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
@@ -70,9 +70,11 @@ class MultiViewModel(LatentModel):
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvtorch.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
-        encoders = {"text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
-        encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
-        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
+        return observe(self._networks(), fn)
+
+    def observe_blocks(self, on_end: OnEnd, on_start: OnStart | None = None) -> AbstractContextManager[Callable[[], float]]:
+        """See `mvtorch.observation.observe_blocks`; the names are those of `observe`."""
+        return observe_blocks(self._networks(), on_end, on_start)
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> Tensor:
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
@@ -153,6 +155,10 @@ class MultiViewModel(LatentModel):
             ).float()
             mixed = (torch.tensor(weights, device=self.device)[:, None, None, None, None] * out).sum(0)
             return rescaled(mixed, out[-1], rescale) if rescale else mixed
+
+    def _networks(self) -> Networks:
+        named = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
+        return {name: network for name, network in named.items() if network is not None}
 
 
 def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:

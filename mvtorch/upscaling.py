@@ -1,6 +1,6 @@
 """Loading a latent upscaler into PyTorch, and what the shared upscaling drives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from mvtorch.attention import KeyValues
 from mvtorch.clip import CLIPTextModel
 from mvtorch.latents import LatentModel
 from mvtorch.model import choose_device, choose_dtype, load_network
-from mvtorch.observation import Observer, observe
+from mvtorch.observation import Networks, Observer, OnEnd, OnStart, observe, observe_blocks
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
@@ -68,8 +68,11 @@ class UpscalerModel(LatentModel):
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvtorch.observation.observe`; the names begin with unet, vae or text_encoder."""
-        encoders = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
-        return observe({"unet": self.unet, "vae": self.vae, **encoders}, fn)
+        return observe(self._networks(), fn)
+
+    def observe_blocks(self, on_end: OnEnd, on_start: OnStart | None = None) -> AbstractContextManager[Callable[[], float]]:
+        """See `mvtorch.observation.observe_blocks`; the names are those of `observe`."""
+        return observe_blocks(self._networks(), on_end, on_start)
 
     @cached_property
     def vae(self) -> AutoencoderKL:
@@ -115,6 +118,10 @@ class UpscalerModel(LatentModel):
             noise = torch.full((branches,), t, dtype=torch.float32, device=self.device)
             out = self.unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].float()
             return out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0])
+
+    def _networks(self) -> Networks:
+        encoders = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
+        return {"unet": self.unet, "vae": self.vae, **encoders}
 
 
 def load_upscaler_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> UpscalerModel:

@@ -49,9 +49,9 @@ def test_a_stage_inside_of_another_counts_for_itself() -> None:
             assert stages.name == "vae_decoder"
         assert (stages.name, stages.step) == ("unet", 7)
     assert (stages.name, stages.step) == (None, None)
-    assert [(stage.name, stage.start, stage.seconds, stage.step) for stage in ended] == [
-        ("vae_decoder", 2.0, 1.0, 7),
-        ("unet", 1.0, 2.0, None),
+    assert [(stage.name, stage.start, stage.seconds, stage.own_seconds, stage.step) for stage in ended] == [
+        ("vae_decoder", 2.0, 1.0, 1.0, 7),
+        ("unet", 1.0, 3.0, 2.0, None),
     ]
 
 

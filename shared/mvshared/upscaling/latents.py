@@ -114,7 +114,7 @@ class Upscaler(Generic[A]):
 
         parts = []
         for group in groups:
-            with stages("upscaler"):
+            with stages("upscaler", first=group.start):
                 part = self._sample(plan, low[group], start[group], embedding, text, stages, settings.guidance, report)
                 parts.append(part)
         result = np.concatenate(parts)[:, : large[0], : large[1]]
