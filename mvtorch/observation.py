@@ -53,7 +53,7 @@ def observe_blocks(networks: Networks, on_end: OnEnd, on_start: OnStart | None =
                 name = ".".join(part for part in (prefix, path) if part)
                 if name:
                     stack.callback(module.register_forward_pre_hook(watch.start(name), with_kwargs=True).remove)
-                    end = module.register_forward_hook(watch.finish(name), prepend=True, with_kwargs=True)
+                    end = module.register_forward_hook(watch.finish(name), prepend=True, with_kwargs=True, always_call=True)
                     stack.callback(end.remove)
         yield watch.clock
 
@@ -84,10 +84,10 @@ class _Watch:
         return hook
 
     def finish(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            now = _now()
-            while (call := self.calls.pop()).name != name:
-                pass  # a block that failed, and whose error was caught
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any | None) -> None:
+            now, call = _now(), self.calls.pop()
+            if out is None:  # it failed
+                return
             outputs = {field: array.detach() for field, array in _outputs(name, out)}
             seconds = now - self.spent - call.start
             flops = own_flops(call.kind, module, call.inputs, outputs)

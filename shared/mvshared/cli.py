@@ -132,6 +132,7 @@ def cli() -> None:
 )
 @upscale_options(default="none")
 @click.option("--stepwise", type=click.Path(path_type=Path), help="Folder for a preview of every step.")
+@click.option("--check-numerics", type=click.Path(path_type=Path), help="Look for NaN in every block; folder for what had it.")
 @click.option("--config", type=click.Path(path_type=Path), help="Repeat the run of a metadata.json.")
 @click.option("--force", is_flag=True, help="Overwrite a finished run in the output folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print events, one JSON object a line.")

@@ -42,7 +42,8 @@ class Stages:
     """Marks the stages of a run. Without `on_end` it only remembers which one runs.
 
     `name` is the innermost stage that runs now, None outside of all; `what` is what its networks are given, such as "view", and
-    `first` the number of the first of them; `step` is the sampler's, from 1. `clock` tells seconds.
+    `first` the number of the first of them; `step` is the sampler's, from 1. `entry` counts the stages so far. `clock` tells
+    seconds.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Stages:
         self.name: StageName | None = None
         self.what, self.first = "view", 0
         self.step: int | None = None
+        self.entry = 0
         self._inside = 0.0  # seconds of stages that ended within the one that runs
         self._peak: int | None = None  # of those
 
@@ -64,6 +66,7 @@ class Stages:
         """The stage of that name, for views from number `first` on, or for what else there is."""
         outer = self.name, self.what, self.first, self.step
         self.name, self.what, self.first = name, what, first
+        self.entry += 1
         try:
             if self.on_end is None:
                 yield
