@@ -262,6 +262,32 @@ def validate(model: str, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("model")
+@click.option(
+    "--image", type=click.Path(path_type=Path), multiple=True, help="Picture of the subject.  [default: a made-up one]"
+)
+@click.option("--prompt", help="What to show, for a model that takes text.")
+@click.option("--negative-prompt", help="What not to show.  [default: the model's]")
+@camera_options
+@click.option("--steps", type=int, default=4, show_default=True, help="Sampling steps.")
+@click.option("--guidance", type=float, help="Classifier-free guidance, 1 (off) to 20.  [default: the model's]")
+@click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
+@click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
+@backend_options
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
+@click.option(
+    "--depth", type=click.IntRange(1), default=2, show_default=True, help="How deep blocks inside of blocks are shown."
+)
+@click.option("--trace", type=click.Path(path_type=Path), help="File for a trace, to be opened at ui.perfetto.dev.")
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as one JSON object.")
+def profile(model: str, **options: Any) -> None:
+    """Say where the time and the memory of a run of MODEL go: by stage, by block, and its three largest costs."""
+    from mvshared.commands.profile import profile_model
+
+    profile_model(model, options)
+
+
+@cli.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Run folder; a run in it goes on.")
 @click.option("--family", help="Train by this family's recipe instead of a CONFIG: gaf.")
