@@ -86,7 +86,7 @@ class Stages:
         yield
         peak, seconds = self._highest(), self.clock() - start
         own = seconds - self._inside
-        self._inside, self._peak = outer_inside + seconds, _larger(outer_peak, peak)
+        self._inside, self._peak = outer_inside + seconds, outer_peak  # the meter still knows that of this one
         on_end(Stage(name, start, seconds, own, peak, step))
 
     def _highest(self) -> int | None:
