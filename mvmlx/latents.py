@@ -1,7 +1,7 @@
 """What every model with a VAE does: arrays in and out, pictures to latents and back."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mvmlx.observation import Observer, OnEnd, OnStart, observe, observe_blocks
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype
 from mvshared.memory.plan import PLAIN
@@ -52,6 +53,14 @@ class LatentModel:
         vae.attention_options = self.plan.vae_attention
         return vae
 
+    def observe(self, fn: Observer) -> AbstractContextManager[None]:
+        """See `mvmlx.observation.observe`; the names begin with those of the networks, such as unet or vae."""
+        return observe(self.networks, fn)
+
+    def observe_blocks(self, on_end: OnEnd, on_start: OnStart | None = None) -> AbstractContextManager[Callable[[], float]]:
+        """See `mvmlx.observation.observe_blocks`; the names are those of `observe`."""
+        return observe_blocks(self.networks, on_end, on_start)
+
     def release(self, *components: str) -> None:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""
         if self.networks.release(*components):
@@ -80,6 +89,10 @@ class LatentModel:
     def to_numpy(self, x: mx.array) -> NDArray[np.float32]:
         """A float32 copy."""
         return to_numpy(x)
+
+    def all_finite(self, x: mx.array) -> bool:
+        """Whether there is neither NaN nor infinity in an array."""
+        return bool(mx.isfinite(x).all().item())
 
     def encode_latents(self, pixels: NDArray[np.float32]) -> mx.array:
         """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.

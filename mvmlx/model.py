@@ -6,7 +6,6 @@ evaluated before it is handed out, so that another thread may use it.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
 from mvmlx.latents import LatentModel, _evaluated, _on_device, to_numpy
-from mvmlx.observation import Observer, observe
 from mvmlx.quantized import packed_tensors, quantize_network
 from mvmlx.unet import Cross, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
@@ -75,10 +73,6 @@ class MultiViewModel(LatentModel):
     def unet(self) -> MultiViewUNet:
         """The U-Net, read if it is not in memory."""
         return self._network("unet")
-
-    def observe(self, fn: Observer) -> AbstractContextManager[None]:
-        """See `mvmlx.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
-        return observe(self.networks, fn)
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> mx.array:
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""

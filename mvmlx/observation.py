@@ -1,63 +1,108 @@
-"""Looking into a running network: every block says what it computed and how long that took.
+"""Looking into a running network: every block says what it was given, what it computed and how long that took.
 
-Parity layer by layer, the search for the first NaN, profiles and pictures of activations are all built on `observe`.
+Parity layer by layer, the search for the first NaN, profiles and pictures of activations are all built on `observe_blocks`.
 """
 
+import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mvshared.blocks import Block, Call, own_flops
+from mvshared.networks import watched
+
 Observer: TypeAlias = Callable[[str, mx.array, float], None]
+OnEnd: TypeAlias = Callable[[Block[mx.array]], None]
+OnStart: TypeAlias = Callable[[Call[mx.array]], None]
+Observed: TypeAlias = nn.Module | Mapping[str, Any]
 
 
 @contextmanager
-def observe(networks: nn.Module | Mapping[str, nn.Module], fn: Observer) -> Iterator[None]:
+def observe(networks: Observed, fn: Observer) -> Iterator[None]:
     """Call `fn(name, array, seconds)` after every block that runs inside, in the order in which they finish.
 
     The name is the module's in its network, such as `down_blocks.0.resnets.1`, behind that of the network if several are given;
     both backends have the same. What a block returns as a named tuple has a call per field, `name.field`. Arrays are the
     backend's own, pictures (n, h, w, c), tokens (n, l, c). Seconds count the blocks inside, and not `fn`. Outside of the
     context nothing is slower than without. Not for training with gradient checkpointing, where blocks run twice.
-
-    MLX modules have no hooks: for the time of the context each becomes an instance of a subclass that watches its calls.
     """
-    watch = _Watch(fn)
-    with ExitStack() as stack:
-        for prefix, network in [("", networks)] if isinstance(networks, nn.Module) else networks.items():
-            for path, module in network.named_modules():
-                name = ".".join(part for part in (prefix, path) if part)
-                kind = type(module)
-                if name and hasattr(kind, "__call__"):  # noqa: B004 - a list of modules has none
-                    stack.callback(_set_class, module, kind)
-                    _set_class(module, watch.watched(kind, name))
+
+    def on_end(block: Block[mx.array]) -> None:
+        for name, array in block.outputs.items():
+            fn(name, array, block.seconds)
+
+    with observe_blocks(networks, on_end):
         yield
 
 
-class _Watch:
-    """Measures nested blocks, and leaves out the time that the observer takes."""
+@contextmanager
+def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None = None) -> Iterator[Callable[[], float]]:
+    """Call `on_start(call)` before every block that runs inside and `on_end(block)` after it, with its inputs and outputs.
 
-    def __init__(self, fn: Observer) -> None:
-        self.fn = fn
-        self.spent = 0.0  # in the observer
+    For the rest see `observe`. The context gives a function that tells the time in seconds on the blocks' own clock, which
+    stands still while an observer works.
+
+    MLX modules have no hooks: for the time of the context each becomes an instance of a subclass that watches its calls. What a
+    block is given is evaluated before it begins, and what it returns before it ends, so that each pays for its own work.
+    """
+    watch = _Watch(on_end, on_start)
+
+    def attach(prefix: str, network: nn.Module) -> Callable[[], None]:
+        stack = ExitStack()
+        for path, module in network.named_modules():
+            name = ".".join(part for part in (prefix, path) if part)
+            kind = type(module)
+            if name and hasattr(kind, "__call__"):  # noqa: B004 - a list of modules has none
+                stack.callback(_set_class, module, kind)
+                _set_class(module, watch.watched(kind, name))
+        return stack.close
+
+    with watched(networks, attach):
+        yield watch.clock
+
+
+class _Watch:
+    """Measures nested blocks, and leaves out the time that the observers take."""
+
+    def __init__(self, on_end: OnEnd, on_start: OnStart | None) -> None:
+        self.on_end, self.on_start = on_end, on_start
+        self.depth = 0  # blocks that run now
+        self.spent = 0.0  # in the observers
+
+    def clock(self) -> float:
+        """Seconds without those of the observers."""
+        return time.perf_counter() - self.spent
 
     def watched(self, kind: type[nn.Module], name: str) -> type[nn.Module]:
-        """A class of modules that are `kind` and call the observer."""
+        """A class of modules that are `kind` and call the observers."""
         call: Any = kind.__call__
+        signature = inspect.signature(call)
 
         def watched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter() - self.spent
-            out = call(module, *args, **kwargs)
-            arrays = list(_arrays(name, out))
-            mx.eval([array for _, array in arrays])
-            end = time.perf_counter()
-            seconds = end - self.spent - start
-            for field, array in arrays:
-                self.fn(field, array, seconds)
-            self.spent += time.perf_counter() - end
+            arguments = signature.bind(module, *args, **kwargs).arguments
+            inputs = {name: array for key, value in arguments.items() if key != "self" for name, array in _arrays(key, value)}
+            mx.eval(list(inputs.values()))
+            now = time.perf_counter()
+            start = Call(name=name, kind=kind.__name__, depth=self.depth, inputs=inputs, start=now - self.spent)
+            if self.on_start is not None:
+                self.on_start(start)
+            self.depth += 1
+            try:
+                self.spent += time.perf_counter() - now
+                out = call(module, *args, **kwargs)
+            finally:
+                self.depth -= 1
+            outputs = dict(_outputs(name, out))
+            mx.eval(list(outputs.values()))
+            now = time.perf_counter()
+            seconds = now - self.spent - start.start
+            flops = own_flops(kind.__name__, module, inputs, outputs)
+            self.on_end(Block(**vars(start), outputs=outputs, seconds=seconds, flops=flops))
+            self.spent += time.perf_counter() - now
             return out
 
         return type(kind.__name__, (kind,), {"__call__": watched_call})
@@ -67,12 +112,24 @@ def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     object.__setattr__(module, "__class__", kind)  # a module's own __setattr__ takes everything for a weight
 
 
-def _arrays(name: str, out: Any) -> Iterator[tuple[str, mx.array]]:
+def _outputs(name: str, out: Any) -> Iterator[tuple[str, mx.array]]:
     """Arrays with their names."""
     if isinstance(out, mx.array):
         yield name, out
     elif hasattr(out, "_asdict"):
         for field, value in out._asdict().items():
-            yield from _arrays(f"{name}.{field}", value)
+            yield from _outputs(f"{name}.{field}", value)
     elif isinstance(out, tuple) and len(arrays := [x for x in out if isinstance(x, mx.array)]) == 1:
-        yield from _arrays(name, arrays[0])
+        yield from _outputs(name, arrays[0])
+
+
+def _arrays(name: str, value: Any) -> Iterator[tuple[str, mx.array]]:
+    """Arrays, also inside of tuples and lists, by the names of the arguments."""
+    if isinstance(value, mx.array):
+        yield name, value
+    elif isinstance(value, Mapping) or hasattr(value, "_asdict"):
+        for field, each in (value if isinstance(value, Mapping) else value._asdict()).items():
+            yield from _arrays(f"{name}.{field}", each)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for number, each in enumerate(value):
+            yield from _arrays(f"{name}.{number}", each)

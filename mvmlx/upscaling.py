@@ -1,7 +1,6 @@
 """Loading a latent upscaler into MLX, and what the shared upscaling drives."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from mvmlx.attention import KeyValues
 from mvmlx.latents import LatentModel, _evaluated, _on_device
 from mvmlx.model import choose_device, choose_dtype, load_network, network_loaders
-from mvmlx.observation import Observer, observe
 from mvmlx.upscaler import LatentUpscaler
 from mvshared.backend import BackendName, Dtype, TextStates
 from mvshared.checkpoint import Component, find_model, read_vae_config, weight_files
@@ -68,10 +66,6 @@ class UpscalerModel(LatentModel):
     def unet(self) -> LatentUpscaler:
         """The network that upscales, read if it is not in memory."""
         return self._network("unet")
-
-    def observe(self, fn: Observer) -> AbstractContextManager[None]:
-        """See `mvmlx.observation.observe`; the names begin with unet, vae or text_encoder."""
-        return observe(self.networks, fn)
 
     def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[mx.array]:
         """The states before the last norm (b, l, c) and the pooled state (b, c), float32, of token ids (b, l).

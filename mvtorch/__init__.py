@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mvshared.blocks import Block, Call
     from mvshared.pipeline import Pipeline
     from mvshared.upscaling.latents import Upscaler
 
@@ -49,6 +50,24 @@ def observe(model: Any, fn: "Callable[[str, Tensor, float], None]") -> AbstractC
     """
     from mvtorch.observation import observe as observe_networks
 
-    if hasattr(model, "generate") or hasattr(model, "upscale"):
-        model = model.model
+    model = _network(model)
     return model.observe(fn) if hasattr(model, "observe") else observe_networks(model, fn)
+
+
+def observe_blocks(
+    model: Any, on_end: "Callable[[Block[Tensor]], None]", on_start: "Callable[[Call[Tensor]], None] | None" = None
+) -> AbstractContextManager[Callable[[], float]]:
+    """As `observe`, with all that is known of a block: its inputs, outputs, times and arithmetic. See `mvshared.blocks.Block`.
+
+    The context gives a function that tells the time on the blocks' clock, which stands still while `on_end` or `on_start` work.
+    """
+    from mvtorch.observation import observe_blocks as observe_networks
+
+    model = _network(model)
+    watched = hasattr(model, "observe_blocks")
+    return model.observe_blocks(on_end, on_start) if watched else observe_networks(model, on_end, on_start)
+
+
+def _network(model: Any) -> Any:
+    """What is inside of a pipeline or an upscaler; a network is that itself."""
+    return model.model if hasattr(model, "generate") or hasattr(model, "upscale") else model

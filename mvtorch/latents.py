@@ -1,7 +1,8 @@
 """What every model with a VAE does: arrays in and out, pictures to latents and back."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mvshared.memory.plan import PLAIN
 from mvshared.networks import Networks
 from mvshared.process_memory import reset_resident_peak, resident_peak, trim_heap
 from mvshared.shapes import check_pictures
+from mvtorch.observation import Observer, OnEnd, OnStart, observe, observe_blocks
 from mvtorch.vae import AutoencoderKL
 
 
@@ -51,6 +53,14 @@ class LatentModel:
         vae.attention_options = self.plan.vae_attention
         return vae
 
+    def observe(self, fn: Observer) -> AbstractContextManager[None]:
+        """See `mvtorch.observation.observe`; the names begin with those of the networks, such as unet or vae."""
+        return observe(self.networks, fn)
+
+    def observe_blocks(self, on_end: OnEnd, on_start: OnStart | None = None) -> AbstractContextManager[Callable[[], float]]:
+        """See `mvtorch.observation.observe_blocks`; the names are those of `observe`."""
+        return observe_blocks(self.networks, on_end, on_start)
+
     def release(self, *components: str) -> None:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""
         if self.networks.release(*components):
@@ -83,6 +93,10 @@ class LatentModel:
     def to_numpy(self, x: Tensor) -> NDArray[np.float32]:
         """A float32 copy."""
         return to_numpy(x)
+
+    def all_finite(self, x: Tensor) -> bool:
+        """Whether there is neither NaN nor infinity in an array."""
+        return bool(torch.isfinite(x).all().item())
 
     def encode_latents(self, pixels: NDArray[np.float32]) -> Tensor:
         """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.

@@ -1,7 +1,6 @@
 """Loading a checkpoint folder into PyTorch, and the Model that the shared pipeline drives."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize
 from mvshared.weights import Stored, check_names_and_shapes, choose_quantization, match_tensors, stored_quantization
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.latents import LatentModel, to_numpy
-from mvtorch.observation import Observer, observe
 from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Cross, MultiViewUNet, select_objects
 from mvtorch.upscaler import LatentUpscaler
@@ -72,10 +70,6 @@ class MultiViewModel(LatentModel):
     def unet(self) -> MultiViewUNet:
         """The U-Net, read if it is not in memory."""
         return self._network("unet")
-
-    def observe(self, fn: Observer) -> AbstractContextManager[None]:
-        """See `mvtorch.observation.observe`; the names begin with unet, vae, text_encoder or image_encoder."""
-        return observe(self.networks, fn)
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> Tensor:
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""

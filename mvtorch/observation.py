@@ -1,21 +1,29 @@
-"""Looking into a running network: every block says what it computed and how long that took.
+"""Looking into a running network: every block says what it was given, what it computed and how long that took.
 
-Parity layer by layer, the search for the first NaN, profiles and pictures of activations are all built on `observe`.
+Parity layer by layer, the search for the first NaN, profiles and pictures of activations are all built on `observe_blocks`.
 """
 
+import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from mvshared.blocks import Block, Call, own_flops
+from mvshared.networks import watched
+
 Observer: TypeAlias = Callable[[str, Tensor, float], None]
+OnEnd: TypeAlias = Callable[[Block[Tensor]], None]
+OnStart: TypeAlias = Callable[[Call[Tensor]], None]
+Observed: TypeAlias = nn.Module | Mapping[str, Any]
 
 
 @contextmanager
-def observe(networks: nn.Module | Mapping[str, nn.Module], fn: Observer) -> Iterator[None]:
+def observe(networks: Observed, fn: Observer) -> Iterator[None]:
     """Call `fn(name, array, seconds)` after every block that runs inside, in the order in which they finish.
 
     The name is the module's in its network, such as `down_blocks.0.resnets.1`, behind that of the network if several are given;
@@ -23,35 +31,73 @@ def observe(networks: nn.Module | Mapping[str, nn.Module], fn: Observer) -> Iter
     backend's own, pictures (n, h, w, c), tokens (n, l, c). Seconds count the blocks inside, and not `fn`. Outside of the
     context nothing is slower than without. Not for training with gradient checkpointing, where blocks run twice.
     """
-    watch = _Watch(fn)
-    with ExitStack() as stack:
-        for prefix, network in [("", networks)] if isinstance(networks, nn.Module) else networks.items():
-            for path, module in network.named_modules():
-                name = ".".join(part for part in (prefix, path) if part)
-                if name:
-                    stack.callback(module.register_forward_pre_hook(watch.start).remove)
-                    stack.callback(module.register_forward_hook(watch.finish(name), prepend=True).remove)
+
+    def on_end(block: Block[Tensor]) -> None:
+        for name, array in block.outputs.items():
+            fn(name, array, block.seconds)
+
+    with observe_blocks(networks, on_end):
         yield
 
 
+@contextmanager
+def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None = None) -> Iterator[Callable[[], float]]:
+    """Call `on_start(call)` before every block that runs inside and `on_end(block)` after it, with its inputs and outputs.
+
+    For the rest see `observe`. The context gives a function that tells the time in seconds on the blocks' own clock, which
+    stands still while an observer works.
+    """
+    watch = _Watch(on_end, on_start)
+
+    def attach(prefix: str, network: nn.Module) -> Callable[[], None]:
+        stack = ExitStack()
+        for path, module in network.named_modules():
+            name = ".".join(part for part in (prefix, path) if part)
+            if name:
+                stack.callback(module.register_forward_pre_hook(watch.start(name), with_kwargs=True).remove)
+                end = module.register_forward_hook(watch.finish(name), prepend=True, with_kwargs=True, always_call=True)
+                stack.callback(end.remove)
+        return stack.close
+
+    with watched(networks, attach):
+        yield watch.clock
+
+
 class _Watch:
-    """Measures nested blocks, and leaves out the time that the observer takes."""
+    """Measures nested blocks, and leaves out the time that the observers take."""
 
-    def __init__(self, fn: Observer) -> None:
-        self.fn = fn
-        self.starts: list[float] = []
-        self.spent = 0.0  # in the observer
+    def __init__(self, on_end: OnEnd, on_start: OnStart | None) -> None:
+        self.on_end, self.on_start = on_end, on_start
+        self.calls: list[Call[Tensor]] = []  # those that run now, the innermost last
+        self.spent = 0.0  # in the observers
 
-    def start(self, *args: Any) -> None:
-        self.starts.append(_now() - self.spent)
+    def clock(self) -> float:
+        """Seconds without those of the observers."""
+        return _now() - self.spent
+
+    def start(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            now = _now()
+            inputs = dict(_inputs(type(module), args, kwargs))
+            kind = type(module).__name__
+            call = Call(name=name, kind=kind, depth=len(self.calls), inputs=inputs, start=now - self.spent)
+            self.calls.append(call)
+            if self.on_start is not None:
+                self.on_start(call)
+            self.spent += _now() - now
+
+        return hook
 
     def finish(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            end = _now()
-            seconds = end - self.spent - self.starts.pop()
-            for field, array in _arrays(name, out):
-                self.fn(field, array.detach(), seconds)
-            self.spent += _now() - end
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any | None) -> None:
+            now, call = _now(), self.calls.pop()
+            if out is None:  # it failed
+                return
+            outputs = {field: array.detach() for field, array in _outputs(name, out)}
+            seconds = now - self.spent - call.start
+            flops = own_flops(call.kind, module, call.inputs, outputs)
+            self.on_end(Block(**vars(call), outputs=outputs, seconds=seconds, flops=flops))
+            self.spent += _now() - now
 
         return hook
 
@@ -62,12 +108,39 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _arrays(name: str, out: Any) -> Iterator[tuple[str, Tensor]]:
+def _outputs(name: str, out: Any) -> Iterator[tuple[str, Tensor]]:
     """Tensors with their names; pictures, which are (n, c, h, w) inside of the networks, as (n, h, w, c)."""
     if isinstance(out, Tensor):
         yield name, out.permute(0, 2, 3, 1) if out.ndim == 4 else out
     elif hasattr(out, "_asdict") or isinstance(out, Mapping):
         for field, value in (out if isinstance(out, Mapping) else out._asdict()).items():
-            yield from _arrays(f"{name}.{field}", value)
+            yield from _outputs(f"{name}.{field}", value)
     elif isinstance(out, tuple) and len(arrays := [x for x in out if isinstance(x, Tensor)]) == 1:
-        yield from _arrays(name, arrays[0])
+        yield from _outputs(name, arrays[0])
+
+
+def _inputs(kind: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by the names of the arguments; pictures as (n, h, w, c), which `pixels` are already."""
+    for name, value in _signature(kind).bind(None, *args, **kwargs).arguments.items():
+        if isinstance(value, Tensor):
+            pictures = value.ndim == 4 and name != "pixels"
+            yield "x" if name == "input" else name, value.detach().permute(0, 2, 3, 1) if pictures else value.detach()
+        elif name != "self":
+            yield from _nested(name, value)
+
+
+def _nested(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors inside of tuples and lists, among which there are no pictures."""
+    if isinstance(value, Tensor):
+        yield name, value.detach()
+    elif isinstance(value, Mapping) or hasattr(value, "_asdict"):
+        for field, each in (value if isinstance(value, Mapping) else value._asdict()).items():
+            yield from _nested(f"{name}.{field}", each)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for number, each in enumerate(value):
+            yield from _nested(f"{name}.{number}", each)
+
+
+@cache
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(kind.forward)

@@ -1,7 +1,6 @@
 """Loading a latent upscaler into PyTorch, and what the shared upscaling drives."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from mvshared.weights import choose_quantization
 from mvtorch.attention import KeyValues
 from mvtorch.latents import LatentModel
 from mvtorch.model import choose_device, choose_dtype, load_network, network_loaders
-from mvtorch.observation import Observer, observe
 from mvtorch.upscaler import LatentUpscaler
 
 
@@ -69,10 +67,6 @@ class UpscalerModel(LatentModel):
     def unet(self) -> LatentUpscaler:
         """The network that upscales, read if it is not in memory."""
         return self._network("unet")
-
-    def observe(self, fn: Observer) -> AbstractContextManager[None]:
-        """See `mvtorch.observation.observe`; the names begin with unet, vae or text_encoder."""
-        return observe(self.networks, fn)
 
     def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[Tensor]:
         """The states before the last norm (b, l, c) and the pooled state (b, c), float32, of token ids (b, l).

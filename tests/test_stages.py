@@ -49,9 +49,9 @@ def test_a_stage_inside_of_another_counts_for_itself() -> None:
             assert stages.name == "vae_decoder"
         assert (stages.name, stages.step) == ("unet", 7)
     assert (stages.name, stages.step) == (None, None)
-    assert [(stage.name, stage.start, stage.seconds, stage.step) for stage in ended] == [
-        ("vae_decoder", 2.0, 1.0, 7),
-        ("unet", 1.0, 2.0, None),
+    assert [(stage.name, stage.start, stage.seconds, stage.own_seconds, stage.step) for stage in ended] == [
+        ("vae_decoder", 2.0, 1.0, 1.0, 7),
+        ("unet", 1.0, 3.0, 2.0, None),
     ]
 
 
@@ -68,7 +68,13 @@ def test_the_peak_of_a_stage_is_that_of_all_within_it_and_of_nothing_before() ->
             meter.use(3)
     with stages("vae_decoder"):
         pass
-    assert [stage.peak_bytes for stage in ended] == [3, 5, 3]
+    with stages("unet"):
+        with stages("vae_decoder"):
+            meter.use(9)
+            meter.use(4)
+        with stages("vae_decoder"):
+            pass
+    assert [stage.peak_bytes for stage in ended] == [3, 5, 3, 9, 4, 9]
 
 
 def test_a_stage_that_fails_is_left_and_not_reported() -> None:

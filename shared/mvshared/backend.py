@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, T
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.blocks import Block, Call
 from mvshared.config import ModelConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch
@@ -52,6 +53,16 @@ class Model(Protocol[A]):
 
     def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
         """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
+        ...
+
+    def observe_blocks(
+        self, on_end: Callable[[Block[A]], None], on_start: Callable[[Call[A]], None] | None = None
+    ) -> AbstractContextManager[Callable[[], float]]:
+        """As `observe`, with all that is known of a block; the context gives the blocks' clock: see `mvtorch`."""
+        ...
+
+    def all_finite(self, x: A) -> bool:
+        """Whether there is neither NaN nor infinity in an array."""
         ...
 
     def memory_peak(self) -> int | None:
@@ -131,6 +142,16 @@ class UpscalerModel(Protocol[A]):
 
     def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
         """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
+        ...
+
+    def observe_blocks(
+        self, on_end: Callable[[Block[A]], None], on_start: Callable[[Call[A]], None] | None = None
+    ) -> AbstractContextManager[Callable[[], float]]:
+        """As `observe`, with all that is known of a block; the context gives the blocks' clock: see `mvtorch`."""
+        ...
+
+    def all_finite(self, x: A) -> bool:
+        """Whether there is neither NaN nor infinity in an array."""
         ...
 
     def memory_peak(self) -> int | None:

@@ -136,6 +136,7 @@ def cli() -> None:
 )
 @upscale_options(default="none")
 @click.option("--stepwise", type=click.Path(path_type=Path), help="Folder for a preview of every step.")
+@click.option("--check-numerics", type=click.Path(path_type=Path), help="Look for NaN in every block; folder for what had it.")
 @click.option("--config", type=click.Path(path_type=Path), help="Repeat the run of a metadata.json.")
 @click.option("--force", is_flag=True, help="Overwrite a finished run in the output folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print events, one JSON object a line.")
@@ -292,6 +293,32 @@ def validate(model: str, **options: Any) -> None:
     from mvshared.commands.checkpoints import validate_model
 
     validate_model(model, options)
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--image", type=click.Path(path_type=Path), multiple=True, help="Picture of the subject.  [default: a made-up one]"
+)
+@click.option("--prompt", help="What to show, for a model that takes text.")
+@click.option("--negative-prompt", help="What not to show.  [default: the model's]")
+@camera_options
+@click.option("--steps", type=int, default=4, show_default=True, help="Sampling steps.")
+@click.option("--guidance", type=float, help="Classifier-free guidance, 1 (off) to 20.  [default: the model's]")
+@click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
+@click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
+@backend_options
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
+@click.option(
+    "--depth", type=click.IntRange(1), default=2, show_default=True, help="How deep blocks inside of blocks are shown."
+)
+@click.option("--trace", type=click.Path(path_type=Path), help="File for a trace, to be opened at ui.perfetto.dev.")
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as one JSON object.")
+def profile(model: str, **options: Any) -> None:
+    """Say where the time and the memory of a run of MODEL go: by stage, by block, and its three largest costs."""
+    from mvshared.commands.profile import profile_model
+
+    profile_model(model, options)
 
 
 @cli.command()

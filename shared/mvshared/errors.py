@@ -150,13 +150,26 @@ class DatasetError(MvError):
 
 
 class NumericsError(MvError):
-    """A computation left the finite numbers. Fields: `where`."""
+    """A computation left the finite numbers.
+
+    Fields: `where`, a stage or the name of a block; and if they are known the sampling `step` from 1, the first `view` of which
+    it is true, as in "view 2", and the `path` of the inputs that it happened with.
+    """
 
     exit_code = 10
 
-    def __init__(self, message: str, *, where: str, hint: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str,
+        step: int | None = None,
+        view: str | None = None,
+        path: Path | None = None,
+        hint: str = "",
+    ) -> None:
         super().__init__(f"{where}: {message}", hint=hint)
-        self.where = where
+        self.where, self.step, self.view, self.path = where, step, view, path
 
 
 class DownloadError(MvError):

@@ -149,7 +149,7 @@ def metadata(
         "parameters": _as_json(parameters),
         "weights": dict(weights),
         "details": _as_json(details or {}),
-        "packages": _package_versions(),
+        "packages": package_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
@@ -278,7 +278,8 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     return converted
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """The versions of the packages that results depend on, as far as they are installed."""
     versions = {}
     for name in PACKAGES:
         try:

@@ -1,7 +1,10 @@
 """The networks of a model: each read when it is first needed, and dropped when its memory is."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+Attach: TypeAlias = Callable[[str, Any], Callable[[], None]]
 
 
 class Networks(Mapping[str, Any]):
@@ -14,10 +17,13 @@ class Networks(Mapping[str, Any]):
     def __init__(self, loaders: Mapping[str, Callable[[], Any]]) -> None:
         self._loaders = dict(loaders)
         self._loaded: dict[str, Any] = {}
+        self._watchers: list[_Watcher] = []
 
     def __getitem__(self, component: str) -> Any:
         if component not in self._loaded:
             self._loaded[component] = self._loaders[component]()
+            for watcher in self._watchers:
+                watcher.begin(component, self._loaded[component])
         return self._loaded[component]
 
     def __contains__(self, component: object) -> bool:
@@ -38,5 +44,53 @@ class Networks(Mapping[str, Any]):
         """Forget networks, all if none is named; whether one of them was in memory."""
         there = [component for component in components or self.loaded if component in self._loaded]
         for component in there:
+            for watcher in self._watchers:
+                watcher.end(component)
             del self._loaded[component]
         return bool(there)
+
+    @contextmanager
+    def watched(self, attach: Attach) -> Iterator[None]:
+        """Within the context, `attach(component, network)` is called for every network that is in memory or comes there; what
+        it returns is called before the network goes, or at the context's end."""
+        watcher = _Watcher(attach)
+        self._watchers.append(watcher)
+        try:
+            for component, network in self._loaded.items():
+                watcher.begin(component, network)
+            yield
+        finally:
+            self._watchers.remove(watcher)
+            for component in self.loaded:
+                watcher.end(component)
+
+
+class _Watcher:
+    """What is attached to the networks that are in memory."""
+
+    def __init__(self, attach: Attach) -> None:
+        self.attach = attach
+        self.detach: dict[str, Callable[[], None]] = {}
+
+    def begin(self, component: str, network: Any) -> None:
+        self.detach[component] = self.attach(component, network)
+
+    def end(self, component: str) -> None:
+        self.detach.pop(component, lambda: None)()
+
+
+@contextmanager
+def watched(networks: Any, attach: Attach) -> Iterator[None]:
+    """Within the context, `attach(prefix, network)` is called for every one of several networks by name, or for a single one,
+    whose prefix is empty; what it returns is called at the end. Of `Networks` also those count that are read later."""
+    if isinstance(networks, Networks):
+        with networks.watched(attach):
+            yield
+        return
+    single = hasattr(networks, "named_modules")
+    ends = [attach(name, network) for name, network in ({"": networks} if single else networks).items()]
+    try:
+        yield
+    finally:
+        for end in ends:
+            end()

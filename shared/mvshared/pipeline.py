@@ -31,11 +31,12 @@ from mvshared.backend import A, Model
 from mvshared.camera import camera_vectors
 from mvshared.checkpoint import find_model, model_name
 from mvshared.clip_images import clip_pixels
-from mvshared.errors import MvWarning, NumericsError, OptionError
+from mvshared.errors import MvWarning, OptionError
 from mvshared.framing import Framed, frame_picture
 from mvshared.guidance import Branch, Guidance, Mixture, check_scales
 from mvshared.images import from_model, load_image
 from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
+from mvshared.numerics import check_views, checked_numerics
 from mvshared.quantization.plans import preset_of
 from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
@@ -109,6 +110,7 @@ class Pipeline(Generic[A]):
         seed: int = 0,
         size_px: int | None = None,
         latents: Latents | None = None,
+        check_numerics: str | Path | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> Views:
         """Views of what `image` shows, `prompt` says, or both, as the model takes them.
@@ -122,10 +124,11 @@ class Pipeline(Generic[A]):
         and their cameras if no others are named (see `mvshared.normals`). `guidance` and what belongs to it are the fields of
         `mvshared.guidance.Guidance`; with 1 there is no unconditional branch. `latents` float32 (v, h, w, c), or an .npy file
         of them, replaces the initial noise of `seed`; with reference frames it may have as many more, which are ignored. What
-        is None comes from the model's defaults. `on_step` is called after every step.
+        is None comes from the model's defaults. `on_step` is called after every step. `check_numerics` is a folder: every block
+        of every network is looked at, and the inputs of the first one that gives NaN or infinity are saved there.
 
         Raises OptionError, CameraError and ImageError for arguments that are not allowed, before any long work, and
-        NumericsError if the latents end in NaN or infinity.
+        NumericsError if the latents or the pictures end in NaN or infinity, or at the first block with `check_numerics`.
         """
         config, defaults = self.model.config, self.model.config.defaults
         size_px = whole("size_px", defaults.size_px if size_px is None else size_px, *SIZE_RANGE_PX)
@@ -200,13 +203,13 @@ class Pipeline(Generic[A]):
             config_sha256=config_sha256(config),
             quantization=self.model.quantization,
         )
-        conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, parameters)
-        final = self._sample(initial, plan, mixtures, conditions, parameters, on_step)
-        if not np.isfinite(final).all():
-            hint = "are the weights damaged?" if self.model.dtype == "float32" else "use --dtype float32"
-            raise NumericsError("the final latents are not finite", where="sampling", hint=hint)
+        with checked_numerics({"": self.model}, self.stages, check_numerics):
+            conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, parameters)
+            final = self._sample(initial, plan, mixtures, conditions, parameters, on_step)
+            check_views(final, "the final latents", where="sampling", dtype=self.model.dtype)
+            images = self._decode(self.model.from_numpy(final))
         return Views(
-            images=self._decode(self.model.from_numpy(final)),
+            images=images,
             latents=final,
             cameras=poses,
             reference=pictures[0].picture if pictures else None,
@@ -224,14 +227,15 @@ class Pipeline(Generic[A]):
         guidance: float | None = None,
         noise_level: float | None = None,
         budget_bytes: int | None = None,
+        check_numerics: str | Path | None = None,
         on_step: Callable[[UpscaleProgress], None] | None = None,
     ) -> Views:
         """The views at twice their size: by sd-x2, a diffusion model on their latents, by bilinear latents, or by lanczos.
 
-        `upscaler` is the name or the folder of the diffusion model, which sd-x2 needs; it is loaded in
-        this model's backend, device and dtype, and quantised if this model was as it was loaded. `steps`, `guidance`,
-        `noise_level` and `budget_bytes` are of `mvshared.upscaling.latents.Upscaler.upscale`; the prompts and the seed are
-        those of the views.
+        `upscaler` is the name or the folder of the diffusion model, which sd-x2 needs; it is loaded in this model's backend,
+        device and dtype, and quantised if this model was as it was loaded. `steps`, `guidance`, `noise_level` and
+        `budget_bytes` are of `mvshared.upscaling.latents.Upscaler.upscale`; the prompts and the seed are those of the views,
+        `check_numerics` is that of `generate`.
 
         Raises OptionError and CheckpointError before any long work, and NumericsError for latents that are not finite.
         """
@@ -252,10 +256,15 @@ class Pipeline(Generic[A]):
             backend=model.backend,
             dtype=model.dtype,
         )
-        return self.upscale_as(views, planned, on_step=on_step)
+        return self.upscale_as(views, planned, check_numerics=check_numerics, on_step=on_step)
 
     def upscale_as(
-        self, views: Views, parameters: UpscaleParameters, *, on_step: Callable[[UpscaleProgress], None] | None = None
+        self,
+        views: Views,
+        parameters: UpscaleParameters,
+        *,
+        check_numerics: str | Path | None = None,
+        on_step: Callable[[UpscaleProgress], None] | None = None,
     ) -> Views:
         """The views at twice their size, as the parameters say. Raises as `upscale` does."""
         model = self.model
@@ -268,14 +277,17 @@ class Pipeline(Generic[A]):
                 quantize=preset_of(model.quantization),
             )
             self._upscaler = parameters.upscaler, loaded
-        return upscale_views(
-            views,
-            parameters,
-            decode=lambda latents: model.decode(model.from_numpy(latents)),
-            upscaler=self._upscaler[1],
-            stages=self.stages,
-            on_step=on_step,
-        )
+        upscaler = self._upscaler[1]
+        checked = {"": model} if upscaler is None else {"": model, "upscaler.": upscaler.model}
+        with checked_numerics(checked, self.stages, check_numerics):
+            return upscale_views(
+                views,
+                parameters,
+                decode=lambda latents: self._pixels(model.from_numpy(latents)),
+                upscaler=upscaler,
+                on_step=on_step,
+                stages=self.stages,
+            )
 
     def _conditions(
         self,
@@ -343,9 +355,12 @@ class Pipeline(Generic[A]):
             return model.to_numpy(x)
 
     def _decode(self, latents: A) -> NDArray[np.uint8]:
-        """Pictures of latents."""
+        """Pictures of latents. Raises NumericsError unless they are finite."""
         with self.stages("vae_decoder"):
-            return from_model(self.model.decode(latents))
+            return from_model(self._pixels(latents))
+
+    def _pixels(self, latents: A) -> NDArray[np.float32]:
+        return check_views(self.model.decode(latents), "the pixels", where="decoding", dtype=self.model.dtype)
 
     def _progress(self, number: int, steps: int, step: Step, x: A, before: tuple[A, A]) -> Progress:
         def preview() -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mvshared.arguments import array_sha256, config_sha256, load_latents, pictures_sha256, whole
@@ -14,7 +15,13 @@ from mvshared.upscaling.views import check_unchanged, upscaler_files
 from mvshared.weights import sha256_of_files
 
 
-def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], None] | None = None) -> Views:
+def repeat(
+    pipeline: Pipeline[Any],
+    run: Run,
+    *,
+    check_numerics: str | Path | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> Views:
     """The views of a run, once more: the same bits where backend, dtype, device and versions are the run's.
 
     Where they were upscaled, `pipeline.upscale_as(views, views.parameters.upscale)` repeats that too.
@@ -71,6 +78,7 @@ def repeat(pipeline: Pipeline[Any], run: Run, *, on_step: Callable[[Progress], N
         seed=parameters.seed,
         size_px=size_px,
         latents=parameters.latents,
+        check_numerics=check_numerics,
         on_step=on_step,
     )
     return replace(

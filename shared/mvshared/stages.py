@@ -27,12 +27,13 @@ class MemoryMeter(Protocol):
 
 
 class Stage(NamedTuple):
-    """A stage that ended: when it began on the clock of its `Stages`, how long it took, without the stages inside of it, and
-    the most memory in use within, None where that cannot be measured. `step` is that of the sampler, None outside of it."""
+    """A stage that ended: when it began on the clock of its `Stages`, how long it took, with and without the stages inside of
+    it, and the most memory in use within, None where that cannot be measured. `step` is that of the sampler around it."""
 
     name: StageName
     start: float
     seconds: float
+    own_seconds: float
     peak_bytes: int | None
     step: int | None
 
@@ -40,8 +41,9 @@ class Stage(NamedTuple):
 class Stages:
     """Marks the stages of a run. Without `on_end` it only remembers which one runs.
 
-    `name` is the innermost stage that runs now, None outside of all; `what` are its pictures, such as "reference"; `step` is
-    the sampler's, from 1. `clock` tells seconds.
+    `name` is the innermost stage that runs now, None outside of all; `what` is what its networks are given, such as "view", and
+    `first` the number of the first of them; `step` is the sampler's, from 1. `entry` counts the stages so far. `clock` tells
+    seconds.
     """
 
     def __init__(
@@ -53,16 +55,18 @@ class Stages:
     ) -> None:
         self.on_end, self.memory, self.clock = on_end, memory, clock
         self.name: StageName | None = None
-        self.what = "view"
+        self.what, self.first = "view", 0
         self.step: int | None = None
+        self.entry = 0
         self._inside = 0.0  # seconds of stages that ended within the one that runs
         self._peak: int | None = None  # of those
 
     @contextmanager
-    def __call__(self, name: StageName, *, what: str = "view") -> Iterator[None]:
-        """The stage of that name; `what` says what its pictures are."""
-        outer = self.name, self.what, self.step
-        self.name, self.what = name, what
+    def __call__(self, name: StageName, *, what: str = "view", first: int = 0) -> Iterator[None]:
+        """The stage of that name, for views from number `first` on, or for what else there is."""
+        outer = self.name, self.what, self.first, self.step
+        self.name, self.what, self.first = name, what, first
+        self.entry += 1
         try:
             if self.on_end is None:
                 yield
@@ -70,7 +74,7 @@ class Stages:
                 with self._measured(name, self.on_end):
                     yield
         finally:
-            self.name, self.what, self.step = outer
+            self.name, self.what, self.first, self.step = outer
 
     @contextmanager
     def _measured(self, name: StageName, on_end: Callable[[Stage], None]) -> Iterator[None]:
@@ -82,8 +86,8 @@ class Stages:
         yield
         peak, seconds = self._highest(), self.clock() - start
         own = seconds - self._inside
-        self._inside, self._peak = outer_inside + seconds, _larger(outer_peak, peak)
-        on_end(Stage(name, start, own, peak, step))
+        self._inside, self._peak = outer_inside + seconds, outer_peak  # the meter still knows that of this one
+        on_end(Stage(name, start, seconds, own, peak, step))
 
     def _highest(self) -> int | None:
         """The peak of the stage that runs, those within it included."""

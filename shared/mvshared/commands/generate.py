@@ -29,7 +29,7 @@ from mvshared.upscaling.latents import UpscaleProgress
 from mvshared.upscaling.views import UpscaleOptions, plan_upscale, upscaler_files
 
 # What may stand beside --config: it changes where the result goes, not what it is.
-BESIDE_CONFIG = {"config", "output", "force", "as_json", "stepwise"}
+BESIDE_CONFIG = {"config", "output", "force", "as_json", "stepwise", "check_numerics"}
 
 
 class Result(NamedTuple):
@@ -85,10 +85,11 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
     for folder in folders:
         check_free(folder, force=options["force"])
         check_free(folder / UPSCALED, force=options["force"])
-    if reporter.stepwise is not None:
-        check_folder(reporter.stepwise)
+    for beside in (reporter.stepwise, options["check_numerics"]):
+        if beside is not None:
+            check_folder(beside)
     config = options["config"]
-    runs = _new_runs(options, seeds) if config is None else [_repeated_run(config, given)]
+    runs = _new_runs(options, seeds) if config is None else [_repeated_run(config, given, options["check_numerics"])]
     for folder, run in zip(folders, runs, strict=True):
         if len(folders) > 1 and options["stepwise"] is not None:
             reporter.stepwise = options["stepwise"] / folder.name
@@ -98,16 +99,18 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
         discard(folder / UPSCALED)
         _save(views, folder, reporter, force=options["force"])
         if views.parameters.upscale is not None:
-            _upscale(result, folder, reporter)
+            _upscale(result, folder, reporter, check_numerics=options["check_numerics"])
 
 
-def _upscale(result: Result, folder: Path, reporter: Reporter) -> None:
+def _upscale(result: Result, folder: Path, reporter: Reporter, *, check_numerics: Path | None) -> None:
     """Upscale views that are saved in `folder` already, where they stay if this fails."""
     views, parameters = result.views, result.views.parameters.upscale
     assert parameters is not None
     try:
         with shown_warnings(reporter):
-            upscaled = result.pipeline.upscale_as(views, parameters, on_step=reporter.upscale_step)
+            upscaled = result.pipeline.upscale_as(
+                views, parameters, check_numerics=check_numerics, on_step=reporter.upscale_step
+            )
         _save(upscaled, folder / UPSCALED, reporter, force=True)
     except MvError as error:
         kept = f"the views of {views.images.shape[1]} pixels are in {folder}"
@@ -145,7 +148,7 @@ def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
     return [output] if len(seeds) == 1 else [output / f"seed_{seed}" for seed in seeds]
 
 
-def _repeated_run(config: Path, given: set[str]) -> Callable[[Reporter], Result]:
+def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) -> Callable[[Reporter], Result]:
     clash = sorted(given - BESIDE_CONFIG)
     if clash:
         raise OptionError(clash[0], expected="left out where --config is given", got="both")
@@ -160,7 +163,7 @@ def _repeated_run(config: Path, given: set[str]) -> Callable[[Reporter], Result]
             device=parameters.device,
             quantize=preset_of(parameters.quantization),
         )
-        return Result(pipeline, repeat(pipeline, run, on_step=reporter.step))
+        return Result(pipeline, repeat(pipeline, run, check_numerics=check_numerics, on_step=reporter.step))
 
     return repeated
 
@@ -209,6 +212,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
             seed=seed,
             size_px=options["size"],
             latents=options["latents"],
+            check_numerics=options["check_numerics"],
             on_step=reporter.step,
         )
         parameters = replace(views.parameters, upscale=upscale)

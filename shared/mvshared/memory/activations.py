@@ -20,10 +20,10 @@ FUSED_WIDTHS = (64, 80, 96, 128)  # head widths for which MLX has a kernel on th
 class Costs:
     """What a backend holds of a layer at once.
 
-    `norm`: copies of a norm's input, in float32 and in half precision. `feed_forward`: of its tokens. `unfolded`: float32 copies
-    of a convolution's input that are made for the matrix product. `fused`: whether attention has a kernel that never holds its
-    scores. `pieces`: of sliced attention, in flight at once. `relaid`: whether a weight is copied to another layout when it is
-    used. `dequantized`: bytes per number of a quantised weight when it is used.
+    `norm`: copies of a norm's input, in float32 and in half precision. `feed_forward`: of its tokens. `unfolded`: float32
+    copies of a convolution's input that are made for the matrix product. `fused`: whether attention has a kernel that never
+    holds its scores. `pieces`: of sliced attention, in flight at once. `relaid`: whether a weight is copied to another layout
+    when it is used. `dequantized`: bytes per number of a quantised weight when it is used.
     """
 
     norm: tuple[float, float]
@@ -39,7 +39,7 @@ class Costs:
         return number * (self.norm[number < SCORE_BYTES] * inputs + outputs) + SCORE_BYTES * self.unfolded * inputs
 
     def weight(self, largest: int, quantized: int, *, number: int) -> int:
-        """Bytes of the copies of a weight while it is used, of networks whose largest (quantised) weight has so many numbers."""
+        """Bytes of a weight's copies while it is used, for the numbers of the largest one and the largest quantised one."""
         return max(number * largest if self.relaid else 0, self.dequantized * quantized)
 
 

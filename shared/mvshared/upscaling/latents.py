@@ -17,6 +17,7 @@ from mvshared.checkpoint import find_model, model_name
 from mvshared.config import KUNetConfig
 from mvshared.errors import MvWarning, NumericsError, OptionError
 from mvshared.guidance import GUIDANCE_RANGE
+from mvshared.numerics import check_views
 from mvshared.shapes import check_pictures
 from mvshared.stages import Stages
 from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
@@ -114,13 +115,11 @@ class Upscaler(Generic[A]):
 
         parts = []
         for group in groups:
-            with stages("upscaler"):
+            with stages("upscaler", first=group.start):
                 part = self._sample(plan, low[group], start[group], embedding, text, stages, settings.guidance, report)
                 parts.append(part)
         result = np.concatenate(parts)[:, : large[0], : large[1]]
-        if not np.isfinite(result).all():
-            hint = "are the weights damaged?" if self.model.dtype == "float32" else "use --dtype float32"
-            raise NumericsError("the upscaled latents are not finite", where="upscaling", hint=hint)
+        check_views(result, "the upscaled latents", where="upscaling", dtype=self.model.dtype)
         return np.ascontiguousarray(result)
 
     def _sample(
