@@ -1,8 +1,8 @@
 """What every model with a VAE does: arrays in and out, pictures to latents and back."""
 
 import gc
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mvmlx.observation import Observer, OnEnd, OnStart, observe, observe_blocks
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype
-from mvshared.memory.plan import PLAIN
+from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.networks import Networks
 from mvshared.process_memory import trim_heap
 from mvshared.shapes import check_pictures
@@ -60,6 +60,18 @@ class LatentModel:
     def observe_blocks(self, on_end: OnEnd, on_start: OnStart | None = None) -> AbstractContextManager[Callable[[], float]]:
         """See `mvmlx.observation.observe_blocks`; the names are those of `observe`."""
         return observe_blocks(self.networks, on_end, on_start)
+
+    @contextmanager
+    def planned(self, plan: MemoryPlan) -> Iterator[None]:
+        """Within the context, memory is used as the plan says."""
+        before, self.plan = self.plan, plan
+        limit = None if plan.cache_bytes is None else mx.set_cache_limit(plan.cache_bytes)
+        try:
+            yield
+        finally:
+            self.plan = before
+            if limit is not None:
+                mx.set_cache_limit(limit)
 
     def release(self, *components: str) -> None:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""

@@ -14,32 +14,48 @@ if TYPE_CHECKING:
 
 
 def load(
-    name: str | Path = "demo", *, dtype: str | None = None, device: str = "auto", quantize: str | None = None
+    name: str | Path = "demo",
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
+    low_memory: bool = False,
+    memory_budget: str | float | None = None,
 ) -> "Pipeline[Tensor]":
     """Load an embedded model by name, or a checkpoint folder, ready for `generate`.
 
     dtype: float32, float16 or bfloat16; by default float16 on CUDA, float32 on the CPU. device: auto, cpu, cuda or cuda:N.
-    quantize: q8 or q4 quantises the weights as they are read; see docs/quantization.md.
+    quantize: q8 or q4 quantises the weights as they are read; see docs/quantization.md. low_memory: runs take as little memory
+    as they can. memory_budget: such as "6GB", or a number of GB, which runs keep to or refuse; see docs/memory.md.
     Raises CheckpointError, OptionError and BackendError.
     """
+    from mvshared.memory.budget import memory_options
     from mvshared.pipeline import Pipeline
     from mvtorch.model import load_model
 
-    return Pipeline(load_model(name, dtype=dtype, device=device, quantize=quantize), name=str(name))
+    memory = memory_options(low_memory=low_memory, memory_budget=memory_budget)
+    model = load_model(name, dtype=dtype, device=device, quantize=quantize, at_once=memory.at_once)
+    return Pipeline(model, name=str(name), memory=memory)
 
 
 def load_upscaler(
-    name: str | Path, *, dtype: str | None = None, device: str = "auto", quantize: str | None = None
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
+    low_memory: bool = False,
 ) -> "Upscaler[Tensor]":
     """Load a latent upscaler by name or from a folder, for `Pipeline.upscale` and for latents alone.
 
-    dtype, device, quantize: as `load`.
+    dtype, device, quantize: as `load`. low_memory: its networks are read when they are needed.
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
     from mvshared.upscaling.latents import Upscaler
     from mvtorch.upscaling import load_upscaler_model
 
-    return Upscaler(load_upscaler_model(name, dtype=dtype, device=device, quantize=quantize), name=str(name))
+    model = load_upscaler_model(name, dtype=dtype, device=device, quantize=quantize, at_once=not low_memory)
+    return Upscaler(model, name=str(name))
 
 
 def observe(model: Any, fn: "Callable[[str, Tensor, float], None]") -> AbstractContextManager[None]:

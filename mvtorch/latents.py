@@ -1,8 +1,8 @@
 """What every model with a VAE does: arrays in and out, pictures to latents and back."""
 
 import gc
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvshared.backend import BackendName, Dtype
-from mvshared.memory.plan import PLAIN
+from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.networks import Networks
 from mvshared.process_memory import reset_resident_peak, resident_peak, trim_heap
 from mvshared.shapes import check_pictures
@@ -60,6 +60,15 @@ class LatentModel:
     def observe_blocks(self, on_end: OnEnd, on_start: OnStart | None = None) -> AbstractContextManager[Callable[[], float]]:
         """See `mvtorch.observation.observe_blocks`; the names are those of `observe`."""
         return observe_blocks(self.networks, on_end, on_start)
+
+    @contextmanager
+    def planned(self, plan: MemoryPlan) -> Iterator[None]:
+        """Within the context, memory is used as the plan says."""
+        before, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = before
 
     def release(self, *components: str) -> None:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""

@@ -17,6 +17,7 @@ from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch
 
 if TYPE_CHECKING:
+    from mvshared.memory.plan import MemoryPlan
     from mvshared.pipeline import Pipeline
     from mvshared.upscaling.config import UpscalerConfig
     from mvshared.upscaling.latents import Upscaler
@@ -50,6 +51,15 @@ class Model(Protocol[A]):
     dtype: Dtype
     weight_files: Sequence[Path]
     quantization: str | None
+    plan: "MemoryPlan"
+
+    def planned(self, plan: "MemoryPlan") -> AbstractContextManager[None]:
+        """Within the context, memory is used as the plan says."""
+        ...
+
+    def release(self, *components: str) -> None:
+        """Forget networks, all if none is named, until they are needed again."""
+        ...
 
     def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
         """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
@@ -139,6 +149,15 @@ class UpscalerModel(Protocol[A]):
     dtype: Dtype
     weight_files: Sequence[Path]
     quantization: str | None
+    plan: "MemoryPlan"
+
+    def planned(self, plan: "MemoryPlan") -> AbstractContextManager[None]:
+        """Within the context, memory is used as the plan says."""
+        ...
+
+    def release(self, *components: str) -> None:
+        """Forget networks, all if none is named, until they are needed again."""
+        ...
 
     def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
         """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
@@ -235,6 +254,12 @@ def parse_dtype(name: str | None, *, default: Dtype) -> Dtype:
     raise OptionError("dtype", expected="float32, float16 or bfloat16", got=name)
 
 
+def chosen_dtype(dtype: str | None, *, backend: BackendName, device: str) -> Dtype:
+    """The dtype that a model is loaded in: the given one, or the device's. Raises OptionError and BackendError."""
+    module = importlib.import_module(f"{PACKAGES[backend]}.model")
+    return module.choose_dtype(dtype, device=module.choose_device(device))
+
+
 def load(
     name: str | Path = "demo",
     *,
@@ -242,13 +267,15 @@ def load(
     dtype: str | None = None,
     device: str = "auto",
     quantize: str | None = None,
+    low_memory: bool = False,
+    memory_budget: str | float | None = None,
 ) -> "Pipeline[Any]":
     """Load a model in a backend: see `mvtorch.load` and `mvmlx.load`, which this calls.
 
     Raises OptionError, BackendError and CheckpointError.
     """
     package = importlib.import_module(PACKAGES[choose_backend(backend)])
-    return package.load(name, dtype=dtype, device=device, quantize=quantize)
+    return package.load(name, dtype=dtype, device=device, quantize=quantize, low_memory=low_memory, memory_budget=memory_budget)
 
 
 def load_upscaler(
@@ -258,10 +285,11 @@ def load_upscaler(
     dtype: str | None = None,
     device: str = "auto",
     quantize: str | None = None,
+    low_memory: bool = False,
 ) -> "Upscaler[Any]":
     """Load a latent upscaler in a backend: see `mvtorch.load_upscaler` and `mvmlx.load_upscaler`, which this calls.
 
     Raises OptionError, BackendError and CheckpointError.
     """
     package = importlib.import_module(PACKAGES[choose_backend(backend)])
-    return package.load_upscaler(name, dtype=dtype, device=device, quantize=quantize)
+    return package.load_upscaler(name, dtype=dtype, device=device, quantize=quantize, low_memory=low_memory)

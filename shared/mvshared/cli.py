@@ -59,6 +59,16 @@ def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
 QUANTIZE = click.option("--quantize", help="q8 or q4: quantise the weights as they are loaded.  [default: as they are stored]")
 
 
+def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that can do with less memory."""
+    for option in (
+        click.option("--memory-budget", help="Most memory to use, such as 6GB; refused at once if that is not enough."),
+        click.option("--low-memory", is_flag=True, help="As little memory as possible: one network after the other."),
+    ):
+        function = option(function)
+    return function
+
+
 def upscale_options(*, default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options of every command that upscales."""
 
@@ -134,6 +144,7 @@ def cli() -> None:
 @click.option(
     "--normal-space", help="camera or world; see docs/normals.md.  [default: what their transforms.json says, or camera]"
 )
+@memory_options
 @upscale_options(default="none")
 @click.option("--stepwise", type=click.Path(path_type=Path), help="Folder for a preview of every step.")
 @click.option("--check-numerics", type=click.Path(path_type=Path), help="Look for NaN in every block; folder for what had it.")

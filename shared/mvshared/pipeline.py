@@ -6,6 +6,7 @@ products with floats here.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
@@ -35,6 +36,9 @@ from mvshared.errors import MvWarning, OptionError
 from mvshared.framing import Framed, frame_picture
 from mvshared.guidance import Branch, Guidance, Mixture, check_scales
 from mvshared.images import from_model, load_image
+from mvshared.memory.budget import MemoryOptions, fit
+from mvshared.memory.estimate import RunSize, folder_size, process_bytes, with_upscaling
+from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
 from mvshared.numerics import check_views, checked_numerics
 from mvshared.quantization.plans import preset_of
@@ -43,7 +47,7 @@ from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
 from mvshared.stages import Stages
 from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 from mvshared.upscaling.latents import UpscaleProgress, Upscaler
-from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views
+from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views, upscaler_files
 
 MAX_PICTURES = 8
 SIZE_RANGE_PX = (16, 2048)
@@ -73,9 +77,11 @@ class Prompts(NamedTuple):
 class Pipeline(Generic[A]):
     """A loaded model and what can be done with it. `mvtorch.load` and `mvmlx.load` return one."""
 
-    def __init__(self, model: Model[A], *, name: str) -> None:
+    def __init__(self, model: Model[A], *, name: str, memory: MemoryOptions | MemoryPlan = PLAIN) -> None:
+        """`memory` is how runs use memory, or what a plan for each is chosen by."""
         self.model = model
         self.name = model_name(name)
+        self.memory = memory
         self.stages = Stages()
         self._upscaler: tuple[str | None, Upscaler[Any] | None] | None = None  # the last one, by its name
 
@@ -110,6 +116,7 @@ class Pipeline(Generic[A]):
         seed: int = 0,
         size_px: int | None = None,
         latents: Latents | None = None,
+        upscale: UpscaleParameters | None = None,
         check_numerics: str | Path | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> Views:
@@ -175,6 +182,17 @@ class Pipeline(Generic[A]):
         there = Branch(text=text, image=bool(pictures), normals=normal_pixels is not None)
         strength.check_there(there, config)
         mixtures = strength.mixtures(there, steps=len(plan))
+        memory = self._memory_plan(
+            RunSize(
+                views=count,
+                size_px=size_px,
+                pictures=len(pictures),
+                branches=max(len(mixture.branches) for mixture in mixtures),
+                texts=0 if prompts is None else len(prompts.ids),
+                normals=normal_pixels is not None,
+            ),
+            upscale,
+        )
 
         parameters = Parameters(
             model=self.name,
@@ -202,12 +220,15 @@ class Pipeline(Generic[A]):
             size_px=size_px,
             config_sha256=config_sha256(config),
             quantization=self.model.quantization,
+            upscale=upscale,
+            memory=memory,
         )
-        with checked_numerics({"": self.model}, self.stages, check_numerics):
+        with checked_numerics({"": self.model}, self.stages, check_numerics), self.model.planned(memory):
             conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, parameters)
             final = self._sample(initial, plan, mixtures, conditions, parameters, on_step)
             check_views(final, "the final latents", where="sampling", dtype=self.model.dtype)
             images = self._decode(self.model.from_numpy(final))
+            self._done("vae")
         return Views(
             images=images,
             latents=final,
@@ -215,6 +236,7 @@ class Pipeline(Generic[A]):
             reference=pictures[0].picture if pictures else None,
             parameters=parameters,
             weight_files=self.model.weight_files,
+            upscaler_files=tuple(upscaler_files(upscale)),
         )
 
     def upscale(
@@ -246,6 +268,7 @@ class Pipeline(Generic[A]):
             guidance=guidance,
             noise_level=noise_level,
             budget_bytes=budget_bytes,
+            low_memory=not self._at_once,
         )
         height, width = views.latents.shape[1:3]
         model = self.model
@@ -275,12 +298,16 @@ class Pipeline(Generic[A]):
                 dtype=model.dtype,
                 device=model.device,
                 quantize=preset_of(model.quantization),
+                at_once=self._at_once,
             )
             self._upscaler = parameters.upscaler, loaded
-        upscaler = self._upscaler[1]
+        upscaler, memory = self._upscaler[1], views.parameters.memory
         checked = {"": model} if upscaler is None else {"": model, "upscaler.": upscaler.model}
-        with checked_numerics(checked, self.stages, check_numerics):
-            return upscale_views(
+        with ExitStack() as stack:
+            stack.enter_context(checked_numerics(checked, self.stages, check_numerics))
+            for each in checked.values():
+                stack.enter_context(each.planned(memory))
+            upscaled = upscale_views(
                 views,
                 parameters,
                 decode=lambda latents: self._pixels(model.from_numpy(latents)),
@@ -288,6 +315,37 @@ class Pipeline(Generic[A]):
                 on_step=on_step,
                 stages=self.stages,
             )
+            self._done("vae")
+            return upscaled
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether all networks may be in memory together."""
+        memory = self.memory
+        return memory.at_once if isinstance(memory, MemoryOptions) else memory.networks_at_once
+
+    def _memory_plan(self, run: RunSize, upscale: UpscaleParameters | None) -> MemoryPlan:
+        """How a run and the upscaling after it use memory. Raises MemoryBudgetError if no way fits the budget."""
+        if isinstance(self.memory, MemoryPlan):
+            return self.memory
+        if self.memory.at_once:
+            return PLAIN
+        model = self.model
+        options: dict[str, Any] = {
+            "backend": model.backend,
+            "device": model.device,
+            "dtype": model.dtype,
+            "quantize": preset_of(model.quantization),
+        }
+        size = folder_size(find_model(self.name), model.config, **options)
+        if upscale is not None:
+            run = with_upscaling(run, upscale, **options)
+        return fit(size, run, self.memory, process_bytes=process_bytes(model.device)).plan
+
+    def _done(self, *components: str) -> None:
+        """Drop networks whose stage is over, unless the plan keeps them."""
+        if not self.model.plan.networks_at_once:
+            self.model.release(*components)
 
     def _conditions(
         self,
@@ -304,16 +362,19 @@ class Pipeline(Generic[A]):
         if config.image_processor is not None:
             with self.stages("image_encoder", what="picture"):
                 states = model.encode_image(np.stack([clip_pixels(each.full, config.image_processor) for each in pictures]))
-        if config.unet.reference_frame:
-            with self.stages("vae_encoder", what="picture"):
-                reference = model.encode_latents(np.stack([each.pixels for each in pictures]))
+                self._done("image_encoder")
         if prompts is not None:
             negative = any(not branch.text for mixture in wanted for branch in mixture.branches)
             with self.stages("text_encoder", what="prompt"):
                 text = model.encode_prompt(prompts.ids[0 if negative else 1 :])
+                self._done("text_encoder")
+        if config.unet.reference_frame:
+            with self.stages("vae_encoder", what="picture"):
+                reference = model.encode_latents(np.stack([each.pixels for each in pictures]))
         if normals is not None:
             with self.stages("vae_encoder", what="normal map"):
                 normal_latents = model.encode_latents(normals)
+        self._done("vae")
         with self.stages("condition"):
             return {
                 mixture: model.condition(
@@ -352,7 +413,9 @@ class Pipeline(Generic[A]):
                     x = x + step.noise * model.from_numpy(random.standard_normal(initial.shape, np.float32))
                 if on_step is not None:
                     on_step(self._progress(index + 1, len(plan), step, x, clean))
-            return model.to_numpy(x)
+            final = model.to_numpy(x)
+            self._done("unet")
+            return final
 
     def _decode(self, latents: A) -> NDArray[np.uint8]:
         """Pictures of latents. Raises NumericsError unless they are finite."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mvshared.checkpoint import config_from_json
 from mvshared.errors import ConfigError, OptionError
 from mvshared.export import metadata, parameters_from_metadata, transforms, view_names, weights_from_metadata, write_views
+from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.normals import NormalSpace
 from mvshared.weights import sha256_of_files
 
@@ -47,7 +48,7 @@ class Parameters:
     `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. `normal_space` is
     None without normal maps. Prompts are None for a model that takes no text. `cameras` are poses (v, 4, 4). `upscale` is None
     where nothing was upscaled. `quantization` is q8 or q4 where weights were quantised as they were loaded, "stored" and a name
-    where their files are, else None. What has a default here is missing in older files.
+    where their files are, else None. `memory` is how memory was used. What has a default here is missing in older files.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Parameters:
     config_sha256: str
     upscale: UpscaleParameters | None = None
     quantization: str | None = None
+    memory: MemoryPlan = PLAIN
 
 
 class Run(NamedTuple):

@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from mvshared.arguments import number
-from mvshared.backend import choose_backend, load, parse_dtype
+from mvshared.backend import choose_backend, chosen_dtype, load
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.config import ModelConfig
@@ -26,8 +25,9 @@ from mvshared.quantization.plans import preset_of
 from mvshared.repetition import repeat
 from mvshared.runs import UPSCALED, UpscaleParameters, Views, read_run
 from mvshared.upscaling.latents import UpscaleProgress
-from mvshared.upscaling.views import UpscaleOptions, plan_upscale, upscaler_files
+from mvshared.upscaling.views import UpscaleOptions, plan_upscale
 
+LOAD_OPTIONS = ("backend", "dtype", "device", "quantize", "low_memory", "memory_budget")
 # What may stand beside --config: it changes where the result goes, not what it is.
 BESIDE_CONFIG = {"config", "output", "force", "as_json", "stepwise", "check_numerics"}
 
@@ -162,7 +162,9 @@ def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) ->
             dtype=parameters.dtype,
             device=parameters.device,
             quantize=preset_of(parameters.quantization),
+            low_memory=not parameters.memory.networks_at_once,
         )
+        pipeline.memory = parameters.memory
         return Result(pipeline, repeat(pipeline, run, check_numerics=check_numerics, on_step=reporter.step))
 
     return repeated
@@ -182,9 +184,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
 
     def run(reporter: Reporter, seed: int) -> Result:
         if not loaded:
-            loaded.append(
-                load(options["model"], **{name: options[name] for name in ("backend", "dtype", "device", "quantize")})
-            )
+            loaded.append(load(options["model"], **{name: options[name] for name in LOAD_OPTIONS}))
             model = loaded[0].model
             facts = {name: getattr(model, name) for name in ("backend", "device", "dtype", "quantization")}
             reporter.event("loaded", model=options["model"], **facts)
@@ -212,11 +212,11 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
             seed=seed,
             size_px=options["size"],
             latents=options["latents"],
+            upscale=upscale,
             check_numerics=options["check_numerics"],
             on_step=reporter.step,
         )
-        parameters = replace(views.parameters, upscale=upscale)
-        return Result(loaded[0], replace(views, parameters=parameters, upscaler_files=tuple(upscaler_files(upscale))))
+        return Result(loaded[0], views)
 
     return [lambda reporter, seed=seed: run(reporter, seed) for seed in seeds]
 
@@ -228,8 +228,8 @@ def _planned_upscale(options: dict[str, Any], config: ModelConfig) -> UpscalePar
         return None
     size_px = config.defaults.size_px if options["size"] is None else options["size"]
     side = max(1, size_px // config.vae.downscale)
-    dtype = parse_dtype(options["dtype"], default="float32")
     backend = choose_backend(options["backend"])
+    dtype = chosen_dtype(options["dtype"], backend=backend, device=options["device"])
     return plan_upscale(asked, vae=config.vae, latent_size=(side, side), backend=backend, dtype=dtype)
 
 
@@ -244,6 +244,7 @@ def upscale_options(options: dict[str, Any]) -> UpscaleOptions | None:
         "guidance": options["upscale_guidance"],
         "noise_level": options["upscale_noise"],
     }
+    low_memory = options.get("low_memory", False) or options.get("memory_budget") is not None
     if options["upscale"] == "none":
         for name, value in (*beside.items(), ("budget", options["upscale_budget"])):
             if value is not None:
@@ -252,4 +253,4 @@ def upscale_options(options: dict[str, Any]) -> UpscaleOptions | None:
         return None
     budget = options["upscale_budget"]
     budget_bytes = None if budget is None else round(1e9 * number("budget of the upscaler", budget, 1e-3, 1e6))
-    return UpscaleOptions(method=options["upscale"] or "sd-x2", budget_bytes=budget_bytes, **beside)
+    return UpscaleOptions(method=options["upscale"] or "sd-x2", budget_bytes=budget_bytes, low_memory=low_memory, **beside)

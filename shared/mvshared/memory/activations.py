@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mvshared.attention import SCORE_BYTES, AttentionOptions
 from mvshared.backend import BackendName, Dtype
-from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, UNetConfig, VAEConfig
+from mvshared.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 FUSED_WIDTHS = (64, 80, 96, 128)  # head widths for which MLX has a kernel on the GPU
@@ -23,7 +23,8 @@ class Costs:
     `norm`: copies of a norm's input, in float32 and in half precision. `feed_forward`: of its tokens. `unfolded`: float32
     copies of a convolution's input that are made for the matrix product. `fused`: whether attention has a kernel that never
     holds its scores. `pieces`: of sliced attention, in flight at once. `relaid`: whether a weight is copied to another layout
-    when it is used. `dequantized`: bytes per number of a quantised weight when it is used.
+    when it is used. `dequantized`: bytes per number of a quantised weight when it is used. `runtime`: of the library itself,
+    once it computes.
     """
 
     norm: tuple[float, float]
@@ -32,7 +33,8 @@ class Costs:
     fused: bool
     pieces: int
     relaid: bool
-    dequantized: int
+    dequantized: int = 8
+    runtime: int = 70_000_000
 
     def convolution(self, inputs: float, outputs: float, *, number: int) -> float:
         """Bytes per pixel of a convolution with its norm before it."""
@@ -43,10 +45,10 @@ class Costs:
         return max(number * largest if self.relaid else 0, self.dequantized * quantized)
 
 
-TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=27, unfolded=0, fused=True, pieces=3, relaid=True, dequantized=8)
-TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=True, pieces=3, relaid=False, dequantized=8)
-MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=False, pieces=10, relaid=False, dequantized=8)
-MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=True, pieces=10, relaid=False, dequantized=8)
+TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=27, unfolded=0, fused=True, pieces=3, relaid=True)
+TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=True, pieces=3, relaid=False)
+MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=False, pieces=10, relaid=True)
+MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=True, pieces=10, relaid=False)
 
 
 def costs_of(backend: BackendName, device: str) -> Costs:
@@ -169,11 +171,3 @@ def tower_bytes(config: CLIPTextConfig | CLIPVisionConfig, sizes: Sizes, costs: 
         width=width // config.num_attention_heads,
     )
     return sizes.batch * tokens * (kept + work) + scores
-
-
-def upscaler_bytes(config: KUNetConfig, sizes: Sizes, costs: Costs) -> int:
-    """The most that one call of the upscaler's network takes; `sizes` are those of the larger latents."""
-    channels = config.block_out_channels
-    skips = sum(width / 4**level for level, width in enumerate(channels))
-    work = costs.convolution(2 * channels[0], 2 * channels[0], number=sizes.number) + sizes.number * 2 * channels[0]
-    return round(sizes.pixels * (sizes.number * skips + work))

@@ -5,13 +5,13 @@ Peaks are of this process's memory on the CPU, of the device's on a GPU, where P
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mvshared.backend import PACKAGES, BackendName, Dtype
-from mvshared.checkpoint import components, weight_files
+from mvshared.checkpoint import components, find_model, weight_files
 from mvshared.config import ModelConfig, NetworkConfig
 from mvshared.memory.activations import (
     DTYPE_BYTES,
@@ -19,15 +19,16 @@ from mvshared.memory.activations import (
     costs_of,
     tower_bytes,
     unet_bytes,
-    upscaler_bytes,
     vae_bytes,
 )
 from mvshared.memory.plan import MemoryPlan
+from mvshared.process_memory import resident
 from mvshared.quantization.plans import preset_layers, stored_bytes
+from mvshared.runs import UpscaleParameters
 from mvshared.stages import StageName
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
-from mvshared.upscaling.latents import FACTOR
+from mvshared.upscaling.latents import FACTOR, view_bytes
 from mvshared.weights import stored_quantization
 
 LOADING_BYTES = 160_000_000  # of a file that are in memory at once while its weights are read, and the tensor that they go to
@@ -164,7 +165,7 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
                 name=name,
                 networks=tuple(there),
                 weights_bytes=sum(there.values()),
-                activations_bytes=max(work, loading),
+                activations_bytes=max(work, loading) + costs.runtime,
             )
         )
 
@@ -189,8 +190,9 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
         if network.text_encoder is not None:
             texts = tower_bytes(network.text_encoder, sizes(run.upscaler_branches, 1, 1), costs)
             add("text_encoder", run.upscaler, "text_encoder", texts)
-        larger = sizes(run.upscaler_branches, 1, FACTOR * run.size_px // config.vae.downscale)
-        add("upscaler", run.upscaler, "unet", upscaler_bytes(network.unet, larger, costs))
+        side = run.size_px // config.vae.downscale
+        view = view_bytes(network.unet, (side, side), backend=model.backend, dtype=model.dtype)
+        add("upscaler", run.upscaler, "unet", run.upscaler_branches * view)
     decoded = sizes(1, 1, run.enlarged * run.size_px, plan.vae_attention)
     add("vae_decoder", model, "vae", vae_bytes(config.vae, decoded, costs, decoder=True, tile=plan.vae_tile))
     return Estimate(process_bytes=process_bytes, stages=tuple(stages))
@@ -215,3 +217,17 @@ def _cross_bytes(config: ModelConfig, run: RunSize, *, dtype: Dtype) -> int:
         if attends
     )
     return 2 * DTYPE_BYTES[dtype] * run.branches * tokens * (width + unet.block_out_channels[-1])
+
+
+def with_upscaling(run: RunSize, upscale: UpscaleParameters, **options: Any) -> RunSize:
+    """A run whose views are upscaled; the options are those of `model_size`. Raises CheckpointError."""
+    enlarged = 1 if upscale.method == "lanczos" else FACTOR
+    if upscale.upscaler is None:
+        return replace(run, enlarged=enlarged)
+    size = upscaler_size(find_model(upscale.upscaler), **options)
+    return replace(run, enlarged=enlarged, upscaler=size, upscaler_branches=2 if (upscale.guidance or 0) > 1 else 1)
+
+
+def process_bytes(device: str) -> int:
+    """What this process takes now, of the memory that counts: nothing of a CUDA device's."""
+    return 0 if device.startswith("cuda") else resident()

@@ -105,6 +105,7 @@ class Upscaler(Generic[A]):
         stages = stages or Stages()
         with stages("text_encoder", what="prompt"):
             text = self._text(prompt, negative_prompt, guidance=settings.guidance)
+            self._done("text_encoder")
         low = _blurred(low, settings)
         groups = [slice(first, first + together) for first in range(0, len(low), together)]
         steps_done = iter(range(1, len(groups) * settings.steps + 1))
@@ -118,9 +119,15 @@ class Upscaler(Generic[A]):
             with stages("upscaler", first=group.start):
                 part = self._sample(plan, low[group], start[group], embedding, text, stages, settings.guidance, report)
                 parts.append(part)
+        self._done("unet")
         result = np.concatenate(parts)[:, : large[0], : large[1]]
         check_views(result, "the upscaled latents", where="upscaling", dtype=self.model.dtype)
         return np.ascontiguousarray(result)
+
+    def _done(self, component: str) -> None:
+        """Drop a network whose stage is over, unless the plan keeps it."""
+        if not self.model.plan.networks_at_once:
+            self.model.release(component)
 
     def _sample(
         self,

@@ -30,6 +30,7 @@ from mvshared.upscaling.latents import (
     Upscaler,
     check_finite,
     resolve,
+    view_bytes,
     views_together,
 )
 from mvshared.weights import sha256_of_files, stored_quantization
@@ -39,7 +40,8 @@ Decode: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # pixe
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
-    """What a caller asks for; None is the upscaler's default. `upscaler` is a name or a folder, for sd-x2 alone."""
+    """What a caller asks for; None is the upscaler's default. `upscaler` is a name or a folder, for sd-x2 alone. With
+    `low_memory` the default of `budget_bytes` is what one view takes."""
 
     method: str = "sd-x2"
     upscaler: str | Path | None = None
@@ -47,6 +49,7 @@ class UpscaleOptions:
     guidance: float | None = None
     noise_level: float | None = None
     budget_bytes: int | None = None
+    low_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in UPSCALE_METHODS:
@@ -77,7 +80,10 @@ def plan_upscale(
     check_fits(config.vae, vae, name="upscaler", got=str(folder))
     settings = resolve(config, steps=options.steps, guidance=options.guidance, noise_level=options.noise_level, seed=0)
     branches = 2 if settings.guidance > 1 else 1
-    budget = DEFAULT_BUDGET_BYTES if options.budget_bytes is None else options.budget_bytes
+    one_view = branches * view_bytes(config.unet, latent_size, backend=backend, dtype=dtype)
+    budget = (
+        (one_view if options.low_memory else DEFAULT_BUDGET_BYTES) if options.budget_bytes is None else options.budget_bytes
+    )
     views_together(config.unet, latent_size, backend=backend, dtype=dtype, branches=branches, budget_bytes=budget)
     return UpscaleParameters(
         method=options.method,
@@ -198,17 +204,25 @@ def upscale_arrays(
 
 
 def load_planned(
-    parameters: UpscaleParameters, *, backend: str, dtype: str | None, device: str, quantize: str | None = None
+    parameters: UpscaleParameters,
+    *,
+    backend: str,
+    dtype: str | None,
+    device: str,
+    quantize: str | None = None,
+    at_once: bool = True,
 ) -> Upscaler[Any] | None:
     """The upscaler that parameters name, None if they name none; `quantize` is for one that is not stored quantised.
 
-    Raises CheckpointError if its config is another one now.
+    Its networks are read `at_once`, or each when it is needed. Raises CheckpointError if its config is another one now.
     """
     if parameters.upscaler is None:
         return None
     if stored_quantization(upscaler_files(parameters)).layers:
         quantize = None
-    upscaler = load_upscaler(parameters.upscaler, backend=backend, dtype=dtype, device=device, quantize=quantize)
+    upscaler = load_upscaler(
+        parameters.upscaler, backend=backend, dtype=dtype, device=device, quantize=quantize, low_memory=not at_once
+    )
     _check_config(upscaler.model.config, parameters)
     return upscaler
 
