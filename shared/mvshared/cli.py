@@ -210,13 +210,29 @@ def download(name: str, **options: Any) -> None:
 
 @cli.command()
 @click.argument("model", required=False)
-@click.option("--backend", default="auto", show_default=True, help="auto, mlx or torch.")
+@backend_options
+@click.option("--estimate", is_flag=True, help="The memory that a run of MODEL takes, with the options from here on.")
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
+@click.option("--quantize", help="q8 or q4, as of `mvmlx generate`.")
+@click.option("--views", type=int, help="Number of views.  [default: the model's]")
+@click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
+@click.option("--guidance", type=float, help="Guidance.  [default: the model's]")
+@memory_options
+@upscale_options(default="none")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def info(model: str | None, backend: str, as_json: bool) -> None:
+def info(model: str | None, backend: str, estimate: bool, as_json: bool, **options: Any) -> None:
     """Say what is in MODEL, an embedded model's name or a checkpoint folder, and what is wrong with it.
 
-    And what the installed backends compute on, in which dtype, and why; without MODEL, only that.
+    And what the installed backends compute on, in which dtype, and why; without MODEL, only that. With --estimate instead the
+    memory of a run, stage by stage.
     """
+    if estimate:
+        from mvshared.commands.estimate import show_estimate
+
+        if model is None:
+            raise click.UsageError("--estimate needs a MODEL", ctx=click.get_current_context())
+        show_estimate(model, {"backend": backend, "as_json": as_json, **options})
+        return
     from mvshared.commands.checkpoints import show_model
 
     show_model(model, backend=backend, as_json=as_json)

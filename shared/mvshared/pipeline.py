@@ -37,7 +37,7 @@ from mvshared.framing import Framed, frame_picture
 from mvshared.guidance import Branch, Guidance, Mixture, check_scales
 from mvshared.images import from_model, load_image
 from mvshared.memory.budget import MemoryOptions, fit
-from mvshared.memory.estimate import RunSize, folder_size, process_bytes, with_upscaling
+from mvshared.memory.estimate import RunSize, model_size, process_bytes, with_upscaling
 from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
 from mvshared.numerics import check_views, checked_numerics
@@ -337,7 +337,7 @@ class Pipeline(Generic[A]):
             "dtype": model.dtype,
             "quantize": preset_of(model.quantization),
         }
-        size = folder_size(find_model(self.name), model.config, **options)
+        size = model_size(find_model(self.name), **options)
         if upscale is not None:
             run = with_upscaling(run, upscale, **options)
         return fit(size, run, self.memory, process_bytes=process_bytes(model.device)).plan

@@ -178,7 +178,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
         raise OptionError("seed", expected="different for every result", got=seeds)
     config = read_model_config(find_model(options["model"]))
     cameras = None if options["cameras"] is None else load_cameras(options["cameras"], radius=config.camera.radius).poses
-    upscale = _planned_upscale(options, config)
+    upscale = upscale_parameters(options, config)
     normals = options["normals"][0] if len(options["normals"]) == 1 else list(options["normals"]) or None
     loaded: list[Pipeline[Any]] = []
 
@@ -221,7 +221,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
     return [lambda reporter, seed=seed: run(reporter, seed) for seed in seeds]
 
 
-def _planned_upscale(options: dict[str, Any], config: ModelConfig) -> UpscaleParameters | None:
+def upscale_parameters(options: dict[str, Any], config: ModelConfig) -> UpscaleParameters | None:
     """What --upscale and the options beside it ask for, checked; None without it."""
     asked = upscale_options(options)
     if asked is None:

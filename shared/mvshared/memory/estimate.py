@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvshared.backend import PACKAGES, BackendName, Dtype
-from mvshared.checkpoint import components, find_model, weight_files
+from mvshared.checkpoint import components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig, NetworkConfig
 from mvshared.memory.activations import (
     DTYPE_BYTES,
@@ -23,11 +23,11 @@ from mvshared.memory.activations import (
 )
 from mvshared.memory.plan import MemoryPlan
 from mvshared.process_memory import resident
-from mvshared.quantization.plans import preset_layers, stored_bytes
+from mvshared.quantization.plans import PRESETS, preset_layers, stored_bytes
 from mvshared.runs import UpscaleParameters
 from mvshared.stages import StageName
 from mvshared.upscaling.config import UpscalerConfig
-from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
+from mvshared.upscaling.folder import is_upscaler, read_upscaler_config, upscaler_weight_files
 from mvshared.upscaling.latents import FACTOR, view_bytes
 from mvshared.weights import stored_quantization
 
@@ -97,29 +97,17 @@ class Estimate:
         return self.process_bytes + self.largest.bytes
 
 
-def model_size(
-    config: ModelConfig,
-    files: Mapping[Any, Sequence[Path]],
-    *,
-    backend: BackendName,
-    device: str,
-    dtype: Dtype,
-    quantize: str | None = None,
-) -> ModelSize:
-    """The size of a model whose weights are in files by component. Raises CheckpointError for damaged files."""
+def model_size(folder: Path, *, backend: BackendName, device: str, dtype: Dtype, quantize: str | None = None) -> ModelSize:
+    """The size of a model or an upscaler in a checkpoint folder; of an upscaler without its VAE, whose latents are decoded by
+    the model that made them. Raises CheckpointError."""
+    if is_upscaler(folder):
+        config: ModelConfig | UpscalerConfig = read_upscaler_config(folder)
+        files: dict[Any, Any] = {**upscaler_weight_files(folder, config)}
+        files.pop("vae")
+    else:
+        config = read_model_config(folder)
+        files = {component: weight_files(folder, component) for component in components(config)}
     return _size(config, files, backend=backend, device=device, dtype=dtype, quantize=quantize)
-
-
-def folder_size(folder: Path, config: ModelConfig, **options: Any) -> ModelSize:
-    """`model_size` of a checkpoint folder."""
-    return _size(config, {component: weight_files(folder, component) for component in components(config)}, **options)
-
-
-def upscaler_size(folder: Path, **options: Any) -> ModelSize:
-    """The size of an upscaler's folder; the options are those of `model_size`. Raises CheckpointError."""
-    config = read_upscaler_config(folder)
-    files = {name: paths for name, paths in upscaler_weight_files(folder, config).items() if name != "vae"}
-    return _size(config, files, **options)
 
 
 def _size(
@@ -132,17 +120,27 @@ def _size(
     quantize: str | None,
 ) -> ModelSize:
     network_shapes = importlib.import_module(f"{PACKAGES[backend]}.model").network_shapes
-    weights, largest, quantized = {}, {}, {}
-    for component, paths in files.items():
-        network: NetworkConfig = getattr(config, component)
-        shapes = network_shapes(network)
-        layers = stored_quantization(paths).layers or preset_layers(network, shapes, quantize)
-        weights[component] = stored_bytes(shapes, layers, dense_bytes=DTYPE_BYTES[dtype])
-        largest[component] = max(prod(shape) for shape in shapes.values() if len(shape) == 4 or len(shape) == 2)
-        quantized[component] = max((prod(layer.shape) for layer in layers.values()), default=0)
-    return ModelSize(
-        config=config, backend=backend, device=device, dtype=dtype, weights=weights, largest=largest, quantized=quantized
-    )
+    networks: dict[str, NetworkConfig] = {component: getattr(config, component) for component in files}
+    shapes = {component: network_shapes(network) for component, network in networks.items()}
+    stored = {component: stored_quantization(paths).layers for component, paths in files.items()}
+
+    def sized(preset: str | None) -> ModelSize:
+        layers = {name: stored[name] or preset_layers(networks[name], shapes[name], preset) for name in networks}
+        numbers = {name: [prod(shape) for shape in shapes[name].values()] for name in networks}
+        return ModelSize(
+            config=config,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            weights={name: stored_bytes(shapes[name], layers[name], dense_bytes=DTYPE_BYTES[dtype]) for name in networks},
+            largest={name: max(numbers[name]) for name in networks},
+            quantized={name: max((prod(each.shape) for each in layers[name].values()), default=0) for name in networks},
+        )
+
+    size = sized(quantize)
+    if quantize is None and not any(stored.values()):
+        return replace(size, quantized_sizes={preset: sized(preset) for preset in PRESETS})
+    return size
 
 
 def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes: int = 0) -> Estimate:
@@ -224,7 +222,7 @@ def with_upscaling(run: RunSize, upscale: UpscaleParameters, **options: Any) -> 
     enlarged = 1 if upscale.method == "lanczos" else FACTOR
     if upscale.upscaler is None:
         return replace(run, enlarged=enlarged)
-    size = upscaler_size(find_model(upscale.upscaler), **options)
+    size = model_size(find_model(upscale.upscaler), **options)
     return replace(run, enlarged=enlarged, upscaler=size, upscaler_branches=2 if (upscale.guidance or 0) > 1 else 1)
 
 
