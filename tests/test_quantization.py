@@ -120,7 +120,7 @@ def test_small_numbers_lose_no_more_than_with_the_exact_scales_of_mlx(scale: flo
     weight, scales, biases = mlx_quantized(x, 8, 64)
     theirs = dequantize_matrix(Packed(weight, scales.astype(np.float16), biases.astype(np.float16)), bits=8, group_size=64)
     ours = dequantize_matrix(quantize_matrix(x, bits=8, group_size=64), bits=8, group_size=64)
-    exact = np.array(mx.dequantize(*(mx.array(part) for part in (weight, scales, biases)), 64, 8))
+    exact = np.array(mx.dequantize(mx.array(weight), mx.array(scales), mx.array(biases), 64, 8))
     assert relative_rms(ours, x) <= relative_rms(theirs, x)
     assert relative_rms(ours, x) < 1.3 * relative_rms(exact, x)
 
