@@ -29,6 +29,7 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
+from mvshared.quantization.groups import release_freed_memory
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
 from mvshared.weights import check_names_and_shapes, choose_quantization, match_tensors, stored_quantization
 
@@ -316,6 +317,9 @@ def read_tensors(
                 tensors[name] = _evaluated(tensor)
             else:
                 tensors[name] = _from_checkpoint(tensor.astype(getattr(mx, dtype)))
+        if quantize:
+            mx.clear_cache()
+            release_freed_memory()
         return tensors
 
 

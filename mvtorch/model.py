@@ -17,6 +17,7 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
+from mvshared.quantization.groups import release_freed_memory
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
 from mvshared.weights import Stored, check_names_and_shapes, choose_quantization, match_tensors, stored_quantization
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
@@ -307,6 +308,8 @@ def read_tensors(
                 else:
                     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
                     tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
+        if quantize:
+            release_freed_memory()
     return tensors
 
 
