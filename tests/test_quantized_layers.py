@@ -180,3 +180,23 @@ def test_quantised_weights_are_no_parameters_to_train() -> None:
     quantize(ours, "mlx", 8)
     flat: Any = tree_flatten(ours.trainable_parameters())
     assert not {f"{name}.weight" for name in layers} & {name for name, _ in flat}
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_gpu_s_quantised_product_gives_the_same_in_the_input_s_dtype(
+    monkeypatch: pytest.MonkeyPatch, bits: int, dtype: str
+) -> None:
+    random = np.random.default_rng(0)
+    layer = QuantizedLayer(bits=bits, group_size=32, shape=(24, 96))
+    packed = quantize_weight(random.standard_normal(layer.shape).astype(np.float32), layer)
+    module = mvmlx.quantized.QuantizedLinear(layer, bias=False)
+    module.load_weights([(kind, mx.array(array)) for kind, array in packed._asdict().items()])
+    x = random.standard_normal((2, 5, 96)).astype(np.float32)
+    expected = apply(module, x, dtype)
+    calls = []
+    own = mlx.nn.QuantizedLinear.__call__
+    monkeypatch.setattr(mlx.nn.QuantizedLinear, "__call__", lambda self, x: calls.append(0) or own(self, x))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert_close(apply(module, x, dtype), expected, rms=RMS[dtype])
+    assert calls
