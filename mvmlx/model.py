@@ -31,6 +31,7 @@ from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
+from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
 from mvshared.weights import check_names_and_shapes, choose_quantization, match_tensors, stored_quantization
 
@@ -335,6 +336,9 @@ def read_tensors(
                 tensors[name] = _evaluated(tensor)
             else:
                 tensors[name] = _from_checkpoint(tensor.astype(getattr(mx, dtype)))
+        if quantize:
+            mx.clear_cache()
+            trim_heap()
         return tensors
 
 

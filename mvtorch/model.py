@@ -20,6 +20,7 @@ from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
+from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
 from mvshared.weights import Stored, check_names_and_shapes, choose_quantization, match_tensors, stored_quantization
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
@@ -328,6 +329,8 @@ def read_tensors(
                 else:
                     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
                     tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
+        if quantize:
+            trim_heap()
     return tensors
 
 

@@ -177,7 +177,8 @@ def test_json_prints_an_event_a_line_in_their_order(desk: Path, capfd: pytest.Ca
     assert captured.err == ""
     found = events(captured.out)
     assert [event["event"] for event in found] == ["loaded", "step", "step", "saved", "step", "step", "saved"]
-    assert found[0] == {"event": "loaded", "model": "tiny", "backend": "torch", "device": "cpu", "dtype": "float32"}
+    loaded = {"model": "tiny", "backend": "torch", "device": "cpu", "dtype": "float32", "quantization": None}
+    assert found[0] == {"event": "loaded", **loaded}
     assert [(event["step"], event["steps"]) for event in found if event["event"] == "step"] == [(1, 2), (2, 2)] * 2
     saved = [event for event in found if event["event"] == "saved"]
     assert [(event["folder"], event["seed"], event["views"]) for event in saved] == [("out/seed_1", 1, 2), ("out/seed_2", 2, 2)]

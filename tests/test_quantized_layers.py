@@ -1,6 +1,5 @@
 """Layers of few bits in both backends: the same numbers as float layers with the weights that the bits stand for."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -24,13 +23,14 @@ from helpers import (
     to_numpy,
     unet_inputs,
 )
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
+from upscalers import TINY, run_upscaler, upscaler_inputs
 
 import mvmlx.model
 import mvmlx.quantized
 import mvtorch.model
 import mvtorch.quantized
-from mvshared.config import KUNetConfig
 from mvshared.quantization.groups import BITS
 from mvshared.quantization.plans import QuantizedLayer, dequantize_weight, quantizable, quantize_weight, with_bits
 
@@ -164,28 +164,12 @@ def test_both_backends_quantise_the_same_layers_to_the_same_tensors() -> None:
 
 
 def test_an_upscaler_s_network_is_quantised_the_same_way() -> None:
-    config = KUNetConfig(
-        in_channels=8,
-        out_channels=5,
-        block_out_channels=(64, 64),
-        layers_per_block=1,
-        attention_levels=(False, True),
-        attention_head_dim=32,
-        cross_attention_dim=32,
-        time_cond_proj_dim=64,
-    )
-    ours, twin = make_upscaler(config, "mlx"), make_upscaler(config, "torch")
+    inputs = upscaler_inputs(TINY, batch=1, views=1, size=(16, 16))
+    ours, twin = make_upscaler(TINY, "mlx"), make_upscaler(TINY, "torch")
+    plain = run_upscaler(twin, inputs)
     assert quantize(ours, "mlx", 4) == quantize(twin, "torch", 4)
-    random = np.random.default_rng(0)
-    arrays: Sequence[Any] = [
-        random.standard_normal(shape).astype(np.float32) for shape in ((1, 2, 8, 8, 8), (1,), (1, 4, 32), (1, 64))
-    ]
-    outs = []
-    for network, array in ((ours, mx.array), (twin, torch.from_numpy)):
-        sample, noise, text, condition = (array(x) for x in arrays)
-        with torch.no_grad():
-            outs.append(to_numpy(network(sample, noise, text=list(network.keys_values(text)), condition=condition)))
-    assert_close(outs[0], outs[1], rms=FLOAT32_RMS)
+    assert_close(run_upscaler(ours, inputs), run_upscaler(twin, inputs), rms=FLOAT32_RMS)
+    assert_different(run_upscaler(twin, inputs), plain, rms=1e-2)
 
 
 def test_quantised_weights_are_no_parameters_to_train() -> None:
@@ -194,5 +178,25 @@ def test_quantised_weights_are_no_parameters_to_train() -> None:
     assert not {f"{name}.weight" for name in layers} & parameter_names(network)
     ours = make_unet(TINY_UNET, "mlx")
     quantize(ours, "mlx", 8)
-    flat: Any = mlx.utils.tree_flatten(ours.trainable_parameters())
+    flat: Any = tree_flatten(ours.trainable_parameters())
     assert not {f"{name}.weight" for name in layers} & {name for name, _ in flat}
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_gpu_s_quantised_product_gives_the_same_in_the_input_s_dtype(
+    monkeypatch: pytest.MonkeyPatch, bits: int, dtype: str
+) -> None:
+    random = np.random.default_rng(0)
+    layer = QuantizedLayer(bits=bits, group_size=32, shape=(24, 96))
+    packed = quantize_weight(random.standard_normal(layer.shape).astype(np.float32), layer)
+    module = mvmlx.quantized.QuantizedLinear(layer, bias=False)
+    module.load_weights([(kind, mx.array(array)) for kind, array in packed._asdict().items()])
+    x = random.standard_normal((2, 5, 96)).astype(np.float32)
+    expected = apply(module, x, dtype)
+    calls = []
+    own = mlx.nn.QuantizedLinear.__call__
+    monkeypatch.setattr(mlx.nn.QuantizedLinear, "__call__", lambda self, x: calls.append(0) or own(self, x))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert_close(apply(module, x, dtype), expected, rms=RMS[dtype])
+    assert calls

@@ -319,10 +319,10 @@ PARAMETERS = (
     "model", "family", "backend", "dtype", "device", "image", "image_sha256", "image_scale", "reference_scale",
     "prompt", "negative_prompt", "normals", "normals_sha256", "normal_space", "latents", "latents_sha256", "cameras", "fov_deg",
     "steps", "guidance", "guidance_text", "guidance_image", "guidance_normals", "guidance_interval", "guidance_rescale",
-    "scheduler", "eta", "seed", "size_px", "config_sha256", "upscale",
+    "scheduler", "eta", "seed", "size_px", "config_sha256", "upscale", "quantization",
 )  # fmt: skip
 NEWER = {"reference_scale": 1.0, "guidance_text": None, "guidance_image": None, "guidance_normals": None,
-         "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "upscale": None}  # fmt: skip
+         "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "upscale": None, "quantization": None}  # fmt: skip
 DELETED = object()
 # Which model "x" is, load() decides; without a space the maps are in their own.
 ALLOWED: tuple[Any, ...] = (("model", "x"), ("normal_space", DELETED), ("normal_space", None))

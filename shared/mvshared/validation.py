@@ -34,7 +34,7 @@ from mvshared.upscaling.folder import is_upscaler
 Against = Literal["mlx", "torch", "diffusers"]
 
 TOLERANCES: dict[Dtype, float] = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}  # relative RMS per block
-QUANTIZED_TOLERANCES = {"q8": 5e-2, "q4": 5e-1}  # of random weights too; a trained model stays far below
+QUANTIZED_TOLERANCES = {"q8": 1e-1, "q4": 1.0}  # small networks with random weights lose half as much; trained ones far less
 PROMPT = "a photo of an owl, 3d asset"
 GUIDANCE = 5.0
 ELEVATION_DEG = 15.0
