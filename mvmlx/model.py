@@ -290,7 +290,9 @@ def read_tensors(
         lazy: dict[Path, Any] = {path: mx.load(str(path)) for path in paths}
         tensors = {}
         for name, place in stored.items():
-            tensor = lazy[place.path].pop(place.name).reshape(shapes[name]).astype(getattr(mx, dtype))
+            tensor = (
+                lazy[place.path].pop(place.name).reshape(shapes[name]).astype(getattr(mx, precision.tensor_dtype(name, dtype)))
+            )
             tensors[name] = _from_checkpoint(tensor)
         return tensors
 

@@ -286,7 +286,9 @@ def read_tensors(
             for name, place in places:
                 tensor = file.get_tensor(place.name).reshape(shapes[name])
                 layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-                tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
+                tensors[name] = tensor.to(
+                    device=device, dtype=getattr(torch, precision.tensor_dtype(name, dtype)), memory_format=layout, copy=True
+                )
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Two implementations on the same weights and inputs, compared block by block: `mvmlx validate`.
+"""Two implementations, or two dtypes of one, on the same weights and inputs, compared block by block: `mvmlx validate`.
 
 Each network gets the same inputs on both sides, those that this side's networks made before, so that errors add up within a
 network and not from one to the next. Activations go to disk as they come: one of each side is in memory at a time.
@@ -30,7 +30,7 @@ from mvshared.images import load_image
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.folder import is_upscaler
 
-Against = Literal["mlx", "torch", "diffusers"]
+Against = Literal["mlx", "torch", "diffusers", "float32"]
 
 TOLERANCES: dict[Dtype, float] = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}  # relative RMS per block
 PROMPT = "a photo of an owl, 3d asset"
@@ -53,6 +53,15 @@ class Check:
     reference_seconds: float | None
 
 
+class Component(NamedTuple):
+    """A network, or the half of it that runs by itself: how many blocks were compared, the last one, and the worst one."""
+
+    name: str
+    blocks: int
+    output: Check
+    worst: Check
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """All checks in the order in which the blocks ran; `unmatched` are blocks that only this side has."""
@@ -68,6 +77,14 @@ class Validation:
     def first_failure(self) -> Check | None:
         """The first block that leaves the tolerance, or is not finite."""
         return next((check for check in self.checks if not check.rms_error <= self.tolerance), None)
+
+    def components(self) -> tuple[Component, ...]:
+        """The checks network by network, in the order in which they ran."""
+        found: dict[str, list[Check]] = {}
+        for check in self.checks:
+            found.setdefault(_component(check.name), []).append(check)
+        worst = {name: max(checks, key=lambda check: check.rms_error) for name, checks in found.items()}
+        return tuple(Component(name, len(checks), checks[-1], worst[name]) for name, checks in found.items())
 
 
 class Suite(NamedTuple):
@@ -113,14 +130,16 @@ def validate(
 ) -> Validation:
     """Run the networks of a model in a backend and in `against`, the other backend or diffusers, and compare every block.
 
-    The reference computes in float32 on the CPU. `tolerance` is the relative RMS that a block may differ by, TOLERANCES if not
-    given. `save` is a folder for the activations, `SIDE/BLOCK.npy`; `on_check` is called with every comparison.
-    Raises OptionError, BackendError and CheckpointError.
+    The reference computes in float32 on the CPU; "float32" is the same backend on the same device in that dtype. `tolerance` is
+    the relative RMS that a block may differ by, TOLERANCES if not given. `save` is a folder for the activations,
+    `SIDE/BLOCK.npy`; `on_check` is called with every comparison. Raises OptionError, BackendError and CheckpointError.
     """
     if against not in get_args(Against):
-        raise OptionError("against", expected="mlx, torch or diffusers", got=against)
+        raise OptionError("against", expected="mlx, torch, diffusers or float32", got=against)
     chosen = _backend_under_test(backend, against=against)  # type: ignore[arg-type]
     used_dtype = parse_dtype(dtype, default="float32")
+    if against == used_dtype:
+        raise OptionError("dtype", expected="float16 or bfloat16 for a comparison with float32", got=used_dtype)
     limit = TOLERANCES[used_dtype] if tolerance is None else tolerance
     if not 0 < limit < float("inf"):
         raise OptionError("tolerance", expected="above 0", got=tolerance)
@@ -135,7 +154,8 @@ def validate(
         gc.collect()
         keep = make_folder(folder / against) if save else None
         comparer = _Comparer(recorder, frames=suite.frames(inputs), keep=keep)
-        reference = _load(suite, against, name, dtype="float32", device="cpu")  # type: ignore[arg-type]
+        side, place = (chosen, device) if against == "float32" else (against, "cpu")
+        reference = _load(suite, side, name, dtype="float32", device=place)  # type: ignore[arg-type]
         suite.run(reference, inputs, comparer, states=states)
         checks = comparer.in_order()
     if on_check is not None:
@@ -154,6 +174,8 @@ def validate(
 def _backend_under_test(backend: str, *, against: Against) -> BackendName:
     if against == backend:
         raise OptionError("against", expected="another implementation than the backend", got=against)
+    if against == "float32":
+        return choose_backend(backend)
     if backend == "auto" and against != "diffusers":
         backend = "mlx" if against == "torch" else "torch"
     reference = "torch" if against == "diffusers" else against
@@ -165,6 +187,16 @@ def _backend_under_test(backend: str, *, against: Against) -> BackendName:
     return choose_backend(backend)
 
 
+def _component(name: str) -> str:
+    """The network of a block, or of what is no block."""
+    if name in ("latents", "pixels"):
+        return "vae.encoder" if name == "latents" else "vae.decoder"
+    network, _, block = name.partition(".")
+    if network == "vae":
+        return "vae.encoder" if block.startswith(("encoder", "quant_conv")) else "vae.decoder"
+    return "unet.image_embed" if name.startswith("unet.image_embed") else network
+
+
 def _suite(folder: Path) -> Suite:
     """How the networks in a folder are run."""
     if is_upscaler(folder):
@@ -174,7 +206,7 @@ def _suite(folder: Path) -> Suite:
     return Suite(("model", "load_model"), ("diffusers_model", "DiffusersModel"), _inputs, _frames, _run)
 
 
-def _load(suite: Suite, side: Against, name: str | Path, *, dtype: Dtype, device: str) -> Any:
+def _load(suite: Suite, side: BackendName | Literal["diffusers"], name: str | Path, *, dtype: Dtype, device: str) -> Any:
     package, (module, loader) = (
         (PACKAGES["torch"], suite.diffusers) if side == "diffusers" else (PACKAGES[side], suite.backends)
     )
