@@ -1,4 +1,4 @@
-"""Measures this machine: `python -m benchmarks [help generate unet vae renderer loading imagedream] [--json FILE]`."""
+"""Measures this machine: `python -m benchmarks [help generate unet vae renderer training loading imagedream] [--json FILE]`."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.compare import compare
 from benchmarks.full_size import write_random_imagedream
 from benchmarks.measure import machine
-from benchmarks.results import LARGE, TITLES, Results, markdown, write_results
+from benchmarks.results import LARGE, ON_DEMAND, TITLES, Results, markdown, write_results
 from benchmarks.suite import cases
 from mvshared.backend import available_backends
 from mvshared.checkpoint import find_model, read_model_config
@@ -17,7 +17,7 @@ from mvshared.errors import MvError, OptionError
 
 
 def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = None, repeats: int = 3) -> Results:
-    """The results of these names of TITLES, of all but the LARGE ones for none; `steps` is by default the model's.
+    """The results of these names of TITLES, of all but those ON_DEMAND for none; `steps` is by default the model's.
 
     The LARGE ones are of the `model`, if that is a full ImageDream's folder; for `demo` one with random weights is written, and
     removed in the end. Raises OptionError, and CheckpointError for a model that is not there.
@@ -33,7 +33,7 @@ def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = No
         if model == "demo" and set(names) & set(LARGE):
             print("writing an ImageDream with random weights ...", file=sys.stderr)
             large = write_random_imagedream(Path(scratch))
-        for name in names or [name for name in TITLES if name not in LARGE]:
+        for name in names or [name for name in TITLES if name not in ON_DEMAND]:
             rows = []
             chosen = large if name in LARGE else folder
             for group in cases(name, model=chosen, backends=available_backends(), steps=steps):
@@ -46,7 +46,7 @@ def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = No
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(TITLES)}; by default all but {' and '.join(LARGE)}"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(TITLES)}; by default all but {', '.join(ON_DEMAND)}"
     )
     parser.add_argument("--model", default="demo", help="an embedded model's name, or a checkpoint folder")
     parser.add_argument("--steps", type=int, help="steps of a generation; by default the model's")

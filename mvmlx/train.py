@@ -17,6 +17,7 @@ from mvmlx.unet import MultiViewUNet
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared.attention import FUSED, AttentionOptions
+from mvshared.backend import Dtype
 from mvshared.config import KUNetConfig, UNetConfig, VAEConfig
 from mvshared.precision import tensor_dtype
 from mvshared.training.config import OptimizerConfig, VAELossConfig
@@ -56,7 +57,7 @@ class Trainer:
         device: str = "auto",
     ) -> None:
         self.device = choose_device(device)
-        self.dtype = choose_dtype(parse_train_dtype(dtype), device=self.device)
+        self.dtype: Dtype = choose_dtype(parse_train_dtype(dtype), device=self.device)
         self.network = network.train()
         self.loss, self.config, self.frozen = loss, config, tuple(frozen)
         # Parameters, moments and averages are kept flat, by name: a tree to MLX like any other, and the border's form.

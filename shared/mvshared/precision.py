@@ -26,7 +26,7 @@ class DtypeChoice(NamedTuple):
 
 
 METAL = DtypeChoice("float16", "it halves the memory of float32, and convolutions in bfloat16 are inaccurate on Metal")
-MLX_CPU = DtypeChoice("float32", "the CPU build of MLX has fast products in float32 only")
+MLX_CPU = DtypeChoice("float32", "half precision is no faster in the CPU build of MLX")
 
 
 def tensor_dtype(name: str, dtype: Dtype) -> Dtype:
