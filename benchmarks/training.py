@@ -15,7 +15,7 @@ from mvshared.training.config import OptimizerConfig
 from mvshared.training.data import UNetBatch
 from mvshared.training.initial import initial_weights
 
-# The demo model's own, and one of five times its weights and four times its pixels: channels, and the side of the latents.
+# The demo model's own, and one of eight times its weights and four times its pixels: channels, and the side of the latents.
 SIZES = {"demo": ((64, 96, 128), 16), "larger": ((128, 256, 384), 32)}
 VIEWS = 4
 
