@@ -1,4 +1,4 @@
-"""Measures this machine: `python -m benchmarks [help generate unet vae renderer loading ...] [--json FILE]`."""
+"""Measures this machine: `python -m benchmarks [help generate unet vae renderer training loading ...] [--json FILE]`."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from benchmarks.compare import compare
 from benchmarks.full_size import write_random_imagedream
 from benchmarks.measure import machine
 from benchmarks.quantized import write_random_sd21
-from benchmarks.results import LARGE, TITLES, Results, markdown, write_results
+from benchmarks.results import ON_DEMAND, TITLES, Results, markdown, write_results
 from benchmarks.suite import cases
 from mvshared.backend import available_backends
 from mvshared.checkpoint import find_model, read_model_config
@@ -18,7 +18,7 @@ from mvshared.errors import MvError, OptionError
 
 
 def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = None, repeats: int = 3) -> Results:
-    """The results of these names of TITLES, of all but the LARGE ones for none; `steps` is by default the model's.
+    """The results of these names of TITLES, of all but those ON_DEMAND for none; `steps` is by default the model's.
 
     The LARGE ones are of the `model`, if that is a full ImageDream's folder (or Stable Diffusion 2.1's, for `quantized`); for
     `demo` one with random weights is written, and removed in the end. Raises OptionError, and CheckpointError for a model that
@@ -37,7 +37,7 @@ def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = No
                 if set(names) & those:
                     print("writing a model with random weights ...", file=sys.stderr)
                     written |= dict.fromkeys(those, writer(Path(scratch) / writer.__name__))
-        for name in names or [name for name in TITLES if name not in LARGE]:
+        for name in names or [name for name in TITLES if name not in ON_DEMAND]:
             rows = []
             chosen = written.get(name, folder)
             for group in cases(name, model=chosen, backends=available_backends(), steps=steps):
@@ -50,7 +50,7 @@ def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = No
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(TITLES)}; by default all but {', '.join(LARGE)}"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(TITLES)}; by default all but {', '.join(ON_DEMAND)}"
     )
     parser.add_argument("--model", default="demo", help="an embedded model's name, or a checkpoint folder")
     parser.add_argument("--steps", type=int, help="steps of a generation; by default the model's")

@@ -17,11 +17,13 @@ TITLES = {
     "unet": "One step of the U-Net",
     "vae": "VAE",
     "renderer": "Head renderer",
+    "training": "One training step, with and without gradient checkpointing",
     "loading": "Loading ImageDream at full size, random weights, from float16 files",
     "imagedream": "One guided step of ImageDream at full size, random weights",
     "quantized": "Stable Diffusion 2.1's U-Net at full size, random weights, quantised as it is loaded from float16",
 }
-LARGE = ("loading", "imagedream", "quantized")  # gigabytes of memory and disk, and minutes: measured only where they are named
+LARGE = ("loading", "imagedream", "quantized")  # of a full-size model, which is gigabytes on disk
+ON_DEMAND = (*LARGE, "training")  # gigabytes of memory, and minutes: measured only where they are named
 LIBRARIES = {"mlx": "MLX", "torch": "PyTorch", "diffusers": "diffusers on PyTorch"}
 MLX_ON_CPU = "MLX's CPU backend (not Metal)"
 MLX_ON_CPU_NOTE = (
@@ -35,9 +37,9 @@ class Row:
     """One thing, timed in a process of its own: the seconds of every call, or the reason why there are none, `failure`.
 
     `views` is how many pictures a call makes, if it makes whole ones. `peak_memory_bytes` is the process's largest resident
-    memory, `device_memory_bytes` the largest sum of arrays on a GPU, `weights_bytes` what the loaded weights need. Where
-    loading was watched, `load_memory_bytes` is what it added to the process, `load_peak_bytes` the most that it added on its
-    way, and `peak_memory_bytes` counts from the same start.
+    memory, `device_memory_bytes` the largest sum of arrays on a GPU, or of MLX's arrays anywhere, `weights_bytes` what the
+    loaded weights need. Where loading was watched, `load_memory_bytes` is what it added to the process, `load_peak_bytes` the
+    most that it added on its way, and `peak_memory_bytes` counts from the same start.
     """
 
     what: str
@@ -124,7 +126,7 @@ def _cells(row: Row) -> dict[str, str]:
     cells["weights (MB)"] = _megabytes(row.weights_bytes)
     if row.weights_bytes and row.peak_memory_bytes:
         cells["peak / weights"] = f"{row.peak_memory_bytes / row.weights_bytes:.2f}"
-    cells["arrays on the GPU (MB)"] = _megabytes(row.device_memory_bytes)
+    cells["arrays (MB)"] = _megabytes(row.device_memory_bytes)
     cells["not measured because"] = row.failure
     return cells
 

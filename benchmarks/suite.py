@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from benchmarks import commands, full_size, networks, quantized
+from benchmarks import commands, full_size, networks, quantized, training
 from benchmarks.compare import ROOT, Case
 from benchmarks.renderer import renderer
 from benchmarks.worker import Prepared
@@ -13,6 +13,8 @@ from mvshared.backend import BackendName, Dtype
 from mvshared.checkpoint import read_model_config
 
 IMAGE = ROOT / "examples" / "portrait.png"
+# Subjects a step: MLX's CPU backend takes minutes for many.
+TRAINING = (("demo", "torch", 8), ("larger", "torch", 2), ("demo", "mlx", 2))
 RENDERER_VIEWS, RENDERER_SIZES_PX = 8, (64, 128, 256)
 
 
@@ -30,6 +32,25 @@ def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int
                 )
             ]
             for size_px in RENDERER_SIZES_PX
+        ]
+    if name == "training":
+        return [
+            [
+                Case(
+                    what=f"{size} U-Net, {batch} subjects, {'checkpointed' if checkpointing else 'plain'}",
+                    prepare=training.step,
+                    arguments={
+                        "size": size,
+                        "backend": backend,
+                        "dtype": dtype,
+                        "batch": batch,
+                        "checkpointing": checkpointing,
+                    },
+                )
+                for checkpointing in (0, 1)
+            ]
+            for (size, backend, batch), dtype in product(TRAINING, ("float32", "bfloat16"))
+            if backend in backends
         ]
     if name == "loading":
         return [

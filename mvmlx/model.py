@@ -335,7 +335,7 @@ def read_tensors(
             elif part_of(name, stored) is not None:
                 tensors[name] = _evaluated(tensor)
             else:
-                tensors[name] = _from_checkpoint(tensor.astype(getattr(mx, dtype)))
+                tensors[name] = _from_checkpoint(tensor.astype(getattr(mx, precision.tensor_dtype(name, dtype))))
         if quantize:
             mx.clear_cache()
             trim_heap()

@@ -12,24 +12,38 @@ from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
 from mvmlx.latents import _on_device
-from mvmlx.model import _from_checkpoint, _to_checkpoint, choose_device, set_weights, weight_shapes
+from mvmlx.model import _from_checkpoint, _to_checkpoint, choose_device, choose_dtype, set_weights, weight_shapes
 from mvmlx.unet import MultiViewUNet
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
+from mvshared.attention import FUSED, AttentionOptions
+from mvshared.backend import Dtype
 from mvshared.config import KUNetConfig, UNetConfig, VAEConfig
-from mvshared.errors import OptionError
+from mvshared.precision import tensor_dtype
 from mvshared.training.config import OptimizerConfig, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
-from mvshared.training.optimizer import StepResult, TrainerState, ema_decay, pack_state, unpack_state
+from mvshared.training.loss_scale import LossScale
+from mvshared.training.optimizer import (
+    StepResult,
+    TrainerState,
+    counted,
+    ema_decay,
+    pack_state,
+    parse_train_dtype,
+    step_result,
+    unpack_state,
+    updates,
+)
 from mvshared.training.upscaler_data import UpscalerBatch
 
 
 class Trainer:
     """A network, its loss, AdamW and an exponential moving average (EMA) of the weights.
 
-    `loss(network, batch)` gets the batch as arrays. Weights, optimiser and arithmetic are float32: MLX has no autocast.
-    Weights whose names begin with one of `frozen` stay as they are. Raises OptionError for another dtype, BackendError for a
-    device that is not there.
+    `loss(network, batch)` gets the batch as arrays. Weights and optimiser are float32; in the half dtypes the loss is computed
+    with copies of the weights, in float16 with a loss scale. A step whose loss or gradient is not finite changes no weights,
+    averages and moments. Weights whose names begin with one of `frozen` stay as they are. Raises OptionError for another dtype,
+    BackendError for a device that is not there, and for bfloat16 on Metal.
     """
 
     def __init__(
@@ -42,10 +56,8 @@ class Trainer:
         dtype: str = "float32",
         device: str = "auto",
     ) -> None:
-        if dtype != "float32":
-            hint = "set dtype to float32, or train with the torch backend"
-            raise OptionError("dtype", expected="float32 for training in MLX", got=dtype, hint=hint)
-        self.device, self.dtype = choose_device(device), dtype
+        self.device = choose_device(device)
+        self.dtype: Dtype = choose_dtype(parse_train_dtype(dtype), device=self.device)
         self.network = network.train()
         self.loss, self.config, self.frozen = loss, config, tuple(frozen)
         # Parameters, moments and averages are kept flat, by name: a tree to MLX like any other, and the border's form.
@@ -54,28 +66,38 @@ class Trainer:
         self.optimizer.init(self.parameters)
         self.ema = {name: mx.array(parameter) for name, parameter in self.parameters.items()}
         self.steps = 0
+        self.loss_scale = LossScale() if self.dtype == "float16" else None
 
     def step(self, batch: Any, *, learning_rate: float) -> StepResult:
         """Learn from one batch (a NamedTuple of float32 arrays)."""
         with _on_device(self.device):
-            self._assign(self.parameters)  # a step that failed has left the network with arrays of its trace
-            loss, tree = nn.value_and_grad(self.network, partial(self.loss, self.network))(_to_arrays(batch))
-            learned = {name: gradient for name, gradient in _flat(tree) if not name.startswith(self.frozen)}
-            gradients, norm = clip_grad_norm(learned, self.config.gradient_clip)
-            self.optimizer.learning_rate = learning_rate
-            self.parameters |= self.optimizer.apply_gradients(gradients, {name: self.parameters[name] for name in gradients})
-            self.steps += 1
-            share = 1 - ema_decay(self.config, self.steps)
-            self.ema = {name: mean + share * (self.parameters[name] - mean) for name, mean in self.ema.items()}
-            self._assign(self.parameters)
-            mx.eval(loss, norm, self.parameters, self.ema, self.optimizer.state)
-            return StepResult(_float(loss), _float(norm))
+            arrays, scale = _to_arrays(batch), 1.0 if self.loss_scale is None else self.loss_scale.scale
+
+            def scaled_loss(weights: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+                self._assign(self._computed(self.parameters | weights))
+                loss = self.loss(self.network, arrays)
+                return loss * scale, loss
+
+            try:
+                learned = {name: array for name, array in self.parameters.items() if not name.startswith(self.frozen)}
+                (_, loss), gradients = mx.value_and_grad(scaled_loss)(learned)
+            finally:  # the network has arrays of the trace
+                self._assign(self.parameters)
+            if self.loss_scale is not None:
+                gradients = {name: gradient / scale for name, gradient in gradients.items()}
+            gradients, norm = clip_grad_norm(gradients, self.config.gradient_clip)
+            mx.eval(loss, norm, gradients)
+            result = step_result(_float(loss), _float(norm), self.loss_scale)
+            self.steps, self.loss_scale = counted(result, self.steps, self.loss_scale)
+            if result.learned:
+                self._update(learned, gradients, learning_rate=learning_rate)
+            return result
 
     def evaluate(self, batch: Any) -> float:
         """The loss of a batch under the EMA weights; nothing is learned."""
         try:
             with _on_device(self.device):
-                self._assign(self.ema)
+                self._assign(self._computed(self.ema))
                 return _float(self.loss(self.network, _to_arrays(batch)))
         finally:
             self._assign(self.parameters)
@@ -93,21 +115,60 @@ class Trainer:
         exp_avg, exp_avg_sq = (
             _to_numpy({name: self.optimizer.state[name][key] for name in self.parameters}) for key in ("m", "v")
         )
-        return pack_state(TrainerState(self.weights(), self.ema_weights(), exp_avg, exp_avg_sq, self.steps))
+        return pack_state(TrainerState(self.weights(), self.ema_weights(), exp_avg, exp_avg_sq, self.steps, self.loss_scale))
 
     def load_state(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         """Continue from what `state` gave, in either backend. Raises TensorMismatchError for another network's."""
-        unpacked = unpack_state(state, weight_shapes(self.network))
+        unpacked = unpack_state(state, weight_shapes(self.network), scaled=self.loss_scale is not None)
         with _on_device(self.device):
             self.parameters, self.ema = _from_numpy(unpacked.model), _from_numpy(unpacked.ema)
             exp_avg, exp_avg_sq = _from_numpy(unpacked.exp_avg), _from_numpy(unpacked.exp_avg_sq)
-        self.steps = unpacked.steps
+        self.steps, self.loss_scale = unpacked.steps, unpacked.loss_scale
+        step = mx.array(updates(self.steps, self.loss_scale), mx.uint64)
         moments: dict[str, Any] = {name: {"m": exp_avg[name], "v": exp_avg_sq[name]} for name in self.parameters}
-        self.optimizer.state = moments | {"step": mx.array(self.steps, mx.uint64), "learning_rate": mx.array(0.0)}
+        self.optimizer.state = moments | {"step": step, "learning_rate": mx.array(0.0)}
         self._assign(self.parameters)
+
+    def _update(self, weights: dict[str, mx.array], gradients: dict[str, mx.array], *, learning_rate: float) -> None:
+        """AdamW's step of some weights, and the average's of all."""
+        self.optimizer.learning_rate = learning_rate
+        self.parameters |= self.optimizer.apply_gradients(gradients, weights)
+        share = 1 - ema_decay(self.config, updates(self.steps, self.loss_scale))
+        self.ema = {name: mean + share * (self.parameters[name] - mean) for name, mean in self.ema.items()}
+        self._assign(self.parameters)
+        mx.eval(self.parameters, self.ema, self.optimizer.state)
+
+    def _computed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The weights in the dtype of the computation."""
+        return {name: array.astype(getattr(mx, tensor_dtype(name, self.dtype))) for name, array in weights.items()}
 
     def _assign(self, weights: dict[str, mx.array]) -> None:
         self.network.update(tree_unflatten(list(weights.items())))
+
+
+_NETWORKS: dict[type, Callable[..., nn.Module]] = {
+    VAEConfig: AutoencoderKL,
+    UNetConfig: MultiViewUNet,
+    KUNetConfig: LatentUpscaler,
+}
+
+
+def _trainer(
+    config: VAEConfig | UNetConfig | KUNetConfig,
+    optimizer: OptimizerConfig,
+    loss: Callable[[Any, Any], mx.array],
+    weights: Mapping[str, NDArray[np.float32]],
+    *,
+    frozen: Sequence[str],
+    dtype: str,
+    device: str,
+    gradient_checkpointing: bool,
+) -> Trainer:
+    # With gradients MLX has no kernel for attention, and would keep scores in half precision.
+    options = FUSED if dtype == "float32" else AttentionOptions(implementation="plain")
+    network = _NETWORKS[type(config)](config, attention_options=options, gradient_checkpointing=gradient_checkpointing)
+    set_weights(network, weights)
+    return Trainer(network, loss, optimizer, frozen=frozen, dtype=dtype, device=device)
 
 
 def vae_trainer(
@@ -119,14 +180,22 @@ def vae_trainer(
     frozen: Sequence[str] = (),
     dtype: str = "float32",
     device: str = "auto",
+    gradient_checkpointing: bool = False,
 ) -> Trainer:
     """A trainer of the VAE that starts from `weights` (checkpoint layout).
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
-    network = AutoencoderKL(config)
-    set_weights(network, weights)
-    return Trainer(network, partial(vae_loss, config=loss), optimizer, frozen=frozen, dtype=dtype, device=device)
+    return _trainer(
+        config,
+        optimizer,
+        partial(vae_loss, config=loss),
+        weights,
+        frozen=frozen,
+        dtype=dtype,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def unet_trainer(
@@ -143,9 +212,16 @@ def unet_trainer(
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
-    network = MultiViewUNet(config, gradient_checkpointing=gradient_checkpointing)
-    set_weights(network, weights)
-    return Trainer(network, unet_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
+    return _trainer(
+        config,
+        optimizer,
+        unet_loss,
+        weights,
+        frozen=frozen,
+        dtype=dtype,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def upscaler_trainer(
@@ -162,30 +238,22 @@ def upscaler_trainer(
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
-    network = LatentUpscaler(config, gradient_checkpointing=gradient_checkpointing)
-    set_weights(network, weights)
-    return Trainer(network, upscaler_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
-
-
-def vae_weight_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a checkpoint of the VAE."""
-    return weight_shapes(AutoencoderKL(config))
-
-
-def unet_weight_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a checkpoint of the U-Net."""
-    return weight_shapes(MultiViewUNet(config))
-
-
-def upscaler_weight_shapes(config: KUNetConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a checkpoint of the upscaler's network."""
-    return weight_shapes(LatentUpscaler(config))
+    return _trainer(
+        config,
+        optimizer,
+        upscaler_loss,
+        weights,
+        frozen=frozen,
+        dtype=dtype,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.array:
     """The terms of VAELossConfig, as means."""
     pixels, foreground, noise = (_array(array) for array in batch)
-    mean, logvar = vae.encode(pixels)
+    mean, logvar = (moment.astype(mx.float32) for moment in vae.encode(pixels))
     error = vae.decode(mean + mx.exp(logvar / 2) * noise) - pixels
     weight = 1 + config.foreground_weight * foreground[..., None]
     weight = weight / weight.mean()
@@ -213,13 +281,13 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:
         camera=camera if config.camera_dim else None,
         reference=reference[:, None] if config.reference_frame else None,
     )
-    return (out - target).square().mean()
+    return (out.astype(mx.float32) - target).square().mean()
 
 
 def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> mx.array:
     """Negative log-likelihood of the target, whose variance the network gives for each picture (k-diffusion's has_variance)."""
     sample, noise, condition, target = (_array(array) for array in batch)
-    out = network(sample, noise, text=[], condition=condition)
+    out = network(sample, noise, text=[], condition=condition).astype(mx.float32)
     logvar = out[..., -1:].mean(axis=(1, 2, 3, 4), keepdims=True)
     return 0.5 * ((out[..., :-1] - target).square() * mx.exp(-logvar) + logvar).mean()
 

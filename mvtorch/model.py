@@ -328,7 +328,8 @@ def read_tensors(
                     tensors[name] = tensor.to(device=device, copy=True)
                 else:
                     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-                    tensors[name] = tensor.to(device=device, dtype=getattr(torch, dtype), memory_format=layout, copy=True)
+                    used = getattr(torch, precision.tensor_dtype(name, dtype))
+                    tensors[name] = tensor.to(device=device, dtype=used, memory_format=layout, copy=True)
         if quantize:
             trim_heap()
     return tensors

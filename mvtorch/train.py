@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvshared.config import KUNetConfig, UNetConfig, VAEConfig
-from mvshared.errors import OptionError
-from mvshared.training.config import OptimizerConfig, TrainDtype, VAELossConfig
+from mvshared.training.config import OptimizerConfig, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
-from mvshared.training.optimizer import StepResult, TrainerState, ema_decay, pack_state, unpack_state
+from mvshared.training.loss_scale import LossScale
+from mvshared.training.optimizer import (
+    StepResult,
+    TrainerState,
+    counted,
+    ema_decay,
+    pack_state,
+    parse_train_dtype,
+    step_result,
+    unpack_state,
+    updates,
+)
 from mvshared.training.upscaler_data import UpscalerBatch
 from mvtorch.layers import AdaGroupNorm
 from mvtorch.model import choose_device, get_weights, set_weights, weight_shapes
@@ -27,7 +37,8 @@ from mvtorch.vae import AutoencoderKL
 class Trainer:
     """A network, its loss, AdamW and an exponential moving average (EMA) of the weights.
 
-    `loss(network, batch)` gets the batch as tensors. Weights and optimiser are float32; dtype "bfloat16" is autocast's.
+    `loss(network, batch)` gets the batch as tensors. Weights and optimiser are float32; the half dtypes are autocast's, float16
+    with a loss scale. A step whose loss or gradient is not finite changes no weights, averages and moments.
     Weights whose names begin with one of `frozen` stay as they are. Raises OptionError for another dtype, BackendError for a
     device that is not there.
     """
@@ -42,9 +53,7 @@ class Trainer:
         dtype: str = "float32",
         device: str = "auto",
     ) -> None:
-        if dtype not in get_args(TrainDtype):
-            raise OptionError("dtype", expected="float32 or bfloat16 for training", got=dtype)
-        self.device, self.dtype = choose_device(device), dtype
+        self.device, self.dtype = choose_device(device), parse_train_dtype(dtype)
         self.network = network.to(self.device).train()
         if torch.device(self.device).type == "cpu":
             _use_lean_group_norm(self.network)
@@ -57,21 +66,28 @@ class Trainer:
         )
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.steps = 0
+        self.loss_scale = LossScale() if self.dtype == "float16" else None
 
     def step(self, batch: Any, *, learning_rate: float) -> StepResult:
         """Learn from one batch (a NamedTuple of float32 arrays)."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(batch)
-        loss.backward()
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        (loss * scale).backward()
+        for parameter in self.parameters.values() if self.loss_scale else ():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
-        self.steps += 1
-        with torch.no_grad():
-            share = 1 - ema_decay(self.config, self.steps)
-            for name, mean in self.ema.items():
-                mean.lerp_(self.parameters[name], share)
-        return StepResult(loss.item(), norm.item())
+        result = step_result(loss.item(), norm.item(), self.loss_scale)
+        self.steps, self.loss_scale = counted(result, self.steps, self.loss_scale)
+        if result.learned:
+            self.optimizer.param_groups[0]["lr"] = learning_rate
+            self.optimizer.step()
+            with torch.no_grad():
+                share = 1 - ema_decay(self.config, updates(self.steps, self.loss_scale))
+                for name, mean in self.ema.items():
+                    mean.lerp_(self.parameters[name], share)
+        return result
 
     def evaluate(self, batch: Any) -> float:
         """The loss of a batch under the EMA weights; nothing is learned."""
@@ -94,17 +110,17 @@ class Trainer:
     def state(self) -> dict[str, NDArray[np.float32]]:
         """All that a resumed run needs, in checkpoint layout: the same names in both backends, see `optimizer.pack_state`."""
         exp_avg, exp_avg_sq = (_to_numpy(self._moments(key)) for key in ("exp_avg", "exp_avg_sq"))
-        return pack_state(TrainerState(self.weights(), self.ema_weights(), exp_avg, exp_avg_sq, self.steps))
+        return pack_state(TrainerState(self.weights(), self.ema_weights(), exp_avg, exp_avg_sq, self.steps, self.loss_scale))
 
     def load_state(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         """Continue from what `state` gave, in either backend. Raises TensorMismatchError for another network's."""
-        unpacked = unpack_state(state, weight_shapes(self.network))
+        unpacked = unpack_state(state, weight_shapes(self.network), scaled=self.loss_scale is not None)
         set_weights(self.network, unpacked.model)
-        self.steps = unpacked.steps
+        self.steps, self.loss_scale = unpacked.steps, unpacked.loss_scale
         for name, parameter in self.parameters.items():
             self.ema[name].copy_(torch.tensor(unpacked.ema[name]))
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.steps)),
+                "step": torch.tensor(float(updates(self.steps, self.loss_scale))),
                 "exp_avg": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg[name])),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg_sq[name])),
             }
@@ -129,7 +145,7 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == "float32":
             return nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
+        return torch.autocast(torch.device(self.device).type, dtype=getattr(torch, self.dtype))
 
 
 def _to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
@@ -143,7 +159,8 @@ class _LeanGroupNorm(torch.autograd.Function):
 
     PyTorch's own backward took a third of a training step on the CPU; this one takes a fifth of that. The variance is
     E[x^2] - E[x]^2, so its sums are float64: in float32 it would lose its digits where the mean is large. Weight and bias are
-    (c,), or (n, c) of an adaptive norm.
+    (c,), or (n, c) of an adaptive norm. Pixels in half precision are multiplied by float32: a constant group's scale times its
+    mean, which the shift takes away, is beyond float16.
     """
 
     @staticmethod
@@ -158,7 +175,7 @@ class _LeanGroupNorm(torch.autograd.Function):
         mean, rstd = (value.float().repeat_interleave(c // groups, 1) for value in (mean, rstd))
         scale = weight * rstd
         shift = bias - mean * scale
-        out = torch.addcmul(shift[:, None].to(x.dtype), pixels, scale[:, None].to(x.dtype))
+        out = torch.addcmul(shift[:, None], pixels, scale[:, None]).to(x.dtype)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.groups = groups
         return out.view(n, h, w, c).permute(0, 3, 1, 2)
@@ -174,13 +191,12 @@ class _LeanGroupNorm(torch.autograd.Function):
             return (value.view(n, ctx.groups, -1).sum(-1) / count).repeat_interleave(c // ctx.groups, 1)
 
         total = gradient.sum(1, dtype=torch.float32)
-        aligned = ((gradient * pixels).sum(1, dtype=torch.float32) - mean * total) * rstd
+        aligned = ((gradient.float() * pixels).sum(1) - mean * total) * rstd
         # dx = rstd (weight g - mean(weight g) - normalised mean(weight g normalised)), gathered into three factors.
         along = rstd * rstd * group_mean(weight * aligned)
         constant = along * mean - rstd * group_mean(weight * total)
-        factors = (value[:, None].to(x.dtype) for value in (constant, -along, rstd * weight))
-        constant, along, own = factors
-        dx = torch.addcmul(torch.addcmul(constant, pixels, along), gradient, own)
+        constant, along, own = (value[:, None] for value in (constant, -along, rstd * weight))
+        dx = torch.addcmul(torch.addcmul(constant, pixels, along), gradient, own).to(x.dtype)
         if weight.ndim == 1:
             aligned, total = aligned.sum(0), total.sum(0)
         return dx.view(n, h, w, c).permute(0, 3, 1, 2), aligned, total, None, None
@@ -200,6 +216,30 @@ def _use_lean_group_norm(network: nn.Module) -> None:
             module.forward = partial(adaptive, module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+_NETWORKS: dict[type, Callable[..., nn.Module]] = {
+    VAEConfig: AutoencoderKL,
+    UNetConfig: MultiViewUNet,
+    KUNetConfig: LatentUpscaler,
+}
+
+
+def _trainer(
+    config: VAEConfig | UNetConfig | KUNetConfig,
+    optimizer: OptimizerConfig,
+    loss: Callable[[Any, Any], Tensor],
+    weights: Mapping[str, NDArray[np.float32]],
+    *,
+    frozen: Sequence[str],
+    dtype: str,
+    device: str,
+    gradient_checkpointing: bool,
+) -> Trainer:
+    with torch.device("meta"):
+        network = _NETWORKS[type(config)](config, gradient_checkpointing=gradient_checkpointing)
+    set_weights(network.to_empty(device="cpu"), weights)
+    return Trainer(network, loss, optimizer, frozen=frozen, dtype=dtype, device=device)
+
+
 def vae_trainer(
     config: VAEConfig,
     optimizer: OptimizerConfig,
@@ -209,15 +249,22 @@ def vae_trainer(
     frozen: Sequence[str] = (),
     dtype: str = "float32",
     device: str = "auto",
+    gradient_checkpointing: bool = False,
 ) -> Trainer:
     """A trainer of the VAE that starts from `weights` (checkpoint layout).
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
-    with torch.device("meta"):
-        network = AutoencoderKL(config)
-    set_weights(network.to_empty(device="cpu"), weights)
-    return Trainer(network, partial(vae_loss, config=loss), optimizer, frozen=frozen, dtype=dtype, device=device)
+    return _trainer(
+        config,
+        optimizer,
+        partial(vae_loss, config=loss),
+        weights,
+        frozen=frozen,
+        dtype=dtype,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def unet_trainer(
@@ -234,10 +281,16 @@ def unet_trainer(
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
-    with torch.device("meta"):
-        network = MultiViewUNet(config, gradient_checkpointing=gradient_checkpointing)
-    set_weights(network.to_empty(device="cpu"), weights)
-    return Trainer(network, unet_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
+    return _trainer(
+        config,
+        optimizer,
+        unet_loss,
+        weights,
+        frozen=frozen,
+        dtype=dtype,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def upscaler_trainer(
@@ -254,28 +307,16 @@ def upscaler_trainer(
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
-    with torch.device("meta"):
-        network = LatentUpscaler(config, gradient_checkpointing=gradient_checkpointing)
-    set_weights(network.to_empty(device="cpu"), weights)
-    return Trainer(network, upscaler_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
-
-
-def vae_weight_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a checkpoint of the VAE."""
-    with torch.device("meta"):
-        return weight_shapes(AutoencoderKL(config))
-
-
-def unet_weight_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a checkpoint of the U-Net."""
-    with torch.device("meta"):
-        return weight_shapes(MultiViewUNet(config))
-
-
-def upscaler_weight_shapes(config: KUNetConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a checkpoint of the upscaler's network."""
-    with torch.device("meta"):
-        return weight_shapes(LatentUpscaler(config))
+    return _trainer(
+        config,
+        optimizer,
+        upscaler_loss,
+        weights,
+        frozen=frozen,
+        dtype=dtype,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> Tensor:

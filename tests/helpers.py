@@ -139,11 +139,14 @@ def make_unet(
     return model if backend == "torch" else copy_weights(model, mvmlx.unet.MultiViewUNet(config, **arguments))
 
 
-def make_vae(config: VAEConfig, backend: Backend, *, options: AttentionOptions = FUSED) -> Any:
+def make_vae(
+    config: VAEConfig, backend: Backend, *, options: AttentionOptions = FUSED, gradient_checkpointing: bool = False
+) -> Any:
     """A VAE with random weights, the same on both backends."""
-    model = mvtorch.vae.AutoencoderKL(config, attention_options=options)
+    arguments: dict[str, Any] = {"attention_options": options, "gradient_checkpointing": gradient_checkpointing}
+    model = mvtorch.vae.AutoencoderKL(config, **arguments)
     randomise(model)
-    return model if backend == "torch" else copy_weights(model, mvmlx.vae.AutoencoderKL(config, attention_options=options))
+    return model if backend == "torch" else copy_weights(model, mvmlx.vae.AutoencoderKL(config, **arguments))
 
 
 def make_upscaler(

@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, object]:
     """What every file of a run says; of the log all but the seconds."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     found: dict[str, object] = {name: path.read_bytes() for name, path in files.items() if path.name != "log.csv"}
-    return found | {"log.csv": [row[:-1] for row in read_log(folder / "log.csv")]}
+    return found | {"log.csv": [row._replace(seconds_per_step=0.0) for row in read_log(folder / "log.csv")]}
 
 
 def main(config_path: Path, root: Path, *, stride: int) -> None:

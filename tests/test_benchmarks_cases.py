@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 import torch
 
-from benchmarks import networks, suite
+from benchmarks import networks, suite, training
 from benchmarks.__main__ import main, measure
 from benchmarks.compare import Case, compare
 from benchmarks.results import TITLES, Row, markdown, read_results
@@ -31,6 +31,8 @@ def test_every_case_can_be_called_again_and_says_what_it_measured(
     name: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite, "RENDERER_SIZES_PX", (16,))
+    monkeypatch.setattr(suite, "TRAINING", (("tiny", "torch", 1), ("tiny", "mlx", 1)))
+    monkeypatch.setitem(training.SIZES, "tiny", ((16, 16, 16), 4))
     for case in (case for group in cases(name, model=model, backends=BACKENDS, steps=1) for case in group):
         prepared = case.prepare(**case.arguments)
         prepared.call()

@@ -18,6 +18,7 @@ from training_cases import SIZE, UNET, V_PREDICTION, run, some_latents, vae_conf
 
 import mvmlx.train
 import mvshared.training.loop
+import mvtorch.model
 import mvtorch.train
 from mvshared import cli
 from mvshared.backend import load
@@ -204,7 +205,11 @@ def test_a_run_that_was_killed_goes_on_by_the_same_recipe(desk: Path) -> None:
         ("--family gaf --from gaf --data captures --checkpoint-every 0 -o new", 2, "checkpoint_every must be at least 1"),
         ("--family gaf --from gaf --data captures --learning-rate 0 -o new", 2, "learning_rate must be above 0"),
         ("--family gaf --from gaf --data captures --learning-rate inf -o new", 2, "learning_rate must be a finite number"),
-        ("--family gaf --from gaf --data captures --dtype float16 -o new", 2, "dtype must be one of float32, bfloat16"),
+        (
+            "--family gaf --from gaf --data captures --dtype float64 -o new",
+            2,
+            "dtype must be one of float32, float16, bfloat16",
+        ),
         ("--family gaf --from gaf --data captures --seed -1 -o new", 2, "seed must be at least 0"),
         ("--family gaf --from gaf --data captures --held-out nan -o new", 2, "held_out must be 0 to 1"),
     ],
@@ -333,7 +338,7 @@ def tiny_imagedream(folder: Path) -> Path:
     for name in ("text_encoder", "image_encoder", "tokenizer", "feature_extractor"):
         shutil.copytree(TINY / name, folder / name)
     shutil.copytree(DEMO / "vae", folder / "vae")
-    write_component(folder, "unet", unet, initial_weights(mvtorch.train.unet_weight_shapes(unet), seed=0, zeros=UNET_ZEROS))
+    write_component(folder, "unet", unet, initial_weights(mvtorch.model.network_shapes(unet), seed=0, zeros=UNET_ZEROS))
     defaults = replace(given.defaults, size_px=VIEW_PX, steps=20, negative_prompt="")
     scheduler = replace(given.scheduler, prediction_type="v_prediction")
     parts: dict[str, Any] = {"vae": read_vae_config(DEMO), "scheduler": scheduler, "defaults": defaults, "unet": unet}

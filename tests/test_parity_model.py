@@ -385,5 +385,5 @@ def test_a_vae_with_old_attention_names_and_1x1_convolutions_is_the_same_vae(
     pixels = np.tanh(normal(1, 16, 16, 3))
     current = module.load_vae(VAE, weight_files(folder, "vae"), device="cpu")
     assert np.array_equal(module.load_vae(VAE, [path], device="cpu").encode(pixels), current.encode(pixels))
-    shapes = {name: array.shape for name, array in read_weights([path], mvtorch.train.vae_weight_shapes(VAE)).items()}
+    shapes = {name: array.shape for name, array in read_weights([path], mvtorch.model.network_shapes(VAE)).items()}
     assert shapes["decoder.mid_block.attentions.0.to_q.weight"] == (VAE.block_out_channels[-1],) * 2

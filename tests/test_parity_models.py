@@ -388,8 +388,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(backend: Backend) -> No
         assert_close(checkpointed[name], x, rms=1e-5)
 
 
+@pytest.mark.parametrize("network", ["unet", "vae"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_checkpointing_computes_blocks_twice(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_checkpointing_computes_blocks_twice(backend: Backend, network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def calls(*, gradient_checkpointing: bool) -> int:
         count = 0
         original = ATTENTION[backend].attention
@@ -401,8 +402,14 @@ def test_gradient_checkpointing_computes_blocks_twice(backend: Backend, monkeypa
 
         with monkeypatch.context() as patch:
             patch.setattr(ATTENTION[backend], "attention", counted)
-            model = make_unet(TINY_UNET, backend, gradient_checkpointing=gradient_checkpointing)
-            unet_gradients(model, unet_inputs(TINY_UNET))
+            if network == "unet":
+                unet_gradients(
+                    make_unet(TINY_UNET, backend, gradient_checkpointing=gradient_checkpointing), unet_inputs(TINY_UNET)
+                )
+            else:
+                vae = make_vae(TINY_VAE, backend, gradient_checkpointing=gradient_checkpointing)
+                x = from_numpy(vae, pixels())
+                gradients(vae, lambda vae: (vae.decode(vae.encode(x).mean) ** 2).mean())
         return count
 
     assert calls(gradient_checkpointing=True) == 2 * calls(gradient_checkpointing=False) > 0

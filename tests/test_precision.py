@@ -4,17 +4,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
-from helpers import BACKENDS
+import safetensors.numpy
+from helpers import BACKENDS, TINY_VAE, Backend, assert_close, make_upscaler, make_vae
+from upscalers import TINY as TINY_UPSCALER
 
+import mvmlx.model
 import mvshared.precision
+import mvtorch.model
 from mvshared.backend import Dtype
+from mvshared.checkpoint import weight_files, write_component
 from mvshared.cli import run
 from mvshared.inspection import inspect_devices
-from mvshared.precision import METAL, MLX_CPU, elsewhere, on_cpu, on_cuda
+from mvshared.precision import KEPT_FLOAT32, METAL, MLX_CPU, elsewhere, on_cpu, on_cuda
 
+MODELS: dict[Backend, Any] = {"torch": mvtorch.model, "mlx": mvmlx.model}
 READ_CPUINFO = mvshared.precision.bfloat16_instructions  # the fixture of conftest replaces it
 X86 = "processor\t: 0\nmodel name\t: a processor\nflags\t\t: fpu sse2 {flags} avx512_fp16\n\nprocessor\t: 1\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd {flags} svebf16x\n"
@@ -85,6 +91,22 @@ def test_info_of_one_backend_is_of_that_alone_and_json_has_the_same(capfd: pytes
         document = json.loads(capfd.readouterr().out)
         assert document == {"devices": [vars(each) for each in inspect_devices(backend=backend)]}
         assert document["devices"][0]["backend"] == backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_convolution_and_the_frequencies_of_time_keep_float32_weights(backend: Backend, tmp_path: Path) -> None:
+    vae, upscaler = make_vae(TINY_VAE, "torch"), make_upscaler(TINY_UPSCALER, "torch")
+    write_component(tmp_path, "vae", TINY_VAE, mvtorch.model.get_weights(vae))
+    safetensors.numpy.save_file(mvtorch.model.get_weights(upscaler), tmp_path / "unet.safetensors")
+    module = MODELS[backend]
+    for config, files in ((TINY_VAE, weight_files(tmp_path, "vae")), (TINY_UPSCALER, [tmp_path / "unet.safetensors"])):
+        tensors = module.read_tensors(files, module.network_shapes(config), dtype="bfloat16", device="cpu")
+        kept = {name for name, tensor in tensors.items() if str(tensor.dtype).endswith("float32")}
+        assert kept and kept == tensors.keys() & set(KEPT_FLOAT32)
+        for name in kept:
+            stored = (vae if config is TINY_VAE else upscaler).state_dict()[name]
+            kernel = tensors[name].ndim == 4 and backend == "mlx"
+            assert_close(tensors[name].transpose(0, 3, 1, 2) if kernel else tensors[name], stored, rms=1e-9)
 
 
 def test_a_process_of_its_own_uses_what_this_processor_has() -> None:

@@ -24,6 +24,8 @@ from training_cases import (
     write_objects,
 )
 
+import mvmlx.model
+import mvmlx.train
 import mvshared.training.loop
 import mvtorch.model
 import mvtorch.train
@@ -34,7 +36,6 @@ from mvshared.errors import (
     ConfigError,
     DatasetError,
     NumericsError,
-    OptionError,
     OutputError,
     TensorMismatchError,
 )
@@ -60,9 +61,11 @@ def vae(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Runs that are interrupted
 
 
-@pytest.mark.parametrize("stage", ["vae", "unet"])
-def test_a_run_killed_at_any_point_ends_as_one_that_was_left_alone(data: Path, vae: Path, tmp_path: Path, stage: str) -> None:
-    config = vae_config(data, steps=3) if stage == "vae" else unet_config(data, vae, steps=3)
+@pytest.mark.parametrize(("stage", "dtype"), [("vae", "float16"), ("unet", "float32")])
+def test_a_run_killed_at_any_point_ends_as_one_that_was_left_alone(
+    data: Path, vae: Path, tmp_path: Path, stage: str, dtype: Any
+) -> None:
+    config = vae_config(data, steps=3, dtype=dtype) if stage == "vae" else unet_config(data, vae, steps=3, dtype=dtype)
     (tmp_path / "config.toml").write_text(toml(config))
     done = subprocess.run(
         [sys.executable, ROOT / "tests/kill_training.py", tmp_path / "config.toml", tmp_path, "1" if stage == "vae" else "2"],
@@ -317,11 +320,13 @@ def test_a_file_that_is_no_log_is_refused(tmp_path: Path) -> None:
         TrainingLog(tmp_path, last_step=3)
 
 
-def test_mlx_refuses_bfloat16_before_it_encodes_anything(
+def test_mlx_refuses_bfloat16_on_metal_before_it_encodes_anything(
     data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mvshared.training.loop, "encode_captures", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(OptionError, match="train with the torch backend"):
+    monkeypatch.setattr(mvmlx.train, "choose_device", lambda device: "gpu")
+    monkeypatch.setattr(mvmlx.model.mx.metal, "is_available", lambda: True)
+    with pytest.raises(BackendError, match="use float16 or float32"):
         run(unet_config(data, vae, dtype="bfloat16"), tmp_path / "run", backend="mlx")
 
 

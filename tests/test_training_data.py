@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from training_cases import AZIMUTHS, SIZE, UNET, V_PREDICTION, VAE, some_latents, write_object, write_objects
 
+import mvmlx.model
 import mvmlx.train
 import mvtorch.model
 import mvtorch.train
@@ -211,8 +212,8 @@ def test_captures_without_a_frontal_view_or_enough_targets_are_refused() -> None
 
 def test_initial_weights_follow_from_seed_and_name_and_are_the_same_for_both_backends() -> None:
     for ours, theirs in (
-        (mvmlx.train.vae_weight_shapes(VAE), mvtorch.train.vae_weight_shapes(VAE)),
-        (mvmlx.train.unet_weight_shapes(UNET), mvtorch.train.unet_weight_shapes(UNET)),
+        (mvmlx.model.network_shapes(VAE), mvtorch.model.network_shapes(VAE)),
+        (mvmlx.model.network_shapes(UNET), mvtorch.model.network_shapes(UNET)),
     ):
         assert ours == theirs
         weights, reordered = initial_weights(ours, seed=3), initial_weights(dict(reversed(theirs.items())), seed=3)
@@ -224,7 +225,7 @@ def test_initial_weights_follow_from_seed_and_name_and_are_the_same_for_both_bac
 
 
 def test_initial_weights_have_the_spread_of_their_inputs_and_the_zeros_that_were_asked_for() -> None:
-    shapes = mvtorch.train.unet_weight_shapes(UNET)
+    shapes = mvtorch.model.network_shapes(UNET)
     weights = initial_weights(shapes, seed=0, zeros=UNET_ZEROS)
     zero = {name for name, array in weights.items() if not array.any()}
     assert {name for name in zero if name.endswith(".weight")} == {
@@ -239,7 +240,7 @@ def test_initial_weights_have_the_spread_of_their_inputs_and_the_zeros_that_were
 
 
 def test_a_vae_starts_with_a_narrow_posterior_and_half_of_its_first_filters_blind_to_grey() -> None:
-    shapes = mvtorch.train.vae_weight_shapes(VAE)
+    shapes = mvtorch.model.network_shapes(VAE)
     weights, plain = initial_vae_weights(shapes, seed=0), initial_weights(shapes, seed=0)
     np.testing.assert_array_equal(weights["quant_conv.bias"], [0] * 4 + [LOGVAR] * 4)
     filters = weights["encoder.conv_in.weight"]

@@ -155,7 +155,7 @@ def test_a_table_or_json_is_printed_and_both_sides_are_saved(
 
 
 def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match="against must be mlx, torch or diffusers, got 'jax'"):
+    with pytest.raises(OptionError, match="against must be mlx, torch, diffusers or float32, got 'jax'"):
         validate("demo", against="jax")
     with pytest.raises(OptionError, match="against must be another implementation than the backend, got 'torch'"):
         validate("demo", against="torch", backend="torch")
@@ -165,6 +165,34 @@ def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mvshared.validation, "find_spec", lambda name: None if name == "transformers" else True)
     with pytest.raises(BackendError, match=r"transformers is not installed \(pip install 'mvmlx\[validate\]'\)"):
         validate("no/folder", against="diffusers", backend="torch", device="cpu")  # before anything is loaded
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_is_compared_with_the_same_backend_in_float32(
+    backend: Backend, families: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = {}
+    for dtype in ("float16", "bfloat16"):
+        results[dtype] = validate(families["imagedream"], against="float32", backend=backend, device="cpu", dtype=dtype)
+        assert (results[dtype].first_failure, results[dtype].unmatched) == (None, ())
+        assert results[dtype].backend == backend
+    names = ["text_encoder", "image_encoder", "vae.encoder", "unet.image_embed", "unet", "vae.decoder"]
+    for fine, coarse in zip(*(result.components() for result in results.values()), strict=True):
+        assert fine.name == coarse.name == names.pop(0)
+        assert 1e-5 < 3 * fine.output.rms_error < coarse.output.rms_error
+        assert fine.worst.rms_error >= fine.output.rms_error
+    assert sum(each.blocks for each in results["float16"].components()) == len(results["float16"].checks)
+
+    arguments = ["validate", str(families["imagedream"]), "--against", "float32", "--backend", backend, "--device", "cpu"]
+    assert run([*arguments, "--dtype", "float16", "--summary"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].endswith(f"{backend} in float16 against {backend} in float32")
+    assert [line.split()[3] for line in lines[2:-1]] == [each.name for each in results["float16"].components()]
+    assert run([*arguments, "--dtype", "float16", "--summary", "--json"]) == 0
+    documents = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    expected = [(each.name, each.output.rms_error) for each in results["float16"].components()]
+    assert [(each["name"], each["output_rms_error"]) for each in documents] == expected
+    assert run(arguments) == 2  # float32 against float32
 
 
 @pytest.mark.parametrize("against", ["diffusers", "mlx"])

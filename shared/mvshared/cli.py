@@ -307,16 +307,17 @@ def gaf(dest: Path, **options: Any) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--against", required=True, help="What to compare with: mlx, torch or diffusers.")
+@click.option("--against", required=True, help="What to compare with: mlx, torch, diffusers, or the same backend in float32.")
 @backend_options
 @click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16; the reference has float32.")
 @click.option("--quantize", help="q8 or q4: quantise MODEL, and compare it with its weights of full precision.")
 @click.option("--reference", help="The model whose weights the other side has, such as the one MODEL was quantised from.")
 @click.option("--tolerance", type=float, help="Relative RMS that a block may differ by.  [default: 2e-5 in float32]")
 @click.option("--save", type=click.Path(path_type=Path), help="Folder for the activations of both sides, as .npy files.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per block.")
+@click.option("--summary", is_flag=True, help="Print a line per network instead of one per block.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per block, or per network.")
 def validate(model: str, **options: Any) -> None:
-    """Run MODEL's networks on the same inputs in two implementations and compare them block by block."""
+    """Run MODEL's networks on the same inputs in two implementations, or dtypes, and compare them block by block."""
     from mvshared.commands.checkpoints import validate_model
 
     validate_model(model, options)
@@ -357,7 +358,7 @@ def profile(model: str, **options: Any) -> None:
 @click.option("--steps", type=int, help="Training steps.  [default: the recipe's, like all of these]")
 @click.option("--batch-size", type=int, help="Subjects per step.")
 @click.option("--learning-rate", type=float, help="After the warm-up.")
-@click.option("--dtype", help="float32, or bfloat16 with PyTorch.")
+@click.option("--dtype", help="float32, float16 or bfloat16.")
 @click.option("--seed", type=int, help="Of the batches.")
 @click.option("--prompt", help="Text of every picture.")
 @click.option("--held-out", type=float, help="Share of the captures kept for validation; 0 trains on all.")

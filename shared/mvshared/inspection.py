@@ -64,9 +64,10 @@ class DeviceReport:
 
 def inspect_devices(*, backend: str = "auto") -> tuple[DeviceReport, ...]:
     """The defaults of a backend; `auto` is every one that is installed. Raises OptionError and BackendError."""
-    chosen: list[BackendName] = [choose_backend(backend)]
+    chosen: BackendName = choose_backend(backend)
+    names: list[BackendName] = available_backends() if backend == "auto" else [chosen]
     reports = []
-    for name in available_backends() if backend == "auto" else chosen:
+    for name in names:
         module = importlib.import_module(f"{PACKAGES[name]}.model")
         device = module.choose_device()
         dtype, reason = module.default_dtype(device)

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from mvshared.backend import Dtype
 
+# Tensors that stay float32 in half precision: the frequencies of the upscaler's time, and the last layer before pictures.
+KEPT_FLOAT32 = ("time_proj.weight", "decoder.conv_out.weight", "decoder.conv_out.bias")
+
 CPUINFO = Path("/proc/cpuinfo")
 INSTRUCTIONS = {
     "amx_bf16": "AMX",
@@ -23,7 +26,12 @@ class DtypeChoice(NamedTuple):
 
 
 METAL = DtypeChoice("float16", "it halves the memory of float32, and convolutions in bfloat16 are inaccurate on Metal")
-MLX_CPU = DtypeChoice("float32", "the CPU build of MLX has fast products in float32 only")
+MLX_CPU = DtypeChoice("float32", "half precision is no faster in the CPU build of MLX")
+
+
+def tensor_dtype(name: str, dtype: Dtype) -> Dtype:
+    """What the tensor of this name in its network is kept in where the network computes in `dtype`."""
+    return "float32" if name in KEPT_FLOAT32 else dtype
 
 
 def on_cuda(capability: tuple[int, int]) -> DtypeChoice:

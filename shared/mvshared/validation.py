@@ -1,4 +1,4 @@
-"""Two implementations on the same weights and inputs, compared block by block: `mvmlx validate`.
+"""Two implementations, or two dtypes of one, on the same weights and inputs, compared block by block: `mvmlx validate`.
 
 Each network gets the same inputs on both sides, those that this side's networks made before, so that errors add up within a
 network and not from one to the next. Activations go to disk as they come: one of each side is in memory at a time.
@@ -31,7 +31,7 @@ from mvshared.quantization.plans import check_preset
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.folder import is_upscaler
 
-Against = Literal["mlx", "torch", "diffusers"]
+Against = Literal["mlx", "torch", "diffusers", "float32"]
 
 TOLERANCES: dict[Dtype, float] = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}  # relative RMS per block
 QUANTIZED_TOLERANCES = {"q8": 1e-1, "q4": 1.0}  # small networks with random weights lose half as much; trained ones far less
@@ -55,6 +55,15 @@ class Check:
     reference_seconds: float | None
 
 
+class Component(NamedTuple):
+    """A network, or the half of it that runs by itself: how many blocks were compared, the last one, and the worst one."""
+
+    name: str
+    blocks: int
+    output: Check
+    worst: Check
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """All checks in the order in which the blocks ran; `unmatched` are blocks that only this side has."""
@@ -71,6 +80,14 @@ class Validation:
     def first_failure(self) -> Check | None:
         """The first block that leaves the tolerance, or is not finite."""
         return next((check for check in self.checks if not check.rms_error <= self.tolerance), None)
+
+    def components(self) -> tuple[Component, ...]:
+        """The checks network by network, in the order in which they ran."""
+        found: dict[str, list[Check]] = {}
+        for check in self.checks:
+            found.setdefault(_component(check.name), []).append(check)
+        worst = {name: max(checks, key=lambda check: check.rms_error) for name, checks in found.items()}
+        return tuple(Component(name, len(checks), checks[-1], worst[name]) for name, checks in found.items())
 
 
 class Suite(NamedTuple):
@@ -120,15 +137,17 @@ def validate(
 
     The other side computes in float32 on the CPU, with the same weights: those of full precision if this side's are quantised
     as they are loaded, by `quantize`; what quantised ones stand for if they are stored so; or the weights of another model of
-    the same networks, `reference`. `tolerance` is the relative RMS that a block may differ by, by default of TOLERANCES, or
-    QUANTIZED_TOLERANCES where `quantize` is given. `save` is a folder for the activations, `SIDE/BLOCK.npy`; `on_check` is
-    called with every comparison.
-    Raises OptionError, BackendError and CheckpointError.
+    the same networks, `reference`. "float32" is the same backend on the same device in that dtype. `tolerance` is the relative
+    RMS that a block may differ by, by default of TOLERANCES, or QUANTIZED_TOLERANCES where `quantize` is given. `save` is a
+    folder for the activations, `SIDE/BLOCK.npy`; `on_check` is called with every comparison. Raises OptionError, BackendError
+    and CheckpointError.
     """
     if against not in get_args(Against):
-        raise OptionError("against", expected="mlx, torch or diffusers", got=against)
+        raise OptionError("against", expected="mlx, torch, diffusers or float32", got=against)
     chosen = _backend_under_test(backend, against=against)  # type: ignore[arg-type]
     used_dtype = parse_dtype(dtype, default="float32")
+    if against == used_dtype and quantize is None and reference is None:
+        raise OptionError("dtype", expected="float16 or bfloat16 for a comparison with float32", got=used_dtype)
     limit = tolerance
     if limit is None:
         limit = TOLERANCES[used_dtype]
@@ -149,7 +168,8 @@ def validate(
         gc.collect()
         keep = make_folder(folder / against) if save else None
         comparer = _Comparer(recorder, frames=suite.frames(inputs), keep=keep)
-        other = _load(suite, against, reference or name, dtype="float32", device="cpu")  # type: ignore[arg-type]
+        side, place = (chosen, device) if against == "float32" else (against, "cpu")
+        other = _load(suite, side, reference or name, dtype="float32", device=place)  # type: ignore[arg-type]
         suite.run(other, inputs, comparer, states=states)
         checks = comparer.in_order()
     if on_check is not None:
@@ -169,6 +189,8 @@ def validate(
 def _backend_under_test(backend: str, *, against: Against) -> BackendName:
     if against == backend:
         raise OptionError("against", expected="another implementation than the backend", got=against)
+    if against == "float32":
+        return choose_backend(backend)
     if backend == "auto" and against != "diffusers":
         backend = "mlx" if against == "torch" else "torch"
     reference = "torch" if against == "diffusers" else against
@@ -180,6 +202,16 @@ def _backend_under_test(backend: str, *, against: Against) -> BackendName:
     return choose_backend(backend)
 
 
+def _component(name: str) -> str:
+    """The network of a block, or of what is no block."""
+    if name in ("latents", "pixels"):
+        return "vae.encoder" if name == "latents" else "vae.decoder"
+    network, _, block = name.partition(".")
+    if network == "vae":
+        return "vae.encoder" if block.startswith(("encoder", "quant_conv")) else "vae.decoder"
+    return "unet.image_embed" if name.startswith("unet.image_embed") else network
+
+
 def _suite(folder: Path) -> Suite:
     """How the networks in a folder are run."""
     if is_upscaler(folder):
@@ -189,7 +221,15 @@ def _suite(folder: Path) -> Suite:
     return Suite(("model", "load_model"), ("diffusers_model", "DiffusersModel"), _inputs, _frames, _run)
 
 
-def _load(suite: Suite, side: Against, name: str | Path, *, dtype: Dtype, device: str, quantize: str | None = None) -> Any:
+def _load(
+    suite: Suite,
+    side: BackendName | Literal["diffusers"],
+    name: str | Path,
+    *,
+    dtype: Dtype,
+    device: str,
+    quantize: str | None = None,
+) -> Any:
     package, (module, loader) = (
         (PACKAGES["torch"], suite.diffusers) if side == "diffusers" else (PACKAGES[side], suite.backends)
     )

@@ -20,6 +20,7 @@ from mvshared.upscaling.config import UpscalerConfig
 
 if TYPE_CHECKING:
     from mvshared.conversion.report import Report as ConversionReport
+    from mvshared.validation import Validation
 
 
 WORST_LAYERS = 10
@@ -209,26 +210,43 @@ def _print_conversion(report: "ConversionReport") -> None:
         click.echo(f"  {each.component}: {each.tensors} tensors ({dtypes}) in {each.files} file{'s' if each.files > 1 else ''}")
 
 
+def _print_components(result: "Validation") -> None:
+    """Relative RMS of what every network makes, and of its worst block."""
+    click.echo(f"{'output':>9} {'worst':>9} {'blocks':>7}  component (worst block)")
+    for each in result.components():
+        figures = f"{each.output.rms_error:9.2e} {each.worst.rms_error:9.2e} {each.blocks:7}"
+        click.echo(f"{figures}  {each.name} ({each.worst.name})")
+
+
+def _print_blocks(result: "Validation") -> None:
+    click.echo(f"{'relative RMS':>13} {'max':>9} {'seconds':>9} {'reference':>9}  block (shape)")
+    for check in result.checks:
+        mark = "  <- first to leave the tolerance" if check is result.first_failure else ""
+        shape = ", ".join(map(str, check.shape))
+        figures = f"{check.rms_error:13.2e} {check.max_error:9.2e}"
+        for seconds in (check.seconds, check.reference_seconds):
+            figures += f"{'-':>10}" if seconds is None else f" {seconds:9.4f}"
+        click.echo(f"{figures}  {check.name} ({shape}){mark}")
+
+
 def validate_model(name: str, options: dict[str, Any]) -> None:
     """`mvmlx validate`. Raises NumericsError if a block leaves the tolerance."""
     from mvshared.validation import validate
 
-    as_json = options.pop("as_json")
+    as_json, summary = options.pop("as_json"), options.pop("summary")
     result = validate(name, **options)
     if as_json:
-        for check in result.checks:
+        for check in () if summary else result.checks:
             click.echo(json.dumps({"event": "block", **asdict(check)}))
+        for each in result.components() if summary else ():
+            figures = {"output_rms_error": each.output.rms_error, "worst_rms_error": each.worst.rms_error}
+            document = {"name": each.name, "blocks": each.blocks, **figures, "worst": each.worst.name}
+            click.echo(json.dumps({"event": "component", **document}))
     else:
+        other = result.backend if result.against == "float32" else result.against
         quantized = "" if result.quantization is None else f", {result.quantization},"
-        click.echo(f"{name}: {result.backend} in {result.dtype}{quantized} against {result.against} in float32")
-        click.echo(f"{'relative RMS':>13} {'max':>9} {'seconds':>9} {'reference':>9}  block (shape)")
-        for check in result.checks:
-            mark = "  <- first to leave the tolerance" if check is result.first_failure else ""
-            shape = ", ".join(map(str, check.shape))
-            figures = f"{check.rms_error:13.2e} {check.max_error:9.2e}"
-            for seconds in (check.seconds, check.reference_seconds):
-                figures += f"{'-':>10}" if seconds is None else f" {seconds:9.4f}"
-            click.echo(f"{figures}  {check.name} ({shape}){mark}")
+        click.echo(f"{name}: {result.backend} in {result.dtype}{quantized} against {other} in float32")
+        (_print_components if summary else _print_blocks)(result)
     for missing in result.unmatched:
         click.echo(f"not compared: {missing} has no counterpart in {result.against}", err=True)
     worst = max(result.checks, key=lambda check: check.rms_error)

@@ -91,9 +91,9 @@ def _upscaler(tensors: Mapping[str, RawTensor], path: Path) -> tuple[list[Part],
     return [_part("unet", None, links, rest, path=path, documents={"unet/config.json": document})], left_out
 
 
-def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+def network_shapes(config: NetworkConfig, *, backend: str = "auto") -> dict[str, tuple[int, ...]]:
     """Names and shapes that a network has here, from whichever backend is installed."""
-    return importlib.import_module(f"{PACKAGES[choose_backend()]}.model").network_shapes(config)
+    return importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model").network_shapes(config)
 
 
 def _unet(tensors: Mapping[str, RawTensor], config: UNetConfig, path: Path, sample_px: int | None) -> Part:

@@ -10,7 +10,7 @@ from mvshared.config import CameraConfig, Framing, GenerationDefaults, KUNetConf
 from mvshared.errors import ConfigError, OptionError
 from mvshared.upscaling.config import UpscaleDefaults
 
-TrainDtype = Literal["float32", "bfloat16"]
+TrainDtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,8 @@ class TrainConfig:
     trained.
     `first_step_share` of an upscaler's examples have the highest noise level, for runs of one step or a few. With `views_from`,
     a model, `generated_share` of them start from views that it generates of up to `generated_captures` training captures.
-    `dtype` is that of the computation, `model_dtype` that of the trained model's files; the run's own state is float32.
+    `dtype` is that of the computation, float16 with loss scaling, `model_dtype` that of the trained model's files; weights and
+    the run's own state are float32.
     """
 
     stage: Literal["vae", "unet", "upscaler"]

@@ -10,14 +10,19 @@ from mvshared.files import write_atomic
 
 
 class LogRow(NamedTuple):
-    """Means since the row before: training loss and gradient norm, the rate, and the speed; `held_out_loss` may be empty."""
+    """Means since the row before: training loss and gradient norm, the rate, and the speed; `held_out_loss` may be empty.
+
+    A run in float16 has its loss scale, and how many steps it skipped since the row before; all of them leave no norm.
+    """
 
     step: int
     loss: float
     held_out_loss: float | None
-    gradient_norm: float
+    gradient_norm: float | None
     learning_rate: float
     seconds_per_step: float
+    loss_scale: float | None = None
+    skipped_steps: int = 0
 
 
 class TrainingLog:
@@ -65,12 +70,18 @@ def read_log(path: Path) -> list[LogRow]:
                 LogRow(
                     step=int(row["step"]),
                     loss=float(row["loss"]),
-                    held_out_loss=float(row["held_out_loss"]) if row["held_out_loss"] else None,
-                    gradient_norm=float(row["gradient_norm"]),
+                    held_out_loss=_number(row["held_out_loss"]),
+                    gradient_norm=_number(row["gradient_norm"]),
                     learning_rate=float(row["learning_rate"]),
                     seconds_per_step=float(row["seconds_per_step"]),
+                    loss_scale=_number(row.get("loss_scale")),  # logs from before it have no such column
+                    skipped_steps=int(row.get("skipped_steps") or 0),
                 )
                 for row in csv.DictReader(file)
             ]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ConfigError(f"is no training log: {error}", path=path, hint="remove it; the run goes on without it") from error
+
+
+def _number(text: str | None) -> float | None:
+    return float(text) if text else None

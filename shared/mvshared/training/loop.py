@@ -30,6 +30,7 @@ from mvshared.checkpoint import (
     write_model_config,
 )
 from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConfig
+from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError, NumericsError, OutputError
 from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
 from mvshared.training.checks import check_captures
@@ -102,14 +103,15 @@ def train(
         for step in range(first, config.steps):
             rate = learning_rate(config.optimizer, step=step, steps=config.steps)
             result = stage.trainer.step(stage.batch(step), learning_rate=rate)
-            if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
+            if not (math.isfinite(result.loss) and (math.isfinite(result.gradient_norm) or result.skipped)):
                 raise NumericsError(
                     f"loss {result.loss}, gradient norm {result.gradient_norm}",
                     where=f"training step {step}",
                     hint="lower the learning rate, or train in float32; the last state is kept",
                 )
             losses.append(result.loss)
-            norms.append(result.gradient_norm)
+            if not result.skipped:
+                norms.append(result.gradient_norm)
             done = step + 1
             last = done == config.steps
             progress.update()
@@ -117,7 +119,10 @@ def train(
             if saves or done % config.log_every == 0:
                 held_out = _held_out_loss(stage) if saves else None
                 seconds = (time.perf_counter() - started) / len(losses)
-                log.add(LogRow(done, float(np.mean(losses)), held_out, float(np.mean(norms)), rate, seconds))
+                norm = float(np.mean(norms)) if norms else None
+                scale, skipped = stage.trainer.loss_scale, len(losses) - len(norms)
+                scaled = (None if scale is None else scale.scale, skipped)
+                log.add(LogRow(done, float(np.mean(losses)), held_out, norm, rate, seconds, *scaled))
                 progress.set_postfix(loss=f"{np.mean(losses):.4f}")
                 losses, norms = [], []
             if saves:
@@ -187,9 +192,16 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
         for folders in (training, held_out)
     )
     assert pictures is not None
-    weights = _initial(config, "vae", module.vae_weight_shapes(vae))
+    weights = _initial(config, "vae", network_shapes(vae, backend=backend))
     trainer = module.vae_trainer(
-        vae, config.optimizer, config.vae_loss, weights, frozen=config.frozen, dtype=config.dtype, device=device
+        vae,
+        config.optimizer,
+        config.vae_loss,
+        weights,
+        frozen=config.frozen,
+        dtype=config.dtype,
+        device=device,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
     def save_model() -> None:
@@ -213,7 +225,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     names = [(name, folders) for name, folders in zip(("training", "held-out"), captures, strict=True) if folders]
     if not (folder / STATE).exists():
         check_captures(names, config.data, model)
-    weights = _initial(config, "unet", module.unet_weight_shapes(unet), unet=unet)
+    weights = _initial(config, "unet", network_shapes(unet, backend=backend), unet=unet)
     trainer = module.unet_trainer(
         unet,
         config.optimizer,
@@ -233,7 +245,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         ViewBatches(latents, config.data, model.scheduler, normal_channels=unet.normal_channels, **given._asdict())
         for latents, given in zip(encoded, conditions, strict=True)
     )
-    vae_weights = read_weights(weight_files(vae_source, "vae"), module.vae_weight_shapes(vae))
+    vae_weights = read_weights(weight_files(vae_source, "vae"), network_shapes(vae, backend=backend))
 
     def save_model() -> None:
         target = folder / "model"
@@ -255,7 +267,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
 def _upscaler_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
     upscaler = upscaler_config(config)
     check_pictures_of(config, upscaler)
-    trainer = upscaler_trainer(config, upscaler, module, device=device)
+    trainer = upscaler_trainer(config, upscaler, module, backend=backend, device=device)
     _prepare(folder, config)
     batches, held_out = upscaler_batches(config, upscaler, folder, backend=backend, device=device)
     return Stage(

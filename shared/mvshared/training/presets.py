@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from mvshared.checkpoint import find_model, model_name, read_model_config
 from mvshared.errors import OptionError
-from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig, TrainDtype
+from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig
+from mvshared.training.optimizer import parse_train_dtype
 
 
 def gaf(source: Path | str, data: Path | str) -> TrainConfig:
@@ -56,8 +57,7 @@ def preset(family: str, *, source: Path | str, data: Path | str, changes: Mappin
         if not math.isfinite(rate):
             raise OptionError("learning_rate", expected="a finite number above 0", got=rate)
         changes["optimizer"] = replace(config.optimizer, learning_rate=rate, final_learning_rate=rate)
-    if changes.get("dtype", config.dtype) not in get_args(TrainDtype):
-        raise OptionError("dtype", expected=f"one of {', '.join(get_args(TrainDtype))}", got=changes["dtype"])
+    parse_train_dtype(changes.get("dtype", config.dtype))
     of_data = {field.name for field in fields(DataConfig)} & changes.keys()
     data_config = replace(config.data, **{name: changes.pop(name) for name in of_data})
     return replace(config, data=data_config, **changes)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mvshared.backend import PACKAGES, choose_backend, load
 from mvshared.captures import load_capture
 from mvshared.checkpoint import find_model, read_model_config, read_vae_config, weight_files
+from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError
 from mvshared.files import make_folder
 from mvshared.models import EMBEDDED
@@ -61,9 +62,9 @@ def upscaler_config(config: TrainConfig) -> UpscalerConfig:
     )
 
 
-def upscaler_trainer(config: TrainConfig, upscaler: UpscalerConfig, module: ModuleType, *, device: str) -> Any:
+def upscaler_trainer(config: TrainConfig, upscaler: UpscalerConfig, module: ModuleType, *, backend: str, device: str) -> Any:
     """The backend's trainer, from `init_from` or from random weights."""
-    shapes = module.upscaler_weight_shapes(upscaler.unet)
+    shapes = network_shapes(upscaler.unet, backend=backend)
     if config.init_from is not None:
         weights = read_weights(weight_files(find_model(config.init_from), "unet"), shapes)
     else:

@@ -1,0 +1,67 @@
+"""One training step of a U-Net with random weights, with and without gradient checkpointing: time, and above all memory."""
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import peak_rss_bytes
+from benchmarks.worker import Prepared
+from mvshared.backend import PACKAGES
+from mvshared.checkpoint import find_model, read_model_config
+from mvshared.config import UNetConfig
+from mvshared.training.config import OptimizerConfig
+from mvshared.training.data import UNetBatch
+from mvshared.training.initial import initial_weights
+
+# The demo model's own, and one of eight times its weights and four times its pixels: channels, and the side of the latents.
+SIZES = {"demo": ((64, 96, 128), 16), "larger": ((128, 256, 384), 32)}
+VIEWS = 4
+
+
+def unet_config(size: str) -> UNetConfig:
+    """The demo model's structure in one of SIZES."""
+    demo, channels = read_model_config(find_model("demo")).unet, SIZES[size][0]
+    return replace(demo, block_out_channels=channels, num_attention_heads=tuple(max(1, width // 64) for width in channels))
+
+
+def step(*, size: str, backend: str, dtype: str, batch: int, checkpointing: int) -> Prepared:
+    """A step from the batch in memory to new weights and averages; `checkpointing` is 0 or 1."""
+    package, config = PACKAGES[backend], unet_config(size)  # type: ignore[index]
+    shapes = importlib.import_module(f"{package}.model").network_shapes(config)
+    trainer = importlib.import_module(f"{package}.train").unet_trainer(
+        config, OptimizerConfig(), initial_weights(shapes, seed=0), dtype=dtype, gradient_checkpointing=bool(checkpointing)
+    )
+    side, rng = SIZES[size][1], np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    given = UNetBatch(
+        sample=normal(batch, VIEWS, side, side, config.in_channels),
+        timesteps=np.linspace(20, 980, batch, dtype=np.float32),
+        camera=normal(batch, VIEWS, config.camera_dim or 0),
+        reference=normal(batch, side, side, config.out_channels),
+        target=normal(batch, VIEWS, side, side, config.out_channels),
+        text=None,
+        image_states=None,
+    )
+
+    def facts() -> dict[str, Any]:
+        return {"device": trainer.device, "dtype": dtype, "peak_memory_bytes": peak_rss_bytes(), **_arrays(trainer)}
+
+    return Prepared(lambda: trainer.step(given, learning_rate=1e-4), facts)
+
+
+def _arrays(trainer: Any) -> dict[str, int]:
+    """The largest sum of arrays, where the library counts it."""
+    if importlib.import_module(type(trainer).__module__).__package__ == "mvmlx":
+        import mlx.core as mx
+
+        return {"device_memory_bytes": mx.get_peak_memory()}
+    if trainer.device == "cpu":
+        return {}
+    import torch
+
+    return {"device_memory_bytes": torch.cuda.max_memory_allocated(trainer.device)}
