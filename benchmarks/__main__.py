@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.compare import compare
 from benchmarks.full_size import write_random_imagedream
 from benchmarks.measure import machine
+from benchmarks.memory import write_random_models
 from benchmarks.quantized import write_random_sd21
 from benchmarks.results import ON_DEMAND, TITLES, Results, markdown, write_results
 from benchmarks.suite import cases
@@ -33,7 +34,11 @@ def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = No
     with tempfile.TemporaryDirectory(prefix="mvmlx-benchmark-") as scratch:
         written = {}
         if model == "demo":
-            for writer, those in ((write_random_imagedream, {"loading", "imagedream"}), (write_random_sd21, {"quantized"})):
+            for writer, those in (
+                (write_random_imagedream, {"loading", "imagedream"}),
+                (write_random_models, {"memory"}),
+                (write_random_sd21, {"quantized"}),
+            ):
                 if set(names) & those:
                     print("writing a model with random weights ...", file=sys.stderr)
                     written |= dict.fromkeys(those, writer(Path(scratch) / writer.__name__))
@@ -42,7 +47,7 @@ def measure(names: Sequence[str], *, model: str = "demo", steps: int | None = No
             chosen = written.get(name, folder)
             for group in cases(name, model=chosen, backends=available_backends(), steps=steps):
                 print(f"{name}: {group[0].what} {group[0].arguments.get('dtype', '')} ...", file=sys.stderr)
-                rows += compare(group, repeats=repeats)
+                rows += compare(group, repeats=0 if name == "memory" else repeats)  # its peak is that of the first run
             tables[name] = rows
     return Results(machine=machine(), settings={"model": model, "repeats": repeats, "warm-up calls": 1}, tables=tables)
 

@@ -74,7 +74,8 @@ def running(case: Case) -> Iterator[Worker]:
 
 
 def compare(cases: Sequence[Case], *, repeats: int) -> list[Row]:
-    """A row for every case, of `repeats` calls after one that does not count; or with the reason why there is none."""
+    """A row for every case, of `repeats` calls after one that does not count, or of that one if there are none; or with the
+    reason why there is none."""
     seconds: list[list[float]] = [[] for _ in cases]
     with ExitStack() as stack:
         workers = [stack.enter_context(running(case)) for case in cases]
@@ -91,4 +92,4 @@ def _row(case: Case, worker: Worker, seconds: list[float]) -> Row:
     facts = worker.facts()
     if facts is None:
         return Row(**{"what": case.what, **known, "failure": worker.failure})
-    return Row(**{"what": case.what, **known, **facts, "seconds": tuple(seconds[1:])})
+    return Row(**{"what": case.what, **known, **facts, "seconds": tuple(seconds[1:] or seconds)})

@@ -30,7 +30,7 @@ from mvshared.conversion.configs import (
 )
 from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.raw import RawTensor, write_safetensors
-from mvshared.files import make_folder, write_json
+from mvshared.files import make_folder, write_atomic, write_json
 from mvshared.guidance import ALL, Guidance
 
 TIMESTEP, GUIDANCE = 500.0, 5.0
@@ -46,8 +46,15 @@ def write_random_imagedream(folder: Path) -> Path:
     write_json(make_folder(folder / "scheduler") / "scheduler_config.json", scheduler_document(SchedulerConfig()))
     processor = image_processor_document(CLIPImageConfig())
     write_json(make_folder(folder / "feature_extractor") / "preprocessor_config.json", processor)
+    write_random_tokenizer(folder / "tokenizer")
     write_json(folder / "model_index.json", {"_class_name": "MVDreamPipeline"})
     return folder
+
+
+def write_random_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows the special tokens of CLIP and nothing else."""
+    write_json(make_folder(folder) / "vocab.json", {"<|startoftext|>": 49406, "<|endoftext|>": 49407})
+    write_atomic(folder / "merges.txt", b"#version: 0.2\n")
 
 
 def write_random_component(folder: Path, component: Component, config: NetworkConfig, document: dict[str, Any]) -> None:

@@ -20,9 +20,10 @@ TITLES = {
     "training": "One training step, with and without gradient checkpointing",
     "loading": "Loading ImageDream at full size, random weights, from float16 files",
     "imagedream": "One guided step of ImageDream at full size, random weights",
+    "memory": "A run of ImageDream at full size, random weights: loading, one step, decoding",
     "quantized": "Stable Diffusion 2.1's U-Net at full size, random weights, quantised as it is loaded from float16",
 }
-LARGE = ("loading", "imagedream", "quantized")  # of a full-size model, which is gigabytes on disk
+LARGE = ("loading", "imagedream", "quantized", "memory")  # of a full-size model, which is gigabytes on disk
 ON_DEMAND = (*LARGE, "training")  # gigabytes of memory, and minutes: measured only where they are named
 LIBRARIES = {"mlx": "MLX", "torch": "PyTorch", "diffusers": "diffusers on PyTorch"}
 MLX_ON_CPU = "MLX's CPU backend (not Metal)"
@@ -37,7 +38,7 @@ class Row:
     """One thing, timed in a process of its own: the seconds of every call, or the reason why there are none, `failure`.
 
     `views` is how many pictures a call makes, if it makes whole ones. `peak_memory_bytes` is the process's largest resident
-    memory, `device_memory_bytes` the largest sum of arrays on a GPU, or of MLX's arrays anywhere, `weights_bytes` what the
+    memory, `estimated_memory_bytes` what was expected of it, `device_memory_bytes` the largest sum of arrays on a GPU, or of MLX's arrays anywhere, `weights_bytes` what the
     loaded weights need. Where loading was watched, `load_memory_bytes` is what it added to the process, `load_peak_bytes` the
     most that it added on its way, and `peak_memory_bytes` counts from the same start.
     """
@@ -50,6 +51,7 @@ class Row:
     views: int | None = None
     seconds: tuple[float, ...] = ()
     peak_memory_bytes: int | None = None
+    estimated_memory_bytes: int | None = None
     device_memory_bytes: int | None = None
     weights_bytes: int | None = None
     load_seconds: float | None = None
@@ -123,6 +125,9 @@ def _cells(row: Row) -> dict[str, str]:
     cells["loaded (MB)"] = _megabytes(row.load_memory_bytes)
     cells["peak of loading (MB)"] = _megabytes(row.load_peak_bytes)
     cells["peak memory (MB)"] = _megabytes(row.peak_memory_bytes)
+    cells["estimated (MB)"] = _megabytes(row.estimated_memory_bytes)
+    if row.estimated_memory_bytes and row.peak_memory_bytes:
+        cells["off by"] = f"{100 * (row.estimated_memory_bytes / row.peak_memory_bytes - 1):+.0f} %"
     cells["weights (MB)"] = _megabytes(row.weights_bytes)
     if row.weights_bytes and row.peak_memory_bytes:
         cells["peak / weights"] = f"{row.peak_memory_bytes / row.weights_bytes:.2f}"

@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from benchmarks import commands, full_size, networks, quantized, training
+from benchmarks import commands, full_size, memory, networks, quantized, training
 from benchmarks.compare import ROOT, Case
 from benchmarks.renderer import renderer
 from benchmarks.worker import Prepared
@@ -57,6 +57,21 @@ def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int
             [Case(what="load", prepare=full_size.loading, arguments={"model": str(model), "backend": backend, "dtype": dtype})]
             for backend, dtype in product(backends, ("float32", "float16"))
         ]
+    defaults = read_model_config(model).defaults
+    if name == "memory":
+        return [
+            [
+                Case(
+                    what=f"{defaults.views} views of {defaults.size_px} px{', upscaled to twice that' if upscaler else ''}; {plan}",
+                    prepare=memory.run,
+                    arguments={"model": str(model), "upscaler": upscaler, "backend": backend, "dtype": dtype, "plan": plan},
+                )
+            ]
+            for backend, dtype in (("torch", "bfloat16"), ("torch", "float32"), ("mlx", "float16"))
+            if backend in backends and quantized.worthwhile(backend)
+            for upscaler, plan in product(("", str(model / memory.UPSCALER)), memory.PLANS)
+            if dtype != "float32" or plan in ("plain", "low")
+        ]
     if name == "quantized":
         return [
             [
@@ -70,7 +85,6 @@ def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int
             for backend, dtype in product(filter(quantized.worthwhile, backends), ("float32", "bfloat16"))
             if (backend, dtype) != ("mlx", "bfloat16")
         ]
-    defaults = read_model_config(model).defaults
     if name == "imagedream":
         # MLX's CPU backend would take minutes a step.
         sides = [side for side in ("torch", "diffusers") if "torch" in backends]
