@@ -38,9 +38,10 @@ class Row:
     """One thing, timed in a process of its own: the seconds of every call, or the reason why there are none, `failure`.
 
     `views` is how many pictures a call makes, if it makes whole ones. `peak_memory_bytes` is the process's largest resident
-    memory, `estimated_memory_bytes` what was expected of it, `device_memory_bytes` the largest sum of arrays on a GPU, or of MLX's arrays anywhere, `weights_bytes` what the
-    loaded weights need. Where loading was watched, `load_memory_bytes` is what it added to the process, `load_peak_bytes` the
-    most that it added on its way, and `peak_memory_bytes` counts from the same start.
+    memory, `estimated_memory_bytes` what was expected of it, `device_memory_bytes` the largest sum of arrays on a GPU, or of
+    MLX's arrays anywhere, `weights_bytes` what the loaded weights need. Where loading was watched, `load_memory_bytes` is what
+    it added to the process, `load_peak_bytes` the most that it added on its way, and `peak_memory_bytes` counts from the same
+    start.
     """
 
     what: str

@@ -62,7 +62,7 @@ def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int
         return [
             [
                 Case(
-                    what=f"{defaults.views} views of {defaults.size_px} px{', upscaled to twice that' if upscaler else ''}; {plan}",
+                    what=f"{defaults.views} views of {defaults.size_px} px{', then twice that' if upscaler else ''}; {plan}",
                     prepare=memory.run,
                     arguments={"model": str(model), "upscaler": upscaler, "backend": backend, "dtype": dtype, "plan": plan},
                 )
