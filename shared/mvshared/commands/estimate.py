@@ -66,7 +66,7 @@ def _print(fitted: Fitted) -> None:
     result = fitted.estimate
     click.echo(f"{'stage':<16}{'weights':>10}{'on top':>10}{'together':>10}   GB, with {result.process_bytes / 1e9:.2f} before")
     for stage in result.stages:
-        sizes = (stage.weights_bytes, stage.activations_bytes, result.process_bytes + stage.bytes)
+        sizes = (stage.weights_bytes, stage.activations_bytes + stage.cached_bytes, result.process_bytes + stage.bytes)
         click.echo(f"{stage.name:<16}" + "".join(f"{size / 1e9:10.2f}" for size in sizes))
     click.echo(f"peak {result.peak_bytes / 1e9:.2f} GB, in the stage {result.largest.name}; {_words(fitted.plan)}")
 

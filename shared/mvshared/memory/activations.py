@@ -23,8 +23,8 @@ class Costs:
     `norm`: copies of a norm's input, in float32 and in half precision. `feed_forward`: of its tokens. `unfolded`: float32
     copies of a convolution's input that are made for the matrix product. `fused`: whether attention has a kernel that never
     holds its scores. `pieces`: of sliced attention, in flight at once. `relaid`: whether a weight is copied to another layout
-    when it is used. `dequantized`: bytes per number of a quantised weight when it is used. `runtime`: of the library itself,
-    once it computes.
+    when it is used. `caches`: whether freed memory is kept for later. `dequantized`: bytes per number of a quantised weight
+    when it is used. `runtime`: of the library itself, once it computes.
     """
 
     norm: tuple[float, float]
@@ -33,6 +33,7 @@ class Costs:
     fused: bool
     pieces: int
     relaid: bool
+    caches: bool = False
     dequantized: int = 8
     runtime: int = 70_000_000
 
@@ -47,8 +48,8 @@ class Costs:
 
 TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=27, unfolded=0, fused=True, pieces=3, relaid=True)
 TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=True, pieces=3, relaid=False)
-MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=False, pieces=10, relaid=True)
-MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=True, pieces=10, relaid=False)
+MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=False, pieces=10, relaid=True, caches=True)
+MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=True, pieces=10, relaid=False, caches=True)
 
 
 def costs_of(backend: BackendName, device: str) -> Costs:
@@ -86,7 +87,7 @@ def attention_bytes(
     if options.implementation == "plain":
         return 3 * scores
     if options.implementation == "sliced":
-        return min(3 * scores, costs.pieces * max(options.budget_bytes, SCORE_BYTES * keys))
+        return min(2 * scores, costs.pieces * max(options.budget_bytes, SCORE_BYTES * keys))
     return 0 if costs.fused and width in FUSED_WIDTHS else 2 * scores
 
 

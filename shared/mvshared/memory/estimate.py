@@ -68,16 +68,18 @@ class RunSize:
 
 @dataclass(frozen=True, kw_only=True)
 class StageEstimate:
-    """A stage: the networks in memory, the bytes of their weights, and the most that comes on top."""
+    """A stage: the networks in memory, the bytes of their weights, the most that comes on top, and what the library keeps of
+    the stages before."""
 
     name: StageName
     networks: tuple[str, ...]
     weights_bytes: int
     activations_bytes: int
+    cached_bytes: int = 0
 
     @property
     def bytes(self) -> int:
-        return self.weights_bytes + self.activations_bytes
+        return self.weights_bytes + self.activations_bytes + self.cached_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +160,15 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
         largest, quantized = (numbers.get(component, 0) for numbers in (owner.largest, owner.quantized))
         work = activations + costs.weight(largest, quantized, number=DTYPE_BYTES[owner.dtype])
         loading = min(LOADING_BYTES, owner.weights.get(component, 0))
+        used = max(work, loading) + costs.runtime
+        cached = max((stage.activations_bytes - costs.runtime for stage in stages), default=0) if costs.caches else 0
         stages.append(
             StageEstimate(
                 name=name,
                 networks=tuple(there),
                 weights_bytes=sum(there.values()),
-                activations_bytes=max(work, loading) + costs.runtime,
+                activations_bytes=used,
+                cached_bytes=cached if plan.networks_at_once else 0,  # with a network's memory that of its cache goes
             )
         )
 
@@ -172,12 +177,12 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
 
     if config.image_encoder is not None and run.pictures:
         add("image_encoder", model, "image_encoder", tower_bytes(config.image_encoder, sizes(run.pictures, 1, 1), costs))
+    if config.text_encoder is not None and run.texts:
+        add("text_encoder", model, "text_encoder", tower_bytes(config.text_encoder, sizes(run.texts, 1, 1), costs))
     picture = sizes(1, 1, run.size_px, plan.vae_attention)
     encoding = vae_bytes(config.vae, picture, costs, decoder=False, tile=plan.vae_tile)
     if (config.unet.reference_frame and run.pictures) or run.normals:
         add("vae_encoder", model, "vae", encoding)
-    if config.text_encoder is not None and run.texts:
-        add("text_encoder", model, "text_encoder", tower_bytes(config.text_encoder, sizes(run.texts, 1, 1), costs))
     frames = run.views + (run.pictures if config.unet.reference_frame else 0)
     branches = run.branches if plan.branches_at_once else 1
     latents = sizes(branches, frames, run.size_px // config.vae.downscale)
