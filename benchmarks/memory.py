@@ -58,15 +58,15 @@ def run(*, model: str, upscaler: str, backend: str, dtype: str, plan: str) -> Pr
     upscaling = plan_upscale(
         asked, vae=config.vae, latent_size=(side, side), backend=options["backend"], dtype=options["dtype"]
     )
-    planned = with_upscaling(
-        RunSize(views=config.defaults.views, size_px=size_px, pictures=1, branches=2, texts=2), upscaling, **options
-    )
+    text: dict[str, Any] = {} if config.text_encoder is None else {"prompt": ""}
+    run_size = RunSize(views=config.defaults.views, size_px=size_px, pictures=1, branches=2, texts=2 * len(text))
+    planned = with_upscaling(run_size, upscaling, **options)
     fitted = fit(size, planned, memory_options(low_memory=low_memory), process_bytes=process_bytes(device))
     pipeline = load(model, **options, low_memory=low_memory)
 
     def call() -> None:
         picture = np.zeros((64, 64, 3), np.uint8)
-        views = pipeline.generate(picture, prompt="", size_px=size_px, steps=STEPS, guidance=GUIDANCE, upscale=upscaling)
+        views = pipeline.generate(picture, **text, size_px=size_px, steps=STEPS, guidance=GUIDANCE, upscale=upscaling)
         pipeline.upscale_as(views, upscaling)
 
     def facts() -> dict[str, Any]:

@@ -49,9 +49,7 @@ class LatentModel:
     @property
     def vae(self) -> AutoencoderKL:
         """The VAE, read if it is not in memory."""
-        vae = self._network("vae")
-        vae.attention_options = self.plan.vae_attention
-        return vae
+        return self.networks["vae"]
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvmlx.observation.observe`; the names begin with those of the networks, such as unet or vae."""
@@ -67,7 +65,8 @@ class LatentModel:
         before, self.plan = self.plan, plan
         limit = None if plan.cache_bytes is None else mx.set_cache_limit(plan.cache_bytes)
         try:
-            yield
+            with self.networks.watched(plan.attach):
+                yield
         finally:
             self.plan = before
             if limit is not None:
@@ -77,11 +76,6 @@ class LatentModel:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""
         if self.networks.release(*components):
             _free_memory()
-
-    def _network(self, component: str) -> Any:
-        network = self.networks[component]
-        network.attention_options = self.plan.attention
-        return network
 
     def memory_peak(self) -> int | None:
         """Most bytes in use since `reset_memory_peak`, once the device has done its work: of MLX's arrays, on any device."""

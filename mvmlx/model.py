@@ -73,14 +73,14 @@ class MultiViewModel(LatentModel):
     @property
     def unet(self) -> MultiViewUNet:
         """The U-Net, read if it is not in memory."""
-        return self._network("unet")
+        return self.networks["unet"]
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> mx.array:
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
         with _on_device(self.device):
-            return _evaluated(self._network("text_encoder")(mx.array(token_ids)).last_hidden_state.astype(mx.float32))
+            return _evaluated(self.networks["text_encoder"](mx.array(token_ids)).last_hidden_state.astype(mx.float32))
 
     def encode_image(self, pixels: NDArray[np.float32]) -> mx.array:
         """The vision tower's states before its last layer (n, m, c), float32, of normalised pixels (n, s, s, 3).
@@ -90,7 +90,7 @@ class MultiViewModel(LatentModel):
         if "image_encoder" not in self.networks:
             raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
         with _on_device(self.device):
-            return _evaluated(self._network("image_encoder")(self.from_numpy(pixels)).hidden_states[-2].astype(mx.float32))
+            return _evaluated(self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].astype(mx.float32))
 
     def condition(
         self,

@@ -65,7 +65,7 @@ class UpscalerModel(LatentModel):
     @property
     def unet(self) -> LatentUpscaler:
         """The network that upscales, read if it is not in memory."""
-        return self._network("unet")
+        return self.networks["unet"]
 
     def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[mx.array]:
         """The states before the last norm (b, l, c) and the pooled state (b, c), float32, of token ids (b, l).
@@ -75,7 +75,7 @@ class UpscalerModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
         with _on_device(self.device):
-            out = self._network("text_encoder")(mx.array(token_ids))
+            out = self.networks["text_encoder"](mx.array(token_ids))
             states, pooled = (x.astype(mx.float32) for x in (out.hidden_states[-1], out.pooler_output))
             return TextStates(_evaluated(states), _evaluated(pooled))
 

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +48,7 @@ class LatentModel:
     @property
     def vae(self) -> AutoencoderKL:
         """The VAE, read if it is not in memory."""
-        vae = self._network("vae")
-        vae.attention_options = self.plan.vae_attention
-        return vae
+        return self.networks["vae"]
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """See `mvtorch.observation.observe`; the names begin with those of the networks, such as unet or vae."""
@@ -66,7 +63,8 @@ class LatentModel:
         """Within the context, memory is used as the plan says."""
         before, self.plan = self.plan, plan
         try:
-            yield
+            with self.networks.watched(plan.attach):
+                yield
         finally:
             self.plan = before
 
@@ -74,11 +72,6 @@ class LatentModel:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""
         if self.networks.release(*components):
             _free_memory(self.device)
-
-    def _network(self, component: str) -> Any:
-        network = self.networks[component]
-        network.attention_options = self.plan.attention
-        return network
 
     def memory_peak(self) -> int | None:
         """Most bytes in use since `reset_memory_peak`, once the device has done its work: of PyTorch's tensors on CUDA, of the

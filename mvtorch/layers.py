@@ -4,6 +4,7 @@ Inside the networks pictures are (n, c, h, w) in channels_last memory, where n c
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ class Float32Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Convolve x (n, c, h, w); the result is float32."""
         bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return self._conv_forward(x.float(), self.weight.float(), bias)
 
 

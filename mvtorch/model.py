@@ -70,14 +70,14 @@ class MultiViewModel(LatentModel):
     @property
     def unet(self) -> MultiViewUNet:
         """The U-Net, read if it is not in memory."""
-        return self._network("unet")
+        return self.networks["unet"]
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> Tensor:
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
         with torch.inference_mode():
-            return self._network("text_encoder")(torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
+            return self.networks["text_encoder"](torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
 
     def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
         """The vision tower's states before its last layer (n, m, c), float32, of normalised pixels (n, s, s, 3).
@@ -87,7 +87,7 @@ class MultiViewModel(LatentModel):
         if "image_encoder" not in self.networks:
             raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
         with torch.inference_mode():
-            return self._network("image_encoder")(self.from_numpy(pixels)).hidden_states[-2].float()
+            return self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].float()
 
     def condition(
         self,

@@ -66,7 +66,7 @@ class UpscalerModel(LatentModel):
     @property
     def unet(self) -> LatentUpscaler:
         """The network that upscales, read if it is not in memory."""
-        return self._network("unet")
+        return self.networks["unet"]
 
     def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[Tensor]:
         """The states before the last norm (b, l, c) and the pooled state (b, c), float32, of token ids (b, l).
@@ -76,7 +76,7 @@ class UpscalerModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
         with torch.inference_mode():
-            out = self._network("text_encoder")(torch.tensor(token_ids, device=self.device))
+            out = self.networks["text_encoder"](torch.tensor(token_ids, device=self.device))
             return TextStates(out.hidden_states[-1].float(), out.pooler_output.float())
 
     def condition(

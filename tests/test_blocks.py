@@ -147,7 +147,7 @@ def test_a_block_that_failed_leaves_the_others_where_they_are(backend: Backend) 
 def test_the_arithmetic_of_a_run_is_what_pytorch_counts(name: str) -> None:
     pipe: Any = load(FIXTURES / name, backend="torch", device="cpu")
     model = pipe.model
-    networks = [each for each in (model.unet, model.vae, model.text_encoder, model.image_encoder) if each is not None]
+    networks = list(model.networks.values())
     expected = counted(lambda: run(pipe, name), *networks)
     assert sum(block.flops for block in blocks_of_run(name, "torch")) == expected
     assert expected > 10**10

@@ -451,9 +451,9 @@ def test_maps_are_encoded_one_view_at_a_time(model: Path, backend: Backend, monk
     sizes = []
     encode = network.vae._encode
 
-    def counted(pixels: Any) -> Any:
+    def counted(pixels: Any, **options: Any) -> Any:
         sizes.append(pixels.shape[0])
-        return encode(pixels)
+        return encode(pixels, **options)
 
     monkeypatch.setattr(network.vae, "_encode", counted)
     network.encode_latents(np.zeros((3, SIZE, SIZE, 3), np.float32))

@@ -91,7 +91,7 @@ def test_the_first_block_step_and_view_are_named_and_the_inputs_saved(
     tmp_path: Path, backend: Backend, network: str, block: str, call: int, part: Any, step: int | None, view: str | None
 ) -> None:
     pipeline = imagedream(backend)
-    break_block(getattr(pipeline.model, network), block, lambda number: number == call, part)
+    break_block(pipeline.model.networks[network], block, lambda number: number == call, part)
     with pytest.raises(NumericsError) as caught:
         generate(pipeline, tmp_path / "nan")
     error = caught.value
@@ -152,7 +152,7 @@ def test_numbers_beyond_float16_are_found_where_they_leave_it(tmp_path: Path, ba
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_and_whole_numbers_are_saved(tmp_path: Path, backend: Backend) -> None:
     pipeline = imagedream(backend, dtype="bfloat16")
-    break_block(pipeline.model.text_encoder, "embeddings")
+    break_block(pipeline.model.networks["text_encoder"], "embeddings")
     with pytest.raises(NumericsError) as caught:
         generate(pipeline, tmp_path / "text")
     assert caught.value.path is not None

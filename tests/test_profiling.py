@@ -77,8 +77,8 @@ def test_every_stage_has_its_blocks(measured: tuple[Profile, Backend]) -> None:
     assert [stage.name for stage in result.stages] == [
         "pictures",
         "image_encoder",
-        "vae_encoder",
         "text_encoder",
+        "vae_encoder",
         "condition",
         "unet",
         "vae_decoder",

@@ -224,7 +224,7 @@ def test_whoever_needs_full_precision_says_so(tiny_q4: Path, tmp_path: Path) -> 
         lambda: convert(tiny_q4, tmp_path / "one.safetensors"),
         lambda: quantize_folder(tiny_q4, tmp_path / "twice", backend="torch"),
     ):
-        with pytest.raises(CheckpointError, match="is quantised.*full precision are needed here"):
+        with pytest.raises(CheckpointError, match=r"is quantised.*full precision are needed here"):
             refused()
     assert not list(tmp_path.rglob("*.safetensors"))
 

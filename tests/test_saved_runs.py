@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mvshared.camera import load_cameras, orbit
 from mvshared.checkpoint import WEIGHT_FILE
 from mvshared.errors import CheckpointError, MvError, OptionError, OutputError
 from mvshared.images import load_image, save_png
+from mvshared.memory.plan import PLAIN
 from mvshared.pipeline import Pipeline
 from mvshared.repetition import repeat
 from mvshared.runs import Run, Views, read_run
@@ -319,13 +321,14 @@ PARAMETERS = (
     "model", "family", "backend", "dtype", "device", "image", "image_sha256", "image_scale", "reference_scale",
     "prompt", "negative_prompt", "normals", "normals_sha256", "normal_space", "latents", "latents_sha256", "cameras", "fov_deg",
     "steps", "guidance", "guidance_text", "guidance_image", "guidance_normals", "guidance_interval", "guidance_rescale",
-    "scheduler", "eta", "seed", "size_px", "config_sha256", "upscale", "quantization",
+    "scheduler", "eta", "seed", "size_px", "config_sha256", "upscale", "quantization", "memory",
 )  # fmt: skip
 NEWER = {"reference_scale": 1.0, "guidance_text": None, "guidance_image": None, "guidance_normals": None,
-         "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "upscale": None, "quantization": None}  # fmt: skip
+         "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "upscale": None, "quantization": None,
+         "memory": asdict(PLAIN)}  # fmt: skip
 DELETED = object()
 # Which model "x" is, load() decides; without a space the maps are in their own.
-ALLOWED: tuple[Any, ...] = (("model", "x"), ("normal_space", DELETED), ("normal_space", None))
+ALLOWED: tuple[Any, ...] = (("model", "x"), ("normal_space", DELETED), ("normal_space", None), ("memory", {}))
 WRONG_VALUES: tuple[Any, ...] = (DELETED, None, True, "x", -1, 10**400, [], {}, [None], [[[1.0]]], [["x"]])
 
 

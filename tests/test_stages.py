@@ -97,8 +97,8 @@ def test_a_run_goes_through_every_stage_of_its_model(backend: Backend) -> None:
     assert [stage.name for stage in ended] == [
         "pictures",
         "image_encoder",
-        "vae_encoder",
         "text_encoder",
+        "vae_encoder",
         "condition",
         "unet",
         "vae_decoder",

@@ -35,7 +35,7 @@ class Costs:
     relaid: bool
     caches: bool = False
     dequantized: int = 8
-    runtime: int = 70_000_000
+    runtime: int = 45_000_000
 
     def convolution(self, inputs: float, outputs: float, *, number: int) -> float:
         """Bytes per pixel of a convolution with its norm before it."""
@@ -46,7 +46,7 @@ class Costs:
         return max(number * largest if self.relaid else 0, self.dequantized * quantized)
 
 
-TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=27, unfolded=0, fused=True, pieces=3, relaid=True)
+TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=24, unfolded=0, fused=True, pieces=3, relaid=True)
 TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=True, pieces=3, relaid=False)
 MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=False, pieces=10, relaid=True, caches=True)
 MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=True, pieces=10, relaid=False, caches=True)

@@ -53,7 +53,7 @@ class ModelSize:
 class RunSize:
     """What a run's memory depends on: views, reference pictures, branches of guidance that are computed for a step, texts, and
     the size of the views; normal maps or none. `upscaler` is the upscaler of the views, `enlarged` how much larger the latents
-    are that are decoded."""
+    are that are decoded. As many views are upscaled together as fit into `upscaler_budget_bytes`."""
 
     views: int
     size_px: int
@@ -64,6 +64,7 @@ class RunSize:
     enlarged: int = 1
     upscaler: ModelSize | None = None
     upscaler_branches: int = 1
+    upscaler_budget_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,8 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
             add("text_encoder", run.upscaler, "text_encoder", texts)
         side = run.size_px // config.vae.downscale
         view = view_bytes(network.unet, (side, side), backend=model.backend, dtype=model.dtype)
-        add("upscaler", run.upscaler, "unet", run.upscaler_branches * view)
+        together = max(1, min(run.views, run.upscaler_budget_bytes // (run.upscaler_branches * view)))
+        add("upscaler", run.upscaler, "unet", together * run.upscaler_branches * view)
     decoded = sizes(1, 1, run.enlarged * run.size_px, plan.vae_attention)
     add("vae_decoder", model, "vae", vae_bytes(config.vae, decoded, costs, decoder=True, tile=plan.vae_tile))
     return Estimate(process_bytes=process_bytes, stages=tuple(stages))
@@ -228,7 +230,13 @@ def with_upscaling(run: RunSize, upscale: UpscaleParameters, **options: Any) -> 
     if upscale.upscaler is None:
         return replace(run, enlarged=enlarged)
     size = model_size(find_model(upscale.upscaler), **options)
-    return replace(run, enlarged=enlarged, upscaler=size, upscaler_branches=2 if (upscale.guidance or 0) > 1 else 1)
+    return replace(
+        run,
+        enlarged=enlarged,
+        upscaler=size,
+        upscaler_branches=2 if (upscale.guidance or 0) > 1 else 1,
+        upscaler_budget_bytes=upscale.budget_bytes or 0,
+    )
 
 
 def process_bytes(device: str) -> int:

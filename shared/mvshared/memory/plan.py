@@ -1,6 +1,8 @@
 """How a run uses memory: what is held together, and what is computed in pieces. It changes results by rounding only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.backend import BackendName
@@ -28,6 +30,14 @@ class MemoryPlan:
     def __post_init__(self) -> None:
         if self.vae_tile is not None:
             check_tile(self.vae_tile)
+
+    def attach(self, component: str, network: Any) -> Callable[[], None]:
+        """Let a network compute attention as planned; the function that is returned undoes that."""
+        options = self.vae_attention if component == "vae" else self.attention
+        if options == FUSED:
+            return lambda: None
+        before, network.attention_options = network.attention_options, options
+        return lambda: setattr(network, "attention_options", before)
 
 
 PLAIN = MemoryPlan()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.arguments import array_sha256, load_latents, whole
-from mvshared.backend import PACKAGES, choose_backend, chosen_dtype
+from mvshared.backend import PACKAGES, choose_backend, chosen_dtype, parse_dtype
 from mvshared.checkpoint import find_model, read_vae_config
 from mvshared.config import VAEConfig
 from mvshared.errors import ImageError, OptionError
@@ -122,7 +122,7 @@ def upscale_source(
         seed = run.seed if seed is None else seed
         quantize = quantize or preset_of(run.quantization)
     seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
-    used = chosen_dtype(dtype, backend=choose_backend(backend), device=device)
+    parse_dtype(dtype, default="float32")
     planned, upscaler, codec, latents = UpscaleParameters(method="lanczos"), None, None, source.latents
     if options.method == "lanczos" and source.images is None:
         raise OptionError("upscale", expected="bilinear or sd-x2 for latents", got="lanczos")
@@ -130,6 +130,7 @@ def upscale_source(
         folder = _vae_folder(options, model)
         vae = read_vae_config(folder)
         size, chosen = _latent_size(source, vae), choose_backend(backend)
+        used = chosen_dtype(dtype, backend=chosen, device=device)
         planned = plan_upscale(options, vae=vae, latent_size=size, backend=chosen, dtype=used)
         package = importlib.import_module(f"{PACKAGES[chosen]}.upscaling")
         codec = package.load_latent_model(folder, dtype=dtype, device=device)
