@@ -13,7 +13,7 @@ from mvshared.backend import BackendName, Dtype
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-FUSED_WIDTHS = (64, 80, 96, 128)  # head widths for which MLX has a kernel on the GPU
+FUSED_WIDTHS = (64, 72, 80, 96, 128)  # MLX's on the GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +21,16 @@ class Costs:
     """What a backend holds of a layer at once.
 
     `norm`: copies of a norm's input, in float32 and in half precision. `feed_forward`: of its tokens. `unfolded`: float32
-    copies of a convolution's input that are made for the matrix product. `fused`: whether attention has a kernel that never
-    holds its scores. `pieces`: of sliced attention, in flight at once. `relaid`: whether a weight is copied to another layout
-    when it is used. `caches`: whether freed memory is kept for later. `dequantized`: bytes per number of a quantised weight
-    when it is used. `runtime`: of the library itself, once it computes.
+    copies of a convolution's input that are made for the matrix product. `fused`: widths of heads for which attention has a
+    kernel that never holds its scores, None for all. `pieces`: of sliced attention, in flight at once. `relaid`: whether a
+    weight is copied to another layout when it is used. `caches`: whether freed memory is kept for later. `dequantized`: bytes
+    per number of a quantised weight when it is used. `runtime`: of the library itself, once it computes.
     """
 
     norm: tuple[float, float]
     feed_forward: float
     unfolded: float
-    fused: bool
+    fused: tuple[int, ...] | None
     pieces: int
     relaid: bool
     caches: bool = False
@@ -46,10 +46,10 @@ class Costs:
         return max(number * largest if self.relaid else 0, self.dequantized * quantized)
 
 
-TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=24, unfolded=0, fused=True, pieces=3, relaid=True)
-TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=True, pieces=3, relaid=False)
-MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=False, pieces=10, relaid=True, caches=True)
-MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=True, pieces=10, relaid=False, caches=True)
+TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=24, unfolded=0, fused=None, pieces=3, relaid=True)
+TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=None, pieces=3, relaid=False)
+MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=(), pieces=10, relaid=True, caches=True)
+MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=FUSED_WIDTHS, pieces=10, relaid=False, caches=True)
 
 
 def costs_of(backend: BackendName, device: str) -> Costs:
@@ -88,7 +88,7 @@ def attention_bytes(
         return 3 * scores
     if options.implementation == "sliced":
         return min(2 * scores, costs.pieces * max(options.budget_bytes, SCORE_BYTES * keys))
-    return 0 if costs.fused and width in FUSED_WIDTHS else 2 * scores
+    return 0 if costs.fused is None or width in costs.fused else 2 * scores
 
 
 def unet_bytes(config: UNetConfig, sizes: Sizes, costs: Costs) -> int:
