@@ -155,9 +155,9 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
     def add(name: StageName, owner: ModelSize, component: str, activations: int) -> None:
         there = {component: owner.weights.get(component, 0)}
         if plan.networks_at_once:
-            there = {**model.weights, **there}
-            if owner is not model:
-                there |= {f"upscaler's {other}": size for other, size in owner.weights.items() if other != component}
+            there = dict(model.weights)
+            if run.upscaler is not None and (owner is run.upscaler or name == "vae_decoder"):  # it is loaded for its stage
+                there |= {f"upscaler's {other}": size for other, size in run.upscaler.weights.items()}
         largest, quantized = (numbers.get(component, 0) for numbers in (owner.largest, owner.quantized))
         work = activations + costs.weight(largest, quantized, number=DTYPE_BYTES[owner.dtype])
         loading = min(LOADING_BYTES, owner.weights.get(component, 0))
