@@ -153,6 +153,17 @@ def test_the_arithmetic_of_a_run_is_what_pytorch_counts(name: str) -> None:
     assert expected > 10**10
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantised_layers_have_the_arithmetic_of_the_ones_that_they_replace(backend: Backend) -> None:
+    runs = []
+    for quantize in (None, "q8"):
+        pipe = load(FIXTURES / "tiny-mvdream", backend=backend, device="cpu", dtype="float32", quantize=quantize)
+        runs.append(blocks_of(pipe, lambda pipe=pipe: run(pipe, "tiny-mvdream"), backend=backend))
+    plain, quantized = runs
+    assert any(block.kind == "QuantizedConv2d" for block in quantized)
+    assert [(block.name, block.flops) for block in quantized] == [(block.name, block.flops) for block in plain]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_arithmetic_of_a_latent_upscaler_is_what_pytorch_counts(name: str) -> None:
     inputs = upscaler_inputs(CONFIGS[name])

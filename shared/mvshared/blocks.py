@@ -62,7 +62,8 @@ def own_flops(kind: str, module: Any, inputs: Mapping[str, Any], outputs: Mappin
 
 def _weighted(module: Any, inputs: Mapping[str, Shaped], out: Shaped) -> int:
     """Of a convolution or a linear layer: every output sums the products with all weights of its channel."""
-    return math.prod(out.shape) * math.prod(module.weight.shape[1:])
+    shape = module.layer.shape if hasattr(module, "layer") else module.weight.shape  # a quantised layer's weight is packed
+    return math.prod(out.shape) * math.prod(shape[1:])
 
 
 def _attended(module: Any, inputs: Mapping[str, Shaped], out: Shaped) -> int:
@@ -93,6 +94,8 @@ _COUNTS: dict[str, Callable[[Any, Mapping[str, Any], Any], int]] = {
     "Linear": _weighted,
     "Conv2d": _weighted,
     "Float32Conv2d": _weighted,
+    "QuantizedLinear": _weighted,
+    "QuantizedConv2d": _weighted,
     "Attention": _attended,
     "CrossAttention": _attended,
     "KCrossAttention": _attended,

@@ -337,6 +337,8 @@ def validate(model: str, **options: Any) -> None:
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
+@QUANTIZE
+@memory_options
 @click.option(
     "--depth", type=click.IntRange(1), default=2, show_default=True, help="How deep blocks inside of blocks are shown."
 )

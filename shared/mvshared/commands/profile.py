@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mvshared.arguments import whole
 from mvshared.backend import load
 from mvshared.camera import load_cameras
-from mvshared.commands.generate import Reporter, shown_warnings
+from mvshared.commands.generate import LOAD_OPTIONS, Reporter, shown_warnings
 from mvshared.errors import OptionError
 from mvshared.export import package_versions
 from mvshared.files import check_folder, make_folder, write_atomic
@@ -32,7 +32,7 @@ def profile_model(name: str, options: dict[str, Any]) -> None:
         if trace_path.is_dir():
             raise OptionError("trace", expected="a file", got=str(trace_path))
     start = time.perf_counter()
-    pipeline = load(name, backend=options["backend"], dtype=options["dtype"], device=options["device"])
+    pipeline = load(name, **{option: options[option] for option in LOAD_OPTIONS})
     loading = time.perf_counter() - start
     arguments = _arguments(pipeline, options)
     with (
