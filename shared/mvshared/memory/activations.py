@@ -87,8 +87,8 @@ def attention_bytes(
     if options.implementation == "plain":
         return 3 * scores
     if options.implementation == "sliced":
-        return min(2 * scores, costs.pieces * max(options.budget_bytes, SCORE_BYTES * keys))
-    return 0 if costs.fused is None or width in costs.fused else 2 * scores
+        return min(scores, costs.pieces * max(options.budget_bytes, SCORE_BYTES * keys))
+    return 0 if costs.fused is None or width in costs.fused else scores
 
 
 def unet_bytes(config: UNetConfig, sizes: Sizes, costs: Costs) -> int:
