@@ -69,6 +69,8 @@ class LatentModel:
                 yield
         finally:
             self.plan = before
+            if not plan.networks_at_once:
+                self.release()
             if limit is not None:
                 mx.set_cache_limit(limit)
 
@@ -98,7 +100,8 @@ class LatentModel:
 
     def all_finite(self, x: mx.array) -> bool:
         """Whether there is neither NaN nor infinity in an array."""
-        return bool(mx.isfinite(x).all().item())
+        with _on_device(self.device):
+            return bool(mx.isfinite(x).all().item())
 
     def encode_latents(self, pixels: NDArray[np.float32]) -> mx.array:
         """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.

@@ -229,9 +229,11 @@ def load_model(
     files = {component: weight_files(folder, component) for component in components(config)}
     quantization = choose_quantization(files, quantize)
     networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen_device, quantize=quantize)
-    if at_once:
-        for component in files:
+    for component in files:
+        if at_once:
             networks[component]
+        else:
+            check_files(getattr(config, component), files[component])
     weights = [file for component in files for file in files[component]]
     return MultiViewModel(
         config, networks, device=chosen_device, dtype=chosen_dtype, weight_files=weights, quantization=quantization
@@ -249,6 +251,13 @@ def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
     networks = network_loaders(config, files, dtype="float32", device=chosen)
     weights = [file for component in files for file in files[component]]
     return MultiViewModel(config, networks, device=chosen, dtype="float32", weight_files=weights)
+
+
+def check_files(config: NetworkConfig, paths: Sequence[Path]) -> None:
+    """Look whether weight files fit a network, by their headers alone. Raises as `load_network` does."""
+    shapes, stored = network_shapes(config), stored_quantization(paths).layers
+    unet = config if isinstance(config, UNetConfig) else None
+    match_tensors(paths, quantized_shapes(shapes, stored), unet=unet, layers=stored)
 
 
 def network_loaders(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mvmlx.attention import KeyValues
 from mvmlx.latents import LatentModel, _evaluated, _on_device
-from mvmlx.model import choose_device, choose_dtype, load_network, network_loaders
+from mvmlx.model import check_files, choose_device, choose_dtype, load_network, network_loaders
 from mvmlx.upscaler import LatentUpscaler
 from mvshared.backend import BackendName, Dtype, TextStates
 from mvshared.checkpoint import Component, find_model, read_vae_config, weight_files
@@ -135,9 +135,11 @@ def load_upscaler_model(
     quantization = choose_quantization(files, quantize)
     networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen, quantize=quantize)
     used: list[Component] = [component for component in files if component != "vae"]
-    if at_once:
-        for component in used:
+    for component in used:
+        if at_once:
             networks[component]
+        else:
+            check_files(getattr(config, component), files[component])
     weights = [path for component in used for path in files[component]]
     return UpscalerModel(config, networks, device=chosen, dtype=chosen_dtype, weight_files=weights, quantization=quantization)
 

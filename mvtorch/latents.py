@@ -67,6 +67,8 @@ class LatentModel:
                 yield
         finally:
             self.plan = before
+            if not plan.networks_at_once:
+                self.release()
 
     def release(self, *components: str) -> None:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""

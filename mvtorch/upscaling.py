@@ -20,7 +20,7 @@ from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_file
 from mvshared.weights import choose_quantization
 from mvtorch.attention import KeyValues
 from mvtorch.latents import LatentModel
-from mvtorch.model import choose_device, choose_dtype, load_network, network_loaders
+from mvtorch.model import check_files, choose_device, choose_dtype, load_network, network_loaders
 from mvtorch.upscaler import LatentUpscaler
 
 
@@ -131,9 +131,11 @@ def load_upscaler_model(
     quantization = choose_quantization(files, quantize)
     networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen, quantize=quantize)
     used: list[Component] = [component for component in files if component != "vae"]
-    if at_once:
-        for component in used:
+    for component in used:
+        if at_once:
             networks[component]
+        else:
+            check_files(getattr(config, component), files[component])
     weights = [path for component in used for path in files[component]]
     return UpscalerModel(config, networks, device=chosen, dtype=chosen_dtype, weight_files=weights, quantization=quantization)
 

@@ -220,7 +220,7 @@ def download(name: str, **options: Any) -> None:
 @memory_options
 @upscale_options(default="none")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def info(model: str | None, backend: str, estimate: bool, as_json: bool, **options: Any) -> None:
+def info(model: str | None, backend: str, device: str, estimate: bool, as_json: bool, **options: Any) -> None:
     """Say what is in MODEL, an embedded model's name or a checkpoint folder, and what is wrong with it.
 
     And what the installed backends compute on, in which dtype, and why; without MODEL, only that. With --estimate instead the
@@ -231,8 +231,12 @@ def info(model: str | None, backend: str, estimate: bool, as_json: bool, **optio
 
         if model is None:
             raise click.UsageError("--estimate needs a MODEL", ctx=click.get_current_context())
-        show_estimate(model, {"backend": backend, "as_json": as_json, **options})
+        show_estimate(model, {"backend": backend, "device": device, "as_json": as_json, **options})
         return
+    context = click.get_current_context()
+    for name in (*options, "device"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --estimate", ctx=context)
     from mvshared.commands.checkpoints import show_model
 
     show_model(model, backend=backend, as_json=as_json)

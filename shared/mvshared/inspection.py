@@ -10,13 +10,12 @@ from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, c
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig, UNetConfig
 from mvshared.errors import MvError
+from mvshared.precision import DTYPE_BYTES
 from mvshared.quantization.plans import quantized_shapes
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
 from mvshared.weights import match_tensors, stored_quantization
-
-BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class Report:
         """What the weights of the sound components need, by dtype; activations come on top."""
         dense = sum(component.parameters - component.quantized_parameters for component in self.components)
         quantized = sum(component.quantized_bytes for component in self.components)
-        return {dtype: dense * size + quantized for dtype, size in BYTES_PER_NUMBER.items()}
+        return {dtype: dense * size + quantized for dtype, size in DTYPE_BYTES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

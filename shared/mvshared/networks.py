@@ -44,7 +44,7 @@ class Networks(Mapping[str, Any]):
         """Forget networks, all if none is named; whether one of them was in memory."""
         there = [component for component in components or self.loaded if component in self._loaded]
         for component in there:
-            for watcher in self._watchers:
+            for watcher in reversed(self._watchers):
                 watcher.end(component)
             del self._loaded[component]
         return bool(there)
@@ -56,8 +56,8 @@ class Networks(Mapping[str, Any]):
         watcher = _Watcher(attach)
         self._watchers.append(watcher)
         try:
-            for component, network in self._loaded.items():
-                watcher.begin(component, network)
+            for component in self.loaded:  # and no name for the network, which would keep it in memory
+                watcher.begin(component, self._loaded[component])
             yield
         finally:
             self._watchers.remove(watcher)

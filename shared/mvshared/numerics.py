@@ -85,8 +85,16 @@ class _Check(Generic[T]):
         shapes = {name: _shape(array) for name, array in call.inputs.items()}
         self.objects, self.views = shapes["sample"][:2] if "sample" in shapes else (0, 0)
         self.frames = self.views
-        self.first = self.stages.first + self.counts[call.name]
-        self.counts[call.name] += next(iter(shapes.values()), (0,))[0]
+        pictures = next(iter(shapes.values()), (0,))[0]
+        self.first = self.stages.first + self._before(call.name, pictures)
+        self.counts[call.name] += pictures
+
+    def _before(self, name: str, pictures: int) -> int:
+        """Pictures before those that an outermost block is given. The VAE's layers may have tiles of one picture after the
+        other; its outer convolutions, before the decoder and behind the encoder, have whole ones."""
+        if name.startswith("vae.decoder"):
+            return max(0, self.counts["vae.post_quant_conv"] - pictures)
+        return self.counts["vae.quant_conv" if name.startswith("vae.encoder") else name]
 
     def on_end(self, block: Block[T]) -> None:
         """Raise NumericsError unless the block's outputs are finite."""

@@ -37,7 +37,7 @@ from mvshared.framing import Framed, frame_picture
 from mvshared.guidance import Branch, Guidance, Mixture, check_scales
 from mvshared.images import from_model, load_image
 from mvshared.memory.budget import MemoryOptions, fit
-from mvshared.memory.estimate import RunSize, model_size, process_bytes, with_upscaling
+from mvshared.memory.estimate import ModelSize, RunSize, model_size, process_bytes, with_upscaling
 from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
 from mvshared.numerics import check_views, checked_numerics
@@ -75,7 +75,7 @@ class Prompts(NamedTuple):
 
 
 class Pipeline(Generic[A]):
-    """A loaded model and what can be done with it. `mvtorch.load` and `mvmlx.load` return one."""
+    """A loaded model and what can be done with it. `mvtorch.load` and `mvmlx.load` return one; it does one run at a time."""
 
     def __init__(self, model: Model[A], *, name: str, memory: MemoryOptions | MemoryPlan = PLAIN) -> None:
         """`memory` is how runs use memory, or what a plan for each is chosen by."""
@@ -83,6 +83,7 @@ class Pipeline(Generic[A]):
         self.name = model_name(name)
         self.memory = memory
         self.stages = Stages()
+        self._process_bytes = process_bytes(model.device)  # before the first run: later ones leave networks in memory
         self._upscaler: tuple[str | None, Upscaler[Any] | None] | None = None  # the last one, by its name
 
     @cached_property
@@ -302,6 +303,8 @@ class Pipeline(Generic[A]):
             )
             self._upscaler = parameters.upscaler, loaded
         upscaler, memory = self._upscaler[1], views.parameters.memory
+        if views.parameters.upscale is None:  # no run before has counted it
+            memory = self._memory_plan(RunSize(views=len(views.images), size_px=views.parameters.size_px), parameters)
         checked = {"": model} if upscaler is None else {"": model, "upscaler.": upscaler.model}
         with ExitStack() as stack:
             stack.enter_context(checked_numerics(checked, self.stages, check_numerics))
@@ -316,7 +319,9 @@ class Pipeline(Generic[A]):
                 stages=self.stages,
             )
             self._done("vae")
-            return upscaled
+        if upscaler is not None and isinstance(self.memory, MemoryOptions) and not self.memory.at_once:
+            upscaler.model.release()
+        return upscaled
 
     @property
     def _at_once(self) -> bool:
@@ -337,10 +342,20 @@ class Pipeline(Generic[A]):
             "dtype": model.dtype,
             "quantize": preset_of(model.quantization),
         }
-        size = model_size(find_model(self.name), **options)
         if upscale is not None:
             run = with_upscaling(run, upscale, **options)
-        return fit(size, run, self.memory, process_bytes=process_bytes(model.device)).plan
+        return fit(self._size, run, self.memory, process_bytes=self._process_bytes).plan
+
+    @cached_property
+    def _size(self) -> ModelSize:
+        model = self.model
+        return model_size(
+            find_model(self.name),
+            backend=model.backend,
+            device=model.device,
+            dtype=model.dtype,
+            quantize=preset_of(model.quantization),
+        )
 
     def _done(self, *components: str) -> None:
         """Drop networks whose stage is over, unless the plan keeps them."""
@@ -427,7 +442,9 @@ class Pipeline(Generic[A]):
 
     def _progress(self, number: int, steps: int, step: Step, x: A, before: tuple[A, A]) -> Progress:
         def preview() -> NDArray[np.uint8]:
-            return self._decode(step.x0_x * before[0] + step.x0_out * before[1])
+            picture = self._decode(step.x0_x * before[0] + step.x0_out * before[1])
+            self._done("vae")
+            return picture
 
         return Progress(number, steps, step.timestep, lambda: self.model.to_numpy(x), preview)
 

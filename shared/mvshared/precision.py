@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from mvshared.backend import Dtype
 
+DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
 # Tensors that stay float32 in half precision: the frequencies of the upscaler's time, and the last layer before pictures.
 KEPT_FLOAT32 = ("time_proj.weight", "decoder.conv_out.weight", "decoder.conv_out.bias")
 

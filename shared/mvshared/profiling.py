@@ -159,7 +159,7 @@ def work_of(block: Block[Any]) -> str:
     if block.kind in ATTENTION_KINDS:
         kinds = {"attn1": "self-attention", "attn2": "cross-attention"}
         return kinds.get(block.name.rpartition(".")[2], "attention")
-    if block.kind == "Linear":
+    if block.kind.endswith("Linear"):
         return "linear layers"
     return "norms" if block.kind in NORM_KINDS else "activations, sums and copies"
 

@@ -1,6 +1,7 @@
 """A finished run once more, from its metadata: `mvmlx generate --config`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 from mvshared.arguments import array_sha256, config_sha256, load_latents, pictures_sha256, whole
 from mvshared.camera import as_poses
 from mvshared.errors import CheckpointError, OptionError
+from mvshared.memory.plan import MemoryPlan
 from mvshared.normals import load_normals
 from mvshared.pipeline import SIZE_RANGE_PX, Pipeline, Progress
-from mvshared.runs import Run, Views
+from mvshared.runs import Parameters, Run, Views
 from mvshared.upscaling.views import check_unchanged, upscaler_files
 from mvshared.weights import sha256_of_files
 
@@ -57,7 +59,27 @@ def repeat(
             raise OptionError(name, expected="as it was in the run; it has changed", got=getattr(parameters, name))
     if parameters.upscale is not None:
         check_unchanged(parameters.upscale, run.weights)
-    views = pipeline.generate(
+    with _same_memory(pipeline, parameters.memory):
+        views = _generate(pipeline, parameters, size_px=size_px, check_numerics=check_numerics, on_step=on_step)
+    return replace(
+        views,
+        parameters=replace(views.parameters, upscale=parameters.upscale),
+        upscaler_files=tuple(upscaler_files(parameters.upscale)),
+    )
+
+
+@contextmanager
+def _same_memory(pipeline: Pipeline[Any], plan: MemoryPlan) -> Iterator[None]:
+    """Within the context, the pipeline uses memory as the run did, which decides how it rounds."""
+    before, pipeline.memory = pipeline.memory, plan
+    try:
+        yield
+    finally:
+        pipeline.memory = before
+
+
+def _generate(pipeline: Pipeline[Any], parameters: Parameters, *, size_px: int, check_numerics: Any, on_step: Any) -> Views:
+    return pipeline.generate(
         parameters.image,
         prompt=parameters.prompt,
         negative_prompt=parameters.negative_prompt,
@@ -80,9 +102,4 @@ def repeat(
         latents=parameters.latents,
         check_numerics=check_numerics,
         on_step=on_step,
-    )
-    return replace(
-        views,
-        parameters=replace(views.parameters, upscale=parameters.upscale),
-        upscaler_files=tuple(upscaler_files(parameters.upscale)),
     )

@@ -83,10 +83,12 @@ class Stages:
         if self.memory is not None:
             self.memory.reset_memory_peak()
         self._inside, self._peak, start = 0.0, None, self.clock()
-        yield
-        peak, seconds = self._highest(), self.clock() - start
-        own = seconds - self._inside
-        self._inside, self._peak = outer_inside + seconds, outer_peak  # the meter still knows that of this one
+        try:
+            yield
+        finally:
+            peak, seconds = self._highest(), self.clock() - start
+            own = seconds - self._inside
+            self._inside, self._peak = outer_inside + seconds, outer_peak  # the meter still knows that of this one
         on_end(Stage(name, start, seconds, own, peak, step))
 
     def _highest(self) -> int | None:

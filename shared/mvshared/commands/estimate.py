@@ -9,13 +9,15 @@ import click
 
 from mvshared.arguments import MAX_VIEWS, number, whole
 from mvshared.backend import PACKAGES, choose_backend, chosen_dtype
-from mvshared.checkpoint import find_model, read_model_config
+from mvshared.checkpoint import components, find_model, read_model_config, weight_files
 from mvshared.commands.generate import upscale_parameters
+from mvshared.errors import OptionError
 from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.memory.budget import Fitted, fit, memory_options
 from mvshared.memory.estimate import RunSize, estimate, model_size, process_bytes, with_upscaling
 from mvshared.memory.plan import MemoryPlan, plans
 from mvshared.pipeline import SIZE_RANGE_PX
+from mvshared.weights import choose_quantization
 
 
 def show_estimate(name: str, options: dict[str, Any]) -> None:
@@ -27,10 +29,14 @@ def show_estimate(name: str, options: dict[str, Any]) -> None:
     device = module.choose_device(options["device"])
     dtype = chosen_dtype(options["dtype"], backend=backend, device=device)
     loading: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "quantize": options["quantize"]}
+    quantization = choose_quantization({part: weight_files(folder, part) for part in components(config)}, options["quantize"])
     model = model_size(folder, **loading)
     defaults = config.defaults
     views = whole("views", defaults.views if options["views"] is None else options["views"], 1, MAX_VIEWS)
     size_px = whole("size", defaults.size_px if options["size"] is None else options["size"], *SIZE_RANGE_PX)
+    factor = config.vae.downscale * config.unet.downscale
+    if size_px % factor:
+        raise OptionError("size", expected=f"a multiple of {factor} for this model", got=size_px)
     guidance = number("guidance", defaults.guidance if options["guidance"] is None else options["guidance"], *GUIDANCE_RANGE)
     takes_pictures = config.unet.reference_frame or config.unet.resampler is not None
     run = RunSize(
@@ -55,7 +61,7 @@ def show_estimate(name: str, options: dict[str, Any]) -> None:
         click.echo(json.dumps(document | {"plan": asdict(fitted.plan), "low_memory_peak_bytes": least, **loading}))
         return
     pixels = f"{views} view{'s' if views > 1 else ''} of {size_px} pixels, guidance {guidance:g}"
-    quantized = f", quantised ({options['quantize']})" if options["quantize"] else ""
+    quantized = f", quantised ({quantization})" if quantization else ""
     click.echo(f"{name}: {pixels}, {backend} on {device} in {dtype}{quantized}")
     _print(fitted)
     if fitted.plan != lowest:

@@ -164,7 +164,6 @@ def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) ->
             quantize=preset_of(parameters.quantization),
             low_memory=not parameters.memory.networks_at_once,
         )
-        pipeline.memory = parameters.memory
         return Result(pipeline, repeat(pipeline, run, check_numerics=check_numerics, on_step=reporter.step))
 
     return repeated
@@ -174,6 +173,10 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
     if not options["image"] and options["prompt"] is None:
         hint = "mvmlx generate PICTURE, or --prompt with a model that takes text"
         raise OptionError("image", expected="a picture to start from", got=None, hint=hint)
+    if options["stepwise"] is not None and options["memory_budget"] is not None:
+        raise OptionError(
+            "stepwise", expected="left out with a memory budget, which counts no previews", got=options["stepwise"]
+        )
     if len(set(seeds)) != len(seeds):
         raise OptionError("seed", expected="different for every result", got=seeds)
     config = read_model_config(find_model(options["model"]))

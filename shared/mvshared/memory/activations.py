@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from mvshared.attention import SCORE_BYTES, AttentionOptions
 from mvshared.backend import BackendName, Dtype
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from mvshared.precision import DTYPE_BYTES
 
-DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 FUSED_WIDTHS = (64, 72, 80, 96, 128)  # MLX's on the GPU
 
 

@@ -14,7 +14,6 @@ from mvshared.backend import PACKAGES, BackendName, Dtype
 from mvshared.checkpoint import components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig, NetworkConfig
 from mvshared.memory.activations import (
-    DTYPE_BYTES,
     Sizes,
     costs_of,
     tower_bytes,
@@ -22,6 +21,7 @@ from mvshared.memory.activations import (
     vae_bytes,
 )
 from mvshared.memory.plan import MemoryPlan
+from mvshared.precision import DTYPE_BYTES
 from mvshared.process_memory import resident
 from mvshared.quantization.plans import PRESETS, preset_layers, stored_bytes
 from mvshared.runs import UpscaleParameters

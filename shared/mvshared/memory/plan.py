@@ -48,8 +48,8 @@ CACHE_BYTES = 2**28
 def plans(backend: BackendName, device: str) -> tuple[MemoryPlan, ...]:
     """The plans that a backend has, from the fastest to the one that takes least memory."""
     cached = MemoryPlan(networks_at_once=False, cache_bytes=CACHE_BYTES if backend == "mlx" else None)
-    tiled = replace(cached, vae_tile=256, vae_attention=SLICED)
+    # PyTorch's kernels never hold the scores, and MLX's on the GPU not those of the U-Net's heads: slices save nothing there.
+    tiled = replace(cached, vae_tile=256, vae_attention=SLICED if backend == "mlx" else FUSED)
     apart = replace(tiled, vae_tile=128, branches_at_once=False)
-    # PyTorch's kernels, and MLX's on the GPU, never hold the scores of the U-Net's heads: slices of them save nothing there.
     sliced = replace(apart, attention=SLICED) if backend == "mlx" and device == "cpu" else apart
     return tuple(dict.fromkeys((PLAIN, cached, tiled, apart, sliced)))

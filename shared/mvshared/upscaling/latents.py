@@ -18,6 +18,7 @@ from mvshared.config import KUNetConfig
 from mvshared.errors import MvWarning, NumericsError, OptionError
 from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.numerics import check_views
+from mvshared.precision import DTYPE_BYTES
 from mvshared.shapes import check_pictures
 from mvshared.stages import Stages
 from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
@@ -27,7 +28,6 @@ from mvshared.upscaling.schedule import MAX_UPSCALE_STEPS, SigmaPlan, euler_plan
 FACTOR = 2
 DEFAULT_BUDGET_BYTES = 2 * 10**9
 SAMPLE_STREAM, LEVEL_STREAM = 11, 12  # second numbers of the random seeds: other noise than that of the views themselves
-DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Activations of the finest level's widest input that are held at once, as measured on the CPU. MLX's CPU convolutions unfold
 # their input, in float32 whatever the dtype.
 WORKING_COPIES: dict[BackendName, int] = {"torch": 6, "mlx": 26}
