@@ -24,9 +24,10 @@ def load(
 ) -> "Pipeline[Tensor]":
     """Load an embedded model by name, or a checkpoint folder, ready for `generate`.
 
-    dtype: float32, float16 or bfloat16; by default what the device is good at, see docs/precision.md. device: auto, cpu, cuda or
-    cuda:N. quantize: q8 or q4 quantises the weights as they are read; see docs/quantization.md. low_memory: runs take as little
-    memory as they can. memory_budget: such as "6GB", or a number of GB, which runs keep to or refuse; see docs/memory.md.
+    dtype: float32, float16 or bfloat16; by default what the device is good at, see docs/precision.md. device: auto, cpu, cuda
+    or cuda:N. quantize: q8 or q4 quantises the weights as they are read; see docs/quantization.md. low_memory: runs take as
+    little memory as they can. memory_budget: such as "6GB", or a number of GB; runs keep to it or are refused, see
+    docs/memory.md.
     Raises CheckpointError, OptionError and BackendError.
     """
     from mvshared.memory.budget import memory_options

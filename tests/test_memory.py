@@ -1,8 +1,10 @@
 """Memory: runs with less of it give the same views, keep to their budget or refuse it, and take what was estimated."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,20 @@ import pytest
 from helpers import BACKENDS, Backend, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from upscalers import write_tiny_models
 
 from mvshared.attention import AttentionOptions
 from mvshared.backend import load
 from mvshared.cli import run
 from mvshared.config import IMAGEDREAM, SD_VAE, CLIPImageConfig, CLIPTextConfig, CLIPVisionConfig, ModelConfig, SchedulerConfig
-from mvshared.errors import MemoryBudgetError, OptionError
+from mvshared.errors import MemoryBudgetError, OptionError, TensorMismatchError
 from mvshared.memory.budget import MemoryOptions, fit, memory_options
 from mvshared.memory.estimate import RunSize, estimate, model_size
 from mvshared.memory.plan import PLAIN, MemoryPlan, plans
 from mvshared.networks import Networks
 from mvshared.pipeline import Pipeline, Progress
+from mvshared.repetition import repeat
 from mvshared.runs import Views, read_run
 from mvshared.stages import Stage, Stages
 
@@ -171,6 +175,80 @@ def test_views_are_upscaled_one_by_one_with_low_memory(backend: Backend, tmp_pat
             assert networks(pipe).loaded == ()
     assert_close(made[1].latents, made[0].latents, rms=2e-5)
     assert made[1].parameters.upscale.budget_bytes < made[0].parameters.upscale.budget_bytes  # pyright: ignore
+
+
+class Weights:
+    """Something that a weak reference can point to."""
+
+
+def test_a_network_that_was_dropped_is_gone_even_while_it_is_watched() -> None:
+    both = Networks({"unet": Weights, "vae": Weights})
+    both["vae"]
+    gone = weakref.ref(both["unet"])
+    with both.watched(lambda name, network: lambda: None):
+        both.release("unet")
+        gc.collect()
+        assert gone() is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_failed_run_leaves_no_network_behind(backend: Backend) -> None:
+    pipe = pipeline(backend, low_memory=True)
+
+    def on_step(progress: Progress) -> None:
+        progress.preview()
+        assert networks(pipe).loaded == ("unet",)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, on_step=on_step)
+    assert networks(pipe).loaded == ()
+    assert pipe.model.plan == PLAIN
+
+
+def test_a_budget_that_one_run_keeps_is_enough_for_the_next() -> None:
+    pipe = pipeline("torch", memory_budget="100GB")
+    run = RunSize(views=4, size_px=64, pictures=1, branches=2, texts=2)
+    needed = estimate(pipe._size, run, PLAIN, process_bytes=pipe._process_bytes).peak_bytes
+    pipe.memory = MemoryOptions(budget_bytes=needed)
+    plans_taken = [generate(pipe).parameters.memory for _ in range(3)]
+    assert plans_taken == [PLAIN] * 3
+    assert networks(pipe).loaded
+
+
+def test_views_that_do_not_fit_are_not_upscaled(tmp_path: Path) -> None:
+    folder = write_tiny_models(tmp_path)
+    pipe = load(folder / "tiny", backend="torch", device="cpu", dtype="float32")
+    views = pipe.generate(np.zeros((32, 32, 3), np.uint8), steps=1)
+    pipe.memory = MemoryOptions(budget_bytes=10**6)
+    with pytest.raises(MemoryBudgetError):
+        pipe.upscale(views, upscaler=folder / "x2")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_files_that_do_not_fit_are_refused_before_they_are_needed(backend: Backend, tmp_path: Path) -> None:
+    folder = write_tiny_models(tmp_path)
+    path = folder / "tiny" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["decoder.conv_out.bias"]
+    save_file(tensors, path)
+    with pytest.raises(TensorMismatchError, match=r"decoder\.conv_out\.bias"):
+        load(folder / "tiny", backend=backend, device="cpu", low_memory=True)
+
+
+def test_a_run_is_repeated_in_python_with_the_memory_that_it_had(tmp_path: Path) -> None:
+    views = generate(pipeline("torch", low_memory=True))
+    again_with = pipeline("torch")
+    again = repeat(again_with, read_run(views.save(tmp_path / "out")))
+    np.testing.assert_array_equal(again.latents, views.latents)
+    assert again.parameters == views.parameters
+    assert again_with.memory == MemoryOptions()
+
+
+def test_previews_are_refused_with_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(PICTURE), "-o", str(tmp_path / "out"), "--memory-budget", "6GB"]
+    assert run([*arguments, "--stepwise", str(tmp_path / "steps")]) == 2
+    assert "counts no previews" in capsys.readouterr().err
 
 
 def test_mlx_s_cache_has_a_limit_during_a_run_only() -> None:
@@ -351,6 +429,17 @@ def test_info_estimates_a_run_that_is_quantised_and_upscaled(tmp_path: Path, cap
     plain = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert "upscaler" not in plain
     assert stages["vae_decoder"]["activations_bytes"] >= plain["vae_decoder"]["activations_bytes"]
+
+
+@pytest.mark.parametrize("option", [["--low-memory"], ["--views", "2"], ["--upscale", "lanczos"], ["--device", "cpu"]])
+def test_options_of_an_estimate_go_with_it(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "demo", *option]) == 2
+    assert "goes with --estimate" in capsys.readouterr().err
+
+
+def test_what_generate_refuses_is_not_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "demo", "--estimate", "--size", "100"]) == 2
+    assert "size must be a multiple of 32" in capsys.readouterr().err
 
 
 def test_an_estimate_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:

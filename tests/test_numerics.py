@@ -18,6 +18,7 @@ from mvshared.blocks import Call
 from mvshared.cli import run
 from mvshared.errors import NumericsError, OutputError
 from mvshared.images import from_model
+from mvshared.memory.plan import MemoryPlan
 from mvshared.numerics import check_views, frames_with_nan
 from mvshared.upscaling.latents import view_bytes
 
@@ -312,3 +313,13 @@ def test_the_command_line_names_the_block_and_writes_no_pictures(
     assert run([*arguments, "-o", "views"]) == 10
     assert "--check-numerics FOLDER" in capsys.readouterr().err
     assert not Path("views").exists()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiles_of_the_vae_do_not_count_as_views(backend: Backend, tmp_path: Path) -> None:
+    pipeline = imagedream(backend)
+    pipeline.memory = MemoryPlan(vae_tile=32)  # four tiles of each view
+    break_block(pipeline.model.vae, "decoder.conv_out", lambda number: number == 7)
+    with pytest.raises(NumericsError) as caught:
+        generate(pipeline, tmp_path / "nan")
+    assert (caught.value.where, caught.value.view) == ("vae.decoder.conv_out", "view 1")

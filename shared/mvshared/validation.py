@@ -162,6 +162,8 @@ def validate(
         suite = _suite(find_model(name))
         model = _load(suite, chosen, name, dtype=used_dtype, device=device, quantize=quantize)
         quantization = model.quantization
+        if tolerance is None and reference is not None and quantization is not None:
+            limit = max(limit, QUANTIZED_TOLERANCES.get(quantization.rpartition(" ")[2], max(QUANTIZED_TOLERANCES.values())))
         inputs = suite.inputs(model.config, find_model(name))
         states = suite.run(model, inputs, recorder, states=None)
         del model

@@ -174,9 +174,8 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
         hint = "mvmlx generate PICTURE, or --prompt with a model that takes text"
         raise OptionError("image", expected="a picture to start from", got=None, hint=hint)
     if options["stepwise"] is not None and options["memory_budget"] is not None:
-        raise OptionError(
-            "stepwise", expected="left out with a memory budget, which counts no previews", got=options["stepwise"]
-        )
+        expected = "left out with a memory budget, which counts no previews"
+        raise OptionError("stepwise", expected=expected, got=str(options["stepwise"]))
     if len(set(seeds)) != len(seeds):
         raise OptionError("seed", expected="different for every result", got=seeds)
     config = read_model_config(find_model(options["model"]))

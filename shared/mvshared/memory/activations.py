@@ -13,6 +13,7 @@ from mvshared.backend import BackendName, Dtype
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from mvshared.precision import DTYPE_BYTES
 
+NARROW = 64
 FUSED_WIDTHS = (64, 72, 80, 96, 128)  # MLX's on the GPU
 
 
@@ -23,8 +24,10 @@ class Costs:
     `norm`: copies of a norm's input, in float32 and in half precision. `feed_forward`: of its tokens. `unfolded`: float32
     copies of a convolution's input that are made for the matrix product. `fused`: widths of heads for which attention has a
     kernel that never holds its scores, None for all. `pieces`: of sliced attention, in flight at once. `relaid`: whether a
-    weight is copied to another layout when it is used. `caches`: whether freed memory is kept for later. `dequantized`: bytes
-    per number of a quantised weight when it is used. `runtime`: of the library itself, once it computes.
+    weight is copied to another layout when it is used. `caches`: whether freed memory is kept for later. `spread`: how much
+    more memory activations take than they have, since what is freed leaves gaps. `narrow`: how much more a convolution of
+    fewer than NARROW channels takes. `dequantized`: bytes per number of a quantised weight when it is used. `runtime`: of the
+    library itself, once it computes.
     """
 
     norm: tuple[float, float]
@@ -34,19 +37,22 @@ class Costs:
     pieces: int
     relaid: bool
     caches: bool = False
+    spread: float = 1.0
+    narrow: float = 1.0
     dequantized: int = 8
     runtime: int = 45_000_000
 
     def convolution(self, inputs: float, outputs: float, *, number: int) -> float:
         """Bytes per pixel of a convolution with its norm before it."""
-        return number * (self.norm[number < SCORE_BYTES] * inputs + outputs) + SCORE_BYTES * self.unfolded * inputs
+        factor = self.narrow if inputs < NARROW else 1
+        return factor * number * (self.norm[number < SCORE_BYTES] * inputs + outputs) + SCORE_BYTES * self.unfolded * inputs
 
     def weight(self, largest: int, quantized: int, *, number: int) -> int:
         """Bytes of a weight's copies while it is used, for the numbers of the largest one and the largest quantised one."""
         return max(number * largest if self.relaid else 0, self.dequantized * quantized)
 
 
-TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=24, unfolded=0, fused=None, pieces=3, relaid=True)
+TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=24, unfolded=0, fused=None, pieces=3, relaid=True, spread=1.3, narrow=1.6)
 TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=None, pieces=3, relaid=False)
 MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=(), pieces=10, relaid=True, caches=True)
 MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=FUSED_WIDTHS, pieces=10, relaid=False, caches=True)
@@ -142,12 +148,12 @@ def vae_bytes(config: VAEConfig, sizes: Sizes, costs: Costs, *, decoder: bool, t
     for level, width in enumerate(channels):
         here = pixels / 4**level
         wider = channels[min(level + 1, len(channels) - 1)] if decoder else width
-        if tile is None:
-            most = max(most, here * (number * wider + costs.convolution(wider, max(width, wider), number=number)))
-        else:
+        whole = here * (number * wider + costs.convolution(wider, max(width, wider), number=number))
+        if tile is not None:
             piece = min(here, (tile + 2) ** 2)
             held = number * here * (wider + 2 * width if wider != width else 2 * width)
-            most = max(most, held + piece * (4 * wider + costs.convolution(wider, wider, number=number)))
+            whole = min(whole, held + piece * (4 * wider + costs.convolution(wider, wider, number=number)))
+        most = max(most, whole)
     coarse = pixels // 4 ** (len(channels) - 1)
     middle = channels[-1] * coarse * number * 6.0
     middle += attention_bytes(costs, sizes.attention, batch=1, heads=1, queries=coarse, keys=coarse, width=channels[-1])

@@ -159,7 +159,7 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
             if run.upscaler is not None and (owner is run.upscaler or name == "vae_decoder"):  # it is loaded for its stage
                 there |= {f"upscaler's {other}": size for other, size in run.upscaler.weights.items()}
         largest, quantized = (numbers.get(component, 0) for numbers in (owner.largest, owner.quantized))
-        work = activations + costs.weight(largest, quantized, number=DTYPE_BYTES[owner.dtype])
+        work = round(costs.spread * activations) + costs.weight(largest, quantized, number=DTYPE_BYTES[owner.dtype])
         loading = min(LOADING_BYTES, owner.weights.get(component, 0))
         used = max(work, loading) + costs.runtime
         cached = max((stage.activations_bytes - costs.runtime for stage in stages), default=0) if costs.caches else 0
