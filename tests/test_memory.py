@@ -208,7 +208,8 @@ def test_a_failed_run_leaves_no_network_behind(backend: Backend) -> None:
 
 def test_a_budget_that_one_run_keeps_is_enough_for_the_next() -> None:
     pipe = pipeline("torch", memory_budget="100GB")
-    run = RunSize(views=4, size_px=64, pictures=1, branches=2, texts=2)
+    defaults = pipe.model.config.defaults
+    run = RunSize(views=defaults.views, size_px=defaults.size_px, pictures=1, branches=2, texts=2)
     needed = estimate(pipe._size, run, PLAIN, process_bytes=pipe._process_bytes).peak_bytes
     pipe.memory = MemoryOptions(budget_bytes=needed)
     plans_taken = [generate(pipe).parameters.memory for _ in range(3)]

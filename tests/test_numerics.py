@@ -318,8 +318,9 @@ def test_the_command_line_names_the_block_and_writes_no_pictures(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tiles_of_the_vae_do_not_count_as_views(backend: Backend, tmp_path: Path) -> None:
     pipeline = imagedream(backend)
-    pipeline.memory = MemoryPlan(vae_tile=32)  # four tiles of each view
-    break_block(pipeline.model.vae, "decoder.conv_out", lambda number: number == 7)
+    pipeline.memory = MemoryPlan(vae_tile=32)
+    tiles = (pipeline.model.config.defaults.size_px // 32) ** 2  # of each view
+    break_block(pipeline.model.vae, "decoder.conv_out", lambda number: number == tiles + 3)
     with pytest.raises(NumericsError) as caught:
         generate(pipeline, tmp_path / "nan")
     assert (caught.value.where, caught.value.view) == ("vae.decoder.conv_out", "view 1")
