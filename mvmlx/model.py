@@ -339,7 +339,7 @@ def read_tensors(
             tensor = lazy[place.path].pop(place.name).reshape(shapes[name])
             part = part_of(name, quantize)
             if part is not None:
-                packed = quantize_weight(to_numpy(tensor), quantize[part.layer])
+                packed = quantize_weight(to_numpy(tensor), quantize[part.layer], name=place.name, path=place.path)
                 tensors |= packed_tensors(part.layer, packed, device=device)
             elif part_of(name, stored) is not None:
                 tensors[name] = _evaluated(tensor)

@@ -331,7 +331,7 @@ def read_tensors(
                 tensor = file.get_tensor(place.name).reshape(shapes[name])
                 part = part_of(name, quantize)
                 if part is not None:
-                    packed = quantize_weight(tensor.float().numpy(), quantize[part.layer])
+                    packed = quantize_weight(tensor.float().numpy(), quantize[part.layer], name=place.name, path=path)
                     tensors |= packed_tensors(part.layer, packed, device=device)
                 elif part_of(name, stored) is not None:
                     tensors[name] = tensor.to(device=device, copy=True)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -310,6 +311,7 @@ def test_a_folder_that_holds_something_is_written_with_force_only(tiny: Path, tm
 def test_a_kill_leaves_no_checkpoint_and_the_next_run_completes_it(tiny: Path, tmp_path: Path) -> None:
     code = f"""
 import os
+import re
 from pathlib import Path
 import mvshared.quantization.folders as folders
 def die(*arguments):
@@ -397,3 +399,16 @@ def test_how_components_are_quantised_is_said_once(tiny: Path, tiny_q4: Path) ->
     assert choose_quantization({"unet": plain}, None) is None
     assert choose_quantization({"unet": plain}, "q8") == "q8"
     assert choose_quantization({"unet": stored, "vae": plain}, None) == "stored q4"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_that_is_not_finite_is_named(backend: Backend, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "tiny-mvdream", tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    name = next(name for name in tensors if name.endswith("to_q.weight"))
+    tensors[name][0, 0] = np.nan
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds numbers that are not finite") as caught:
+        load(tmp_path / "model", backend=backend, device="cpu", quantize="q8")
+    assert caught.value.path == path

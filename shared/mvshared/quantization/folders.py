@@ -268,7 +268,7 @@ def _measured(
         found |= {name: measure(name, layer) for name, layer in changed.items()}
         layers = kept
     for name, layer in layers.items():
-        probe.set_weight(name, dequantize_weight(quantize_weight(source.weight(name), layer), layer))
+        probe.set_weight(name, dequantize_weight(quantize_weight(source.weight(name), layer, name=f"{name}.weight"), layer))
     return layers, found, relative_rms(probe.run(), expected)
 
 
@@ -286,7 +286,7 @@ def _tensors(source: _Source, layers: Layers) -> dict[str, RawTensor]:
         def read() -> NDArray[Any]:
             if name not in last:
                 last.clear()
-                last[name] = quantize_weight(source.weight(name), layers[name])
+                last[name] = quantize_weight(source.weight(name), layers[name], name=f"{name}.weight")
             array = getattr(last[name], kind)
             return array if kind == "weight" else array.view(np.uint16)
 

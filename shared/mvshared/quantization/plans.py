@@ -201,10 +201,18 @@ def stored_bytes(shapes: Shapes, layers: Layers, *, dense_bytes: int = 2) -> int
     return dense * dense_bytes + sum(layer.bytes for layer in layers.values())
 
 
-def quantize_weight(weight: NDArray[np.float32], layer: QuantizedLayer) -> Packed:
-    """Quantise a weight (o, i) or (o, i, h, w). Raises CheckpointError for numbers that float16 scales cannot stand for."""
+def quantize_weight(
+    weight: NDArray[np.float32], layer: QuantizedLayer, *, name: str = "a weight", path: Path | None = None
+) -> Packed:
+    """Quantise a weight (o, i) or (o, i, h, w), the tensor `name` of a file.
+
+    Raises CheckpointError for numbers that float16 scales cannot stand for.
+    """
     matrix = weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight
-    return quantize_matrix(matrix.reshape(layer.shape[0], layer.columns), bits=layer.bits, group_size=layer.group_size)
+    try:
+        return quantize_matrix(matrix.reshape(layer.shape[0], layer.columns), bits=layer.bits, group_size=layer.group_size)
+    except CheckpointError as fault:
+        raise CheckpointError(f"{name} holds {fault.message}", path=path, hint="are the weights damaged?") from fault
 
 
 def dequantize_weight(packed: Packed, layer: QuantizedLayer) -> NDArray[np.float32]:
