@@ -61,14 +61,6 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def rss_bytes() -> int:
-    """Resident memory of this process now, in bytes; elsewhere than on Linux, the largest so far."""
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmRSS:"))
-    return peak_rss_bytes()
-
-
 def children_peak_rss_bytes() -> int:
     """Largest resident memory of any process that this one started and waited for, in bytes.
 

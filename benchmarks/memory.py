@@ -17,7 +17,7 @@ from mvshared.config import SD_X2_UNET, CLIPTextConfig
 from mvshared.conversion.configs import clip_document
 from mvshared.files import make_folder, write_json
 from mvshared.memory.budget import fit, memory_options
-from mvshared.memory.estimate import RunSize, model_size, process_bytes, with_upscaling
+from mvshared.memory.estimate import model_size, process_bytes, usual_run, with_upscaling
 from mvshared.upscaling.config import SigmaConfig, UpscaleDefaults
 from mvshared.upscaling.views import UpscaleOptions, plan_upscale
 
@@ -59,8 +59,8 @@ def run(*, model: str, upscaler: str, backend: str, dtype: str, plan: str) -> Pr
         asked, vae=config.vae, latent_size=(side, side), backend=options["backend"], dtype=options["dtype"]
     )
     text: dict[str, Any] = {} if config.text_encoder is None else {"prompt": ""}
-    run_size = RunSize(views=config.defaults.views, size_px=size_px, pictures=1, branches=2, texts=2 * len(text))
-    planned = with_upscaling(run_size, upscaling, **options)
+    usual = usual_run(config, views=config.defaults.views, size_px=size_px, guidance=GUIDANCE)
+    planned = with_upscaling(usual, upscaling, **options)
     fitted = fit(size, planned, memory_options(low_memory=low_memory), process_bytes=process_bytes(device))
     pipeline = load(model, **options, low_memory=low_memory)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.full_size import write_random_component
-from benchmarks.measure import peak_rss_bytes, rss_bytes
+from benchmarks.measure import peak_rss_bytes
 from benchmarks.networks import TIMESTEP, condition_of, library_facts, random_latents
 from benchmarks.worker import Prepared
 from mvshared.backend import PACKAGES
@@ -19,6 +19,7 @@ from mvshared.conversion.configs import clip_document, diffusers_unet_document, 
 from mvshared.files import make_folder, write_json
 from mvshared.guidance import ALL, Guidance
 from mvshared.networks import Networks
+from mvshared.process_memory import resident
 
 LATENT_SIDE, GUIDANCE = 32, 5.0
 PLAIN = "plain"
@@ -42,11 +43,11 @@ def step(*, model: str, backend: str, dtype: str, quantize: str) -> Prepared:
     module: Any = importlib.import_module(f"{PACKAGES[backend]}.model")  # type: ignore[index]
     config, device, files = read_model_config(Path(model)), module.choose_device(), weight_files(Path(model), "unet")
     module.network_shapes(config.unet)  # so that what is imported for it does not count
-    before, start = rss_bytes(), time.perf_counter()
+    before, start = resident(), time.perf_counter()
     preset = None if quantize == PLAIN else quantize
     unet = module.load_network(config.unet, files, dtype=dtype, device=device, quantize=preset)
     gc.collect()
-    seconds, loaded, peak = time.perf_counter() - start, rss_bytes() - before, peak_rss_bytes() - before
+    seconds, loaded, peak = time.perf_counter() - start, resident() - before, peak_rss_bytes() - before
     networks = Networks({"unet": lambda: unet})
     running = module.MultiViewModel(config, networks, device=device, dtype=dtype, weight_files=files)
     x = running.from_numpy(random_latents(running))

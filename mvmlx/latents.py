@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mvmlx.layers import _evaluated
 from mvmlx.observation import Observer, OnEnd, OnStart, observe, observe_blocks
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype
@@ -133,12 +134,6 @@ class LatentModel:
 def _on_device(device: str) -> AbstractContextManager[Any]:
     """A context in which MLX computes on cpu or gpu; its default device belongs to the program around this."""
     return mx.stream(mx.Device(getattr(mx, device)))
-
-
-def _evaluated(x: mx.array) -> mx.array:
-    """The same array, computed, so that another thread may use it."""
-    mx.eval(x)
-    return x
 
 
 def _free_memory() -> None:

@@ -5,7 +5,7 @@ MLX's default device belongs to the program around this: what is computed here r
 evaluated before it is handed out, so that another thread may use it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
-from mvmlx.latents import LatentModel, _evaluated, _on_device, to_numpy
+from mvmlx.latents import LatentModel, _on_device, to_numpy
+from mvmlx.layers import _evaluated
 from mvmlx.quantized import packed_tensors, quantize_network
 from mvmlx.unet import Cross, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
@@ -33,7 +34,7 @@ from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
-from mvshared.weights import check_names_and_shapes, choose_quantization, match_tensors, stored_quantization
+from mvshared.weights import check_names_and_shapes, choose_quantization, match_network, match_tensors, stored_quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,9 +256,7 @@ def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
 
 def check_files(config: NetworkConfig, paths: Sequence[Path]) -> None:
     """Look whether weight files fit a network, by their headers alone. Raises as `load_network` does."""
-    shapes, stored = network_shapes(config), stored_quantization(paths).layers
-    unet = config if isinstance(config, UNetConfig) else None
-    match_tensors(paths, quantized_shapes(shapes, stored), unet=unet, layers=stored)
+    match_network(config, network_shapes(config), paths, layers=stored_quantization(paths).layers)
 
 
 def network_loaders(
@@ -288,18 +287,17 @@ def load_network(
     return network.eval()
 
 
+_NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
+    UNetConfig: MultiViewUNet,
+    VAEConfig: AutoencoderKL,
+    CLIPTextConfig: CLIPTextModel,
+    CLIPVisionConfig: CLIPVisionModel,
+    KUNetConfig: LatentUpscaler,
+}
+
+
 def _network(config: NetworkConfig) -> Any:
-    match config:
-        case UNetConfig():
-            return MultiViewUNet(config)
-        case VAEConfig():
-            return AutoencoderKL(config)
-        case CLIPTextConfig():
-            return CLIPTextModel(config)
-        case CLIPVisionConfig():
-            return CLIPVisionModel(config)
-        case KUNetConfig():
-            return LatentUpscaler(config)
+    return _NETWORKS[type(config)](config)
 
 
 def load_weights(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.layers import GroupNorm, ResnetBlock
+from mvmlx.layers import GroupNorm, ResnetBlock, _evaluated
 from mvshared.attention import AttentionOptions
 from mvshared.tiling import Tile, check_tile, tiles
 
@@ -112,9 +112,3 @@ def decode_in_tiles(decoder: Any, x: mx.array, *, options: AttentionOptions, sid
             x = in_tiles(lambda piece, tile, block=block: block(piece), x, side=side, halo=1, up=2)
     norm = norm_of(decoder.conv_norm_out, x, side=side)
     return in_tiles(lambda piece, tile: decoder.conv_out(norm.silu(piece)), x, side=side, halo=1)
-
-
-def _evaluated(x: mx.array) -> mx.array:
-    """The same array, computed, so that the tiles of it are not held together."""
-    mx.eval(x)
-    return x

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
 from mvmlx.latents import _on_device
-from mvmlx.model import _from_checkpoint, _to_checkpoint, choose_device, choose_dtype, set_weights, weight_shapes
+from mvmlx.model import _NETWORKS, _from_checkpoint, _to_checkpoint, choose_device, choose_dtype, set_weights, weight_shapes
 from mvmlx.unet import MultiViewUNet
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
@@ -144,13 +144,6 @@ class Trainer:
 
     def _assign(self, weights: dict[str, mx.array]) -> None:
         self.network.update(tree_unflatten(list(weights.items())))
-
-
-_NETWORKS: dict[type, Callable[..., nn.Module]] = {
-    VAEConfig: AutoencoderKL,
-    UNetConfig: MultiViewUNet,
-    KUNetConfig: LatentUpscaler,
-}
 
 
 def _trainer(

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvmlx.attention import KeyValues
-from mvmlx.latents import LatentModel, _evaluated, _on_device
+from mvmlx.latents import LatentModel, _on_device
+from mvmlx.layers import _evaluated
 from mvmlx.model import check_files, choose_device, choose_dtype, load_network, network_loaders
 from mvmlx.upscaler import LatentUpscaler
-from mvshared.backend import BackendName, Dtype, TextStates
+from mvshared.backend import Dtype, TextStates
 from mvshared.checkpoint import Component, find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
 from mvshared.networks import Networks
@@ -43,11 +44,6 @@ class UpscalerModel(LatentModel):
     """
 
     config: UpscalerConfig
-    backend: BackendName
-    device: str
-    dtype: Dtype
-    weight_files: Sequence[Path]
-    quantization: str | None
 
     def __init__(
         self,

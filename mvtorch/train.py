@@ -28,7 +28,7 @@ from mvshared.training.optimizer import (
 )
 from mvshared.training.upscaler_data import UpscalerBatch
 from mvtorch.layers import AdaGroupNorm
-from mvtorch.model import choose_device, get_weights, set_weights, weight_shapes
+from mvtorch.model import _NETWORKS, choose_device, get_weights, set_weights, weight_shapes
 from mvtorch.unet import MultiViewUNet
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
@@ -214,13 +214,6 @@ def _use_lean_group_norm(network: nn.Module) -> None:
             module.forward = partial(forward, module)  # pyright: ignore[reportAttributeAccessIssue]
         elif isinstance(module, AdaGroupNorm):
             module.forward = partial(adaptive, module)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-_NETWORKS: dict[type, Callable[..., nn.Module]] = {
-    VAEConfig: AutoencoderKL,
-    UNetConfig: MultiViewUNet,
-    KUNetConfig: LatentUpscaler,
-}
 
 
 def _trainer(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvshared.backend import BackendName, Dtype, TextStates
+from mvshared.backend import Dtype, TextStates
 from mvshared.checkpoint import Component, find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
 from mvshared.networks import Networks
@@ -44,11 +44,6 @@ class UpscalerModel(LatentModel):
     """
 
     config: UpscalerConfig
-    backend: BackendName
-    device: str
-    dtype: Dtype
-    weight_files: Sequence[Path]
-    quantization: str | None
 
     def __init__(
         self,

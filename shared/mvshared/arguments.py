@@ -20,6 +20,7 @@ from mvshared.normals import Normals
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
 Pictures: TypeAlias = Picture | Sequence[Picture]
 MAX_VIEWS = 64
+SIZE_RANGE_PX = (16, 2048)
 
 Latents: TypeAlias = str | Path | NDArray[np.floating[Any]]
 
@@ -61,6 +62,15 @@ def whole(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
         raise OptionError(name, expected=f"a whole number from {low} to {high}", got=value)
     return int(value)
+
+
+def picture_size(config: ModelConfig, size_px: object, *, name: str = "size_px") -> int:
+    """Height and width of a model's views in pixels, its default for None. Raises OptionError for one that it cannot make."""
+    size = whole(name, config.defaults.size_px if size_px is None else size_px, *SIZE_RANGE_PX)
+    factor = config.vae.downscale * config.unet.downscale
+    if size % factor:
+        raise OptionError(name, expected=f"a multiple of {factor} for this model", got=size)
+    return size
 
 
 def number(name: str, value: object, low: float, high: float) -> float:

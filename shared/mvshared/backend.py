@@ -42,108 +42,9 @@ class Array(Protocol):
 A = TypeVar("A", bound=Array)
 
 
-class Model(Protocol[A]):
-    """A loaded multi-view model. Arrays of type A live on the model's device; shapes are (v, h, w, c)."""
+class LatentModel(Protocol[A]):
+    """What every loaded model with a VAE does. Arrays of type A live on its device; pictures and latents are (v, h, w, c)."""
 
-    config: ModelConfig
-    backend: BackendName
-    device: str
-    dtype: Dtype
-    weight_files: Sequence[Path]
-    quantization: str | None
-    plan: "MemoryPlan"
-
-    def planned(self, plan: "MemoryPlan") -> AbstractContextManager[None]:
-        """Within the context, memory is used as the plan says."""
-        ...
-
-    def release(self, *components: str) -> None:
-        """Forget networks, all if none is named, until they are needed again."""
-        ...
-
-    def observe(self, fn: Callable[[str, A, float], None]) -> AbstractContextManager[None]:
-        """Within the context, `fn(name, array, seconds)` is called after every block; see `mvtorch.observe`."""
-        ...
-
-    def observe_blocks(
-        self, on_end: Callable[[Block[A]], None], on_start: Callable[[Call[A]], None] | None = None
-    ) -> AbstractContextManager[Callable[[], float]]:
-        """As `observe`, with all that is known of a block; the context gives the blocks' clock: see `mvtorch`."""
-        ...
-
-    def all_finite(self, x: A) -> bool:
-        """Whether there is neither NaN nor infinity in an array."""
-        ...
-
-    def memory_peak(self) -> int | None:
-        """Most bytes in use since `reset_memory_peak`, once the device has done its work; see `mvshared.stages.MemoryMeter`."""
-        ...
-
-    def reset_memory_peak(self) -> None:
-        """Begin to measure anew."""
-        ...
-
-    def from_numpy(self, x: NDArray[np.float32]) -> A:
-        """A float32 array on the device."""
-        ...
-
-    def to_numpy(self, x: A) -> NDArray[np.float32]:
-        """A float32 copy."""
-        ...
-
-    def encode_latents(self, pixels: NDArray[np.float32]) -> A:
-        """Latents (n, h, w, c), float32, scaled for the U-Net: the posterior's mean of pixels (n, H, W, 3) in [-1, 1]."""
-        ...
-
-    def encode_prompt(self, token_ids: NDArray[np.int64]) -> A:
-        """The text tower's last states (n, l, c) of token ids (n, l)."""
-        ...
-
-    def encode_image(self, pixels: NDArray[np.float32]) -> A:
-        """The vision tower's states before its last layer (n, m, c) of normalised pixels (n, s, s, 3)."""
-        ...
-
-    def condition(
-        self,
-        *,
-        text: A | None = None,
-        image_states: A | None = None,
-        image_scale: float = 1.0,
-        cameras: NDArray[np.float32] | None,
-        reference: A | None,
-        reference_scale: float = 1.0,
-        normals: A | None,
-        branches: Sequence[Branch],
-    ) -> Any:
-        """Everything that stays constant over the sampling steps, for `denoise`.
-
-        Text states (n, l, c) of the prompt, behind those of the negative one if a branch needs them; states (r, m, c) of r
-        pictures and the weight of their tokens, camera vectors (v, 16), clean reference latents (r, h, w, c) and the weight of
-        their tokens, latents of the normal maps (v, h, w, c). `branches` says what is computed at once.
-        """
-        ...
-
-    def denoise(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> A:
-        """The network's outputs (v, h, w, c), float32, for latents x at timestep t: the sum over the condition's branches, each
-        times its weight, `rescale` of it brought back to the deviation of the last branch."""
-        ...
-
-    def decode(self, x: A) -> NDArray[np.float32]:
-        """Pixels (v, H, W, 3), about [-1, 1], of latents (v, h, w, c)."""
-        ...
-
-
-class TextStates(NamedTuple, Generic[A]):
-    """What an upscaler takes of texts: states (b, l, c) and pooled states (b, c)."""
-
-    states: A
-    pooled: A
-
-
-class UpscalerModel(Protocol[A]):
-    """A loaded latent upscaler. Arrays of type A live on its device; latents are (v, h, w, c)."""
-
-    config: "UpscalerConfig"
     backend: BackendName
     device: str
     dtype: Dtype
@@ -193,6 +94,62 @@ class UpscalerModel(Protocol[A]):
         """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1]."""
         ...
 
+    def decode(self, x: A) -> NDArray[np.float32]:
+        """Pixels (v, H, W, 3), about [-1, 1], of latents (v, h, w, c)."""
+        ...
+
+
+class Model(LatentModel[A], Protocol[A]):
+    """A loaded multi-view model."""
+
+    config: ModelConfig
+
+    def encode_prompt(self, token_ids: NDArray[np.int64]) -> A:
+        """The text tower's last states (n, l, c) of token ids (n, l)."""
+        ...
+
+    def encode_image(self, pixels: NDArray[np.float32]) -> A:
+        """The vision tower's states before its last layer (n, m, c) of normalised pixels (n, s, s, 3)."""
+        ...
+
+    def condition(
+        self,
+        *,
+        text: A | None = None,
+        image_states: A | None = None,
+        image_scale: float = 1.0,
+        cameras: NDArray[np.float32] | None,
+        reference: A | None,
+        reference_scale: float = 1.0,
+        normals: A | None,
+        branches: Sequence[Branch],
+    ) -> Any:
+        """Everything that stays constant over the sampling steps, for `denoise`.
+
+        Text states (n, l, c) of the prompt, behind those of the negative one if a branch needs them; states (r, m, c) of r
+        pictures and the weight of their tokens, camera vectors (v, 16), clean reference latents (r, h, w, c) and the weight of
+        their tokens, latents of the normal maps (v, h, w, c). `branches` says what is computed at once.
+        """
+        ...
+
+    def denoise(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> A:
+        """The network's outputs (v, h, w, c), float32, for latents x at timestep t: the sum over the condition's branches, each
+        times its weight, `rescale` of it brought back to the deviation of the last branch."""
+        ...
+
+
+class TextStates(NamedTuple, Generic[A]):
+    """What an upscaler takes of texts: states (b, l, c) and pooled states (b, c)."""
+
+    states: A
+    pooled: A
+
+
+class UpscalerModel(LatentModel[A], Protocol[A]):
+    """A loaded latent upscaler."""
+
+    config: "UpscalerConfig"
+
     def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[A]:
         """States before the last norm and pooled states, float32, of token ids (b, l)."""
         ...
@@ -204,10 +161,6 @@ class UpscalerModel(Protocol[A]):
 
     def denoise(self, x: A, t: float, condition: Any, guidance: float) -> A:
         """Minus the velocity, float32, in latents x of twice the size; t is a quarter of ln sigma."""
-        ...
-
-    def decode(self, x: A) -> NDArray[np.float32]:
-        """Pixels (v, H, W, 3), about [-1, 1], of latents (v, h, w, c)."""
         ...
 
 

@@ -147,6 +147,11 @@ class UNetConfig:
         return 4 * self.block_out_channels[0]
 
     @property
+    def takes_pictures(self) -> bool:
+        """Whether reference pictures are a condition, as image tokens, frames or both."""
+        return self.reference_frame or self.resampler is not None
+
+    @property
     def normal_channels(self) -> int:
         """Latent channels of the normal maps that are concatenated to the noisy latents; 0 without."""
         return self.in_channels - self.out_channels

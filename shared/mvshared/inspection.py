@@ -8,14 +8,13 @@ from pathlib import Path
 
 from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, choose_backend
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
-from mvshared.config import ModelConfig, UNetConfig
+from mvshared.config import ModelConfig
 from mvshared.errors import MvError
 from mvshared.precision import DTYPE_BYTES
-from mvshared.quantization.plans import quantized_shapes
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
-from mvshared.weights import match_tensors, stored_quantization
+from mvshared.weights import match_network, stored_quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +95,9 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
         try:
             files = weight_files(place, component)
             network = getattr(config, component)
-            unet = network if isinstance(network, UNetConfig) else None
             quantization = stored_quantization(files)
             shapes = network_shapes(network)
-            expected = quantized_shapes(shapes, quantization.layers)
-            stored = match_tensors(files, expected, unet=unet, layers=quantization.layers)
+            stored = match_network(network, shapes, files, layers=quantization.layers)
         except MvError as fault:
             faults.append(str(fault))
             continue

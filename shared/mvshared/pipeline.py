@@ -24,6 +24,7 @@ from mvshared.arguments import (
     load_latents,
     normals_names,
     number,
+    picture_size,
     pictures_sha256,
     view_poses,
     whole,
@@ -50,7 +51,6 @@ from mvshared.upscaling.latents import UpscaleProgress, Upscaler
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views, upscaler_files
 
 MAX_PICTURES = 8
-SIZE_RANGE_PX = (16, 2048)
 
 
 class Progress(NamedTuple):
@@ -135,14 +135,12 @@ class Pipeline(Generic[A]):
         is None comes from the model's defaults. `on_step` is called after every step. `check_numerics` is a folder: every block
         of every network is looked at, and the inputs of the first one that gives NaN or infinity are saved there.
 
-        Raises OptionError, CameraError and ImageError for arguments that are not allowed, before any long work, and
-        NumericsError if the latents or the pictures end in NaN or infinity, or at the first block with `check_numerics`.
+        Raises OptionError, CameraError and ImageError for arguments that are not allowed and MemoryBudgetError for a run that
+        does not fit, before any long work, and NumericsError if the latents or the pictures end in NaN or infinity, or at the
+        first block with `check_numerics`.
         """
         config, defaults = self.model.config, self.model.config.defaults
-        size_px = whole("size_px", defaults.size_px if size_px is None else size_px, *SIZE_RANGE_PX)
-        factor = config.vae.downscale * config.unet.downscale
-        if size_px % factor:
-            raise OptionError("size_px", expected=f"a multiple of {factor} for this model", got=size_px)
+        size_px = picture_size(config, size_px)
         steps = whole("steps", defaults.steps if steps is None else steps, 1, MAX_STEPS)
         strength = Guidance(
             guidance=defaults.guidance if guidance is None else guidance,
@@ -229,7 +227,6 @@ class Pipeline(Generic[A]):
             final = self._sample(initial, plan, mixtures, conditions, parameters, on_step)
             check_views(final, "the final latents", where="sampling", dtype=self.model.dtype)
             images = self._decode(self.model.from_numpy(final))
-            self._done("vae")
         return Views(
             images=images,
             latents=final,
@@ -293,14 +290,7 @@ class Pipeline(Generic[A]):
         """The views at twice their size, as the parameters say. Raises as `upscale` does."""
         model = self.model
         if self._upscaler is None or self._upscaler[0] != parameters.upscaler:
-            loaded = load_planned(
-                parameters,
-                backend=model.backend,
-                dtype=model.dtype,
-                device=model.device,
-                quantize=preset_of(model.quantization),
-                at_once=self._at_once,
-            )
+            loaded = load_planned(parameters, **self._loading, at_once=self._at_once)
             self._upscaler = parameters.upscaler, loaded
         upscaler, memory = self._upscaler[1], views.parameters.memory
         if views.parameters.upscale is None:  # no run before has counted it
@@ -318,7 +308,6 @@ class Pipeline(Generic[A]):
                 on_step=on_step,
                 stages=self.stages,
             )
-            self._done("vae")
         if upscaler is not None and isinstance(self.memory, MemoryOptions) and not self.memory.at_once:
             upscaler.model.release()
         return upscaled
@@ -335,27 +324,20 @@ class Pipeline(Generic[A]):
             return self.memory
         if self.memory.at_once:
             return PLAIN
-        model = self.model
-        options: dict[str, Any] = {
-            "backend": model.backend,
-            "device": model.device,
-            "dtype": model.dtype,
-            "quantize": preset_of(model.quantization),
-        }
         if upscale is not None:
-            run = with_upscaling(run, upscale, **options)
+            run = with_upscaling(run, upscale, **self._loading)
         return fit(self._size, run, self.memory, process_bytes=self._process_bytes).plan
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        """How the model was loaded; its upscaler is loaded the same way."""
+        model = self.model
+        names = ("backend", "device", "dtype")
+        return {**{name: getattr(model, name) for name in names}, "quantize": preset_of(model.quantization)}
 
     @cached_property
     def _size(self) -> ModelSize:
-        model = self.model
-        return model_size(
-            find_model(self.name),
-            backend=model.backend,
-            device=model.device,
-            dtype=model.dtype,
-            quantize=preset_of(model.quantization),
-        )
+        return model_size(find_model(self.name), **self._loading)
 
     def _done(self, *components: str) -> None:
         """Drop networks whose stage is over, unless the plan keeps them."""
@@ -450,10 +432,8 @@ class Pipeline(Generic[A]):
 
     def _pictures(self, image: Pictures | None, *, size_px: int) -> list[Framed]:
         """The reference pictures, framed; none for a model that takes none."""
-        unet = self.model.config.unet
-        takes_pictures = unet.reference_frame or unet.resampler is not None
         given: list[Any] = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
-        if not takes_pictures:
+        if not self.model.config.unet.takes_pictures:
             if given:
                 raise OptionError("image", expected="left out: this model takes no picture", got=image_names(image) or "pixels")
             return []

@@ -13,8 +13,7 @@ def resident_peak() -> int | None:
     """Most bytes of memory that this process had resident since `reset_resident_peak`; None where that cannot be measured."""
     if not os.access(_RESET, os.W_OK):
         return None
-    found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    return None if found is None else 1024 * int(found[1])
+    return _counted("VmHWM")
 
 
 def reset_resident_peak() -> None:
@@ -25,16 +24,21 @@ def reset_resident_peak() -> None:
 
 def resident() -> int:
     """Bytes of memory that this process has resident now; where the system does not say, the most that it ever had, or 0."""
-    if _STATUS.exists():
-        found = re.search(r"^VmRSS:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-        if found is not None:
-            return 1024 * int(found[1])
+    counted = _counted("VmRSS") if _STATUS.exists() else None
+    if counted is not None:
+        return counted
     if sys.platform == "win32":
         return 0
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _counted(name: str) -> int | None:
+    """A line of the kernel's account of this process, in bytes; None if there is no such line."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    return None if found is None else 1024 * int(found[1])
 
 
 def trim_heap() -> None:

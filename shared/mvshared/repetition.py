@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mvshared.arguments import array_sha256, config_sha256, load_latents, pictures_sha256, whole
+from mvshared.arguments import SIZE_RANGE_PX, array_sha256, config_sha256, load_latents, pictures_sha256, whole
 from mvshared.camera import as_poses
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.memory.plan import MemoryPlan
 from mvshared.normals import load_normals
-from mvshared.pipeline import SIZE_RANGE_PX, Pipeline, Progress
+from mvshared.pipeline import Pipeline, Progress
 from mvshared.runs import Parameters, Run, Views
 from mvshared.upscaling.views import check_unchanged, upscaler_files
 from mvshared.weights import sha256_of_files

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.config import UNetConfig
+from mvshared.config import NetworkConfig, UNetConfig
 from mvshared.errors import CheckpointError, OptionError, TensorMismatchError
 from mvshared.names import own_names
 from mvshared.quantization.groups import Packed
@@ -244,6 +244,14 @@ def match_tensors(
             found[name] = shape[:2]
     check_names_and_shapes(expected=expected, found=found, path=paths[0] if len(paths) == 1 else paths[0].parent)
     return tensors
+
+
+def match_network(
+    config: NetworkConfig, shapes: Mapping[str, tuple[int, ...]], paths: Sequence[Path], *, layers: Layers
+) -> dict[str, Stored]:
+    """`match_tensors` for a network whose weights have `shapes`, where these layers are stored quantised."""
+    unet = config if isinstance(config, UNetConfig) else None
+    return match_tensors(paths, quantized_shapes(shapes, layers), unet=unet, layers=layers)
 
 
 def read_weights(

@@ -7,16 +7,14 @@ from typing import Any
 
 import click
 
-from mvshared.arguments import MAX_VIEWS, number, whole
-from mvshared.backend import PACKAGES, choose_backend, chosen_dtype
+from mvshared.arguments import MAX_VIEWS, number, picture_size, whole
+from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import components, find_model, read_model_config, weight_files
 from mvshared.commands.generate import upscale_parameters
-from mvshared.errors import OptionError
 from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.memory.budget import Fitted, fit, memory_options
-from mvshared.memory.estimate import RunSize, estimate, model_size, process_bytes, with_upscaling
+from mvshared.memory.estimate import estimate, model_size, process_bytes, usual_run, with_upscaling
 from mvshared.memory.plan import MemoryPlan, plans
-from mvshared.pipeline import SIZE_RANGE_PX
 from mvshared.weights import choose_quantization
 
 
@@ -27,26 +25,15 @@ def show_estimate(name: str, options: dict[str, Any]) -> None:
     backend = choose_backend(options["backend"])
     module = importlib.import_module(f"{PACKAGES[backend]}.model")
     device = module.choose_device(options["device"])
-    dtype = chosen_dtype(options["dtype"], backend=backend, device=device)
+    dtype = module.choose_dtype(options["dtype"], device=device)
     loading: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "quantize": options["quantize"]}
     quantization = choose_quantization({part: weight_files(folder, part) for part in components(config)}, options["quantize"])
     model = model_size(folder, **loading)
     defaults = config.defaults
     views = whole("views", defaults.views if options["views"] is None else options["views"], 1, MAX_VIEWS)
-    size_px = whole("size", defaults.size_px if options["size"] is None else options["size"], *SIZE_RANGE_PX)
-    factor = config.vae.downscale * config.unet.downscale
-    if size_px % factor:
-        raise OptionError("size", expected=f"a multiple of {factor} for this model", got=size_px)
+    size_px = picture_size(config, options["size"], name="size")
     guidance = number("guidance", defaults.guidance if options["guidance"] is None else options["guidance"], *GUIDANCE_RANGE)
-    takes_pictures = config.unet.reference_frame or config.unet.resampler is not None
-    run = RunSize(
-        views=views,
-        size_px=size_px,
-        pictures=1 if takes_pictures else 0,
-        branches=2 if guidance > 1 else 1,
-        texts=2 if config.text_encoder is not None else 0,
-        normals=config.unet.normal_channels > 0,
-    )
+    run = usual_run(config, views=views, size_px=size_px, guidance=guidance)
     upscale = upscale_parameters(options, config)
     if upscale is not None:
         run = with_upscaling(run, upscale, **loading)

@@ -64,7 +64,7 @@ def _arguments(pipeline: Pipeline[Any], options: dict[str, Any]) -> dict[str, An
     """What `generate` is called with; a picture with texture everywhere, and no text, stand in for what is not given."""
     config = pipeline.model.config
     image: list[Any] = list(options["image"])
-    if not image and (config.unet.reference_frame or config.unet.resampler is not None):
+    if not image and config.unet.takes_pictures:
         image = [textured_picture(config.defaults.size_px if options["size"] is None else options["size"])]
     prompt = options["prompt"]
     if prompt is None and config.text_encoder is not None:

@@ -1,10 +1,10 @@
 """What a run will take, stage by stage, before any work: the weights of the networks that are in memory, and their activations.
 
-Peaks are of this process's memory on the CPU, of the device's on a GPU, where PyTorch and MLX keep books of their own.
+Peaks are of this process's memory, but on a CUDA device of PyTorch's tensors there.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -110,18 +110,6 @@ def model_size(folder: Path, *, backend: BackendName, device: str, dtype: Dtype,
     else:
         config = read_model_config(folder)
         files = {component: weight_files(folder, component) for component in components(config)}
-    return _size(config, files, backend=backend, device=device, dtype=dtype, quantize=quantize)
-
-
-def _size(
-    config: ModelConfig | UpscalerConfig,
-    files: Mapping[Any, Sequence[Path]],
-    *,
-    backend: BackendName,
-    device: str,
-    dtype: Dtype,
-    quantize: str | None,
-) -> ModelSize:
     network_shapes = importlib.import_module(f"{PACKAGES[backend]}.model").network_shapes
     networks: dict[str, NetworkConfig] = {component: getattr(config, component) for component in files}
     shapes = {component: network_shapes(network) for component, network in networks.items()}
@@ -222,6 +210,18 @@ def _cross_bytes(config: ModelConfig, run: RunSize, *, dtype: Dtype) -> int:
         if attends
     )
     return 2 * DTYPE_BYTES[dtype] * run.branches * tokens * (width + unet.block_out_channels[-1])
+
+
+def usual_run(config: ModelConfig, *, views: int, size_px: int, guidance: float) -> RunSize:
+    """A run with all that the model takes: one picture, a prompt and a negative one, normal maps."""
+    return RunSize(
+        views=views,
+        size_px=size_px,
+        pictures=1 if config.unet.takes_pictures else 0,
+        branches=2 if guidance > 1 else 1,
+        texts=2 if config.text_encoder is not None else 0,
+        normals=config.unet.normal_channels > 0,
+    )
 
 
 def with_upscaling(run: RunSize, upscale: UpscaleParameters, **options: Any) -> RunSize:
