@@ -25,7 +25,7 @@ from mvmlx.unet import Cross, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared import precision
-from mvshared.backend import Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
@@ -133,8 +133,14 @@ class MultiViewModel(LatentModel):
             )
 
     def denoise(self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> mx.array:
+        """The outputs of `guided` without those of the last branch."""
+        return self.guided(x, t, condition, weights, rescale).out
+
+    def guided(
+        self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0
+    ) -> Guided[mx.array]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
-        their weights, and `rescale` of the sum brought back to the deviation of the last branch.
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
@@ -147,7 +153,7 @@ class MultiViewModel(LatentModel):
                 some = slice(first, first + together)
                 out = self._outputs(x, t, condition, some)
                 mixed = _evaluated(mixed + (mx.array(list(weights[some]))[:, None, None, None, None] * out).sum(0))
-            return _evaluated(rescaled(mixed, out[-1], rescale)) if rescale else mixed
+            return Guided(_evaluated(rescaled(mixed, out[-1], rescale)) if rescale else mixed, out[-1])
 
     def _outputs(self, x: mx.array, t: float, condition: Condition, branches: slice) -> mx.array:
         """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""

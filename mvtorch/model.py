@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mvshared import precision
-from mvshared.backend import Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
@@ -134,8 +134,14 @@ class MultiViewModel(LatentModel):
             )
 
     def denoise(self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
+        """The outputs of `guided` without those of the last branch."""
+        return self.guided(x, t, condition, weights, rescale).out
+
+    def guided(
+        self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0
+    ) -> Guided[Tensor]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
-        their weights, and `rescale` of the sum brought back to the deviation of the last branch.
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
@@ -148,7 +154,7 @@ class MultiViewModel(LatentModel):
                 some = slice(first, first + together)
                 out = self._outputs(x, t, condition, some)
                 mixed = mixed + (torch.tensor(weights[some], device=self.device)[:, None, None, None, None] * out).sum(0)
-            return rescaled(mixed, out[-1], rescale) if rescale else mixed
+            return Guided(rescaled(mixed, out[-1], rescale) if rescale else mixed, out[-1])
 
     def _outputs(self, x: Tensor, t: float, condition: Condition, branches: slice) -> Tensor:
         """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""

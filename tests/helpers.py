@@ -185,12 +185,13 @@ def from_numpy(model: Any, x: NDArray[Any] | None) -> Any:
     return torch.from_numpy(np.array(x)) if isinstance(model, torch.nn.Module) else mx.array(x)
 
 
-def denoise(model: Any, inputs: UNetInputs) -> NDArray[Any]:
+def denoise(model: Any, inputs: UNetInputs, *, reference_scale: float = 1.0) -> NDArray[Any]:
     """The U-Net's output as numpy, without gradients."""
     sample, timesteps, context, camera, reference = (from_numpy(model, x) for x in inputs)
     with torch.no_grad():
         cross = model.cross_keys_values(context)
-        return to_numpy(model(sample, timesteps, cross=cross, camera=camera, reference=reference))
+        conditions = {"cross": cross, "camera": camera, "reference": reference, "reference_scale": reference_scale}
+        return to_numpy(model(sample, timesteps, **conditions))
 
 
 def unet_gradients(model: Any, inputs: UNetInputs) -> dict[str, NDArray[Any]]:

@@ -99,6 +99,13 @@ class LatentModel(Protocol[A]):
         ...
 
 
+class Guided(NamedTuple, Generic[A]):
+    """Outputs of the network (v, h, w, c): the sum over the branches, and those of the branch with all conditions alone."""
+
+    out: A
+    conditional: A
+
+
 class Model(LatentModel[A], Protocol[A]):
     """A loaded multi-view model."""
 
@@ -130,6 +137,10 @@ class Model(LatentModel[A], Protocol[A]):
         pictures and the weight of their tokens, camera vectors (v, 16), clean reference latents (r, h, w, c) and the weight of
         their tokens, latents of the normal maps (v, h, w, c). `branches` says what is computed at once.
         """
+        ...
+
+    def guided(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> "Guided[A]":
+        """What `denoise` gives, and beside it the last branch's outputs alone."""
         ...
 
     def denoise(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> A:
