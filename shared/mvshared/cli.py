@@ -444,7 +444,12 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
 
 
 def main() -> None:
-    """Entry point of `mvmlx`: run, and turn every error into one line and an exit code."""
+    """Entry point of `mvmlx`: run, and turn every error into one line and an exit code.
+
+    Where OMP_WAIT_POLICY says nothing, OpenMP's threads sleep while they wait: PyTorch's spin by default, which makes a run
+    several times longer as soon as another program wants the cores. PyTorch reads it as it is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(sys.argv[1:]))
 
 

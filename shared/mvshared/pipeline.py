@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,9 +46,11 @@ from mvshared.quantization.plans import preset_of
 from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
 from mvshared.stages import Stages
-from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 from mvshared.upscaling.latents import UpscaleProgress, Upscaler
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views, upscaler_files
+
+if TYPE_CHECKING:
+    from mvshared.tokenizer import CLIPTokenizer
 
 MAX_PICTURES = 8
 
@@ -87,8 +89,10 @@ class Pipeline(Generic[A]):
         self._upscaler: tuple[str | None, Upscaler[Any] | None] | None = None  # the last one, by its name
 
     @cached_property
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> "CLIPTokenizer":
         """The tokenizer of the model's folder. Raises CheckpointError if it is missing or does not fit the text encoder."""
+        from mvshared.tokenizer import load_tokenizer
+
         return load_tokenizer(find_model(self.name), self.model.config.text_encoder)
 
     def generate(
