@@ -420,6 +420,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @click.option("--identities", type=NumberRange(), default="0:64", show_default=True, help="Numbers of the heads, first:end.")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance.  [default: the model's]")
+@click.option("--views", type=int, help="Views per head, spread evenly from azimuth 45 on.  [default: 4]")
 @click.option("--normals", is_flag=True, help="Give the true normal maps to the model.")
 @click.option("--upscaler", help="Measure this latent upscaler on the model's views instead, beside lanczos and bilinear.")
 @click.option("--upscale-steps", type=int, help="Steps of the upscaler.  [default: the upscaler's]")
@@ -432,7 +433,7 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
     """Measure how consistent the views in FOLDER are, or how good a model is on held-out heads.
 
     FOLDER has pictures and their transforms.json: an output of `mvmlx generate`, or a capture. Only -o and --json go with it.
-    Without FOLDER, four views each of heads are compared with true renders: PSNR, SSIM, silhouettes, consistency, identity.
+    Without FOLDER, views of heads are compared with true renders: PSNR, SSIM, the face, silhouettes, consistency, identity.
     """
     from mvshared.commands.evaluate import evaluate_folder, evaluate_model, evaluate_upscaler
 
