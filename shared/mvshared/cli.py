@@ -69,6 +69,16 @@ def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def sampler_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that samples; see docs/samplers.md."""
+    for option in (
+        click.option("--spacing", help="leading, trailing, linspace or karras timesteps.  [default: the model's]"),
+        click.option("--scheduler", help="ddim, euler, euler-ancestral, dpmpp-2m, dpmpp-2s or unipc.  [default: the model's]"),
+    ):
+        function = option(function)
+    return function
+
+
 def upscale_options(*, default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options of every command that upscales."""
 
@@ -135,7 +145,7 @@ def cli() -> None:
     help="Shares of the run between which steps are guided, 0 to 1.",
 )
 @click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Share of the deviation kept, 0 to 1.")
-@click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
+@sampler_options
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM, 0 to 1.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
@@ -337,7 +347,7 @@ def validate(model: str, **options: Any) -> None:
 @camera_options
 @click.option("--steps", type=int, default=4, show_default=True, help="Sampling steps.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, 1 (off) to 20.  [default: the model's]")
-@click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
+@sampler_options
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
