@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.layers import FeedForward, GroupNorm
+from mvmlx.layers import FeedForward, GroupNorm, _PointConv2d
 from mvshared.attention import AttentionOptions, score_slices
 
 
@@ -199,11 +199,11 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
         self.transformer_blocks = [
             TransformerBlock(channels, heads, context_dim=context_dim, image_tokens=image_tokens) for _ in range(depth)
         ]
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
 
     def __call__(
         self,
