@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.layers import FeedForward, GroupNorm
+from mvmlx.layers import FeedForward, GroupNorm, _PointConv2d
 from mvshared.attention import AttentionOptions, check_pooling, score_slices
 
 
@@ -215,20 +215,20 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.finest = finest
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
         self.transformer_blocks = [
             TransformerBlock(channels, heads, context_dim=context_dim, image_tokens=image_tokens) for _ in range(depth)
         ]
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
 
     def __call__(
         self,
         x: mx.array,
         cross: Sequence[CrossKeyValues] | None,
+        frame_bias: mx.array | None = None,
         *,
         views: int,
         options: AttentionOptions,
-        frame_bias: tuple[float, ...] | None = None,
     ) -> mx.array:
         """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c).
 
@@ -238,7 +238,7 @@ class SpatialTransformer(nn.Module):
         pooling = options.kv_pooling if self.finest else 1
         check_pooling(pooling, h, w)
         keys = h * w // pooling**2  # of every view
-        key_bias = None if frame_bias is None else mx.repeat(mx.array(frame_bias), keys)
+        key_bias = None if frame_bias is None else mx.repeat(frame_bias, keys)
         tokens = self.proj_in(self.norm(x)).reshape(n // views, views * h * w, c)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
             tokens = block(tokens, kv, options=options, key_bias=key_bias, pooled=None if pooling == 1 else (h, w))

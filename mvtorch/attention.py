@@ -216,10 +216,10 @@ class SpatialTransformer(nn.Module):
         self,
         x: Tensor,
         cross: Sequence[CrossKeyValues] | None,
+        frame_bias: Tensor | None = None,
         *,
         views: int,
         options: AttentionOptions,
-        frame_bias: tuple[float, ...] | None = None,
     ) -> Tensor:
         """Views (b v, c, h, w) and what each block attends to beside the views, to (b v, c, h, w).
 
@@ -229,7 +229,7 @@ class SpatialTransformer(nn.Module):
         pooling = options.kv_pooling if self.finest else 1
         check_pooling(pooling, h, w)
         keys = h * w // pooling**2  # of every view
-        key_bias = None if frame_bias is None else torch.tensor(frame_bias, device=x.device).repeat_interleave(keys)
+        key_bias = None if frame_bias is None else frame_bias.repeat_interleave(keys)
         y = self.norm(x)
         if not self.linear:
             y = self.proj_in(y)

@@ -114,7 +114,8 @@ def test_a_step_in_between_computes_one_branch(pipeline: Pipeline[Any]) -> None:
         seen.append(sample.shape[0])
         return unet(sample, *args, **kwargs)
 
-    counting.cross_keys_values = unet.cross_keys_values  # pyright: ignore[reportFunctionMemberAccess]
+    counting.constants = unet.constants  # pyright: ignore[reportFunctionMemberAccess]
+    counting.time_embeddings = unet.time_embeddings  # pyright: ignore[reportFunctionMemberAccess]
     generate(with_unet(pipeline, counting), guidance_every=2, guidance_interval=(0.2, 1))
     assert seen == [1, 2, 1, 2, 1]
 

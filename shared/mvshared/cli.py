@@ -436,6 +436,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @click.option("--identities", type=NumberRange(), default="0:64", show_default=True, help="Numbers of the heads, first:end.")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance.  [default: the model's]")
+@click.option("--views", type=int, help="Views per head, spread evenly from azimuth 45 on.  [default: 4]")
 @click.option("--normals", is_flag=True, help="Give the true normal maps to the model.")
 @click.option("--upscaler", help="Measure this latent upscaler on the model's views instead, beside lanczos and bilinear.")
 @click.option("--upscale-steps", type=int, help="Steps of the upscaler.  [default: the upscaler's]")
@@ -448,7 +449,7 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
     """Measure how consistent the views in FOLDER are, or how good a model is on held-out heads.
 
     FOLDER has pictures and their transforms.json: an output of `mvmlx generate`, or a capture. Only -o and --json go with it.
-    Without FOLDER, four views each of heads are compared with true renders: PSNR, SSIM, silhouettes, consistency, identity.
+    Without FOLDER, views of heads are compared with true renders: PSNR, SSIM, the face, silhouettes, consistency, identity.
     """
     from mvshared.commands.evaluate import evaluate_folder, evaluate_model, evaluate_upscaler
 
@@ -460,7 +461,12 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
 
 
 def main() -> None:
-    """Entry point of `mvmlx`: run, and turn every error into one line and an exit code."""
+    """Entry point of `mvmlx`: run, and turn every error into one line and an exit code.
+
+    Where OMP_WAIT_POLICY says nothing, OpenMP's threads sleep while they wait: PyTorch's spin by default, which makes a run
+    several times longer as soon as another program wants the cores. PyTorch reads it as it is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(sys.argv[1:]))
 
 

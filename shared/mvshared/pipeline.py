@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,9 +49,11 @@ from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.samplers import State, Step, advance, remembered, sampler_steps
 from mvshared.schedule import MAX_STEPS, with_spacing
 from mvshared.stages import Stages
-from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 from mvshared.upscaling.latents import UpscaleProgress, Upscaler
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views, upscaler_files
+
+if TYPE_CHECKING:
+    from mvshared.tokenizer import CLIPTokenizer
 
 MAX_PICTURES = 8
 
@@ -90,8 +92,10 @@ class Pipeline(Generic[A]):
         self._upscaler: tuple[str | None, Upscaler[Any] | None] | None = None  # the last one, by its name
 
     @cached_property
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> "CLIPTokenizer":
         """The tokenizer of the model's folder. Raises CheckpointError if it is missing or does not fit the text encoder."""
+        from mvshared.tokenizer import load_tokenizer
+
         return load_tokenizer(find_model(self.name), self.model.config.text_encoder)
 
     def generate(
@@ -238,7 +242,8 @@ class Pipeline(Generic[A]):
         )
         pooled = replace(memory, attention=replace(memory.attention, kv_pooling=kv_pooling))
         with checked_numerics({"": self.model}, self.stages, check_numerics), self.model.planned(pooled):
-            conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, parameters)
+            timesteps = [step.timestep for step in plan]
+            conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, timesteps, parameters)
             final = self._sample(initial, plan, calls, conditions, parameters, on_step)
             check_views(final, "the final latents", where="sampling", dtype=self.model.dtype)
             images = self._decode(self.model.from_numpy(final))
@@ -366,6 +371,7 @@ class Pipeline(Generic[A]):
         normals: NDArray[np.float32] | None,
         prompts: Prompts | None,
         mixtures: Sequence[Mixture],
+        timesteps: Sequence[float],
         parameters: Parameters,
     ) -> dict[Mixture, Any]:
         """What the model's `condition` makes of all that stays constant over the steps, for every mixture once."""
@@ -398,6 +404,7 @@ class Pipeline(Generic[A]):
                     reference_scale=parameters.reference_scale,
                     normals=normal_latents,
                     branches=mixture.branches,
+                    timesteps=timesteps,
                 )
                 for mixture in wanted
             }
