@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvmlx.layers import _evaluated
+from mvmlx.metal import memory_limits
 from mvmlx.observation import Observer, OnEnd, OnStart, observe, observe_blocks
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype
@@ -64,16 +65,14 @@ class LatentModel:
     def planned(self, plan: MemoryPlan) -> Iterator[None]:
         """Within the context, memory is used as the plan says."""
         before, self.plan = self.plan, plan
-        limit = None if plan.cache_bytes is None else mx.set_cache_limit(plan.cache_bytes)
-        try:
-            with self.networks.watched(plan.attach):
-                yield
-        finally:
-            self.plan = before
-            if not plan.networks_at_once:
-                self.release()
-            if limit is not None:
-                mx.set_cache_limit(limit)
+        with memory_limits(self.device, plan.cache_bytes):
+            try:
+                with self.networks.watched(plan.attach):
+                    yield
+            finally:
+                self.plan = before
+                if not plan.networks_at_once:
+                    self.release()
 
     def release(self, *components: str) -> None:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""

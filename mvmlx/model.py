@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
 from mvmlx.latents import LatentModel, _on_device, to_numpy
 from mvmlx.layers import _evaluated
+from mvmlx.observation import _is_observed
 from mvmlx.quantized import packed_tensors, quantize_network
 from mvmlx.unet import Cross, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
@@ -132,6 +133,22 @@ class MultiViewModel(LatentModel):
                 branches=branches,
             )
 
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done: one, unless little memory is to be taken or somebody
+        looks at the blocks."""
+        observed = any(_is_observed(self.networks[component]) for component in self.networks.loaded)
+        return 0 if observed or not self.plan.networks_at_once else 1
+
+    def start(self, x: mx.array) -> None:
+        """Begin to compute an array."""
+        with _on_device(self.device):
+            mx.async_eval(x)
+
+    def wait(self, x: mx.array) -> None:
+        """Return when an array is computed."""
+        mx.eval(x)
+
     def denoise(self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> mx.array:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
         their weights, and `rescale` of the sum brought back to the deviation of the last branch.
@@ -144,10 +161,14 @@ class MultiViewModel(LatentModel):
         with _on_device(self.device):
             mixed = out = mx.zeros(())
             for first in range(0, count, together):
+                if first:  # one after the other, for the sake of memory
+                    mx.eval(mixed)
                 some = slice(first, first + together)
                 out = self._outputs(x, t, condition, some)
-                mixed = _evaluated(mixed + (mx.array(list(weights[some]))[:, None, None, None, None] * out).sum(0))
-            return _evaluated(rescaled(mixed, out[-1], rescale)) if rescale else mixed
+                mixed = mixed + (mx.array(list(weights[some]))[:, None, None, None, None] * out).sum(0)
+            mixed = rescaled(mixed, out[-1], rescale) if rescale else mixed
+            mx.async_eval(mixed)
+            return mixed
 
     def _outputs(self, x: mx.array, t: float, condition: Condition, branches: slice) -> mx.array:
         """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
