@@ -220,17 +220,17 @@ class SpatialTransformer(nn.Module):
         self,
         x: mx.array,
         cross: Sequence[CrossKeyValues] | None,
+        frame_bias: mx.array | None = None,
         *,
         views: int,
         options: AttentionOptions,
-        frame_bias: tuple[float, ...] | None = None,
     ) -> mx.array:
         """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c).
 
         `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
         """
         n, h, w, c = x.shape
-        key_bias = None if frame_bias is None else mx.repeat(mx.array(frame_bias), h * w)
+        key_bias = None if frame_bias is None else mx.repeat(frame_bias, h * w)
         tokens = self.proj_in(self.norm(x)).reshape(n // views, views * h * w, c)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
             tokens = block(tokens, kv, options=options, key_bias=key_bias)

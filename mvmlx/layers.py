@@ -147,10 +147,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = _PointConv2d(in_channels, out_channels) if in_channels != out_channels else None
 
     def __call__(self, x: mx.array, emb: mx.array | None = None) -> mx.array:
-        """x (n, h, w, in_channels) and time embeddings (n, time_embed_dim) to (n, h, w, out_channels)."""
+        """x (n, h, w, in_channels) and time embeddings after SiLU (n, time_embed_dim) to (n, h, w, out_channels)."""
         h = self.conv1(_norm_silu(self.norm1, x))
         if emb is not None:
-            h = h + self.time_emb_proj(nn.silu(emb))[:, None, None, :]
+            h = h + self.time_emb_proj(emb)[:, None, None, :]
         h = self.conv2(_norm_silu(self.norm2, h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 

@@ -172,8 +172,9 @@ class DiffusersModel(DiffusersNetworks):
         reference_scale: float = 1.0,
         normals: Tensor | None,
         branches: Sequence[Branch],
+        timesteps: Sequence[float] = (),
     ) -> Condition:
-        """See `mvshared.backend.Model.condition`."""
+        """See `mvshared.backend.Model.condition`; diffusers embeds every timestep when it is used."""
         check_branches(branches, texts=None if text is None else len(text))
 
         def batched(x: Tensor | None, seen: Sequence[bool]) -> Tensor | None:

@@ -299,7 +299,8 @@ def test_guidance_1_skips_the_unconditional_half(pipeline: Pipeline[Any]) -> Non
         batches.append(tuple(sample.shape))
         return unet(sample, *args, **kwargs)
 
-    counting.cross_keys_values = unet.cross_keys_values  # pyright: ignore[reportFunctionMemberAccess]
+    for name in ("constants", "time_embeddings"):
+        setattr(counting, name, getattr(unet, name))
     counted = with_unet(pipeline, counting)
     for guidance in (1, 1.5):
         generate(counted, steps=1, views=3, guidance=guidance)

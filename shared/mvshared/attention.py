@@ -1,6 +1,5 @@
 """How attention is computed: the choice that both backends take, and the plan of its sliced form."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -40,14 +39,6 @@ class AttentionOptions:
 
 
 FUSED = AttentionOptions()
-
-
-def frame_bias(reference_scale: float, *, views: int, references: int) -> tuple[float, ...] | None:
-    """What is added to the scores of the keys of every frame, references last, so that theirs weigh `reference_scale` times as
-    much in the softmax; None where that is nothing. The scale is above 0."""
-    if reference_scale == 1 or not references:
-        return None
-    return (0.0,) * views + (math.log(reference_scale),) * references
 
 
 def score_slices(*, heads: int, queries: int, keys: int, budget_bytes: int) -> Iterator[tuple[slice, slice]]:

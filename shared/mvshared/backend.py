@@ -123,12 +123,14 @@ class Model(LatentModel[A], Protocol[A]):
         reference_scale: float = 1.0,
         normals: A | None,
         branches: Sequence[Branch],
+        timesteps: Sequence[float] = (),
     ) -> Any:
         """Everything that stays constant over the sampling steps, for `denoise`.
 
         Text states (n, l, c) of the prompt, behind those of the negative one if a branch needs them; states (r, m, c) of r
         pictures and the weight of their tokens, camera vectors (v, 16), clean reference latents (r, h, w, c) and the weight of
-        their tokens, latents of the normal maps (v, h, w, c). `branches` says what is computed at once.
+        their tokens, latents of the normal maps (v, h, w, c). `branches` says what is computed at once, `timesteps` which ones
+        are to be expected; `denoise` takes others too.
         """
         ...
 

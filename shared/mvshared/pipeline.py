@@ -233,7 +233,8 @@ class Pipeline(Generic[A]):
             memory=memory,
         )
         with checked_numerics({"": self.model}, self.stages, check_numerics), self.model.planned(memory):
-            conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, parameters)
+            timesteps = [step.timestep for step in plan]
+            conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, timesteps, parameters)
             final = self._sample(initial, plan, mixtures, conditions, parameters, on_step)
             check_views(final, "the final latents", where="sampling", dtype=self.model.dtype)
             images = self._decode(self.model.from_numpy(final))
@@ -361,6 +362,7 @@ class Pipeline(Generic[A]):
         normals: NDArray[np.float32] | None,
         prompts: Prompts | None,
         mixtures: Sequence[Mixture],
+        timesteps: Sequence[float],
         parameters: Parameters,
     ) -> dict[Mixture, Any]:
         """What the model's `condition` makes of all that stays constant over the steps, for every mixture once."""
@@ -393,6 +395,7 @@ class Pipeline(Generic[A]):
                     reference_scale=parameters.reference_scale,
                     normals=normal_latents,
                     branches=mixture.branches,
+                    timesteps=timesteps,
                 )
                 for mixture in wanted
             }
