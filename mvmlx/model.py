@@ -192,11 +192,10 @@ class MultiViewModel(LatentModel):
         elif channels:
             sample = mx.pad(sample, [(0, 0)] * 4 + [(0, channels)])
         times = condition.times.get(t)
-        return self.unet(
-            sample,
-            self.unet.time_embeddings(mx.full((batch,), t, dtype=mx.float32)) if times is None else times[branches],
-            select_objects(condition.constants, branches),
-        ).astype(mx.float32)
+        if times is None:
+            times = self.unet.time_embeddings(mx.full((batch,), t, dtype=mx.float32))
+        unet = self._compiled(self.unet)
+        return unet(sample, times[branches], select_objects(condition.constants, branches)).astype(mx.float32)
 
 
 def rescaled(x: mx.array, conditional: mx.array, share: float) -> mx.array:
