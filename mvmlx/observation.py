@@ -5,6 +5,7 @@ Parity layer by layer, the search for the first NaN, profiles and pictures of ac
 
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -53,6 +54,8 @@ def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None =
 
     def attach(prefix: str, network: nn.Module) -> Callable[[], None]:
         stack = ExitStack()
+        _observed[id(network)] += 1
+        stack.callback(_observed.subtract, [id(network)])
         for path, module in network.named_modules():
             name = ".".join(part for part in (prefix, path) if part)
             kind = type(module)
@@ -63,6 +66,14 @@ def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None =
 
     with watched(networks, attach):
         yield watch.clock
+
+
+_observed: Counter[int] = Counter()  # how many look at a network, by its id
+
+
+def _is_observed(network: nn.Module) -> bool:
+    """Whether somebody looks at the blocks of a network now."""
+    return _observed[id(network)] > 0
 
 
 class _Watch:

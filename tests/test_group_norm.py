@@ -154,8 +154,7 @@ def test_a_kernel_that_cannot_be_built_is_told_once_and_done_without(monkeypatch
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("Unable to build metal library from source\nerror: and so on")
 
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mvmlx.group_norm, "on_metal", lambda: True)
     monkeypatch.setattr(mvmlx.group_norm, "fused_group_norm", broken)
     mvmlx.group_norm._works.cache_clear()
     try:
@@ -168,8 +167,7 @@ def test_a_kernel_that_cannot_be_built_is_told_once_and_done_without(monkeypatch
 
 
 def test_the_environment_turns_the_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mvmlx.group_norm, "on_metal", lambda: True)
     monkeypatch.setattr(
         mvmlx.group_norm, "fused_group_norm", lambda x, *_, groups, **__: _group_norm(x, *_, groups=groups, eps=0.0)
     )

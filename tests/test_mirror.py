@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What only PyTorch can do: run diffusers, read its own pickles.
 ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py"}
-# A kernel for a Mac's GPU.
-ONLY_MLX = {"group_norm.py"}
+# Compilation, and what is for a Mac's GPU.
+ONLY_MLX = {"compiled.py", "group_norm.py", "metal.py"}
 
 # PyTorch's word, MLX's word, and the one that stands for both.
 WORDS = (

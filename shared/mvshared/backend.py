@@ -141,6 +141,19 @@ class Model(LatentModel[A], Protocol[A]):
         """
         ...
 
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done."""
+        ...
+
+    def start(self, x: A) -> None:
+        """Begin to compute an array, where arrays are computed when they are needed."""
+        ...
+
+    def wait(self, x: A) -> None:
+        """Return when an array is computed, where a device is given more work before that."""
+        ...
+
     def guided(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> "Guided[A]":
         """What `denoise` gives, and beside it the last branch's outputs alone."""
         ...
