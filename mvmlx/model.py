@@ -27,7 +27,7 @@ from mvmlx.unet import Constants, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared import precision
-from mvshared.backend import Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
@@ -155,8 +155,14 @@ class MultiViewModel(LatentModel):
         mx.eval(x)
 
     def denoise(self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> mx.array:
+        """The outputs of `guided` without those of the last branch."""
+        return self.guided(x, t, condition, weights, rescale).out
+
+    def guided(
+        self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0
+    ) -> Guided[mx.array]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
-        their weights, and `rescale` of the sum brought back to the deviation of the last branch.
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
@@ -172,8 +178,8 @@ class MultiViewModel(LatentModel):
                 outs.extend(more)
             mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
             mixed = rescaled(mixed, outs[-1], rescale) if rescale else mixed
-            mx.async_eval(mixed)
-            return mixed
+            mx.async_eval(mixed, outs[-1])
+            return Guided(mixed, outs[-1])
 
     def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, mx.array]:
         """The embeddings (batch, time_embed_dim) of timesteps."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvshared.attention import AttentionOptions, score_slices
+from mvshared.attention import AttentionOptions, check_pooling, score_slices
 from mvtorch.layers import FeedForward, GroupNorm
 
 
@@ -63,6 +63,12 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first: int | None, key_
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
         scores = scores.masked_fill(later, -torch.inf)
     return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def average_squares(x: Tensor, height: int, width: int) -> Tensor:
+    """Means (b, v h/2 w/2, c) of 2x2 neighbours among the tokens (b, v h w, c) of views of that height and width."""
+    squares = x.unflatten(1, (-1, height // 2, 2, width // 2, 2))
+    return squares.mean(dim=(3, 5)).flatten(1, 3)
 
 
 class Attention(nn.Module):
@@ -156,14 +162,22 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(
-        self, x: Tensor, cross: CrossKeyValues | None, *, options: AttentionOptions, key_bias: Tensor | None = None
+        self,
+        x: Tensor,
+        cross: CrossKeyValues | None,
+        *,
+        options: AttentionOptions,
+        key_bias: Tensor | None = None,
+        pooled: tuple[int, int] | None = None,
     ) -> Tensor:
         """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c).
 
-        `key_bias` (l,) is added to the scores of the tokens in the self-attention.
+        With `pooled`, the height and width of every view, they attend to the averages of 2x2 tokens of a view. `key_bias` is
+        added to the scores of the tokens, or of their averages, in the self-attention.
         """
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h), options=options, key_bias=key_bias)
+        context = h if pooled is None else average_squares(h, *pooled)
+        x = x + self.attn1(h, self.attn1.keys_values(context), options=options, key_bias=key_bias)
         if cross is not None:
             x = x + self.attn2(self.norm2(x), cross, options=options)
         return x + self.ff(self.norm3(x))
@@ -173,7 +187,7 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of all views of an object together.
 
     `linear` makes the projections around the blocks linear layers instead of convolutions of size 1: the same function, other
-    tensor shapes.
+    tensor shapes. `finest` says that there is no finer level with attention, so that `kv_pooling` applies.
     """
 
     def __init__(
@@ -186,8 +200,10 @@ class SpatialTransformer(nn.Module):
         image_tokens: bool,
         groups: int,
         linear: bool,
+        finest: bool = False,
     ) -> None:
         super().__init__()
+        self.finest = finest
         self.linear = linear
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
@@ -210,7 +226,10 @@ class SpatialTransformer(nn.Module):
         `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
         """
         n, c, h, w = x.shape
-        key_bias = None if frame_bias is None else frame_bias.repeat_interleave(h * w)
+        pooling = options.kv_pooling if self.finest else 1
+        check_pooling(pooling, h, w)
+        keys = h * w // pooling**2  # of every view
+        key_bias = None if frame_bias is None else frame_bias.repeat_interleave(keys)
         y = self.norm(x)
         if not self.linear:
             y = self.proj_in(y)
@@ -218,7 +237,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             tokens = self.proj_in(tokens)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
-            tokens = block(tokens, kv, options=options, key_bias=key_bias)
+            tokens = block(tokens, kv, options=options, key_bias=key_bias, pooled=None if pooling == 1 else (h, w))
         if self.linear:
             tokens = self.proj_out(tokens)
         y = tokens.reshape(n, h, w, c).permute(0, 3, 1, 2)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mvshared import precision
-from mvshared.backend import Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
@@ -152,8 +152,14 @@ class MultiViewModel(LatentModel):
         """Return when an array is computed: whatever reads it waits for it."""
 
     def denoise(self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
+        """The outputs of `guided` without those of the last branch."""
+        return self.guided(x, t, condition, weights, rescale).out
+
+    def guided(
+        self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0
+    ) -> Guided[Tensor]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
-        their weights, and `rescale` of the sum brought back to the deviation of the last branch.
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
@@ -165,7 +171,7 @@ class MultiViewModel(LatentModel):
             for first in range(0, count, together):
                 outs.extend(self._outputs(x, t, condition, slice(first, first + together)))
             mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
-            return rescaled(mixed, outs[-1], rescale) if rescale else mixed
+            return Guided(rescaled(mixed, outs[-1], rescale) if rescale else mixed, outs[-1])
 
     def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, Tensor]:
         """The embeddings (batch, time_embed_dim) of timesteps."""

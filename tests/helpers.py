@@ -185,11 +185,11 @@ def from_numpy(model: Any, x: NDArray[Any] | None) -> Any:
     return torch.from_numpy(np.array(x)) if isinstance(model, torch.nn.Module) else mx.array(x)
 
 
-def denoise(model: Any, inputs: UNetInputs) -> NDArray[Any]:
+def denoise(model: Any, inputs: UNetInputs, *, reference_scale: float = 1.0) -> NDArray[Any]:
     """The U-Net's output as numpy, without gradients."""
     sample, timesteps, context, camera, reference = (from_numpy(model, x) for x in inputs)
     with torch.no_grad():
-        constants = model.constants(context, camera=camera, reference=reference)
+        constants = model.constants(context, camera=camera, reference=reference, reference_scale=reference_scale)
         return to_numpy(model(sample, model.time_embeddings(timesteps), constants))
 
 
