@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
 from mvmlx.latents import LatentModel, _on_device, to_numpy
 from mvmlx.layers import _evaluated
+from mvmlx.observation import _is_observed
 from mvmlx.quantized import packed_tensors, quantize_network
 from mvmlx.unet import Constants, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
@@ -137,6 +138,22 @@ class MultiViewModel(LatentModel):
                 branches=branches,
             )
 
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done: one, unless little memory is to be taken or somebody
+        looks at the blocks."""
+        observed = any(_is_observed(self.networks[component]) for component in self.networks.loaded)
+        return 0 if observed or not self.plan.networks_at_once else 1
+
+    def start(self, x: mx.array) -> None:
+        """Begin to compute an array."""
+        with _on_device(self.device):
+            mx.async_eval(x)
+
+    def wait(self, x: mx.array) -> None:
+        """Return when an array is computed."""
+        mx.eval(x)
+
     def denoise(self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> mx.array:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
         their weights, and `rescale` of the sum brought back to the deviation of the last branch.
@@ -149,9 +166,14 @@ class MultiViewModel(LatentModel):
         with _on_device(self.device):
             outs: list[mx.array] = []
             for first in range(0, count, together):
-                outs.extend(_evaluated(self._outputs(x, t, condition, slice(first, first + together))))
+                more = list(self._outputs(x, t, condition, slice(first, first + together)))
+                if together < count:  # one after the other, for the sake of memory
+                    mx.eval(more)
+                outs.extend(more)
             mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
-            return _evaluated(rescaled(mixed, outs[-1], rescale) if rescale else mixed)
+            mixed = rescaled(mixed, outs[-1], rescale) if rescale else mixed
+            mx.async_eval(mixed)
+            return mixed
 
     def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, mx.array]:
         """The embeddings (batch, time_embed_dim) of timesteps."""
@@ -170,11 +192,10 @@ class MultiViewModel(LatentModel):
         elif channels:
             sample = mx.pad(sample, [(0, 0)] * 4 + [(0, channels)])
         times = condition.times.get(t)
-        return self.unet(
-            sample,
-            self.unet.time_embeddings(mx.full((batch,), t, dtype=mx.float32)) if times is None else times[branches],
-            select_objects(condition.constants, branches),
-        ).astype(mx.float32)
+        if times is None:
+            times = self.unet.time_embeddings(mx.full((batch,), t, dtype=mx.float32))
+        unet = self._compiled(self.unet)
+        return unet(sample, times[branches], select_objects(condition.constants, branches)).astype(mx.float32)
 
 
 def rescaled(x: mx.array, conditional: mx.array, share: float) -> mx.array:

@@ -15,7 +15,16 @@ import mlx.nn as nn
 
 from mvmlx.attention import CrossKeyValues, KeyValues, SpatialTransformer
 from mvmlx.clip import Resampler
-from mvmlx.layers import Downsample, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, run_block, timestep_embedding
+from mvmlx.layers import (
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    _norm_silu,
+    run_block,
+    timestep_embedding,
+)
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import UNetConfig
 from mvshared.shapes import check_conditions, check_unet_inputs
@@ -224,8 +233,9 @@ class MultiViewUNet(nn.Module):
                 x = run(resnet, transformer, x)
             for upsample in level.upsamplers:
                 x = upsample(x)
-        x = mx.unflatten(x, 0, (b, f))[:, :v].flatten(0, 1)
-        x = self.conv_out(nn.silu(self.conv_norm_out(x)))
+        if f > v:
+            x = mx.unflatten(x, 0, (b, f))[:, :v].flatten(0, 1)
+        x = self.conv_out(_norm_silu(self.conv_norm_out, x))
         return mx.unflatten(x, 0, (b, v))
 
     def _transformers(self) -> Iterator[SpatialTransformer]:

@@ -141,6 +141,17 @@ class MultiViewModel(LatentModel):
                 branches=branches,
             )
 
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done: none, PyTorch computes them as they are called."""
+        return 0
+
+    def start(self, x: Tensor) -> None:
+        """Begin to compute an array: PyTorch has begun."""
+
+    def wait(self, x: Tensor) -> None:
+        """Return when an array is computed: whatever reads it waits for it."""
+
     def denoise(self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
         their weights, and `rescale` of the sum brought back to the deviation of the last branch.

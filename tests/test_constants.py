@@ -98,7 +98,7 @@ def test_no_step_of_a_run_brings_numbers_to_the_device_or_waits_for_it(monkeypat
 def test_only_noise_goes_to_the_device_in_a_run_without_previews_and_only_the_result_comes_back(backend: Backend) -> None:
     recorded = record(pipeline_of(backend))
     generate(recorded.pipeline)
-    calls = [name for name, _ in recorded.model.calls]
+    calls = [name for name, _ in recorded.model.calls if name not in ("start", "wait")]  # which bring nothing
     assert calls.count("denoise") == 4
     first = calls.index("denoise")
     assert calls[first - 1 :] == ["from_numpy", *["denoise", "from_numpy"] * 4, "to_numpy", "from_numpy", "decode"]

@@ -10,6 +10,13 @@ AttentionImplementation = Literal["fused", "plain", "sliced"]
 
 SCORE_BYTES = 4  # scores are float32 whatever the model's dtype
 
+FUSED_WIDTHS = (64, 72, 80, 96, 128)  # of heads that MLX's kernel takes on Metal
+
+
+def fused_width(width: int) -> int | None:
+    """The width that heads are filled up to with zeros for MLX's kernel on Metal; None if they are too wide for it."""
+    return min((each for each in FUSED_WIDTHS if each >= width), default=None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:

@@ -134,6 +134,19 @@ class Model(LatentModel[A], Protocol[A]):
         """
         ...
 
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done."""
+        ...
+
+    def start(self, x: A) -> None:
+        """Begin to compute an array, where arrays are computed when they are needed."""
+        ...
+
+    def wait(self, x: A) -> None:
+        """Return when an array is computed, where a device is given more work before that."""
+        ...
+
     def denoise(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> A:
         """The network's outputs (v, h, w, c), float32, for latents x at timestep t: the sum over the condition's branches, each
         times its weight, `rescale` of it brought back to the deviation of the last branch."""

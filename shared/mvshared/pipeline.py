@@ -7,13 +7,14 @@ products with floats here.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mvshared.ahead import Reports
 from mvshared.arguments import (
     Latents,
     Pictures,
@@ -409,7 +410,7 @@ class Pipeline(Generic[A]):
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
         """Run the sampler from the initial latents to the final ones, both (v, h, w, c)."""
-        model, remember = self.model, remembered(plan)
+        model, remember, reports = self.model, remembered(plan), Reports(self.model, self.stages)
         with self.stages("unet"):
             state = State(model.from_numpy(initial))
             for index, (step, mixture) in enumerate(zip(plan, mixtures, strict=True)):
@@ -420,8 +421,9 @@ class Pipeline(Generic[A]):
                     random = np.random.default_rng([parameters.seed, index + 1])
                     noise = model.from_numpy(random.standard_normal(initial.shape, np.float32))
                 state = advance(state, step, out, noise, remember=remember)
-                if on_step is not None:
-                    on_step(self._progress(index + 1, len(plan), step, state.x, (x, out)))
+                progress = self._progress(index + 1, len(plan), step, state.x, (x, out))
+                reports.add(index + 1, state.x, None if on_step is None else partial(on_step, progress))
+            reports.finish()
             final = model.to_numpy(state.x)
             self._done("unet")
             return final
