@@ -39,7 +39,7 @@ from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize
 from mvshared.weights import check_names_and_shapes, choose_quantization, match_network, match_tensors, stored_quantization
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
     """What stays constant over the sampling steps, for b branches of the guidance.
 
