@@ -11,8 +11,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.layers import FeedForward, GroupNorm
-from mvshared.attention import AttentionOptions, score_slices
+from mvmlx.layers import FeedForward, GroupNorm, _PointConv2d
+from mvmlx.metal import on_metal
+from mvshared.attention import AttentionOptions, fused_width, score_slices
 
 
 class KeyValues(NamedTuple):
@@ -41,7 +42,7 @@ def attention(
         mask = "causal" if causal else None if key_bias is None else key_bias.astype(q.dtype)
         half = q.dtype != mx.float32
         try:
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, force_fused=half)
+            return _fused_attention(q, k, v, mask=mask, force_fused=half)
         except ValueError:  # there is no kernel
             if not half:
                 raise
@@ -60,6 +61,16 @@ def attention(
         first = query.start if causal else None
         out[-1].append(_plain_attention(piece, k[head], v[head], first=first, key_bias=key_bias))
     return mx.concatenate([mx.concatenate(row, axis=1) for row in out]).reshape(batch, heads, queries, width)
+
+
+def _fused_attention(q: mx.array, k: mx.array, v: mx.array, *, mask: mx.array | str | None, force_fused: bool) -> mx.array:
+    """The library's attention; on Metal with heads filled up with zeros to a width that its kernel takes."""
+    width = q.shape[-1]
+    wide = fused_width(width) if on_metal() else None
+    if wide not in (None, width):
+        q, k, v = (mx.pad(x, [(0, 0)] * 3 + [(0, wide - width)]) for x in (q, k, v))
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=width**-0.5, mask=mask, force_fused=force_fused)
+    return out if out.shape[-1] == width else out[..., :width]
 
 
 def _plain_attention(q: mx.array, k: mx.array, v: mx.array, *, first: int | None, key_bias: mx.array | None) -> mx.array:
@@ -199,27 +210,27 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
         self.transformer_blocks = [
             TransformerBlock(channels, heads, context_dim=context_dim, image_tokens=image_tokens) for _ in range(depth)
         ]
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
 
     def __call__(
         self,
         x: mx.array,
         cross: Sequence[CrossKeyValues] | None,
+        frame_bias: mx.array | None = None,
         *,
         views: int,
         options: AttentionOptions,
-        frame_bias: tuple[float, ...] | None = None,
     ) -> mx.array:
         """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c).
 
         `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
         """
         n, h, w, c = x.shape
-        key_bias = None if frame_bias is None else mx.repeat(mx.array(frame_bias), h * w)
+        key_bias = None if frame_bias is None else mx.repeat(frame_bias, h * w)
         tokens = self.proj_in(self.norm(x)).reshape(n // views, views * h * w, c)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
             tokens = block(tokens, kv, options=options, key_bias=key_bias)

@@ -7,7 +7,8 @@ evaluated before it is handed out, so that another thread may use it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
 from mvmlx.latents import LatentModel, _on_device, to_numpy
 from mvmlx.layers import _evaluated
+from mvmlx.observation import _is_observed
 from mvmlx.quantized import packed_tensors, quantize_network
-from mvmlx.unet import Cross, MultiViewUNet, select_objects
+from mvmlx.unet import Constants, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared import precision
@@ -42,14 +44,12 @@ from mvshared.weights import check_names_and_shapes, choose_quantization, match_
 class Condition:
     """What stays constant over the sampling steps, for b branches of the guidance.
 
-    What the views attend to beside themselves, cameras (b, v, 16), reference latents (b, r, h, w, c) and the weight of their
-    tokens, latents of the normal maps (b, v, h, w, c).
+    The U-Net's constants, the embeddings (b, time_embed_dim) of the timesteps that were announced, latents of the normal maps
+    (b, v, h, w, c).
     """
 
-    cross: Cross | None
-    cameras: mx.array | None
-    reference: mx.array | None
-    reference_scale: float
+    constants: Constants
+    times: Mapping[float, mx.array]
     normals: mx.array | None
     branches: Sequence[Branch]
 
@@ -105,10 +105,11 @@ class MultiViewModel(LatentModel):
         reference_scale: float = 1.0,
         normals: mx.array | None,
         branches: Sequence[Branch],
+        timesteps: Sequence[float] = (),
     ) -> Condition:
         """What `denoise` needs of text states (n, l, c), the last ones of the prompt and the first ones of the negative prompt,
         states (r, m, c) and clean latents (r, h, w, c) of r pictures, camera vectors (v, 16) and latents of normal maps
-        (v, h, w, c).
+        (v, h, w, c). What it needs of the timesteps is computed here for those that are announced, else at each step.
 
         A branch that does not see the pictures or the normal maps has zeros for them; the cameras say what is looked at, so all
         have them. Raises OptionError for shapes that do not fit.
@@ -122,16 +123,37 @@ class MultiViewModel(LatentModel):
             pictured = [branch.image for branch in branches]
             context = None if text is None else mx.stack([text[-1 if branch.text else 0] for branch in branches])
             states = batched(image_states, pictured)
-            cross = self.unet.cross_keys_values(context, image_states=states, image_scale=image_scale)
-            mx.eval(cross)
-            return Condition(
-                cross=cross,
-                cameras=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
+            constants = self.unet.constants(
+                context,
+                image_states=states,
+                image_scale=image_scale,
+                camera=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
                 reference=batched(reference, pictured),
                 reference_scale=reference_scale,
+            )
+            mx.eval(constants[:3])
+            return Condition(
+                constants=constants,
+                times=self._times(timesteps, batch=len(branches)),
                 normals=batched(normals, [branch.normals for branch in branches]),
                 branches=branches,
             )
+
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done: one, unless little memory is to be taken or somebody
+        looks at the blocks."""
+        observed = any(_is_observed(self.networks[component]) for component in self.networks.loaded)
+        return 0 if observed or not self.plan.networks_at_once else 1
+
+    def start(self, x: mx.array) -> None:
+        """Begin to compute an array."""
+        with _on_device(self.device):
+            mx.async_eval(x)
+
+    def wait(self, x: mx.array) -> None:
+        """Return when an array is computed."""
+        mx.eval(x)
 
     def denoise(self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> mx.array:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
@@ -143,31 +165,38 @@ class MultiViewModel(LatentModel):
         count = len(condition.branches)
         together = count if self.plan.branches_at_once else 1
         with _on_device(self.device):
-            mixed = out = mx.zeros(())
+            outs: list[mx.array] = []
             for first in range(0, count, together):
-                some = slice(first, first + together)
-                out = self._outputs(x, t, condition, some)
-                mixed = _evaluated(mixed + (mx.array(list(weights[some]))[:, None, None, None, None] * out).sum(0))
-            return _evaluated(rescaled(mixed, out[-1], rescale)) if rescale else mixed
+                more = list(self._outputs(x, t, condition, slice(first, first + together)))
+                if together < count:  # one after the other, for the sake of memory
+                    mx.eval(more)
+                outs.extend(more)
+            mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
+            mixed = rescaled(mixed, outs[-1], rescale) if rescale else mixed
+            mx.async_eval(mixed)
+            return mixed
+
+    def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, mx.array]:
+        """The embeddings (batch, time_embed_dim) of timesteps."""
+        distinct = list(dict.fromkeys(timesteps))
+        if not distinct:
+            return {}
+        embedded = _evaluated(self.unet.time_embeddings(mx.array(distinct, dtype=mx.float32)))
+        return {t: mx.broadcast_to(each, (batch, each.size)) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: mx.array, t: float, condition: Condition, branches: slice) -> mx.array:
         """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
-        cameras, reference, normals = (
-            None if given is None else given[branches] for given in (condition.cameras, condition.reference, condition.normals)
-        )
-        batch, unet = len(condition.branches[branches]), self.config.unet
+        batch, channels = len(condition.branches[branches]), self.config.unet.normal_channels
         sample = mx.broadcast_to(x[None], (batch, *x.shape))
-        if unet.normal_channels:
-            zeros = mx.zeros((*sample.shape[:-1], unet.normal_channels), dtype=x.dtype)
-            sample = mx.concatenate([sample, zeros if normals is None else normals], axis=-1)
-        return self.unet(
-            sample,
-            mx.full((batch,), t, dtype=mx.float32),
-            cross=select_objects(condition.cross, branches),
-            camera=cameras,
-            reference=reference,
-            reference_scale=condition.reference_scale,
-        ).astype(mx.float32)
+        if condition.normals is not None:
+            sample = mx.concatenate([sample, condition.normals[branches]], axis=-1)
+        elif channels:
+            sample = mx.pad(sample, [(0, 0)] * 4 + [(0, channels)])
+        times = condition.times.get(t)
+        if times is None:
+            times = self.unet.time_embeddings(mx.full((batch,), t, dtype=mx.float32))
+        unet = self._compiled(self.unet)
+        return unet(sample, times[branches], select_objects(condition.constants, branches)).astype(mx.float32)
 
 
 def rescaled(x: mx.array, conditional: mx.array, share: float) -> mx.array:

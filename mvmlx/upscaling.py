@@ -105,7 +105,8 @@ class UpscalerModel(LatentModel):
             sample = mx.concatenate([x, condition.low], axis=-1)[None]
             sample = mx.broadcast_to(sample, (branches, *sample.shape[1:]))
             noise = mx.full((branches,), t, dtype=mx.float32)
-            out = self.unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].astype(mx.float32)
+            unet = self._compiled(self.unet)
+            out = unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].astype(mx.float32)
             return _evaluated(out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0]))
 
 

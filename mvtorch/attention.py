@@ -200,17 +200,17 @@ class SpatialTransformer(nn.Module):
         self,
         x: Tensor,
         cross: Sequence[CrossKeyValues] | None,
+        frame_bias: Tensor | None = None,
         *,
         views: int,
         options: AttentionOptions,
-        frame_bias: tuple[float, ...] | None = None,
     ) -> Tensor:
         """Views (b v, c, h, w) and what each block attends to beside the views, to (b v, c, h, w).
 
         `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
         """
         n, c, h, w = x.shape
-        key_bias = None if frame_bias is None else torch.tensor(frame_bias, device=x.device).repeat_interleave(h * w)
+        key_bias = None if frame_bias is None else frame_bias.repeat_interleave(h * w)
         y = self.norm(x)
         if not self.linear:
             y = self.proj_in(y)

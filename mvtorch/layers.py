@@ -89,10 +89,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """x (n, in_channels, h, w) and time embeddings (n, time_embed_dim) to (n, out_channels, h, w)."""
+        """x (n, in_channels, h, w) and time embeddings after SiLU (n, time_embed_dim) to (n, out_channels, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))
         if emb is not None:
-            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+            h = h + self.time_emb_proj(emb)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 

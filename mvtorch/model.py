@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ from mvshared.weights import (
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.latents import LatentModel, to_numpy
 from mvtorch.quantized import packed_tensors, quantize_network
-from mvtorch.unet import Cross, MultiViewUNet, select_objects
+from mvtorch.unet import Constants, MultiViewUNet, select_objects
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
@@ -45,14 +47,12 @@ _MAPPED_BYTES = 128_000_000
 class Condition:
     """What stays constant over the sampling steps, for b branches of the guidance.
 
-    What the views attend to beside themselves, cameras (b, v, 16), reference latents (b, r, h, w, c) and the weight of their
-    tokens, latents of the normal maps (b, v, h, w, c).
+    The U-Net's constants, the embeddings (b, time_embed_dim) of the timesteps that were announced, latents of the normal maps
+    (b, v, h, w, c).
     """
 
-    cross: Cross | None
-    cameras: Tensor | None
-    reference: Tensor | None
-    reference_scale: float
+    constants: Constants
+    times: Mapping[float, Tensor]
     normals: Tensor | None
     branches: Sequence[Branch]
 
@@ -108,10 +108,11 @@ class MultiViewModel(LatentModel):
         reference_scale: float = 1.0,
         normals: Tensor | None,
         branches: Sequence[Branch],
+        timesteps: Sequence[float] = (),
     ) -> Condition:
         """What `denoise` needs of text states (n, l, c), the last ones of the prompt and the first ones of the negative prompt,
         states (r, m, c) and clean latents (r, h, w, c) of r pictures, camera vectors (v, 16) and latents of normal maps
-        (v, h, w, c).
+        (v, h, w, c). What it needs of the timesteps is computed here for those that are announced, else at each step.
 
         A branch that does not see the pictures or the normal maps has zeros for them; the cameras say what is looked at, so all
         have them. Raises OptionError for shapes that do not fit.
@@ -125,14 +126,31 @@ class MultiViewModel(LatentModel):
             pictured = [branch.image for branch in branches]
             context = None if text is None else torch.stack([text[-1 if branch.text else 0] for branch in branches])
             states = batched(image_states, pictured)
-            return Condition(
-                cross=self.unet.cross_keys_values(context, image_states=states, image_scale=image_scale),
-                cameras=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
+            constants = self.unet.constants(
+                context,
+                image_states=states,
+                image_scale=image_scale,
+                camera=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
                 reference=batched(reference, pictured),
                 reference_scale=reference_scale,
+            )
+            return Condition(
+                constants=constants,
+                times=self._times(timesteps, batch=len(branches)),
                 normals=batched(normals, [branch.normals for branch in branches]),
                 branches=branches,
             )
+
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done: none, PyTorch computes them as they are called."""
+        return 0
+
+    def start(self, x: Tensor) -> None:
+        """Begin to compute an array: PyTorch has begun."""
+
+    def wait(self, x: Tensor) -> None:
+        """Return when an array is computed: whatever reads it waits for it."""
 
     def denoise(self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
@@ -144,30 +162,35 @@ class MultiViewModel(LatentModel):
         count = len(condition.branches)
         together = count if self.plan.branches_at_once else 1
         with torch.inference_mode():
-            mixed = out = torch.zeros((), device=self.device)
+            outs: list[Tensor] = []
             for first in range(0, count, together):
-                some = slice(first, first + together)
-                out = self._outputs(x, t, condition, some)
-                mixed = mixed + (torch.tensor(weights[some], device=self.device)[:, None, None, None, None] * out).sum(0)
-            return rescaled(mixed, out[-1], rescale) if rescale else mixed
+                outs.extend(self._outputs(x, t, condition, slice(first, first + together)))
+            mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
+            return rescaled(mixed, outs[-1], rescale) if rescale else mixed
+
+    def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, Tensor]:
+        """The embeddings (batch, time_embed_dim) of timesteps."""
+        distinct = list(dict.fromkeys(timesteps))
+        if not distinct:
+            return {}
+        embedded = self.unet.time_embeddings(torch.tensor(distinct, dtype=torch.float32, device=self.device))
+        return {t: each.expand(batch, -1) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: Tensor, t: float, condition: Condition, branches: slice) -> Tensor:
         """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
-        cameras, reference, normals = (
-            None if given is None else given[branches] for given in (condition.cameras, condition.reference, condition.normals)
-        )
-        batch, unet = len(condition.branches[branches]), self.config.unet
+        batch, channels = len(condition.branches[branches]), self.config.unet.normal_channels
         sample = x[None].expand(batch, *x.shape)
-        if unet.normal_channels:
-            zeros = sample.new_zeros((*sample.shape[:-1], unet.normal_channels))
-            sample = torch.cat([sample, zeros if normals is None else normals], dim=-1)
+        if condition.normals is not None:
+            sample = torch.cat([sample, condition.normals[branches]], dim=-1)
+        elif channels:
+            sample = F.pad(sample, (0, channels))
+        times = condition.times.get(t)
         return self.unet(
             sample,
-            torch.full((batch,), t, dtype=torch.float32, device=self.device),
-            cross=select_objects(condition.cross, branches),
-            camera=cameras,
-            reference=reference,
-            reference_scale=condition.reference_scale,
+            self.unet.time_embeddings(torch.full((batch,), t, dtype=torch.float32, device=self.device))
+            if times is None
+            else times[branches],
+            select_objects(condition.constants, branches),
         ).float()
 
 
@@ -178,7 +201,9 @@ def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:
     """
     deviation = x.std(dim=(1, 2, 3), keepdim=True)
     ratio = conditional.std(dim=(1, 2, 3), keepdim=True) / deviation
-    return x * torch.where(deviation > 0, 1 - share + share * ratio, 1.0)
+    return x * (1 - share + share * ratio).masked_fill(
+        ~(deviation > 0), 1.0
+    )  # torch.where would bring the number from the host
 
 
 def choose_device(device: str = "auto") -> str:

@@ -189,8 +189,8 @@ def denoise(model: Any, inputs: UNetInputs) -> NDArray[Any]:
     """The U-Net's output as numpy, without gradients."""
     sample, timesteps, context, camera, reference = (from_numpy(model, x) for x in inputs)
     with torch.no_grad():
-        cross = model.cross_keys_values(context)
-        return to_numpy(model(sample, timesteps, cross=cross, camera=camera, reference=reference))
+        constants = model.constants(context, camera=camera, reference=reference)
+        return to_numpy(model(sample, model.time_embeddings(timesteps), constants))
 
 
 def unet_gradients(model: Any, inputs: UNetInputs) -> dict[str, NDArray[Any]]:
@@ -200,8 +200,8 @@ def unet_gradients(model: Any, inputs: UNetInputs) -> dict[str, NDArray[Any]]:
     target = from_numpy(model, np.random.default_rng(2).standard_normal(shape, dtype=np.float32))
 
     def loss(unet: Any) -> Any:
-        cross = unet.cross_keys_values(context)
-        return ((unet(sample, timesteps, cross=cross, camera=camera, reference=reference) - target) ** 2).mean()
+        constants = unet.constants(context, camera=camera, reference=reference)
+        return ((unet(sample, unet.time_embeddings(timesteps), constants) - target) ** 2).mean()
 
     return gradients(model, loss)
 

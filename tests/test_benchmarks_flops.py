@@ -22,6 +22,7 @@ from mvshared.benchmark.flops import (
     upscaler_flops,
     vae_flops,
 )
+from mvshared.benchmark.models import RANDOM
 from mvshared.config import (
     IMAGEDREAM,
     SD21,
@@ -33,8 +34,7 @@ from mvshared.config import (
     UNetConfig,
     VAEConfig,
 )
-from mvtorch.diffusers_model import unet_arguments
-from mvtorch.unet import MultiViewUNet
+from mvtorch.diffusers_model import BUILDERS, unet_arguments
 from mvtorch.upscaler import LatentUpscaler
 from tests.helpers import TINY_MODEL, TINY_UNET, TINY_VAE
 
@@ -68,18 +68,26 @@ def test_one_step_of_stable_diffusion_is_the_known_amount() -> None:
 
 
 @pytest.mark.parametrize("views", [1, 4])
-def test_views_cameras_pictures_and_a_reference_frame_are_what_pytorch_counts(views: int) -> None:
-    assert IMAGEDREAM.resampler is not None
+def test_views_cameras_pictures_and_a_reference_frame_are_what_pytorch_counts_in_diffusers(views: int) -> None:
+    """diffusers projects texts and embeds timesteps once per frame, instead of once per branch of guidance."""
+    config = IMAGEDREAM
+    assert config.resampler is not None
+    model = replace(RANDOM["imagedream"], unet=config)
+    frames, width = views + 1, config.time_embed_dim
     with torch.device("meta"):
-        unet = MultiViewUNet(IMAGEDREAM).requires_grad_(False)
-        context, states = torch.zeros(2, 77, 1024), torch.zeros(2, 1, 257, IMAGEDREAM.resampler.embedding_dim)
-        sample, camera = torch.zeros(2, views, 32, 32, 4), torch.zeros(2, views, 16)
-        given: list[Any] = []
-        constant = counted(lambda: given.append(unet.cross_keys_values(context, image_states=states)))
-        reference = torch.zeros(2, 1, 32, 32, 4)
-        step = counted(lambda: unet(sample, torch.zeros(2), cross=given[0], camera=camera, reference=reference))
-    assert condition_flops(IMAGEDREAM, branches=2, text_tokens=77, pictures=1, states=257).all == constant
-    assert unet_flops(IMAGEDREAM, Frames(2, views, 1, 32), tokens=77 + 16).all == step
+        unet: Any = BUILDERS["unet"](None, model).to("meta")
+        cameras = torch.zeros(2 * frames, 16)
+        unet.extras.set(frames=frames, views=views, cameras=cameras, image_scale=1.0, reference_scale=1.0)
+        tokens = torch.zeros(2 * frames, config.resampler.num_queries, 1024)
+        context = (torch.zeros(2 * frames, 77, 1024), [tokens[:, None]])
+        step = counted(lambda: unet(torch.zeros(2 * frames, 4, 32, 32), torch.zeros(2 * frames), context))
+        states = torch.zeros(2, 257, config.resampler.embedding_dim)
+        resampled = counted(lambda: unet.image_embed(states))
+    constant = condition_flops(config, branches=2, text_tokens=77, pictures=1, states=257).all
+    ours = unet_flops(config, Frames(2, views, 1, 32), tokens=77 + 16).all
+    again = 2 * (2 * frames - 2) * width * (config.block_out_channels[0] + width)
+    assert ours + frames * (constant - resampled) + again == step
+    assert constant > resampled > 0
 
 
 @pytest.mark.parametrize("config", [SD_VAE, TINY_VAE, replace(TINY_VAE, mid_block_add_attention=False, layers_per_block=2)])

@@ -196,15 +196,14 @@ def by_hand(model: Any, branch: Branch) -> NDArray[np.float32]:
 
     with torch.no_grad():
         states = array(given.states, branch.image)
-        cross = unet.cross_keys_values(array(given.text[1 if branch.text else 0]), image_states=states)
-        out = unet(
-            array(np.concatenate([given.x, given.normals * np.float32(branch.normals)], axis=-1)),
-            from_numpy(unet, np.array([481.0], np.float32)),
-            cross=cross,
+        constants = unet.constants(
+            array(given.text[1 if branch.text else 0]),
+            image_states=states,
             camera=array(given.cameras),
             reference=array(given.reference, branch.image),
         )
-        return to_numpy(out)[0]
+        sample = array(np.concatenate([given.x, given.normals * np.float32(branch.normals)], axis=-1))
+        return to_numpy(unet(sample, unet.time_embeddings(from_numpy(unet, np.array([481.0], np.float32))), constants))[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -313,16 +312,15 @@ def unet_output(folder: Path, backend: Backend, options: AttentionOptions, *, re
         return from_numpy(unet, x[None])
 
     with torch.no_grad():
-        return to_numpy(
-            unet(
-                array(np.concatenate([given.x, given.normals], axis=-1)),
-                from_numpy(unet, np.array([481.0], np.float32)),
-                cross=unet.cross_keys_values(array(given.text[1]), image_states=array(given.states)),
-                camera=array(given.cameras),
-                reference=array(np.repeat(given.reference, references, axis=0)) if references else None,
-                reference_scale=scale,
-            )
+        constants = unet.constants(
+            array(given.text[1]),
+            image_states=array(given.states),
+            camera=array(given.cameras),
+            reference=array(np.repeat(given.reference, references, axis=0)) if references else None,
+            reference_scale=scale,
         )
+        sample = array(np.concatenate([given.x, given.normals], axis=-1))
+        return to_numpy(unet(sample, unet.time_embeddings(from_numpy(unet, np.array([481.0], np.float32))), constants))
 
 
 @pytest.mark.parametrize("options", FORMS, ids=lambda options: options.implementation)
@@ -381,7 +379,8 @@ def batches(pipeline: Pipeline[Any], **options: Any) -> list[int]:
         seen.append(sample.shape[0])
         return unet(sample, *args, **kwargs)
 
-    counting.cross_keys_values = unet.cross_keys_values  # pyright: ignore[reportFunctionMemberAccess]
+    for name in ("constants", "time_embeddings"):
+        setattr(counting, name, getattr(unet, name))
     counted = with_unet(pipeline, counting)
     generate(counted, **options)
     return seen

@@ -1,6 +1,5 @@
 """How attention is computed: the choice that both backends take, and the plan of its sliced form."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,6 +9,13 @@ from mvshared.errors import OptionError
 AttentionImplementation = Literal["fused", "plain", "sliced"]
 
 SCORE_BYTES = 4  # scores are float32 whatever the model's dtype
+
+FUSED_WIDTHS = (64, 72, 80, 96, 128)  # of heads that MLX's kernel takes on Metal
+
+
+def fused_width(width: int) -> int | None:
+    """The width that heads are filled up to with zeros for MLX's kernel on Metal; None if they are too wide for it."""
+    return min((each for each in FUSED_WIDTHS if each >= width), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +39,6 @@ class AttentionOptions:
 
 
 FUSED = AttentionOptions()
-
-
-def frame_bias(reference_scale: float, *, views: int, references: int) -> tuple[float, ...] | None:
-    """What is added to the scores of the keys of every frame, references last, so that theirs weigh `reference_scale` times as
-    much in the softmax; None where that is nothing. The scale is above 0."""
-    if reference_scale == 1 or not references:
-        return None
-    return (0.0,) * views + (math.log(reference_scale),) * references
 
 
 def score_slices(*, heads: int, queries: int, keys: int, budget_bytes: int) -> Iterator[tuple[slice, slice]]:

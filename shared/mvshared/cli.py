@@ -69,6 +69,16 @@ def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def sampler_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that samples; see docs/samplers.md."""
+    for option in (
+        click.option("--spacing", help="leading, trailing, linspace or karras timesteps.  [default: the model's]"),
+        click.option("--scheduler", help="ddim, euler, euler-ancestral, dpmpp-2m, dpmpp-2s or unipc.  [default: the model's]"),
+    ):
+        function = option(function)
+    return function
+
+
 def upscale_options(*, default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options of every command that upscales."""
 
@@ -135,7 +145,7 @@ def cli() -> None:
     help="Shares of the run between which steps are guided, 0 to 1.",
 )
 @click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Share of the deviation kept, 0 to 1.")
-@click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
+@sampler_options
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM, 0 to 1.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
@@ -337,7 +347,7 @@ def validate(model: str, **options: Any) -> None:
 @camera_options
 @click.option("--steps", type=int, default=4, show_default=True, help="Sampling steps.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, 1 (off) to 20.  [default: the model's]")
-@click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
+@sampler_options
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
@@ -448,6 +458,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @click.option("--identities", type=NumberRange(), default="0:64", show_default=True, help="Numbers of the heads, first:end.")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance.  [default: the model's]")
+@click.option("--views", type=int, help="Views per head, spread evenly from azimuth 45 on.  [default: 4]")
 @click.option("--normals", is_flag=True, help="Give the true normal maps to the model.")
 @click.option("--upscaler", help="Measure this latent upscaler on the model's views instead, beside lanczos and bilinear.")
 @click.option("--upscale-steps", type=int, help="Steps of the upscaler.  [default: the upscaler's]")
@@ -460,7 +471,7 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
     """Measure how consistent the views in FOLDER are, or how good a model is on held-out heads.
 
     FOLDER has pictures and their transforms.json: an output of `mvmlx generate`, or a capture. Only -o and --json go with it.
-    Without FOLDER, four views each of heads are compared with true renders: PSNR, SSIM, silhouettes, consistency, identity.
+    Without FOLDER, views of heads are compared with true renders: PSNR, SSIM, the face, silhouettes, consistency, identity.
     """
     from mvshared.commands.evaluate import evaluate_folder, evaluate_model, evaluate_upscaler
 
@@ -472,7 +483,12 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
 
 
 def main() -> None:
-    """Entry point of `mvmlx`: run, and turn every error into one line and an exit code."""
+    """Entry point of `mvmlx`: run, and turn every error into one line and an exit code.
+
+    Where OMP_WAIT_POLICY says nothing, OpenMP's threads sleep while they wait: PyTorch's spin by default, which makes a run
+    several times longer as soon as another program wants the cores. PyTorch reads it as it is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(sys.argv[1:]))
 
 

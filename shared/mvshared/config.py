@@ -12,7 +12,8 @@ from mvshared.errors import OptionError
 
 PredictionType = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["linear", "scaled_linear"]
-TimestepSpacing = Literal["leading", "trailing", "linspace"]
+TimestepSpacing = Literal["leading", "trailing", "linspace", "karras"]
+SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2s", "unipc"]
 Activation = Literal["gelu", "quick_gelu"]
 
 K_GROUP_WIDTH, K_NORM_EPS = 32, 1e-5  # of the upscaler: channels that are normalised together
@@ -353,7 +354,7 @@ class CameraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """What `generate` takes when the caller does not say."""
+    """What `generate` takes when the caller does not say. Timesteps are spaced as the schedule's config says."""
 
     views: int = 4
     azimuth_start_deg: float = 0.0
@@ -362,6 +363,7 @@ class GenerationDefaults:
     guidance: float = 5.0
     size_px: int = 256
     negative_prompt: str = ""
+    scheduler: SamplerName = "ddim"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mvshared.backend import BackendName, Dtype
+from mvshared.backend import PACKAGES, BackendName, Dtype
 from mvshared.benchmark.cases import decode_of, step, step_of, vae_decode
 from mvshared.benchmark.compare import Case
 from mvshared.benchmark.measure import peak_rss_bytes, timing_of
@@ -30,31 +30,22 @@ def diffusers_work(
     *, call: str, model: str, device: str, dtype: Dtype, views: int, size_px: int, guided: bool, layout: str, compiled: bool
 ) -> Prepared:
     """`call`, step or decode, by diffusers. Raises BackendError if it is not installed."""
-    module = importlib.import_module("mvtorch.diffusers_model")
+    module = importlib.import_module(f"{PACKAGES['torch']}.diffusers_model")
     found = measured(model)
     part = "unet" if call == "step" else "vae"
     source: Any = found.config if found.folder is None else found.folder
     loaded = module.DiffusersModel(source, dtype=dtype, device=device, parts=[part], layout=layout)
-    on_cpu = loaded.device == "cpu"
-    if not on_cpu:
+    if loaded.device != "cpu":
         loaded.vae_batch = views  # what is fastest there; on a CPU, one view at a time is
     if compiled:
-        _compile(loaded, on_cpu=on_cpu)
+        loaded.compile()
     work = step_of(loaded, views=views, size_px=size_px, guided=guided) if call == "step" else None
-    package = importlib.import_module("mvtorch.benchmark")
+    package = importlib.import_module(f"{PACKAGES['torch']}.benchmark")
 
     def facts() -> dict[str, Any]:
         return {"dtype": dtype, "peak_memory_bytes": peak_rss_bytes(), **package.device_facts(loaded.device)}
 
     return Prepared(work or decode_of(loaded, views=views, size_px=size_px), facts)
-
-
-def _compile(loaded: Any, *, on_cpu: bool) -> None:
-    """As it is fastest: with frozen weights on a CPU, searching for the best kernels and with CUDA graphs on a GPU."""
-    if on_cpu:
-        inductor: Any = importlib.import_module("torch._inductor.config")
-        inductor.freezing = True
-    loaded.compile(mode=None if on_cpu else "max-autotune")
 
 
 def cache_folder() -> Path:

@@ -178,6 +178,7 @@ def constants(model: Model[Any], *, views: int, size_px: int, mixture: Mixture =
         "reference": reference,
         "normals": None,
         "branches": branches,
+        "timesteps": (TIMESTEP,),  # as a run announces them
     }
 
 

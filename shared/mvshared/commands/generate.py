@@ -210,6 +210,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
             guidance_interval=options["guidance_interval"],
             guidance_rescale=options["guidance_rescale"],
             scheduler=options["scheduler"],
+            spacing=options["spacing"],
             eta=options["eta"],
             seed=seed,
             size_px=options["size"],
