@@ -143,9 +143,9 @@ class MultiViewModel(LatentModel):
             )
 
     @property
-    def ahead(self) -> int:
-        """How many steps may be begun before the one before them is done: none, PyTorch computes them as they are called."""
-        return 0
+    def defers(self) -> bool:
+        """Whether `denoise` only puts together what `start` begins to compute: PyTorch begins at once."""
+        return False
 
     def start(self, x: Tensor) -> None:
         """Begin to compute an array: PyTorch has begun."""
