@@ -32,6 +32,7 @@ from mvshared.weights import (
 )
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.latents import LatentModel, to_numpy
+from mvtorch.packed import pack_network
 from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Cross, MultiViewUNet, select_objects
 from mvtorch.upscaler import LatentUpscaler
@@ -262,9 +263,17 @@ def check_files(config: NetworkConfig, paths: Sequence[Path]) -> None:
 def network_loaders(
     config: Any, files: Mapping[Any, Sequence[Path]], *, dtype: Dtype, device: str, quantize: str | None = None
 ) -> Networks:
-    """The networks of the components that have files, read when they are needed; the config has one for each."""
+    """The networks of the components that have files, read when they are needed, and packed for inference on a CPU.
+
+    The config has one for each."""
     options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
-    return Networks({part: partial(load_network, getattr(config, part), paths, **options) for part, paths in files.items()})
+
+    def load_packed(part: Any) -> Any:
+        network = load_network(getattr(config, part), files[part], **options)
+        pack_network(network)
+        return network
+
+    return Networks({part: partial(load_packed, part) for part in files})
 
 
 def load_network(

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What only PyTorch can do: run diffusers, read its own pickles.
-ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py"}
+# What only PyTorch can do: run diffusers, read its own pickles; and what only PyTorch on a CPU needs.
+ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py", "packed.py", "cpu_attention.py", "cpu_norms.py"}
 
 # PyTorch's word, MLX's word, and the one that stands for both.
 WORDS = (
