@@ -11,8 +11,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.layers import FeedForward, GroupNorm
-from mvshared.attention import AttentionOptions, score_slices
+from mvmlx.layers import FeedForward, GroupNorm, _PointConv2d
+from mvmlx.metal import on_metal
+from mvshared.attention import AttentionOptions, check_pooling, fused_width, score_slices
 
 
 class KeyValues(NamedTuple):
@@ -41,7 +42,7 @@ def attention(
         mask = "causal" if causal else None if key_bias is None else key_bias.astype(q.dtype)
         half = q.dtype != mx.float32
         try:
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, force_fused=half)
+            return _fused_attention(q, k, v, mask=mask, force_fused=half)
         except ValueError:  # there is no kernel
             if not half:
                 raise
@@ -62,6 +63,16 @@ def attention(
     return mx.concatenate([mx.concatenate(row, axis=1) for row in out]).reshape(batch, heads, queries, width)
 
 
+def _fused_attention(q: mx.array, k: mx.array, v: mx.array, *, mask: mx.array | str | None, force_fused: bool) -> mx.array:
+    """The library's attention; on Metal with heads filled up with zeros to a width that its kernel takes."""
+    width = q.shape[-1]
+    wide = fused_width(width) if on_metal() else None
+    if wide not in (None, width):
+        q, k, v = (mx.pad(x, [(0, 0)] * 3 + [(0, wide - width)]) for x in (q, k, v))
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=width**-0.5, mask=mask, force_fused=force_fused)
+    return out if out.shape[-1] == width else out[..., :width]
+
+
 def _plain_attention(q: mx.array, k: mx.array, v: mx.array, *, first: int | None, key_bias: mx.array | None) -> mx.array:
     """Of all queries, or causally of those from number `first` on."""
     scores = (q.astype(mx.float32) * q.shape[-1] ** -0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
@@ -71,6 +82,12 @@ def _plain_attention(q: mx.array, k: mx.array, v: mx.array, *, first: int | None
         later = mx.triu(mx.ones(scores.shape[-2:]), first + 1).astype(mx.bool_)
         scores = mx.where(later, -mx.inf, scores)
     return mx.softmax(scores, axis=-1).astype(v.dtype) @ v
+
+
+def average_squares(x: mx.array, height: int, width: int) -> mx.array:
+    """Means (b, v h/2 w/2, c) of 2x2 neighbours among the tokens (b, v h w, c) of views of that height and width."""
+    squares = mx.unflatten(x, 1, (-1, height // 2, 2, width // 2, 2))
+    return squares.mean(axis=(3, 5)).flatten(1, 3)
 
 
 class Attention(nn.Module):
@@ -166,14 +183,22 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def __call__(
-        self, x: mx.array, cross: CrossKeyValues | None, *, options: AttentionOptions, key_bias: mx.array | None = None
+        self,
+        x: mx.array,
+        cross: CrossKeyValues | None,
+        *,
+        options: AttentionOptions,
+        key_bias: mx.array | None = None,
+        pooled: tuple[int, int] | None = None,
     ) -> mx.array:
         """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c).
 
-        `key_bias` (l,) is added to the scores of the tokens in the self-attention.
+        With `pooled`, the height and width of every view, they attend to the averages of 2x2 tokens of a view. `key_bias` is
+        added to the scores of the tokens, or of their averages, in the self-attention.
         """
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h), options=options, key_bias=key_bias)
+        context = h if pooled is None else average_squares(h, *pooled)
+        x = x + self.attn1(h, self.attn1.keys_values(context), options=options, key_bias=key_bias)
         if cross is not None:
             x = x + self.attn2(self.norm2(x), cross, options=options)
         return x + self.ff(self.norm3(x))
@@ -183,7 +208,7 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of all views of an object together.
 
     `linear` makes the projections around the blocks linear layers instead of convolutions of size 1: the same function, other
-    tensor shapes.
+    tensor shapes. `finest` says that there is no finer level with attention, so that `kv_pooling` applies.
     """
 
     def __init__(
@@ -196,31 +221,36 @@ class SpatialTransformer(nn.Module):
         image_tokens: bool,
         groups: int,
         linear: bool,
+        finest: bool = False,
     ) -> None:
         super().__init__()
+        self.finest = finest
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
         self.transformer_blocks = [
             TransformerBlock(channels, heads, context_dim=context_dim, image_tokens=image_tokens) for _ in range(depth)
         ]
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
 
     def __call__(
         self,
         x: mx.array,
         cross: Sequence[CrossKeyValues] | None,
+        frame_bias: mx.array | None = None,
         *,
         views: int,
         options: AttentionOptions,
-        frame_bias: tuple[float, ...] | None = None,
     ) -> mx.array:
         """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c).
 
         `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
         """
         n, h, w, c = x.shape
-        key_bias = None if frame_bias is None else mx.repeat(mx.array(frame_bias), h * w)
+        pooling = options.kv_pooling if self.finest else 1
+        check_pooling(pooling, h, w)
+        keys = h * w // pooling**2  # of every view
+        key_bias = None if frame_bias is None else mx.repeat(frame_bias, keys)
         tokens = self.proj_in(self.norm(x)).reshape(n // views, views * h * w, c)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
-            tokens = block(tokens, kv, options=options, key_bias=key_bias)
+            tokens = block(tokens, kv, options=options, key_bias=key_bias, pooled=None if pooling == 1 else (h, w))
         return x + self.proj_out(tokens.reshape(x.shape))

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mvmlx.compiled import CompiledCalls
 from mvmlx.layers import _evaluated
+from mvmlx.metal import memory_limits, worth_compiling
 from mvmlx.observation import Observer, OnEnd, OnStart, observe, observe_blocks
 from mvmlx.vae import AutoencoderKL
 from mvshared.backend import BackendName, Dtype
@@ -46,6 +49,7 @@ class LatentModel:
         self.backend = "mlx"
         self.networks, self.device, self.dtype, self.weight_files = networks, device, dtype, weight_files
         self.plan, self.quantization = PLAIN, quantization
+        self._compiled = CompiledCalls(worthwhile=device == "gpu" and worth_compiling())
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -64,19 +68,18 @@ class LatentModel:
     def planned(self, plan: MemoryPlan) -> Iterator[None]:
         """Within the context, memory is used as the plan says."""
         before, self.plan = self.plan, plan
-        limit = None if plan.cache_bytes is None else mx.set_cache_limit(plan.cache_bytes)
-        try:
-            with self.networks.watched(plan.attach):
-                yield
-        finally:
-            self.plan = before
-            if not plan.networks_at_once:
-                self.release()
-            if limit is not None:
-                mx.set_cache_limit(limit)
+        with memory_limits(self.device, plan.cache_bytes):
+            try:
+                with self.networks.watched(plan.attach):
+                    yield
+            finally:
+                self.plan = before
+                if not plan.networks_at_once:
+                    self.release()
 
     def release(self, *components: str) -> None:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""
+        self._compiled.forget()
         if self.networks.release(*components):
             _free_memory()
 
@@ -127,7 +130,8 @@ class LatentModel:
         check_pictures("latents", x.shape, channels=self.vae.config.latent_channels)
         with _on_device(self.device):
             latents, tile = self.vae.unscale_latents(x), self.plan.vae_tile
-            decoded = [self.to_numpy(self.vae.decode(latents[v : v + 1], tile=tile)) for v in range(len(latents))]
+            decode = partial(self.vae.decode, tile=tile) if tile else self._compiled(self.vae, "decode")
+            decoded = [self.to_numpy(decode(latents[v : v + 1])) for v in range(len(latents))]
             return np.concatenate(decoded)
 
 

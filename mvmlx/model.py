@@ -7,7 +7,8 @@ evaluated before it is handed out, so that another thread may use it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from numpy.typing import NDArray
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
 from mvmlx.latents import LatentModel, _on_device, to_numpy
 from mvmlx.layers import _evaluated
+from mvmlx.observation import _is_observed
 from mvmlx.quantized import packed_tensors, quantize_network
-from mvmlx.unet import Cross, MultiViewUNet, select_objects
+from mvmlx.unet import Constants, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared import precision
-from mvshared.backend import Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
@@ -34,21 +36,20 @@ from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
+from mvshared.random_weights import random_weights
 from mvshared.weights import check_names_and_shapes, choose_quantization, match_network, match_tensors, stored_quantization
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
     """What stays constant over the sampling steps, for b branches of the guidance.
 
-    What the views attend to beside themselves, cameras (b, v, 16), reference latents (b, r, h, w, c) and the weight of their
-    tokens, latents of the normal maps (b, v, h, w, c).
+    The U-Net's constants, the embeddings (b, time_embed_dim) of the timesteps that were announced, latents of the normal maps
+    (b, v, h, w, c).
     """
 
-    cross: Cross | None
-    cameras: mx.array | None
-    reference: mx.array | None
-    reference_scale: float
+    constants: Constants
+    times: Mapping[float, mx.array]
     normals: mx.array | None
     branches: Sequence[Branch]
 
@@ -104,10 +105,11 @@ class MultiViewModel(LatentModel):
         reference_scale: float = 1.0,
         normals: mx.array | None,
         branches: Sequence[Branch],
+        timesteps: Sequence[float] = (),
     ) -> Condition:
         """What `denoise` needs of text states (n, l, c), the last ones of the prompt and the first ones of the negative prompt,
         states (r, m, c) and clean latents (r, h, w, c) of r pictures, camera vectors (v, 16) and latents of normal maps
-        (v, h, w, c).
+        (v, h, w, c). What it needs of the timesteps is computed here for those that are announced, else at each step.
 
         A branch that does not see the pictures or the normal maps has zeros for them; the cameras say what is looked at, so all
         have them. Raises OptionError for shapes that do not fit.
@@ -121,20 +123,47 @@ class MultiViewModel(LatentModel):
             pictured = [branch.image for branch in branches]
             context = None if text is None else mx.stack([text[-1 if branch.text else 0] for branch in branches])
             states = batched(image_states, pictured)
-            cross = self.unet.cross_keys_values(context, image_states=states, image_scale=image_scale)
-            mx.eval(cross)
-            return Condition(
-                cross=cross,
-                cameras=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
+            constants = self.unet.constants(
+                context,
+                image_states=states,
+                image_scale=image_scale,
+                camera=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
                 reference=batched(reference, pictured),
                 reference_scale=reference_scale,
+            )
+            mx.eval(constants[:3])
+            return Condition(
+                constants=constants,
+                times=self._times(timesteps, batch=len(branches)),
                 normals=batched(normals, [branch.normals for branch in branches]),
                 branches=branches,
             )
 
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done: one, unless little memory is to be taken or somebody
+        looks at the blocks."""
+        observed = any(_is_observed(self.networks[component]) for component in self.networks.loaded)
+        return 0 if observed or not self.plan.networks_at_once else 1
+
+    def start(self, x: mx.array) -> None:
+        """Begin to compute an array."""
+        with _on_device(self.device):
+            mx.async_eval(x)
+
+    def wait(self, x: mx.array) -> None:
+        """Return when an array is computed."""
+        mx.eval(x)
+
     def denoise(self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> mx.array:
+        """The outputs of `guided` without those of the last branch."""
+        return self.guided(x, t, condition, weights, rescale).out
+
+    def guided(
+        self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0
+    ) -> Guided[mx.array]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
-        their weights, and `rescale` of the sum brought back to the deviation of the last branch.
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
@@ -142,31 +171,38 @@ class MultiViewModel(LatentModel):
         count = len(condition.branches)
         together = count if self.plan.branches_at_once else 1
         with _on_device(self.device):
-            mixed = out = mx.zeros(())
+            outs: list[mx.array] = []
             for first in range(0, count, together):
-                some = slice(first, first + together)
-                out = self._outputs(x, t, condition, some)
-                mixed = _evaluated(mixed + (mx.array(list(weights[some]))[:, None, None, None, None] * out).sum(0))
-            return _evaluated(rescaled(mixed, out[-1], rescale)) if rescale else mixed
+                more = list(self._outputs(x, t, condition, slice(first, first + together)))
+                if together < count:  # one after the other, for the sake of memory
+                    mx.eval(more)
+                outs.extend(more)
+            mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
+            mixed = rescaled(mixed, outs[-1], rescale) if rescale else mixed
+            mx.async_eval(mixed, outs[-1])
+            return Guided(mixed, outs[-1])
+
+    def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, mx.array]:
+        """The embeddings (batch, time_embed_dim) of timesteps."""
+        distinct = list(dict.fromkeys(timesteps))
+        if not distinct:
+            return {}
+        embedded = _evaluated(self.unet.time_embeddings(mx.array(distinct, dtype=mx.float32)))
+        return {t: mx.broadcast_to(each, (batch, each.size)) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: mx.array, t: float, condition: Condition, branches: slice) -> mx.array:
         """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
-        cameras, reference, normals = (
-            None if given is None else given[branches] for given in (condition.cameras, condition.reference, condition.normals)
-        )
-        batch, unet = len(condition.branches[branches]), self.config.unet
+        batch, channels = len(condition.branches[branches]), self.config.unet.normal_channels
         sample = mx.broadcast_to(x[None], (batch, *x.shape))
-        if unet.normal_channels:
-            zeros = mx.zeros((*sample.shape[:-1], unet.normal_channels), dtype=x.dtype)
-            sample = mx.concatenate([sample, zeros if normals is None else normals], axis=-1)
-        return self.unet(
-            sample,
-            mx.full((batch,), t, dtype=mx.float32),
-            cross=select_objects(condition.cross, branches),
-            camera=cameras,
-            reference=reference,
-            reference_scale=condition.reference_scale,
-        ).astype(mx.float32)
+        if condition.normals is not None:
+            sample = mx.concatenate([sample, condition.normals[branches]], axis=-1)
+        elif channels:
+            sample = mx.pad(sample, [(0, 0)] * 4 + [(0, channels)])
+        times = condition.times.get(t)
+        if times is None:
+            times = self.unet.time_embeddings(mx.full((batch,), t, dtype=mx.float32))
+        unet = self._compiled(self.unet)
+        return unet(sample, times[branches], select_objects(condition.constants, branches)).astype(mx.float32)
 
 
 def rescaled(x: mx.array, conditional: mx.array, share: float) -> mx.array:
@@ -283,8 +319,31 @@ def load_network(
     with _on_device(device):
         quantize_network(network, stored or layers)
         tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
+    return filled(network, tensors, device=device)
+
+
+def random_network(config: NetworkConfig, *, dtype: Dtype, device: str) -> Any:
+    """One network with random weights, the same in both backends, ready to compute: for measurements without a checkpoint."""
+    network = _network(config)
+    return filled(network, random_tensors(weight_shapes(network), dtype=dtype, device=device), device=device)
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, device: str) -> dict[str, mx.array]:
+    """Random weights by their names in the model."""
+    with _on_device(device):
+        return {name: _placed(mx.array(array), name, dtype=dtype) for name, array in random_weights(shapes)}
+
+
+def filled(network: Any, tensors: Mapping[str, mx.array], *, device: str) -> Any:
+    """A network with these weights, ready to compute on the device that they are on."""
+    with _on_device(device):
         network.load_weights(list(tensors.items()), strict=True)
     return network.eval()
+
+
+def _placed(tensor: mx.array, name: str, *, dtype: Dtype) -> mx.array:
+    """A weight of a checkpoint as the network of this dtype has it, kernels channels-last."""
+    return _from_checkpoint(tensor.astype(getattr(mx, precision.tensor_dtype(name, dtype))))
 
 
 _NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
@@ -342,7 +401,7 @@ def read_tensors(
             elif part_of(name, stored) is not None:
                 tensors[name] = _evaluated(tensor)
             else:
-                tensors[name] = _from_checkpoint(tensor.astype(getattr(mx, precision.tensor_dtype(name, dtype))))
+                tensors[name] = _placed(tensor, name, dtype=dtype)
         if quantize:
             mx.clear_cache()
             trim_heap()

@@ -5,6 +5,7 @@ Parity layer by layer, the search for the first NaN, profiles and pictures of ac
 
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -53,6 +54,8 @@ def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None =
 
     def attach(prefix: str, network: nn.Module) -> Callable[[], None]:
         stack = ExitStack()
+        _observed[id(network)] += 1
+        stack.callback(_observed.subtract, [id(network)])
         for path, module in network.named_modules():
             name = ".".join(part for part in (prefix, path) if part)
             kind = type(module)
@@ -63,6 +66,14 @@ def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None =
 
     with watched(networks, attach):
         yield watch.clock
+
+
+_observed: Counter[int] = Counter()  # how many look at a network, by its id
+
+
+def _is_observed(network: nn.Module) -> bool:
+    """Whether somebody looks at the blocks of a network now."""
+    return _observed[id(network)] > 0
 
 
 class _Watch:
@@ -81,13 +92,15 @@ class _Watch:
         """A class of modules that are `kind` and call the observers."""
         call: Any = kind.__call__
         signature = inspect.signature(call)
+        # A private class computes what its base does, in another way.
+        known_as = next(each.__name__ for each in kind.__mro__ if not each.__name__.startswith("_"))
 
         def watched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(module, *args, **kwargs).arguments
             inputs = {name: array for key, value in arguments.items() if key != "self" for name, array in _arrays(key, value)}
             mx.eval(list(inputs.values()))
             now = time.perf_counter()
-            start = Call(name=name, kind=kind.__name__, depth=self.depth, inputs=inputs, start=now - self.spent)
+            start = Call(name=name, kind=known_as, depth=self.depth, inputs=inputs, start=now - self.spent)
             if self.on_start is not None:
                 self.on_start(start)
             self.depth += 1
@@ -100,7 +113,7 @@ class _Watch:
             mx.eval(list(outputs.values()))
             now = time.perf_counter()
             seconds = now - self.spent - start.start
-            flops = own_flops(kind.__name__, module, inputs, outputs)
+            flops = own_flops(known_as, module, inputs, outputs)
             self.on_end(Block(**vars(start), outputs=outputs, seconds=seconds, flops=flops))
             self.spent += time.perf_counter() - now
             return out

@@ -267,13 +267,13 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:
     sample, timesteps, camera, reference, target, text, image_states = (_array(array) for array in batch)
     config = unet.config
     states = None if image_states is None else image_states[:, None]
-    out = unet(
-        sample,
-        timesteps,
-        cross=unet.cross_keys_values(text, image_states=states),
+    constants = unet.constants(
+        text,
+        image_states=states,
         camera=camera if config.camera_dim else None,
         reference=reference[:, None] if config.reference_frame else None,
     )
+    out = unet(sample, unet.time_embeddings(timesteps), constants)
     return (out.astype(mx.float32) - target).square().mean()
 
 

@@ -4,35 +4,62 @@ Cameras are embedded and added to the time embedding of their view (MVDream, arX
 picture can ride along as one more frame (ImageDream, arXiv 2312.02201).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import repeat, zip_longest
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mvmlx.attention import CrossKeyValues, KeyValues, SpatialTransformer
 from mvmlx.clip import Resampler
-from mvmlx.layers import Downsample, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, run_block, timestep_embedding
-from mvshared.attention import FUSED, AttentionOptions, frame_bias
+from mvmlx.layers import (
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    _norm_silu,
+    run_block,
+    timestep_embedding,
+)
+from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import UNetConfig
-from mvshared.shapes import check_context, check_unet_inputs
+from mvshared.shapes import check_conditions, check_unet_inputs
 
 Cross = Sequence[Sequence[CrossKeyValues]]  # of every block of every transformer, in the order in which they run
 
 
-def select_objects(cross: Cross | None, objects: slice) -> Cross | None:
-    """What some of the objects attend to."""
+class Constants(NamedTuple):
+    """What the U-Net needs beside the latents and the time; it is constant over the sampling steps, of b objects.
 
-    def selected(given: KeyValues) -> KeyValues:
+    What the views attend to beside themselves, None without cross-attention; embedded cameras (b, v + r, time_embed_dim), zeros
+    embedded for a reference frame, None without; latents (b, r, h, w, in_channels) of the reference frames, None without; the
+    weight of their tokens in the self-attention.
+    """
+
+    cross: Cross | None = None
+    camera: mx.array | None = None
+    reference: mx.array | None = None
+    reference_scale: float = 1.0
+
+
+def select_objects(constants: Constants, objects: slice) -> Constants:
+    """The constants of some of the objects."""
+
+    def selected(given: mx.array | None) -> mx.array | None:
+        return None if given is None else given[objects]
+
+    def attended(given: KeyValues) -> KeyValues:
         return KeyValues(given.keys[objects], given.values[objects])
 
-    if cross is None:
-        return None
-    return [
-        [CrossKeyValues(selected(each.context), None if each.image is None else selected(each.image)) for each in blocks]
-        for blocks in cross
+    cross = constants.cross and [
+        [CrossKeyValues(attended(each.context), None if each.image is None else attended(each.image)) for each in blocks]
+        for blocks in constants.cross
     ]
+    return constants._replace(cross=cross, camera=selected(constants.camera), reference=selected(constants.reference))
 
 
 class Level(nn.Module):
@@ -63,6 +90,7 @@ class Level(nn.Module):
                 image_tokens=config.resampler is not None,
                 groups=groups,
                 linear=config.use_linear_projection,
+                finest=level == config.finest_attention,
             )
             for _ in range(attentions)
         ]
@@ -119,69 +147,75 @@ class MultiViewUNet(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def cross_keys_values(
-        self, context: mx.array | None, *, image_states: mx.array | None = None, image_scale: float = 1.0
-    ) -> Cross | None:
-        """What the views attend to beside themselves, for every transformer: it is constant over the sampling steps.
-
-        context (b, l, cross_attention_dim), shared by the views, is None for a model without cross-attention. image_states
-        (b, r, m, embedding_dim) are the vision tower's of r reference pictures, whose tokens count `image_scale` times. Raises
-        OptionError for shapes that do not fit.
-        """
-        check_context(
-            self.config,
-            context=None if context is None else context.shape,
-            image_states=None if image_states is None else image_states.shape,
-        )
-        if context is None:
-            return None
-        dtype, tokens = self.conv_in.weight.dtype, None
-        if image_states is not None:
-            tokens = self.image_embed(image_states.flatten(0, 1), options=self.attention_options)
-            tokens = mx.unflatten(tokens, 0, image_states.shape[:2]).flatten(1, 2)
-        context = context.astype(dtype)
-        return [
-            [
-                block.attn2.cross_keys_values(context, tokens, image_scale=image_scale)
-                for block in transformer.transformer_blocks
-            ]
-            for transformer in self._transformers()
-        ]
-
-    def __call__(
+    def constants(
         self,
-        sample: mx.array,
-        timesteps: mx.array,
+        context: mx.array | None = None,
         *,
-        cross: Cross | None = None,
+        image_states: mx.array | None = None,
+        image_scale: float = 1.0,
         camera: mx.array | None = None,
         reference: mx.array | None = None,
         reference_scale: float = 1.0,
-    ) -> mx.array:
-        """Denoise sample (b, v, h, w, in_channels) at timesteps (b,); returns (b, v, h, w, out_channels) in the weights' dtype.
+    ) -> Constants:
+        """What the U-Net is conditioned on, as far as it is constant over the sampling steps.
 
-        cross is what `cross_keys_values` gave, None for a model without cross-attention. Without camera (b, v, camera_dim) the
-        camera embedding is left out. reference (b, r, h, w, out_channels) are clean latents of r pictures, one more frame each;
-        a model with a reference frame runs without as well, but a dropped picture is one of zeros. `reference_scale` weighs
-        their tokens in the self-attention, as factors in its softmax; with 0 the views do not look at them.
-        Raises OptionError for shapes that do not fit.
+        context (b, l, cross_attention_dim), shared by the views, is None for a model without cross-attention. image_states
+        (b, r, m, embedding_dim) are the vision tower's of r reference pictures, whose tokens count `image_scale` times. Without
+        camera (b, v, camera_dim) the camera embedding is left out. reference (b, r, h, w, out_channels) are clean latents of r
+        pictures, one more frame each; a model with a reference frame runs without as well, but a dropped picture is one of
+        zeros. `reference_scale` weighs their tokens in the self-attention, as factors in its softmax; with 0 the views do not
+        look at them. Raises OptionError for shapes that do not fit.
         """
-        check_unet_inputs(
+        check_conditions(
             self.config,
-            sample=sample.shape,
-            timesteps=timesteps.shape,
-            attended=None if cross is None else self._objects(cross, sample.shape[0]),
+            context=None if context is None else context.shape,
+            image_states=None if image_states is None else image_states.shape,
             camera=None if camera is None else camera.shape,
             reference=None if reference is None else reference.shape,
             reference_scale=reference_scale,
         )
+        if not reference_scale:
+            reference = None
+        return Constants(
+            cross=self._cross_keys_values(context, image_states, image_scale=image_scale),
+            camera=self._embed_cameras(camera, references=0 if reference is None else reference.shape[1]),
+            reference=self._reference_frames(reference),
+            reference_scale=reference_scale,
+        )
+
+    def time_embeddings(self, timesteps: mx.array) -> mx.array:
+        """Embeddings (n, time_embed_dim), in the weights' dtype, of timesteps (n,)."""
+        waves = timestep_embedding(timesteps, self.config.block_out_channels[0])
+        return self.time_embedding(waves.astype(self.conv_in.weight.dtype))
+
+    def __call__(self, sample: mx.array, times: mx.array, constants: Constants) -> mx.array:
+        """Denoise sample (b, v, h, w, in_channels) at embedded times (b, time_embed_dim), see `time_embeddings`.
+
+        Returns (b, v, h, w, out_channels) in the weights' dtype. Raises OptionError for shapes that do not fit.
+        """
+        cross, camera, reference, _ = constants
+        references = 0 if reference is None else reference.shape[1]
+        check_unet_inputs(
+            self.config,
+            sample=sample.shape,
+            times=times.shape,
+            attended=None if cross is None else self._objects(cross, sample.shape[0]),
+            camera=None if camera is None else (camera.shape[0], camera.shape[1] - references, self.config.camera_dim or 0),
+            reference=None if reference is None else (*reference.shape[:4], self.config.out_channels),
+        )
         dtype = self.conv_in.weight.dtype
         b, v = sample.shape[:2]
-        frames = self._append_reference(sample.astype(dtype), reference if reference_scale else None)
-        f = frames.shape[1]  # v, and the references
-        emb = self._embed(timesteps, camera, frames=f)
-        bias = frame_bias(reference_scale, views=v, references=f - v)
-        run = partial(self._run, emb=emb, cross=repeat(None) if cross is None else iter(cross), frames=f, frame_bias=bias)
+        f = v + references
+        frames = sample.astype(dtype)
+        if reference is not None:
+            frames = mx.concatenate([frames, reference], axis=1)
+        run = partial(
+            self._run,
+            emb=self._embed(times, camera, frames=f),
+            cross=repeat(None) if cross is None else iter(cross),
+            frames=f,
+            frame_bias=self._frame_bias(constants, views=v),
+        )
 
         x = self.conv_in(frames.flatten(0, 1))
         skips = [x]
@@ -200,8 +234,9 @@ class MultiViewUNet(nn.Module):
                 x = run(resnet, transformer, x)
             for upsample in level.upsamplers:
                 x = upsample(x)
-        x = mx.unflatten(x, 0, (b, f))[:, :v].flatten(0, 1)
-        x = self.conv_out(nn.silu(self.conv_norm_out(x)))
+        if f > v:
+            x = mx.unflatten(x, 0, (b, f))[:, :v].flatten(0, 1)
+        x = self.conv_out(_norm_silu(self.conv_norm_out, x))
         return mx.unflatten(x, 0, (b, v))
 
     def _transformers(self) -> Iterator[SpatialTransformer]:
@@ -213,21 +248,50 @@ class MultiViewUNet(nn.Module):
         """How many objects the keys are of; a model may have no transformer at all."""
         return cross[0][0].context.keys.shape[0] if cross else default
 
-    def _append_reference(self, sample: mx.array, reference: mx.array | None) -> mx.array:
-        """Frames (b, v + r, h, w, in_channels): references come last, the channels of their normal maps are zero."""
-        if reference is None:
-            return sample
-        clean = mx.pad(reference.astype(sample.dtype), [(0, 0)] * 4 + [(0, self.config.normal_channels)])
-        return mx.concatenate([sample, clean], axis=1)
+    def _cross_keys_values(
+        self, context: mx.array | None, image_states: mx.array | None, *, image_scale: float
+    ) -> Cross | None:
+        """Of every transformer; None without cross-attention."""
+        if context is None:
+            return None
+        dtype, tokens = self.conv_in.weight.dtype, None
+        if image_states is not None:
+            tokens = self.image_embed(image_states.flatten(0, 1), options=self.attention_options)
+            tokens = mx.unflatten(tokens, 0, image_states.shape[:2]).flatten(1, 2)
+        context = context.astype(dtype)
+        return [
+            [
+                block.attn2.cross_keys_values(context, tokens, image_scale=image_scale)
+                for block in transformer.transformer_blocks
+            ]
+            for transformer in self._transformers()
+        ]
 
-    def _embed(self, timesteps: mx.array, camera: mx.array | None, *, frames: int) -> mx.array:
-        """Embeddings (b f, time_embed_dim) of the time and, if given, the cameras; a reference frame's camera is zeros."""
-        dtype = self.conv_in.weight.dtype
-        emb = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(dtype))[:, None]
+    def _embed_cameras(self, camera: mx.array | None, *, references: int) -> mx.array | None:
+        """Embeddings (b, v + references, time_embed_dim) of cameras (b, v, camera_dim); a reference frame's is zeros."""
+        if camera is None:
+            return None
+        return self.camera_embedding(mx.pad(camera.astype(self.conv_in.weight.dtype), [(0, 0), (0, references), (0, 0)]))
+
+    def _reference_frames(self, reference: mx.array | None) -> mx.array | None:
+        """Latents (b, r, h, w, in_channels): the channels of the normal maps are zero."""
+        if reference is None:
+            return None
+        return mx.pad(reference.astype(self.conv_in.weight.dtype), [(0, 0)] * 4 + [(0, self.config.normal_channels)])
+
+    def _frame_bias(self, constants: Constants, *, views: int) -> mx.array | None:
+        """What is added to the scores of every frame's keys (f,) for the references' weight; None where that is nothing."""
+        reference, scale = constants.reference, constants.reference_scale
+        if reference is None or scale == 1:
+            return None
+        return mx.array([0.0] * views + [math.log(scale)] * reference.shape[1])
+
+    def _embed(self, times: mx.array, camera: mx.array | None, *, frames: int) -> mx.array:
+        """What is projected in every block (b f, time_embed_dim): of the time and, if given, the cameras, after SiLU."""
+        emb = times[:, None]
         if camera is not None:
-            camera = mx.pad(camera.astype(dtype), [(0, 0), (0, frames - camera.shape[1]), (0, 0)])
-            emb = emb + self.camera_embedding(camera)
-        return mx.broadcast_to(emb, (emb.shape[0], frames, emb.shape[2])).flatten(0, 1)
+            emb = emb + camera
+        return mx.broadcast_to(nn.silu(emb), (emb.shape[0], frames, emb.shape[2])).flatten(0, 1)
 
     def _run(
         self,
@@ -238,12 +302,11 @@ class MultiViewUNet(nn.Module):
         emb: mx.array,
         cross: Iterator[Sequence[CrossKeyValues] | None],
         frames: int,
-        frame_bias: tuple[float, ...] | None,
+        frame_bias: mx.array | None,
     ) -> mx.array:
         recompute = self.gradient_checkpointing
         x = run_block(resnet, x, emb, recompute=recompute)
         if transformer is None:
             return x
-        options = self.attention_options
-        static = {"views": frames, "frame_bias": frame_bias, "options": options}
-        return run_block(transformer, x, next(cross), recompute=recompute, **static)
+        static = {"views": frames, "options": self.attention_options}
+        return run_block(transformer, x, next(cross), frame_bias, recompute=recompute, **static)

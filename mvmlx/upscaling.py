@@ -24,7 +24,7 @@ from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_file
 from mvshared.weights import choose_quantization
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class UpscaleCondition:
     """What stays constant over the steps, for b branches, [unconditional, conditional] if guided, else [conditional].
 
@@ -105,7 +105,8 @@ class UpscalerModel(LatentModel):
             sample = mx.concatenate([x, condition.low], axis=-1)[None]
             sample = mx.broadcast_to(sample, (branches, *sample.shape[1:]))
             noise = mx.full((branches,), t, dtype=mx.float32)
-            out = self.unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].astype(mx.float32)
+            unet = self._compiled(self.unet)
+            out = unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].astype(mx.float32)
             return _evaluated(out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0]))
 
 

@@ -100,11 +100,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """x (n, in_channels, h, w) and time embeddings (n, time_embed_dim) to (n, out_channels, h, w)."""
+        """x (n, in_channels, h, w) and time embeddings after SiLU (n, time_embed_dim) to (n, out_channels, h, w)."""
         reuse = cpu_norms.may_overwrite(*self.children())
         h = self.conv1(norm_silu(self.norm1, x))
         if emb is not None:
-            shift = self.time_emb_proj(F.silu(emb))[:, :, None, None]
+            shift = self.time_emb_proj(emb)[:, :, None, None]
             h = h.add_(shift) if reuse else h + shift
         h = self.conv2(norm_silu(self.norm2, h, overwrite=reuse))
         rest = x if self.conv_shortcut is None else self.conv_shortcut(x)

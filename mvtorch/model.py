@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from mvshared import precision
-from mvshared.backend import Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
@@ -22,6 +24,7 @@ from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
+from mvshared.random_weights import random_weights
 from mvshared.weights import (
     Stored,
     check_names_and_shapes,
@@ -31,28 +34,27 @@ from mvshared.weights import (
     stored_quantization,
 )
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
+from mvtorch.inference import inference, join_projections
 from mvtorch.latents import LatentModel, to_numpy
 from mvtorch.packed import pack_network
 from mvtorch.quantized import packed_tensors, quantize_network
-from mvtorch.unet import Cross, MultiViewUNet, select_objects
+from mvtorch.unet import Constants, MultiViewUNet, select_objects
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
 _MAPPED_BYTES = 128_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
     """What stays constant over the sampling steps, for b branches of the guidance.
 
-    What the views attend to beside themselves, cameras (b, v, 16), reference latents (b, r, h, w, c) and the weight of their
-    tokens, latents of the normal maps (b, v, h, w, c).
+    The U-Net's constants, the embeddings (b, time_embed_dim) of the timesteps that were announced, latents of the normal maps
+    (b, v, h, w, c).
     """
 
-    cross: Cross | None
-    cameras: Tensor | None
-    reference: Tensor | None
-    reference_scale: float
+    constants: Constants
+    times: Mapping[float, Tensor]
     normals: Tensor | None
     branches: Sequence[Branch]
 
@@ -84,7 +86,7 @@ class MultiViewModel(LatentModel):
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
-        with torch.inference_mode():
+        with inference(self.device):
             return self.networks["text_encoder"](torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
 
     def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
@@ -94,7 +96,7 @@ class MultiViewModel(LatentModel):
         """
         if "image_encoder" not in self.networks:
             raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
-        with torch.inference_mode():
+        with inference(self.device):
             return self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].float()
 
     def condition(
@@ -108,10 +110,11 @@ class MultiViewModel(LatentModel):
         reference_scale: float = 1.0,
         normals: Tensor | None,
         branches: Sequence[Branch],
+        timesteps: Sequence[float] = (),
     ) -> Condition:
         """What `denoise` needs of text states (n, l, c), the last ones of the prompt and the first ones of the negative prompt,
         states (r, m, c) and clean latents (r, h, w, c) of r pictures, camera vectors (v, 16) and latents of normal maps
-        (v, h, w, c).
+        (v, h, w, c). What it needs of the timesteps is computed here for those that are announced, else at each step.
 
         A branch that does not see the pictures or the normal maps has zeros for them; the cameras say what is looked at, so all
         have them. Raises OptionError for shapes that do not fit.
@@ -121,54 +124,82 @@ class MultiViewModel(LatentModel):
         def batched(x: Tensor | None, seen: Sequence[bool]) -> Tensor | None:
             return None if x is None else torch.stack([x if each else torch.zeros_like(x) for each in seen])
 
-        with torch.inference_mode():
+        with inference(self.device):
             pictured = [branch.image for branch in branches]
             context = None if text is None else torch.stack([text[-1 if branch.text else 0] for branch in branches])
             states = batched(image_states, pictured)
-            return Condition(
-                cross=self.unet.cross_keys_values(context, image_states=states, image_scale=image_scale),
-                cameras=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
+            constants = self.unet.constants(
+                context,
+                image_states=states,
+                image_scale=image_scale,
+                camera=batched(None if cameras is None else self.from_numpy(cameras), [True] * len(branches)),
                 reference=batched(reference, pictured),
                 reference_scale=reference_scale,
+            )
+            return Condition(
+                constants=constants,
+                times=self._times(timesteps, batch=len(branches)),
                 normals=batched(normals, [branch.normals for branch in branches]),
                 branches=branches,
             )
 
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done: none, PyTorch computes them as they are called."""
+        return 0
+
+    def start(self, x: Tensor) -> None:
+        """Begin to compute an array: PyTorch has begun."""
+
+    def wait(self, x: Tensor) -> None:
+        """Return when an array is computed: whatever reads it waits for it."""
+
     def denoise(self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
+        """The outputs of `guided` without those of the last branch."""
+        return self.guided(x, t, condition, weights, rescale).out
+
+    def guided(
+        self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0
+    ) -> Guided[Tensor]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
-        their weights, and `rescale` of the sum brought back to the deviation of the last branch.
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
         check_weights(weights, branches=condition.branches)
         count = len(condition.branches)
         together = count if self.plan.branches_at_once else 1
-        with torch.inference_mode():
-            mixed = out = torch.zeros((), device=self.device)
+        with inference(self.device):
+            outs: list[Tensor] = []
             for first in range(0, count, together):
-                some = slice(first, first + together)
-                out = self._outputs(x, t, condition, some)
-                mixed = mixed + (torch.tensor(weights[some], device=self.device)[:, None, None, None, None] * out).sum(0)
-            return rescaled(mixed, out[-1], rescale) if rescale else mixed
+                outs.extend(self._outputs(x, t, condition, slice(first, first + together)))
+            mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
+            return Guided(rescaled(mixed, outs[-1], rescale) if rescale else mixed, outs[-1])
+
+    def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, Tensor]:
+        """The embeddings (batch, time_embed_dim) of timesteps."""
+        distinct = list(dict.fromkeys(timesteps))
+        if not distinct:
+            return {}
+        embedded = self.unet.time_embeddings(torch.tensor(distinct, dtype=torch.float32, device=self.device))
+        return {t: each.expand(batch, -1) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: Tensor, t: float, condition: Condition, branches: slice) -> Tensor:
-        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
-        cameras, reference, normals = (
-            None if given is None else given[branches] for given in (condition.cameras, condition.reference, condition.normals)
-        )
-        batch, unet = len(condition.branches[branches]), self.config.unet
-        sample = x[None].expand(batch, *x.shape)
-        if unet.normal_channels:
-            zeros = sample.new_zeros((*sample.shape[:-1], unet.normal_channels))
-            sample = torch.cat([sample, zeros if normals is None else normals], dim=-1)
-        return self.unet(
-            sample,
-            torch.full((batch,), t, dtype=torch.float32, device=self.device),
-            cross=select_objects(condition.cross, branches),
-            camera=cameras,
-            reference=reference,
-            reference_scale=condition.reference_scale,
-        ).float()
+        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches; the next call overwrites them."""
+        unet, times = self.unet, condition.times.get(t)
+        if times is None:
+            times = unet.time_embeddings(torch.full((len(condition.branches),), t, dtype=torch.float32, device=self.device))
+        constants, normals = select_objects(condition.constants, branches), condition.normals
+
+        def call(x: Tensor, times: Tensor) -> Tensor:
+            sample = x[None].expand(len(times), *x.shape)
+            if normals is not None:
+                sample = torch.cat([sample, normals[branches]], dim=-1)
+            elif unet.config.normal_channels:
+                sample = F.pad(sample, (0, unet.config.normal_channels))
+            return unet(sample, times, constants).float()
+
+        return self._called(unet, condition, call, x, times[branches])
 
 
 def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:
@@ -178,7 +209,9 @@ def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:
     """
     deviation = x.std(dim=(1, 2, 3), keepdim=True)
     ratio = conditional.std(dim=(1, 2, 3), keepdim=True) / deviation
-    return x * torch.where(deviation > 0, 1 - share + share * ratio, 1.0)
+    return x * (1 - share + share * ratio).masked_fill(
+        ~(deviation > 0), 1.0
+    )  # torch.where would bring the number from the host
 
 
 def choose_device(device: str = "auto") -> str:
@@ -292,8 +325,36 @@ def load_network(
         quantize_network(network, stored or layers)
     unet = config if isinstance(config, UNetConfig) else None
     tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
+    return filled(network, tensors, device=device)
+
+
+def random_network(config: NetworkConfig, *, dtype: Dtype, device: str) -> Any:
+    """One network with random weights, the same in both backends, ready to compute: for measurements without a checkpoint."""
+    with torch.device("meta"):
+        network = _network(config)
+    network = filled(network, random_tensors(weight_shapes(network), dtype=dtype, device=device), device=device)
+    pack_network(network)
+    return network
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, device: str) -> dict[str, Tensor]:
+    """Random weights by their names in the model."""
+    return {name: _placed(torch.from_numpy(array), name, dtype=dtype, device=device) for name, array in random_weights(shapes)}
+
+
+def filled(network: Any, tensors: Mapping[str, Tensor], *, device: str) -> Any:
+    """A network with these weights, ready to compute on the device that they are on."""
     network.load_state_dict(tensors, strict=True, assign=True)
+    if isinstance(network, MultiViewUNet) and torch.device(device).type == "cuda":
+        join_projections(network)
     return network.eval()
+
+
+def _placed(tensor: Tensor, name: str, *, dtype: Dtype, device: str) -> Tensor:
+    """A copy of a weight as the network of this dtype has it, kernels in channels_last memory."""
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    used = getattr(torch, precision.tensor_dtype(name, dtype))
+    return tensor.to(device=device, dtype=used, memory_format=layout, copy=True)
 
 
 _NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
@@ -349,9 +410,7 @@ def read_tensors(
                 elif part_of(name, stored) is not None:
                     tensors[name] = tensor.to(device=device, copy=True)
                 else:
-                    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-                    used = getattr(torch, precision.tensor_dtype(name, dtype))
-                    tensors[name] = tensor.to(device=device, dtype=used, memory_format=layout, copy=True)
+                    tensors[name] = _placed(tensor, name, dtype=dtype, device=device)
         if quantize:
             trim_heap()
     return tensors
@@ -378,11 +437,11 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     load_weights(vae, paths, dtype="float32", device=chosen)
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with inference(chosen):
             return to_numpy(vae.scale_latents(vae.encode(torch.tensor(np.ascontiguousarray(pixels), device=chosen)).mean))
 
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with inference(chosen):
             return to_numpy(vae.decode(vae.unscale_latents(torch.tensor(np.ascontiguousarray(latents), device=chosen))))
 
     return VAECodec(encode, decode)

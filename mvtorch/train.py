@@ -337,13 +337,13 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> Tensor:
     sample, timesteps, camera, reference, target, text, image_states = (_tensor(array) for array in batch)
     config = unet.config
     states = None if image_states is None else image_states[:, None]
-    out = unet(
-        sample,
-        timesteps,
-        cross=unet.cross_keys_values(text, image_states=states),
+    constants = unet.constants(
+        text,
+        image_states=states,
         camera=camera if config.camera_dim else None,
         reference=reference[:, None] if config.reference_frame else None,
     )
+    out = unet(sample, unet.time_embeddings(timesteps), constants)
     return F.mse_loss(out.float(), target)
 
 

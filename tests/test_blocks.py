@@ -83,7 +83,9 @@ def test_inputs_have_the_names_of_their_arguments_and_the_shapes_of_pictures_and
     assert shapes(blocks["vae.decoder.conv_in"].inputs) == {"x": (1, 16, 16, 4)}
     assert shapes(blocks["image_encoder"].inputs) == {"pixels": (1, 56, 56, 3)}
     assert shapes(blocks["unet.down_blocks.0.resnets.0"].inputs) == {"x": (10, 16, 16, 32), "emb": (10, 128)}
-    assert shapes(blocks["unet"].inputs)["reference"] == (2, 1, 16, 16, 4)
+    inputs = shapes(blocks["unet"].inputs)
+    assert (inputs["times"], inputs["constants.camera"]) == ((2, 128), (2, 5, 128))
+    assert inputs["constants.reference"] == (2, 1, 16, 16, 4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -186,11 +188,11 @@ def test_the_arithmetic_of_full_size_networks_is_what_pytorch_counts() -> None:
         sample, times, camera = torch.zeros(2, 4, 32, 32, 4), torch.zeros(2), torch.zeros(2, 4, 16)
 
         def run_sd21() -> None:
-            sd21(sample[:, :1], times, cross=sd21.cross_keys_values(context))
+            sd21(sample[:, :1], sd21.time_embeddings(times), sd21.constants(context))
 
         def run_imagedream() -> None:
-            cross = imagedream.cross_keys_values(context, image_states=states)
-            imagedream(sample, times, cross=cross, camera=camera, reference=sample[:, :1])
+            constants = imagedream.constants(context, image_states=states, camera=camera, reference=sample[:, :1])
+            imagedream(sample, imagedream.time_embeddings(times), constants)
 
         def run_vae() -> None:
             vae.decode(vae.encode(torch.zeros(1, 256, 256, 3)).mean)

@@ -15,15 +15,17 @@ import mvshared.evaluation
 from mvshared.backend import load
 from mvshared.camera import azimuth_elevation
 from mvshared.errors import OptionError
-from mvshared.evaluation import AZIMUTHS_DEG, Evaluation, evaluate, held_out_subject
-from mvshared.heads import DEFAULT_RADIUS, composite
+from mvshared.evaluation import Evaluation, evaluate, held_out_subject
+from mvshared.heads import DEFAULT_RADIUS, composite, render
+from mvshared.heads.shape import Part
 from mvshared.images import from_model, to_model
 from mvshared.metrics import Summary
 from mvshared.pipeline import Pipeline
 
 SIZE_PX = TINY_MODEL.defaults.size_px
+FACE = {"face_psnr_db", "copy_face_psnr_db", "vae_face_psnr_db"}
 CONSISTENCY = {f"{of}consistency_{name}" for of in ("", "truth_", "copy_") for name in ("psnr_db", "ssim")}
-FIGURES = {"psnr_db", "ssim", "silhouette_iou", "copy_psnr_db", "copy_ssim", "vae_psnr_db", "vae_ssim"} | CONSISTENCY
+FIGURES = {"psnr_db", "ssim", "silhouette_iou", "copy_psnr_db", "copy_ssim", "vae_psnr_db", "vae_ssim"} | CONSISTENCY | FACE
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,14 @@ def test_a_held_out_subject_is_the_same_every_time() -> None:
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b, strict=True)
     assert not any(np.array_equal(a, c) for a, c in zip(first, other, strict=True))
-    assert [array.shape for array in first] == [(24, 24, 4), (4, 24, 24, 4), (4, 24, 24, 4), (4, 4, 4), (4, 24, 24)]
+    assert [array.shape for array in first] == [
+        (24, 24, 4),
+        (4, 24, 24, 4),
+        (4, 24, 24, 4),
+        (4, 4, 4),
+        (4, 24, 24),
+        (4, 24, 24),
+    ]
 
 
 def test_references_look_at_the_face_and_views_go_around_at_one_elevation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +98,7 @@ def test_references_look_at_the_face_and_views_go_around_at_one_elevation(monkey
 
     def render(identity: int, cameras: NDArray[np.float32], *, size_px: int) -> Any:
         rendered.append((identity, cameras))
-        return SimpleNamespace(**{name: np.zeros((len(cameras), 1)) for name in ("rgba", "normals", "depth")})
+        return SimpleNamespace(**{name: np.zeros((len(cameras), 1)) for name in ("rgba", "normals", "depth", "parts")})
 
     monkeypatch.setattr(mvshared.evaluation, "render", render)
     subjects = [held_out_subject(identity, size_px=8) for identity in range(40)]
@@ -101,7 +110,7 @@ def test_references_look_at_the_face_and_views_go_around_at_one_elevation(monkey
     for subject, (_, cameras) in zip(subjects, rendered, strict=True):
         np.testing.assert_array_equal(subject.cameras, cameras[1:])
         around = azimuth_elevation(cameras[1:])
-        np.testing.assert_allclose(around.azimuths_deg, AZIMUTHS_DEG, atol=1e-3)
+        np.testing.assert_allclose(around.azimuths_deg, [45, 135, 225, 315], atol=1e-3)
         np.testing.assert_allclose(around.elevations_deg, around.elevations_deg[0], atol=1e-3)
         np.testing.assert_allclose(around.radii, DEFAULT_RADIUS, rtol=1e-6)
     elevations = np.array([azimuth_elevation(subject.cameras).elevations_deg[0] for subject in subjects])
@@ -143,6 +152,45 @@ def test_the_figures_of_the_vae_are_those_of_the_true_views_encoded_and_decoded(
     psnr_db, ssim = figures(from_model(pipeline.model.decode(pipeline.model.encode_latents(to_model(truth)))), truth)
     assert_summarises(evaluation.vae_psnr_db, psnr_db)
     assert_summarises(evaluation.vae_ssim, ssim)
+
+
+def test_the_face_is_where_the_renderer_says_so_in_views_from_the_front() -> None:
+    subject = held_out_subject(0, size_px=48, views=8)  # azimuths 45, 90, ... 315, 0
+    parts = render(0, subject.cameras, size_px=48).parts
+    faces = [Part.SKIN, Part.EYE, Part.BROW, Part.MOUTH, Part.NOSE, Part.GLASSES, Part.BEARD]
+    for view, (face, part) in enumerate(zip(subject.face, parts, strict=True)):
+        expected = np.isin(part, faces) if view in (0, 6, 7) else np.zeros_like(face)
+        np.testing.assert_array_equal(face, expected)
+    assert subject.face[7].any()
+
+
+def test_the_figures_of_faces_count_pixels_of_faces_alone(evaluation: Evaluation) -> None:
+    subjects = [held_out_subject(identity, size_px=SIZE_PX) for identity in range(2)]
+    pictures = {"face_psnr_db": [row[1:5] for row in evaluation.rows]}
+    pictures["copy_face_psnr_db"] = [np.repeat(row[:1], 4, axis=0) for row in evaluation.rows]
+    for name, made in pictures.items():
+        squares = [
+            ((view[face].astype(float) - composite(truth)[face]) ** 2).mean()
+            for subject, views in zip(subjects, made, strict=True)
+            for view, truth, face in zip(views, subject.truth, subject.face, strict=True)
+            if face.any()
+        ]
+        assert len(squares) == 4  # of each head the views from 45 and 315 degrees
+        assert_summarises(getattr(evaluation, name), 10 * np.log10(255**2 / np.asarray(squares)))
+
+
+def test_any_number_of_views_can_be_evaluated(pipeline: Pipeline[Any]) -> None:
+    for count, neighbours in ((1, False), (3, False), (6, True)):
+        result = evaluate(pipeline, range(1), views=count, steps=1)
+        assert result.views == count and result.rows[0].shape[0] == 1 + 2 * count
+        assert (result.consistency_psnr_db is not None) == neighbours  # of views at most 100 degrees apart
+
+
+@pytest.mark.parametrize("views", [0, -1, 65, 2.5, True])
+def test_numbers_of_views_that_are_not_allowed_are_refused(pipeline: Pipeline[Any], views: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        evaluate(pipeline, range(1), views=views)
+    assert caught.value.name == "views"
 
 
 def test_true_views_get_the_best_figures(pipeline: Pipeline[Any]) -> None:

@@ -34,8 +34,9 @@ SD21 = {"attention_head_dim": [2, 4], "use_linear_projection": True}
 def call(model: Any, inputs: Any, *, image_states: Any = None) -> Any:
     """The U-Net of a loaded model on random inputs; missing input channels are zero."""
     sample, timesteps, context, camera, reference = (from_numpy(model.unet, x) for x in inputs)
-    cross = model.unet.cross_keys_values(context, image_states=from_numpy(model.unet, image_states))
-    return to_numpy(model.unet(sample, timesteps, cross=cross, camera=camera, reference=reference))
+    unet, states = model.unet, from_numpy(model.unet, image_states)
+    constants = unet.constants(context, image_states=states, camera=camera, reference=reference)
+    return to_numpy(unet(sample, unet.time_embeddings(timesteps), constants))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -125,8 +125,11 @@ def test_every_latent_of_every_view_counts_the_same_in_the_loss(backend: Backend
     class Network:
         config = UNET
 
-        def cross_keys_values(self, *_: Any, **__: Any) -> None:
+        def constants(self, *_: Any, **__: Any) -> None:
             return None
+
+        def time_embeddings(self, timesteps: Any) -> Any:
+            return timesteps
 
         def __call__(self, *_: Any, **__: Any) -> Any:
             return make(out)

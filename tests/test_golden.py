@@ -91,9 +91,9 @@ def call(model: Any, given: Call, *, image_scale: float = 1.0) -> NDArray[np.flo
 
     with torch.no_grad():
         image_states = array(given.image_states)
-        cross = model.cross_keys_values(array(given.context), image_states=image_states, image_scale=image_scale)
-        conditions = {"cross": cross, "camera": array(given.camera), "reference": array(given.reference)}
-        return to_numpy(model(array(given.sample), array(given.timesteps), **conditions))
+        conditions = {"camera": array(given.camera), "reference": array(given.reference)}
+        constants = model.constants(array(given.context), image_states=image_states, image_scale=image_scale, **conditions)
+        return to_numpy(model(array(given.sample), model.time_embeddings(array(given.timesteps)), constants))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -128,7 +128,7 @@ def test_branches_that_count_nothing_are_left_out() -> None:
 )
 def test_only_steps_that_begin_within_the_interval_are_guided(interval: Any, guided: Sequence[int]) -> None:
     strength = Guidance(guidance=3, guidance_interval=interval)
-    mixtures = strength.mixtures(ALL, steps=10)
+    mixtures = [call.mixture for call in strength.calls(ALL, steps=10)]
     assert mixtures == [strength.mixture(ALL) if step in guided else PLAIN for step in range(10)]
 
 
@@ -196,15 +196,14 @@ def by_hand(model: Any, branch: Branch) -> NDArray[np.float32]:
 
     with torch.no_grad():
         states = array(given.states, branch.image)
-        cross = unet.cross_keys_values(array(given.text[1 if branch.text else 0]), image_states=states)
-        out = unet(
-            array(np.concatenate([given.x, given.normals * np.float32(branch.normals)], axis=-1)),
-            from_numpy(unet, np.array([481.0], np.float32)),
-            cross=cross,
+        constants = unet.constants(
+            array(given.text[1 if branch.text else 0]),
+            image_states=states,
             camera=array(given.cameras),
             reference=array(given.reference, branch.image),
         )
-        return to_numpy(out)[0]
+        sample = array(np.concatenate([given.x, given.normals * np.float32(branch.normals)], axis=-1))
+        return to_numpy(unet(sample, unet.time_embeddings(from_numpy(unet, np.array([481.0], np.float32))), constants))[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -313,16 +312,15 @@ def unet_output(folder: Path, backend: Backend, options: AttentionOptions, *, re
         return from_numpy(unet, x[None])
 
     with torch.no_grad():
-        return to_numpy(
-            unet(
-                array(np.concatenate([given.x, given.normals], axis=-1)),
-                from_numpy(unet, np.array([481.0], np.float32)),
-                cross=unet.cross_keys_values(array(given.text[1]), image_states=array(given.states)),
-                camera=array(given.cameras),
-                reference=array(np.repeat(given.reference, references, axis=0)) if references else None,
-                reference_scale=scale,
-            )
+        constants = unet.constants(
+            array(given.text[1]),
+            image_states=array(given.states),
+            camera=array(given.cameras),
+            reference=array(np.repeat(given.reference, references, axis=0)) if references else None,
+            reference_scale=scale,
         )
+        sample = array(np.concatenate([given.x, given.normals], axis=-1))
+        return to_numpy(unet(sample, unet.time_embeddings(from_numpy(unet, np.array([481.0], np.float32))), constants))
 
 
 @pytest.mark.parametrize("options", FORMS, ids=lambda options: options.implementation)
@@ -381,7 +379,8 @@ def batches(pipeline: Pipeline[Any], **options: Any) -> list[int]:
         seen.append(sample.shape[0])
         return unet(sample, *args, **kwargs)
 
-    counting.cross_keys_values = unet.cross_keys_values  # pyright: ignore[reportFunctionMemberAccess]
+    for name in ("constants", "time_embeddings"):
+        setattr(counting, name, getattr(unet, name))
     counted = with_unet(pipeline, counting)
     generate(counted, **options)
     return seen
@@ -426,6 +425,8 @@ def test_every_step_gets_the_weights_of_its_branches_and_the_rescaling(pipeline:
         {"guidance_normals": 6.0},
         {"guidance_interval": (0.5, 1)},
         {"guidance_rescale": 0.5},
+        {"guidance_every": 2},
+        {"kv_pooling": 2},
         {"reference_scale": 0.5},
         {"reference_scale": 0.0},
         {"image_scale": 0.5},

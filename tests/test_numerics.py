@@ -79,7 +79,7 @@ BEGINNINGS = [
     ("unet", "mid_block.resnets.0.conv1", 3, (slice(4, 9),), 3, "view 0"),
     ("unet", "mid_block.resnets.0.conv1", 1, (4,), 1, "reference frame 0"),
     ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0", 2, (0, 3 * 256 + 5), 2, "view 3"),
-    ("unet", "time_embedding.linear_2", 2, ..., 2, None),
+    ("unet", "time_embedding.linear_2", 1, ..., None, None),  # of all steps at once, before the first
     ("unet", "conv_out", 3, (6,), 3, "view 2"),  # behind the last level the reference frame is gone
     ("vae", "post_quant_conv", 3, ..., None, "view 2"),  # one view at a time
     ("vae", "decoder.up_blocks.1.resnets.0.conv2", 2, ..., None, "view 1"),

@@ -280,6 +280,8 @@ def test_attention_options_are_checked() -> None:
         AttentionOptions(implementation="flash")  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="budget_bytes must be at least 1, got 0"):
         AttentionOptions(budget_bytes=0)
+    with pytest.raises(OptionError, match="kv_pooling must be 1 or 2, got 4"):
+        AttentionOptions(kv_pooling=4)
 
 
 # Float32 islands
@@ -424,14 +426,15 @@ def test_gradient_checkpointing_computes_blocks_twice(backend: Backend, network:
         ({"sample": np.zeros((2, 1, 8, 12, 4), np.float32)}, r"sample must be of shape \(b, v, h, w, 8\)"),
         ({"sample": np.zeros((2, 0, 8, 12, 8), np.float32)}, r"sample must be of shape \(b, v, h, w, 8\)"),
         ({"sample": np.zeros((2, 1, 7, 12, 8), np.float32)}, "multiples of 2"),
-        ({"timesteps": np.zeros(3, np.float32)}, r"timesteps must be of shape \(2,\)"),
+        ({"timesteps": np.zeros(3, np.float32)}, r"times must be of shape \(2, 128\)"),
         ({"context": None}, r"context must be of shape \(b, l, 24\), got None"),
         ({"context": np.zeros((2, 7, 25), np.float32)}, r"context must be of shape \(b, l, 24\)"),
         ({"context": np.zeros((1, 7, 24), np.float32)}, "cross must be of 2 objects, got 1"),
         ({"camera": np.zeros((2, 2, 16), np.float32)}, r"camera must be of shape \(2, 1, 16\)"),
-        ({"reference": np.zeros((2, 1, 8, 12, 8), np.float32)}, r"reference must be of shape \(2, r, 8, 12, 4\)"),
-        ({"reference": np.zeros((2, 0, 8, 12, 4), np.float32)}, r"reference must be of shape \(2, r, 8, 12, 4\)"),
-        ({"reference": np.zeros((2, 8, 12, 4), np.float32)}, r"reference must be of shape \(2, r, 8, 12, 4\)"),
+        ({"reference": np.zeros((2, 1, 8, 12, 8), np.float32)}, r"reference must be of shape \(b, r, h, w, 4\)"),
+        ({"reference": np.zeros((2, 0, 8, 12, 4), np.float32)}, r"reference must be of shape \(b, r, h, w, 4\)"),
+        ({"reference": np.zeros((2, 1, 8, 8, 4), np.float32)}, r"reference must be of shape \(2, r, 8, 12, 4\)"),
+        ({"reference": np.zeros((2, 8, 12, 4), np.float32)}, r"reference must be of shape \(b, r, h, w, 4\)"),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from helpers import (
     BACKENDS,
     TINY_MODEL,
@@ -27,7 +29,7 @@ from mvshared.backend import load
 from mvshared.camera import camera_vectors, orbit
 from mvshared.config import ModelConfig, SchedulerConfig
 from mvshared.errors import CameraError, OptionError
-from mvshared.guidance import ALL, Guidance
+from mvshared.guidance import ALL, PLAIN, Guidance
 from mvshared.images import to_model
 from mvshared.pipeline import Pipeline
 from mvshared.runs import Views
@@ -112,6 +114,10 @@ def test_another_seed_gives_another_result(pipeline: Pipeline[Any]) -> None:
         {"guidance": 1.0, "normals": NORMALS, "eta": 1.0, "steps": 4},
         {"eta": 0.5, "steps": 4},
         {"steps": 1},
+        {"scheduler": "dpmpp-2m", "steps": 4, "spacing": "trailing"},
+        {"scheduler": "dpmpp-2s", "steps": 5, "spacing": "linspace"},
+        {"scheduler": "unipc", "steps": 4, "spacing": "karras"},
+        {"scheduler": "euler-ancestral", "steps": 4, "guidance": 2.0},
         {"steps": 4, "views": 3, "elevation_deg": 20.0},
         {"steps": 4, "size_px": 48},
     ],
@@ -234,6 +240,58 @@ def test_the_sampler_is_a_loop_over_diffusers_ddim_scheduler(
     assert_close(views.latents, x, rms=LATENTS_RMS)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' arrays are of before numpy 2
+@pytest.mark.parametrize("name", ["unipc", "dpmpp-2s"])
+def test_a_sampler_with_memory_is_a_loop_over_diffusers_scheduler(pipeline: Pipeline[Any], name: str) -> None:
+    oracles: dict[str, Any] = {"unipc": UniPCMultistepScheduler, "dpmpp-2s": DPMSolverSinglestepScheduler}
+    schedule, model, steps, previews = pipeline.model.config.scheduler, pipeline.model, 5, []
+    views = generate(
+        pipeline, scheduler=name, spacing="linspace", steps=steps, guidance=1.0, seed=2,
+        on_step=lambda progress: previews.append(progress.preview()),
+    )  # fmt: skip
+    common = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    oracle = oracles[name](**{field: getattr(schedule, field) for field in common})
+    oracle.set_timesteps(steps)
+    condition = model.condition(
+        cameras=camera_vectors(orbit([45, 225], 0)),
+        reference=model.encode_latents(to_model(PICTURE[None])),
+        normals=None,
+        branches=PLAIN.branches,
+    )
+    x = np.random.default_rng(2).standard_normal((2, 8, 8, 4), np.float32)
+    for t in oracle.timesteps.tolist():
+        out = model.to_numpy(model.denoise(model.from_numpy(x), float(t), condition, PLAIN.weights))
+        x = oracle.step(torch.from_numpy(out), t, torch.from_numpy(x)).prev_sample.numpy()
+    assert_close(views.latents, x, rms=LATENTS_RMS)
+    np.testing.assert_array_equal(previews[-1], views.images)
+
+
+def test_the_sampler_and_its_spacing_are_those_of_the_model_unless_others_are_given(pipeline: Pipeline[Any]) -> None:
+    model = pipeline.model.config
+    scheduler, defaults = replace(model.scheduler, timestep_spacing="karras"), replace(model.defaults, scheduler="dpmpp-2m")
+    with_others = configured(pipeline, scheduler=scheduler, defaults=defaults)
+    found = generate(with_others, steps=3)
+    assert (found.parameters.scheduler, found.parameters.spacing) == ("dpmpp-2m", "karras")
+    given = generate(pipeline, steps=3, scheduler="dpmpp-2m", spacing="karras")
+    np.testing.assert_array_equal(given.latents, found.latents)
+    other = generate(with_others, steps=3, scheduler="ddim", spacing="leading")
+    np.testing.assert_array_equal(other.latents, generate(pipeline, steps=3).latents)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheduler": "euler", "eta": 0.5}, "eta must be 0 with euler: it is DDIM's, got 0.5"),
+        ({"spacing": "karras"}, "spacing must be leading, trailing or linspace for ddim, got 'karras'"),
+        ({"scheduler": "unipc", "spacing": "linspace", "steps": 1000}, "steps must be a whole number from 1 to 999, got 1000"),
+    ],
+)
+def test_what_a_sampler_cannot_do_is_refused_before_any_work(recorded: Recorded, options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        generate(recorded.pipeline, **options)
+    assert not recorded.model.calls
+
+
 def test_guidance_1_skips_the_unconditional_half(pipeline: Pipeline[Any]) -> None:
     unet, batches = pipeline.model.unet, []  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -241,7 +299,8 @@ def test_guidance_1_skips_the_unconditional_half(pipeline: Pipeline[Any]) -> Non
         batches.append(tuple(sample.shape))
         return unet(sample, *args, **kwargs)
 
-    counting.cross_keys_values = unet.cross_keys_values  # pyright: ignore[reportFunctionMemberAccess]
+    for name in ("constants", "time_embeddings"):
+        setattr(counting, name, getattr(unet, name))
     counted = with_unet(pipeline, counting)
     for guidance in (1, 1.5):
         generate(counted, steps=1, views=3, guidance=guidance)
@@ -395,7 +454,8 @@ def test_what_is_no_camera_is_refused_by_its_index(recorded: Recorded, options: 
         ("reference_scale", [-0.1, 2.1, float("nan"), "1", True, None, [0.5]]),
         ("eta", [-0.1, 1.1, float("nan"), "0", True, None, [0.5]]),
         ("seed", [-1, 2**63, 1.0, "1", True, None]),
-        ("scheduler", ["euler", "DDIM", "", None, ["ddim"], {}]),
+        ("scheduler", ["heun", "DDIM", "", ["ddim"], {}]),
+        ("spacing", ["uniform", "Karras", "", ["leading"], {}]),
     ],
 )
 def test_options_out_of_range_are_refused_by_name_before_any_work(recorded: Recorded, name: str, values: list[Any]) -> None:

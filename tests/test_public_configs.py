@@ -12,7 +12,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close
 from public_folders import SD_SCHEDULER, stable_diffusion
 from transformers import CLIPTextModel
@@ -21,7 +26,7 @@ from mvshared.backend import load
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.config import MVDREAM, SD21, SD_VAE, SchedulerConfig
 from mvshared.errors import CheckpointError, OptionError
-from mvshared.public_configs import diffusers_scheduler, diffusers_unet, diffusers_vae, ldm_unet
+from mvshared.public_configs import diffusers_sampler, diffusers_scheduler, diffusers_unet, diffusers_vae, ldm_unet
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HERE = Path("config.json")
@@ -125,6 +130,33 @@ def test_what_a_scheduler_leaves_out_has_the_default_of_diffusers() -> None:
     assert {name: oracle[name] for name in vars(config)} == vars(config)
     other = diffusers_scheduler({"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}, path=HERE)
     assert (other.set_alpha_to_one, other.prediction_type) == (False, "v_prediction")
+
+
+BETAS = ("beta_start", "beta_end", "beta_schedule")
+SOLVERS: list[tuple[Any, dict[str, Any], str, str]] = [
+    (DDIMScheduler, {}, "ddim", "leading"),
+    (PNDMScheduler, {}, "ddim", "leading"),
+    (DPMSolverMultistepScheduler, {}, "dpmpp-2m", "linspace"),
+    (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, "dpmpp-2m", "karras"),
+    (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "ddim", "linspace"),
+    (DPMSolverSinglestepScheduler, {}, "dpmpp-2s", "linspace"),
+    (UniPCMultistepScheduler, {"timestep_spacing": "trailing"}, "unipc", "trailing"),
+    (UniPCMultistepScheduler, {"solver_order": 3, "timestep_spacing": "trailing"}, "ddim", "trailing"),
+    (EulerDiscreteScheduler, {"use_karras_sigmas": True}, "euler", "karras"),
+    (EulerDiscreteScheduler, {"timestep_type": "continuous", "use_karras_sigmas": True}, "ddim", "linspace"),
+    (EulerAncestralDiscreteScheduler, {}, "euler-ancestral", "linspace"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' arrays are of before numpy 2
+@pytest.mark.parametrize(("cls", "settings", "name", "spacing"), SOLVERS)
+def test_a_sampler_that_is_here_is_the_default_with_its_spacing(
+    cls: Any, settings: dict[str, Any], name: str, spacing: str
+) -> None:
+    document = dict(cls(**{name: SD_SCHEDULER[name] for name in BETAS}, **settings).config)
+    document |= {"_class_name": cls.__name__, "clip_sample": False}
+    assert diffusers_sampler(document) == name
+    assert diffusers_scheduler(document, path=HERE).timestep_spacing == spacing
 
 
 @pytest.mark.parametrize(

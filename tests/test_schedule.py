@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvshared import schedule
+from mvshared import samplers, schedule
 from mvshared.config import SchedulerConfig
 from mvshared.errors import OptionError
 
@@ -29,10 +29,10 @@ configs = st.builds(
 )
 
 
-def steps_or_none(config: SchedulerConfig, *, steps: int, eta: float) -> list[schedule.Step] | None:
+def steps_or_none(config: SchedulerConfig, *, steps: int, eta: float) -> list[samplers.Step] | None:
     """The steps, or None for the two combinations that cannot be sampled; the reference tests say which they are."""
     try:
-        return schedule.ddim_steps(config, steps=steps, eta=eta)
+        return samplers.ddim_steps(config, steps=steps, eta=eta)
     except OptionError as error:
         assert error.name in ("steps", "prediction_type")
         return None
@@ -42,7 +42,8 @@ def steps_or_none(config: SchedulerConfig, *, steps: int, eta: float) -> list[sc
 def test_steps_are_finite_plain_floats_at_falling_timesteps(config: SchedulerConfig, steps: int, eta: float) -> None:
     result = steps_or_none(config, steps=min(steps, config.num_train_timesteps), eta=eta)
     for step in result or []:
-        assert all(type(value) is float and math.isfinite(value) for value in step)
+        assert all(type(value) is float and math.isfinite(value) for value in step[:-2])
+        assert (step.pictures, step.keep) == ((), None)
         assert 0 <= step.timestep < config.num_train_timesteps
     called_at = [step.timestep for step in result or []]
     assert called_at == sorted(set(called_at), reverse=True)
@@ -62,7 +63,7 @@ def test_a_model_that_knows_the_answer_gets_the_picture_at_every_step(config: Sc
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_a_step_ends_at_the_noise_level_of_the_next_timestep(eta: float) -> None:
-    steps = schedule.ddim_steps(CONFIG, steps=50, eta=eta)
+    steps = samplers.ddim_steps(CONFIG, steps=50, eta=eta)
     for step, following in itertools.pairwise(steps):
         here, there = (schedule.add_noise(CONFIG, int(each.timestep)) for each in (step, following))
         assert step.x * here.x0 == pytest.approx(there.x0, rel=1e-12)
@@ -71,9 +72,9 @@ def test_a_step_ends_at_the_noise_level_of_the_next_timestep(eta: float) -> None
 
 @pytest.mark.parametrize("config", [CONFIG, ZERO_SNR])
 def test_only_eta_brings_fresh_noise_and_none_comes_into_the_finished_picture(config: SchedulerConfig) -> None:
-    assert all(step.noise == 0 for step in schedule.ddim_steps(config, steps=30))
+    assert all(step.noise == 0 for step in samplers.ddim_steps(config, steps=30))
     clean = replace(config, set_alpha_to_one=True)
-    noisy = schedule.ddim_steps(clean, steps=25, eta=1.0)
+    noisy = samplers.ddim_steps(clean, steps=25, eta=1.0)
     assert all(step.noise > 0 for step in noisy[:-1])
     assert noisy[-1].noise == 0
     assert (noisy[-1].x, noisy[-1].out) == (noisy[-1].x0_x, noisy[-1].x0_out)
@@ -95,7 +96,7 @@ def test_zero_terminal_snr_keeps_the_first_timestep() -> None:
 
 
 def test_zero_terminal_snr_starts_at_the_last_timestep_from_noise_alone() -> None:
-    first = schedule.ddim_steps(ZERO_SNR, steps=30)[0]
+    first = samplers.ddim_steps(ZERO_SNR, steps=30)[0]
     assert first.timestep == 999
     assert (first.x0_x, first.x0_out) == (0, -1)
     assert schedule.add_noise(ZERO_SNR, 999) == (0, 1)
@@ -109,31 +110,31 @@ def test_thirty_leading_steps_are_those_of_the_public_mvdream_checkpoint() -> No
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, True, "30"])
 def test_counts_of_steps_outside_1_to_1000_are_refused(steps: Any) -> None:
     with pytest.raises(OptionError, match="steps must be a whole number from 1 to 1000, got"):
-        schedule.ddim_steps(CONFIG, steps=steps)
+        samplers.ddim_steps(CONFIG, steps=steps)
 
 
 def test_more_steps_than_training_timesteps_are_refused() -> None:
     config = replace(CONFIG, num_train_timesteps=100, steps_offset=0)
-    assert len(schedule.ddim_steps(config, steps=100)) == 100
+    assert len(samplers.ddim_steps(config, steps=100)) == 100
     with pytest.raises(OptionError, match="from 1 to 100, got 101"):
-        schedule.ddim_steps(config, steps=101)
+        samplers.ddim_steps(config, steps=101)
 
 
 def test_more_than_1000_steps_are_refused_even_of_a_longer_training() -> None:
     with pytest.raises(OptionError, match="from 1 to 1000, got 1001"):
-        schedule.ddim_steps(replace(CONFIG, num_train_timesteps=2000), steps=1001)
+        samplers.ddim_steps(replace(CONFIG, num_train_timesteps=2000), steps=1001)
 
 
 def test_numbers_of_numpy_are_taken_and_do_not_come_out_again() -> None:
-    assert all(type(value) is float for value in schedule.ddim_steps(CONFIG, steps=2, eta=np.float64(0.5))[0])
-    assert schedule.ddim_steps(CONFIG, steps=np.int64(7)) == schedule.ddim_steps(CONFIG, steps=7)  # pyright: ignore[reportArgumentType]
+    assert all(type(value) is float for value in samplers.ddim_steps(CONFIG, steps=2, eta=np.float64(0.5))[0][:-2])
+    assert samplers.ddim_steps(CONFIG, steps=np.int64(7)) == samplers.ddim_steps(CONFIG, steps=7)  # pyright: ignore[reportArgumentType]
     assert type(schedule.add_noise(CONFIG, np.int64(7)).x0) is float  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
 def test_eta_outside_0_to_1_is_refused(eta: float) -> None:
     with pytest.raises(OptionError, match="eta must be 0 to 1"):
-        schedule.ddim_steps(CONFIG, steps=3, eta=eta)
+        samplers.ddim_steps(CONFIG, steps=3, eta=eta)
 
 
 @pytest.mark.parametrize("timestep", [-1, 1000, 0.5])
@@ -159,7 +160,7 @@ def test_timesteps_outside_the_training_are_refused(timestep: Any) -> None:
 )
 def test_schedules_that_cannot_be_sampled_are_refused_by_the_field(name: str, value: object) -> None:
     with pytest.raises(OptionError) as caught:
-        schedule.ddim_steps(replace(CONFIG, **{name: value}), steps=1)  # pyright: ignore[reportArgumentType]
+        samplers.ddim_steps(replace(CONFIG, **{name: value}), steps=1)  # pyright: ignore[reportArgumentType]
     assert caught.value.name == name
     assert caught.value.got == value or value != value
 
@@ -174,9 +175,3 @@ def test_betas_that_leave_no_signal_in_float64_are_refused() -> None:
 def test_one_timestep_cannot_be_rescaled_to_zero_terminal_snr() -> None:
     with pytest.raises(OptionError, match="num_train_timesteps must be at least 2 for zero terminal SNR"):
         replace(ZERO_SNR, num_train_timesteps=1)
-
-
-def test_samplers_are_found_by_name() -> None:
-    assert schedule.sampler_steps("ddim", CONFIG, steps=5, eta=0.5) == schedule.ddim_steps(CONFIG, steps=5, eta=0.5)
-    with pytest.raises(OptionError, match="scheduler must be one of ddim, got 'euler'"):
-        schedule.sampler_steps("euler", CONFIG, steps=5)

@@ -99,6 +99,13 @@ class LatentModel(Protocol[A]):
         ...
 
 
+class Guided(NamedTuple, Generic[A]):
+    """Outputs of the network (v, h, w, c): the sum over the branches, and those of the branch with all conditions alone."""
+
+    out: A
+    conditional: A
+
+
 class Model(LatentModel[A], Protocol[A]):
     """A loaded multi-view model."""
 
@@ -123,13 +130,32 @@ class Model(LatentModel[A], Protocol[A]):
         reference_scale: float = 1.0,
         normals: A | None,
         branches: Sequence[Branch],
+        timesteps: Sequence[float] = (),
     ) -> Any:
         """Everything that stays constant over the sampling steps, for `denoise`.
 
         Text states (n, l, c) of the prompt, behind those of the negative one if a branch needs them; states (r, m, c) of r
         pictures and the weight of their tokens, camera vectors (v, 16), clean reference latents (r, h, w, c) and the weight of
-        their tokens, latents of the normal maps (v, h, w, c). `branches` says what is computed at once.
+        their tokens, latents of the normal maps (v, h, w, c). `branches` says what is computed at once, `timesteps` which ones
+        are to be expected; `denoise` takes others too.
         """
+        ...
+
+    @property
+    def ahead(self) -> int:
+        """How many steps may be begun before the one before them is done."""
+        ...
+
+    def start(self, x: A) -> None:
+        """Begin to compute an array, where arrays are computed when they are needed."""
+        ...
+
+    def wait(self, x: A) -> None:
+        """Return when an array is computed, where a device is given more work before that."""
+        ...
+
+    def guided(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> "Guided[A]":
+        """What `denoise` gives, and beside it the last branch's outputs alone."""
         ...
 
     def denoise(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> A:

@@ -6,7 +6,7 @@ Folders of this project name family, camera and generation defaults in `model_in
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from types import UnionType
@@ -34,6 +34,7 @@ from mvshared.models import EMBEDDED, REPOSITORIES, read_pins, repository_of
 from mvshared.public_configs import (
     clip_text,
     clip_vision,
+    diffusers_sampler,
     diffusers_scheduler,
     diffusers_unet,
     diffusers_vae,
@@ -190,7 +191,8 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
             raise CheckpointError(f"_class_name must be {expected}, got {other!r}", path=unet_path)
     vae = read_vae_config(folder)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = diffusers_scheduler(read_json_object(scheduler_path, error=CheckpointError), path=scheduler_path)
+    sampling = read_json_object(scheduler_path, error=CheckpointError)
+    scheduler = diffusers_scheduler(sampling, path=scheduler_path)
     encoders: dict[str, Any] = {"text_encoder": read_tower(folder, "text_encoder", clip_text)}
     if unet.resampler is not None:
         encoders |= _vision(folder)
@@ -202,7 +204,7 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
         unet=unet,
         vae=vae,
         scheduler=scheduler,
-        defaults=family_defaults(family, size_px=size_px),
+        defaults=replace(family_defaults(family, size_px=size_px), scheduler=diffusers_sampler(sampling)),
         framing=Framing(mode="none", resample="bilinear"),  # as the reference code: squeezed to a square
         **encoders,
     )

@@ -69,6 +69,16 @@ def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def sampler_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that samples; see docs/samplers.md."""
+    for option in (
+        click.option("--spacing", help="leading, trailing, linspace or karras timesteps.  [default: the model's]"),
+        click.option("--scheduler", help="ddim, euler, euler-ancestral, dpmpp-2m, dpmpp-2s or unipc.  [default: the model's]"),
+    ):
+        function = option(function)
+    return function
+
+
 def upscale_options(*, default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options of every command that upscales."""
 
@@ -134,9 +144,15 @@ def cli() -> None:
     show_default=True,
     help="Shares of the run between which steps are guided, 0 to 1.",
 )
+@click.option(
+    "--guidance-every", type=int, default=1, show_default=True, help="Guide every n-th step, add the same in between."
+)
 @click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Share of the deviation kept, 0 to 1.")
-@click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
+@sampler_options
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM, 0 to 1.")
+@click.option(
+    "--kv-pooling", type=int, default=1, show_default=True, help="2: average keys and values of 2x2 at the finest attention."
+)
 @click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
 @click.option("--latents", type=click.Path(path_type=Path), help="Initial latents instead of the seed's noise, an .npy file.")
@@ -337,7 +353,7 @@ def validate(model: str, **options: Any) -> None:
 @camera_options
 @click.option("--steps", type=int, default=4, show_default=True, help="Sampling steps.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, 1 (off) to 20.  [default: the model's]")
-@click.option("--scheduler", default="ddim", show_default=True, help="Sampler.")
+@sampler_options
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
@@ -353,6 +369,34 @@ def profile(model: str, **options: Any) -> None:
     from mvshared.commands.profile import profile_model
 
     profile_model(model, options)
+
+
+@cli.command()
+@click.argument("name", nargs=-1)
+@click.option(
+    "--model", default="demo", show_default=True, help="A model's name or folder; sd21, mvdream, imagedream need no download."
+)
+@click.option("--backend", default="all", show_default=True, help="all, mlx or torch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or gpu with MLX.")
+@click.option("--dtype", multiple=True, help="float32, float16 or bfloat16; repeatable.  [default: float32, and the device's]")
+@click.option("--views", type=NumberList(), help="Numbers of views of a step, such as 1,4,8.  [default: the model's]")
+@click.option("--sizes", type=NumberList(), help="Widths and heights in pixels, such as 256,512.  [default: the model's]")
+@click.option("--guidance", default="both", show_default=True, help="Steps with guidance: on, off or both.")
+@click.option("--steps", type=int, help="Steps of a whole run.  [default: the model's]")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Calls that count, more of short ones.")
+@click.option("--threads", type=int, help="Threads on the CPU.  [default: the library's]")
+@click.option("--against", help="diffusers: the same work from it, in turns, and the ratio of the times.")
+@click.option("--compiled", is_flag=True, help="With --against, torch.compile too, which takes minutes.")
+@click.option("--json", "file", type=click.Path(path_type=Path), metavar="FILE", help="Write the results here; - prints them.")
+def benchmark(name: tuple[str, ...], **options: Any) -> None:
+    """Measure this machine: time, memory, arithmetic per second and its share of what the machine can do.
+
+    NAME is one of start, load, condition, step, vae, upscaler and run, or growth for how time and memory grow with views,
+    pixels and steps. Without NAME it is all that takes a minute or two with the demo model. See docs/benchmarks.md.
+    """
+    from mvshared.commands.benchmark import run_benchmark
+
+    run_benchmark(name, options)
 
 
 @cli.command()
@@ -420,6 +464,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @click.option("--identities", type=NumberRange(), default="0:64", show_default=True, help="Numbers of the heads, first:end.")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance.  [default: the model's]")
+@click.option("--views", type=int, help="Views per head, spread evenly from azimuth 45 on.  [default: 4]")
 @click.option("--normals", is_flag=True, help="Give the true normal maps to the model.")
 @click.option("--upscaler", help="Measure this latent upscaler on the model's views instead, beside lanczos and bilinear.")
 @click.option("--upscale-steps", type=int, help="Steps of the upscaler.  [default: the upscaler's]")
@@ -432,7 +477,7 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
     """Measure how consistent the views in FOLDER are, or how good a model is on held-out heads.
 
     FOLDER has pictures and their transforms.json: an output of `mvmlx generate`, or a capture. Only -o and --json go with it.
-    Without FOLDER, four views each of heads are compared with true renders: PSNR, SSIM, silhouettes, consistency, identity.
+    Without FOLDER, views of heads are compared with true renders: PSNR, SSIM, the face, silhouettes, consistency, identity.
     """
     from mvshared.commands.evaluate import evaluate_folder, evaluate_model, evaluate_upscaler
 
@@ -444,7 +489,12 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
 
 
 def main() -> None:
-    """Entry point of `mvmlx`: run, and turn every error into one line and an exit code."""
+    """Entry point of `mvmlx`: run, and turn every error into one line and an exit code.
+
+    Where OMP_WAIT_POLICY says nothing, OpenMP's threads sleep while they wait: PyTorch's spin by default, which makes a run
+    several times longer as soon as another program wants the cores. PyTorch reads it as it is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(sys.argv[1:]))
 
 

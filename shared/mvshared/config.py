@@ -12,7 +12,8 @@ from mvshared.errors import OptionError
 
 PredictionType = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["linear", "scaled_linear"]
-TimestepSpacing = Literal["leading", "trailing", "linspace"]
+TimestepSpacing = Literal["leading", "trailing", "linspace", "karras"]
+SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2s", "unipc"]
 Activation = Literal["gelu", "quick_gelu"]
 
 K_GROUP_WIDTH, K_NORM_EPS = 32, 1e-5  # of the upscaler: channels that are normalised together
@@ -141,6 +142,11 @@ class UNetConfig:
         if self.num_attention_heads is not None:
             return self.num_attention_heads[level]
         return max(1, self.block_out_channels[level] // self.attention_head_dim)
+
+    @property
+    def finest_attention(self) -> int:
+        """The finest level with attention; the coarsest one if there is none but in the middle."""
+        return self.attention_levels.index(True) if any(self.attention_levels) else len(self.attention_levels) - 1
 
     @property
     def time_embed_dim(self) -> int:
@@ -353,7 +359,7 @@ class CameraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """What `generate` takes when the caller does not say."""
+    """What `generate` takes when the caller does not say. Timesteps are spaced as the schedule's config says."""
 
     views: int = 4
     azimuth_start_deg: float = 0.0
@@ -362,6 +368,7 @@ class GenerationDefaults:
     guidance: float = 5.0
     size_px: int = 256
     negative_prompt: str = ""
+    scheduler: SamplerName = "ddim"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,30 +11,38 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mvshared.camera import orbit
-from mvshared.consistency import consistency
+from mvshared.arguments import whole
+from mvshared.camera import even_azimuths, orbit
+from mvshared.consistency import MAX_ANGLE_DEG, consistency
 from mvshared.errors import OptionError
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
+from mvshared.heads.shape import Part
 from mvshared.images import from_model, to_model
 from mvshared.metrics import Summary, alpha_mask, background_mask, iou, psnr, ssim, summary
 from mvshared.pipeline import Pipeline
 
 HELD_OUT = 100_000
-AZIMUTHS_DEG = (45.0, 135.0, 225.0, 315.0)
+VIEWS, AZIMUTH_START_DEG = 4, 45.0
+MAX_VIEWS = 64
 ELEVATIONS_DEG = (0.0, 20.0)
 REFERENCE_AZIMUTH_DEG = 15.0  # references look at the face from within this azimuth
+FRONT_AZIMUTH_DEG = 60.0  # views from within this azimuth show the face
+FACE = (Part.SKIN, Part.EYE, Part.BROW, Part.MOUTH, Part.NOSE, Part.GLASSES, Part.BEARD)
 EVALUATION_SEED = 77
+NONE = np.empty(0)  # figures of views that are not there
 
 
 class Subject(NamedTuple):
-    """A held-out head: reference uint8 (h, w, 4), truth uint8 (v, h, w, 4), its normal maps likewise, cameras (v, 4, 4), and
-    the truth's depth float32 (v, h, w) along the optical axis, infinite where nothing is."""
+    """A held-out head: reference uint8 (h, w, 4), truth uint8 (v, h, w, 4), its normal maps likewise, cameras (v, 4, 4), the
+    truth's depth float32 (v, h, w) along the optical axis, infinite where nothing is, and where the truth shows the face, bool
+    (v, h, w), in views from the front alone."""
 
     reference: NDArray[np.uint8]
     truth: NDArray[np.uint8]
     normals: NDArray[np.uint8]
     cameras: NDArray[np.float32]
     depth: NDArray[np.float32]
+    face: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +51,11 @@ class Evaluation:
 
     `psnr_db`, `ssim` and `silhouette_iou` of the generated views, where a silhouette is what is not white; `copy_*` of the
     reference copied to every view; `vae_*` of the true views encoded and decoded; `normals_iou` of the silhouettes against the
-    alpha of the normal maps, if those were given to the model.
+    alpha of the normal maps, if those were given to the model. `face_psnr_db` counts only pixels of FACE in views from within
+    FRONT_AZIMUTH_DEG; None without such views.
 
     `consistency_*` as in `mvshared.consistency` with the true depth, of the generated views, of the true ones and of the copied
-    reference; None for pictures that are too small to compare.
+    reference; None for pictures that are too small to compare, and for fewer than four views, which are too far apart.
 
     `identity_agreement` is the share of identities whose generated views are nearer (in mean squared error over all of them) to
     their own true views than to those of any other evaluated identity; `camera_agreement` the share of generated views that are
@@ -64,6 +73,9 @@ class Evaluation:
     copy_ssim: Summary
     vae_psnr_db: Summary
     vae_ssim: Summary
+    face_psnr_db: Summary | None
+    copy_face_psnr_db: Summary | None
+    vae_face_psnr_db: Summary | None
     consistency_psnr_db: Summary | None
     consistency_ssim: Summary | None
     truth_consistency_psnr_db: Summary | None
@@ -84,21 +96,26 @@ class Evaluation:
         return {"identity_agreement": self.identity_agreement, "camera_agreement": self.camera_agreement}
 
 
-def held_out_subject(identity: int, *, size_px: int, azimuths_deg: Sequence[float] = AZIMUTHS_DEG) -> Subject:
-    """Render a head for evaluation; its number decides on the views' common elevation and on the reference's camera."""
+def held_out_subject(identity: int, *, size_px: int, views: int = VIEWS) -> Subject:
+    """Render a head for evaluation, from azimuths that are spread evenly from AZIMUTH_START_DEG on; its number decides on the
+    views' common elevation and on the reference's camera."""
     random = np.random.default_rng([EVALUATION_SEED, identity])
     elevation = float(random.uniform(*ELEVATIONS_DEG))
     azimuth = float(random.uniform(-REFERENCE_AZIMUTH_DEG, REFERENCE_AZIMUTH_DEG))
+    azimuths_deg = even_azimuths(views, start_deg=AZIMUTH_START_DEG)
     cameras = orbit(azimuths_deg, elevation, radius=DEFAULT_RADIUS)
     reference_camera = orbit([azimuth], float(random.uniform(*ELEVATIONS_DEG)), radius=DEFAULT_RADIUS)
     rendered = render(identity, np.concatenate([reference_camera, cameras]), size_px=size_px)
-    return Subject(rendered.rgba[0], rendered.rgba[1:], rendered.normals[1:], cameras, rendered.depth[1:])
+    front = [abs((degrees + 180) % 360 - 180) <= FRONT_AZIMUTH_DEG for degrees in azimuths_deg]
+    face = np.isin(rendered.parts[1:], FACE) & np.asarray(front)[:, None, None]
+    return Subject(rendered.rgba[0], rendered.rgba[1:], rendered.normals[1:], cameras, rendered.depth[1:], face)
 
 
 def evaluate(
     pipeline: Pipeline[Any],
     identities: Sequence[int],
     *,
+    views: int = VIEWS,
     steps: int | None = None,
     guidance: float | None = None,
     normals: bool = False,
@@ -106,8 +123,10 @@ def evaluate(
 ) -> Evaluation:
     """Generate the views of held-out heads and compare them with the truth.
 
-    `normals` gives the true normal maps to the model. Raises OptionError for a model that takes none, and without identities.
+    `normals` gives the true normal maps to the model. Raises OptionError for a model that takes none, without identities, and
+    for numbers of views that are not allowed.
     """
+    views = whole("views", views, 1, MAX_VIEWS)
     if not len(identities):
         raise OptionError("identities", expected="one or more numbers of heads", got=identities)
     model, size_px = pipeline.model, pipeline.model.config.defaults.size_px
@@ -116,8 +135,8 @@ def evaluate(
     }
     rows = []
     for identity in tqdm(identities, desc="evaluating", unit="head", disable=None):
-        subject = held_out_subject(identity, size_px=size_px)
-        views = pipeline.generate(
+        subject = held_out_subject(identity, size_px=size_px, views=views)
+        generated = pipeline.generate(
             subject.reference,
             cameras=subject.cameras,
             normals=list(subject.normals) if normals else None,
@@ -128,32 +147,37 @@ def evaluate(
         truth = composite(subject.truth)
         copies = np.repeat(composite(subject.reference)[None], len(truth), axis=0)
         decoded = from_model(model.decode(model.encode_latents(to_model(truth))))
-        measured["psnr_db"].append(psnr(views.images, truth))
-        measured["ssim"].append(ssim(views.images, truth))
-        silhouettes, true_silhouettes = (background_mask(x, background=(255, 255, 255)) for x in (views.images, truth))
+        measured["psnr_db"].append(psnr(generated.images, truth))
+        measured["ssim"].append(ssim(generated.images, truth))
+        silhouettes, true_silhouettes = (background_mask(x, background=(255, 255, 255)) for x in (generated.images, truth))
         measured["silhouette_iou"].append(iou(silhouettes, true_silhouettes))
         measured["copy_psnr_db"].append(psnr(copies, truth))
         measured["copy_ssim"].append(ssim(copies, truth))
         measured["vae_psnr_db"].append(psnr(decoded, truth))
         measured["vae_ssim"].append(ssim(decoded, truth))
+        seen = subject.face.any(axis=(1, 2))
+        for name, pictures in (("face", generated.images), ("copy_face", copies), ("vae_face", decoded)):
+            measured[f"{name}_psnr_db"].append(
+                psnr(pictures[seen], truth[seen], mask=subject.face[seen]) if seen.any() else NONE
+            )
         if normals:
             measured["normals_iou"].append(iou(silhouettes, alpha_mask(subject.normals)))
-        for prefix, pictures in (("", views.images), ("truth_", truth), ("copy_", copies)):
+        near = views >= 360 / MAX_ANGLE_DEG  # else no two views show a common surface
+        for prefix, pictures in (("", generated.images), ("truth_", truth), ("copy_", copies)) if near else ():
             found = consistency(pictures, subject.cameras, fov_deg=DEFAULT_FOV_DEG, depth=subject.depth).views
             for name in ("psnr_db", "ssim"):
                 values = [value for figures in found if (value := getattr(figures, name)) is not None]
                 measured[f"{prefix}consistency_{name}"].append(np.asarray(values, np.float64))
-        assert views.reference is not None
-        rows.append(np.concatenate([views.reference[None], views.images, truth]))
-    numbers = {name: np.concatenate(values) if values else np.empty(0) for name, values in measured.items()}
+        assert generated.reference is not None
+        rows.append(np.concatenate([generated.reference[None], generated.images, truth]))
+    numbers = {name: np.concatenate(values) if values else NONE for name, values in measured.items()}
     summaries: dict[str, Any] = {name: summary(values) if values.size else None for name, values in numbers.items()}
-    count = len(AZIMUTHS_DEG)
-    generated, true = (np.stack([row[first : first + count] for row in rows]) for first in (1, 1 + count))
+    made, true = (np.stack([row[first : first + views] for row in rows]) for first in (1, 1 + views))
     return Evaluation(
         identities=len(identities),
-        views=count,
-        identity_agreement=_agreement(generated, true),
-        camera_agreement=float(np.mean([_agreement(*views) for views in zip(generated, true, strict=True)])),
+        views=views,
+        identity_agreement=_agreement(made, true),
+        camera_agreement=float(np.mean([_agreement(*each) for each in zip(made, true, strict=True)])),
         rows=tuple(rows),
         **summaries,
     )

@@ -1,19 +1,21 @@
 """Generation, written once for both backends: from a picture and cameras to views, their latents and an output folder.
 
-The sampler's steps are plain floats (mvshared.schedule), noise is numpy's, and arrays of the backend meet only sums and
+The sampler's steps are plain floats (mvshared.samplers), noise is numpy's, and arrays of the backend meet only sums and
 products with floats here.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mvshared.ahead import Reports
 from mvshared.arguments import (
     Latents,
     Pictures,
@@ -29,13 +31,14 @@ from mvshared.arguments import (
     view_poses,
     whole,
 )
+from mvshared.attention import check_pooling
 from mvshared.backend import A, Model
 from mvshared.camera import camera_vectors
 from mvshared.checkpoint import find_model, model_name
 from mvshared.clip_images import clip_pixels
 from mvshared.errors import MvWarning, OptionError
 from mvshared.framing import Framed, frame_picture
-from mvshared.guidance import Branch, Guidance, Mixture, check_scales
+from mvshared.guidance import Branch, Call, Guidance, Mixture, check_scales
 from mvshared.images import from_model, load_image
 from mvshared.memory.budget import MemoryOptions, fit
 from mvshared.memory.estimate import ModelSize, RunSize, model_size, process_bytes, with_upscaling
@@ -44,11 +47,14 @@ from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
 from mvshared.numerics import check_views, checked_numerics
 from mvshared.quantization.plans import preset_of
 from mvshared.runs import Parameters, UpscaleParameters, Views
-from mvshared.schedule import MAX_STEPS, SAMPLERS, Step, sampler_steps
+from mvshared.samplers import State, Step, advance, remembered, sampler_steps
+from mvshared.schedule import MAX_STEPS, with_spacing
 from mvshared.stages import Stages
-from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 from mvshared.upscaling.latents import UpscaleProgress, Upscaler
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views, upscaler_files
+
+if TYPE_CHECKING:
+    from mvshared.tokenizer import CLIPTokenizer
 
 MAX_PICTURES = 8
 
@@ -87,8 +93,10 @@ class Pipeline(Generic[A]):
         self._upscaler: tuple[str | None, Upscaler[Any] | None] | None = None  # the last one, by its name
 
     @cached_property
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> "CLIPTokenizer":
         """The tokenizer of the model's folder. Raises CheckpointError if it is missing or does not fit the text encoder."""
+        from mvshared.tokenizer import load_tokenizer
+
         return load_tokenizer(find_model(self.name), self.model.config.text_encoder)
 
     def generate(
@@ -111,9 +119,12 @@ class Pipeline(Generic[A]):
         guidance_image: float | None = None,
         guidance_normals: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_every: int = 1,
         guidance_rescale: float = 0.0,
-        scheduler: str = "ddim",
+        scheduler: str | None = None,
+        spacing: str | None = None,
         eta: float = 0.0,
+        kv_pooling: int = 1,
         seed: int = 0,
         size_px: int | None = None,
         latents: Latents | None = None,
@@ -130,10 +141,12 @@ class Pipeline(Generic[A]):
         `elevation_deg`; `views` cameras spread evenly. Azimuth 0 looks at the object's front. `normals` is a folder or a list
         of normal maps, one per view, in `normal_space` "camera" or "world"; a transforms.json beside them brings their space,
         and their cameras if no others are named (see `mvshared.normals`). `guidance` and what belongs to it are the fields of
-        `mvshared.guidance.Guidance`; with 1 there is no unconditional branch. `latents` float32 (v, h, w, c), or an .npy file
-        of them, replaces the initial noise of `seed`; with reference frames it may have as many more, which are ignored. What
-        is None comes from the model's defaults. `on_step` is called after every step. `check_numerics` is a folder: every block
-        of every network is looked at, and the inputs of the first one that gives NaN or infinity are saved there.
+        `mvshared.guidance.Guidance`; with 1 there is no unconditional branch. `scheduler` is a name of
+        `mvshared.samplers.SAMPLERS`, `spacing` is leading, trailing, linspace or karras, `eta` the noise of ddim. `kv_pooling`
+        is that of `mvshared.attention.AttentionOptions`. `latents` float32 (v, h, w, c), or an .npy file of them, replaces the
+        initial noise of `seed`; with reference frames it may have as many more, which are ignored. What is None comes from the
+        model's defaults. `on_step` is called after every step. `check_numerics` is a folder: every block of every network is
+        looked at, and the inputs of the first one that gives NaN or infinity are saved there.
 
         Raises OptionError, CameraError and ImageError for arguments that are not allowed and MemoryBudgetError for a run that
         does not fit, before any long work, and NumericsError if the latents or the pictures end in NaN or infinity, or at the
@@ -148,13 +161,14 @@ class Pipeline(Generic[A]):
             guidance_image=guidance_image,
             guidance_normals=guidance_normals,
             guidance_interval=guidance_interval,
+            guidance_every=guidance_every,
             guidance_rescale=guidance_rescale,
         )
         seed = whole("seed", seed, 0, 2**63 - 1)
         eta = number("eta", eta, 0, 1)
-        if scheduler not in tuple(SAMPLERS):
-            raise OptionError("scheduler", expected=f"one of {', '.join(SAMPLERS)}", got=scheduler)
-        plan = sampler_steps(scheduler, config.scheduler, steps=steps, eta=eta)
+        scheduler = defaults.scheduler if scheduler is None else scheduler
+        schedule = with_spacing(config.scheduler, spacing)
+        plan = sampler_steps(scheduler, schedule, steps=steps, eta=eta)
         maps = self._normals(normals, normal_space)
         poses = view_poses(
             config,
@@ -165,6 +179,8 @@ class Pipeline(Generic[A]):
             without_cameras=None if maps is None else maps.poses,
         )
         count, size = len(poses), size_px // config.vae.downscale
+        kv_pooling = whole("kv_pooling", kv_pooling, 1, 2)
+        check_pooling(kv_pooling, size >> config.unet.finest_attention, size >> config.unet.finest_attention)
         shape = (count, size, size, config.vae.latent_channels)
         with self.stages("pictures"):
             pictures = self._pictures(image, size_px=size_px)
@@ -180,7 +196,8 @@ class Pipeline(Generic[A]):
         text = prompts is not None and bool(prompts.prompt or prompts.negative)
         there = Branch(text=text, image=bool(pictures), normals=normal_pixels is not None)
         strength.check_there(there, config)
-        mixtures = strength.mixtures(there, steps=len(plan))
+        calls = strength.calls(there, steps=len(plan))
+        mixtures = [call.mixture for call in calls]
         memory = self._memory_plan(
             RunSize(
                 views=count,
@@ -214,7 +231,9 @@ class Pipeline(Generic[A]):
             steps=len(plan),
             **vars(strength),
             scheduler=scheduler,
+            spacing=schedule.timestep_spacing,
             eta=eta,
+            kv_pooling=kv_pooling,
             seed=seed,
             size_px=size_px,
             config_sha256=config_sha256(config),
@@ -222,9 +241,11 @@ class Pipeline(Generic[A]):
             upscale=upscale,
             memory=memory,
         )
-        with checked_numerics({"": self.model}, self.stages, check_numerics), self.model.planned(memory):
-            conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, parameters)
-            final = self._sample(initial, plan, mixtures, conditions, parameters, on_step)
+        pooled = replace(memory, attention=replace(memory.attention, kv_pooling=kv_pooling))
+        with checked_numerics({"": self.model}, self.stages, check_numerics), self.model.planned(pooled):
+            timesteps = [step.timestep for step in plan]
+            conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, timesteps, parameters)
+            final = self._sample(initial, plan, calls, conditions, parameters, on_step)
             check_views(final, "the final latents", where="sampling", dtype=self.model.dtype)
             images = self._decode(self.model.from_numpy(final))
         return Views(
@@ -351,6 +372,7 @@ class Pipeline(Generic[A]):
         normals: NDArray[np.float32] | None,
         prompts: Prompts | None,
         mixtures: Sequence[Mixture],
+        timesteps: Sequence[float],
         parameters: Parameters,
     ) -> dict[Mixture, Any]:
         """What the model's `condition` makes of all that stays constant over the steps, for every mixture once."""
@@ -383,6 +405,7 @@ class Pipeline(Generic[A]):
                     reference_scale=parameters.reference_scale,
                     normals=normal_latents,
                     branches=mixture.branches,
+                    timesteps=timesteps,
                 )
                 for mixture in wanted
             }
@@ -391,26 +414,35 @@ class Pipeline(Generic[A]):
         self,
         initial: NDArray[np.float32],
         plan: Sequence[Step],
-        mixtures: Sequence[Mixture],
+        calls: Sequence[Call],
         conditions: Mapping[Mixture, Any],
         parameters: Parameters,
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
         """Run the sampler from the initial latents to the final ones, both (v, h, w, c)."""
-        model = self.model
+        model, remember, reports = self.model, remembered(plan), Reports(self.model, self.stages)
         with self.stages("unet"):
-            x = model.from_numpy(initial)
-            for index, (step, mixture) in enumerate(zip(plan, mixtures, strict=True)):
+            state = State(model.from_numpy(initial))
+            kept: Any = None
+            for index, (step, call) in enumerate(zip(plan, calls, strict=True)):
                 self.stages.step = index + 1
-                out = model.denoise(x, step.timestep, conditions[mixture], mixture.weights, parameters.guidance_rescale)
-                clean = (x, out)  # kept for a preview
-                x = step.x * x + step.out * out
+                x, noise = state.x, None
+                arguments = conditions[call.mixture], call.mixture.weights, parameters.guidance_rescale
+                if call.keeps:
+                    out, conditional = model.guided(x, step.timestep, *arguments)
+                    kept = out + -1.0 * conditional
+                else:
+                    out = model.denoise(x, step.timestep, *arguments)
+                if call.adds:
+                    out = out + kept
                 if step.noise:
                     random = np.random.default_rng([parameters.seed, index + 1])
-                    x = x + step.noise * model.from_numpy(random.standard_normal(initial.shape, np.float32))
-                if on_step is not None:
-                    on_step(self._progress(index + 1, len(plan), step, x, clean))
-            final = model.to_numpy(x)
+                    noise = model.from_numpy(random.standard_normal(initial.shape, np.float32))
+                state = advance(state, step, out, noise, remember=remember)
+                progress = self._progress(index + 1, len(plan), step, state.x, (x, out))
+                reports.add(index + 1, state.x, None if on_step is None else partial(on_step, progress))
+            reports.finish()
+            final = model.to_numpy(state.x)
             self._done("unet")
             return final
 

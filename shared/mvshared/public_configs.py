@@ -13,6 +13,7 @@ from mvshared.config import (
     CLIPVisionConfig,
     GenerationDefaults,
     ResamplerConfig,
+    SamplerName,
     SchedulerConfig,
     UNetConfig,
     VAEConfig,
@@ -74,6 +75,20 @@ VAE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "shift_factor": (None,),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
+}
+# Samplers by diffusers' class names, and what the fields must be, where they are given, for it to be the one here.
+SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False, "use_flow_sigmas": False, "use_lu_lambdas": False}
+SIGMAS |= {"final_sigmas_type": "zero"}
+DPM_SOLVER = SIGMAS | {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+UNIPC = SIGMAS | {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []}
+UNIPC |= {"solver_p": None, "lower_order_final": True}
+EULER = SIGMAS | {"interpolation_type": "linear", "timestep_type": "discrete"}
+DIFFUSERS_SAMPLERS: dict[str, tuple[SamplerName, dict[str, Any]]] = {
+    "DPMSolverMultistepScheduler": ("dpmpp-2m", DPM_SOLVER),
+    "DPMSolverSinglestepScheduler": ("dpmpp-2s", DPM_SOLVER),
+    "UniPCMultistepScheduler": ("unipc", UNIPC),
+    "EulerDiscreteScheduler": ("euler", EULER),
+    "EulerAncestralDiscreteScheduler": ("euler-ancestral", {}),
 }
 SCHEDULER_NEUTRAL: dict[str, tuple[Any, ...]] = {"clip_sample": (False,), "thresholding": (False,), "trained_betas": (None,)}
 # Fields that say nothing about the result: sizes of the training, precision of an implementation, regularisation.
@@ -242,7 +257,8 @@ def diffusers_vae(document: Document, *, path: Path) -> VAEConfig:
 
 
 def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
-    """The noise schedule of a scheduler_config.json, whatever sampler it names; that sampler's own fields are left aside.
+    """The noise schedule of a scheduler_config.json, whatever sampler it names; that sampler's own fields are left aside, but
+    for Karras' noise levels of one that is here.
 
     What a file leaves out has diffusers' default. Raises CheckpointError.
     """
@@ -251,17 +267,25 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
         value = fields.left.get(name, ddim if name == "clip_sample" else neutral[0])
         if value not in neutral:
             raise CheckpointError(f"{name} must be {neutral[0]!r} for the samplers here, got {value!r}", path=path)
+    solver = diffusers_sampler(document) != "ddim"
+    spacing = fields.choice("timestep_spacing", ("leading", "trailing", "linspace"), "linspace" if solver else "leading")
     return SchedulerConfig(
         num_train_timesteps=fields.take("num_train_timesteps", int, 1000),
         beta_start=fields.take("beta_start", float, 0.0001),
         beta_end=fields.take("beta_end", float, 0.02),
         beta_schedule=fields.choice("beta_schedule", ("linear", "scaled_linear"), "linear"),
         prediction_type=fields.choice("prediction_type", ("epsilon", "v_prediction"), "epsilon"),
-        timestep_spacing=fields.choice("timestep_spacing", ("leading", "trailing", "linspace"), "leading"),
+        timestep_spacing="karras" if solver and fields.take("use_karras_sigmas", (bool, type(None)), False) else spacing,
         steps_offset=fields.take("steps_offset", int, 0),
         set_alpha_to_one=fields.take("set_alpha_to_one", bool, ddim),
         rescale_betas_zero_snr=fields.take("rescale_betas_zero_snr", bool, False),
     )
+
+
+def diffusers_sampler(document: Document) -> SamplerName:
+    """The sampler that a scheduler_config.json names; for one that is not here, as it is set up there, DDIM."""
+    name, settings = DIFFUSERS_SAMPLERS.get(str(document.get("_class_name")), ("ddim", {}))
+    return name if all(document.get(field, value) == value for field, value in settings.items()) else "ddim"
 
 
 def clip_text(document: Document, *, path: Path, projection: bool) -> CLIPTextConfig:

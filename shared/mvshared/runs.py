@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.checkpoint import config_from_json
+from mvshared.config import TimestepSpacing
 from mvshared.errors import ConfigError, OptionError
 from mvshared.export import metadata, parameters_from_metadata, transforms, view_names, weights_from_metadata, write_views
 from mvshared.memory.plan import PLAIN, MemoryPlan
@@ -48,7 +49,8 @@ class Parameters:
     `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. `normal_space` is
     None without normal maps. Prompts are None for a model that takes no text. `cameras` are poses (v, 4, 4). `upscale` is None
     where nothing was upscaled. `quantization` is q8 or q4 where weights were quantised as they were loaded, "stored" and a name
-    where their files are, else None. `memory` is how memory was used. What has a default here is missing in older files.
+    where their files are, else None. `spacing` is None for
+    that of the model's schedule. `memory` is how memory was used. What has a default here is missing in older files.
     """
 
     model: str
@@ -75,9 +77,12 @@ class Parameters:
     guidance_image: float | None = None
     guidance_normals: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_every: int = 1
     guidance_rescale: float = 0.0
     scheduler: str
+    spacing: TimestepSpacing | None = None
     eta: float
+    kv_pooling: int = 1
     seed: int
     size_px: int
     config_sha256: str

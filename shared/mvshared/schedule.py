@@ -1,41 +1,29 @@
-"""Noise schedules and samplers, as steps of plain Python floats.
+"""Noise schedules, and the timesteps and noise levels at which samplers call the model.
 
-Sources: DDIM (Song et al. 2021, arXiv:2010.02502, equations 12 and 16), v-prediction (Salimans and Ho 2022, arXiv:2202.00512),
-spacings and zero terminal SNR (Lin et al. 2024, arXiv:2305.08891). Rounding follows diffusers' DDIMScheduler. Its clip_sample
-and thresholding are not supported: they are no linear steps, and whoever reads a scheduler_config.json has to refuse them.
+Sources: v-prediction (Salimans and Ho 2022, arXiv:2202.00512), spacings and zero terminal SNR (Lin et al. 2024,
+arXiv:2305.08891), Karras' noise levels (Karras et al. 2022, arXiv:2206.00364, equation 5). Rounding follows diffusers'
+schedulers. Their clip_sample and thresholding are not supported: they are no linear steps, and whoever reads a
+scheduler_config.json has to refuse them.
 
-`x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps` for every sampler: sampling starts from noise of
-deviation 1 (init_noise_sigma) and the model is given `x_t` as it is. A sampler that is published in terms of sigma (Euler,
-DPM-Solver++) is written in this frame.
+`x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps`: the model is given `x_t` as it is, of variance 1. What is
+published in terms of `x_0 + sigma eps` is `x_t` times sqrt(1 + sigma^2), where sigma^2 is `(1 - alphas_cumprod) /
+alphas_cumprod`; it is infinite at the last timestep with zero terminal SNR.
 """
 
 import math
 import operator
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.config import SchedulerConfig
+from mvshared.config import SchedulerConfig, TimestepSpacing
 from mvshared.errors import OptionError
 
 MAX_STEPS = 1000
-
-
-class Step(NamedTuple):
-    """One sampling step at `timestep`, for the model's output `out` (eps or v, as the schedule's prediction type says).
-
-    The next latents are `x * x_t + out * out_t + noise * fresh_noise`, where fresh_noise has deviation 1 and `noise` 0 means
-    that none is needed; the picture as far as it is known is `x0_x * x_t + x0_out * out_t`. A multi-step sampler adds a
-    coefficient of the previous step's picture, 0 by default.
-    """
-
-    timestep: float
-    x: float
-    out: float
-    noise: float
-    x0_x: float
-    x0_out: float
+KARRAS_RHO = 7.0
 
 
 class Mix(NamedTuple):
@@ -45,10 +33,12 @@ class Mix(NamedTuple):
     noise: float
 
 
-class Sampler(Protocol):
-    """What SAMPLERS holds: a function of the schedule that gives its steps, from noise to picture."""
+class Levels(NamedTuple):
+    """Where a sampler calls the model, from noise to picture: timesteps, which may lie between two of training, and the sigma
+    at each of them and, one more, at the end, where it is 0."""
 
-    def __call__(self, config: SchedulerConfig, *, steps: int, eta: float) -> list[Step]: ...
+    timesteps: list[float]
+    sigmas: list[float]
 
 
 def betas(config: SchedulerConfig) -> NDArray[np.float64]:
@@ -82,8 +72,26 @@ def alphas_cumprod(config: SchedulerConfig) -> NDArray[np.float64]:
     return np.cumprod(1 - betas(config), dtype=np.float64)
 
 
+def with_spacing(config: SchedulerConfig, spacing: str | None) -> SchedulerConfig:
+    """The config with timesteps spaced that way, for None as it is. Raises OptionError for another name."""
+    if spacing is None:
+        return config
+    for name in get_args(TimestepSpacing):
+        if spacing == name:
+            return replace(config, timestep_spacing=name)
+    raise OptionError("spacing", expected=f"one of {', '.join(get_args(TimestepSpacing))}", got=spacing)
+
+
+def training_sigmas(config: SchedulerConfig) -> NDArray[np.float64]:
+    """The sigma float64 (num_train_timesteps,) of each training timestep, rising; the last one is infinite with zero terminal
+    SNR. Raises OptionError."""
+    levels = alphas_cumprod(config)
+    with np.errstate(divide="ignore"):
+        return np.sqrt((1 - levels) / levels)
+
+
 def timesteps(config: SchedulerConfig, steps: int) -> list[int]:
-    """The timesteps, from noisy to clean, at which `steps` sampling steps call the model; table 2 of arXiv:2305.08891.
+    """The timesteps, from noisy to clean, at which `steps` steps of DDIM call the model; table 2 of arXiv:2305.08891.
 
     Equal to diffusers, but for two faults of it. Trailing spacing gives one timestep too many there for some counts (61, 103,
     ... of 1000), which is -1; it is left out here. Leading spacing with an offset can start past the last training timestep
@@ -93,69 +101,45 @@ def timesteps(config: SchedulerConfig, steps: int) -> list[int]:
     steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, count))
     match config.timestep_spacing:
         case "leading":
-            offset = config.steps_offset
-            ascending = np.arange(steps) * (count // steps) + offset
-            if ascending[-1] >= count:
-                raise OptionError(
-                    "steps",
-                    expected=f"such that leading spacing with steps_offset {offset} starts at timestep {count - 1} at most",
-                    got=steps,
-                    hint=f"it would start at {ascending[-1]}; take another number of steps",
-                )
-            return ascending[::-1].tolist()
+            return _leading(config, steps, last=steps - 1, stride=count // steps)
         case "trailing":
             return (np.round(np.arange(count, 0, -count / steps))[:steps].astype(np.int64) - 1).tolist()
         case "linspace":
             return np.linspace(0, count - 1, steps).round()[::-1].astype(np.int64).tolist()
         case other:
-            raise OptionError("timestep_spacing", expected="leading, trailing or linspace", got=other)
+            raise OptionError("timestep_spacing", expected="leading, trailing or linspace for DDIM", got=other)
 
 
-def ddim_steps(config: SchedulerConfig, *, steps: int, eta: float = 0.0) -> list[Step]:
-    """DDIM: deterministic with `eta` 0, as noisy as DDPM with `eta` 1; arXiv:2010.02502, equations 12 and 16.
+def euler_levels(config: SchedulerConfig, steps: int) -> Levels:
+    """The levels of `steps` steps of Euler's methods: those of diffusers' EulerDiscreteScheduler.
 
-    As in diffusers, a step ends at the noise level of `timestep - num_train_timesteps // steps`. With leading spacing that is
-    the next timestep; with trailing or linspace spacing the two may differ, where num_train_timesteps is no multiple of steps.
-    Where rounding takes the square root of less than 0 in diffusers (`eta` 1 from zero terminal SNR: NaN), it is 0 here.
-
-    Raises OptionError, also for epsilon prediction at a timestep without any signal (zero terminal SNR with trailing or
-    linspace spacing), where the noise says nothing about the picture.
+    Linspace spacing is not rounded to timesteps of training. Raises OptionError.
     """
-    if not 0 <= eta <= 1:
-        raise OptionError("eta", expected="0 to 1", got=eta)
-    levels = alphas_cumprod(config).tolist()
-    final = 1.0 if config.set_alpha_to_one else levels[0]
-    called_at = timesteps(config, steps)
-    stride = len(levels) // len(called_at)
-    result = []
-    for timestep in called_at:
-        alpha = levels[timestep]
-        following = levels[timestep - stride] if timestep >= stride else final
-        x0_x, x0_out, eps_x, eps_out = _prediction(config, alpha)
-        std = float(eta) * math.sqrt((1 - following) / (1 - alpha) * (1 - alpha / following))
-        to_x0 = math.sqrt(following)
-        to_eps = math.sqrt(max(0.0, 1 - following - std**2))
-        result.append(
-            Step(
-                timestep=float(timestep),
-                x=to_x0 * x0_x + to_eps * eps_x,
-                out=to_x0 * x0_out + to_eps * eps_out,
-                noise=std,
-                x0_x=x0_x,
-                x0_out=x0_out,
-            )
-        )
-    return result
+    if config.timestep_spacing == "karras":
+        return _karras_levels(config, steps)
+    if config.timestep_spacing == "linspace":
+        count = config.num_train_timesteps
+        steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, count))
+        return _levels(config, np.linspace(0, count - 1, steps)[::-1].tolist())
+    return _levels(config, timesteps(config, steps))
 
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim_steps}
+def solver_levels(config: SchedulerConfig, steps: int) -> Levels:
+    """The levels of `steps` calls of the model by a solver: those of diffusers' DPMSolver and UniPC schedulers.
 
-
-def sampler_steps(name: str, config: SchedulerConfig, *, steps: int, eta: float = 0.0) -> list[Step]:
-    """The `steps` steps of the sampler called `name` in SAMPLERS. Raises OptionError."""
-    if name not in SAMPLERS:
-        raise OptionError("scheduler", expected=f"one of {', '.join(SAMPLERS)}", got=name)
-    return SAMPLERS[name](config, steps=steps, eta=eta)
+    Leading and linspace spacing have one more timestep there than is sampled: the last one, nearly without noise, is where the
+    last step would end if that were not sigma 0. Karras' timesteps are rounded to those of training. Raises OptionError.
+    """
+    if config.timestep_spacing == "karras":
+        levels = _karras_levels(config, steps)
+        return Levels([float(round(timestep)) for timestep in levels.timesteps], levels.sigmas)
+    if config.timestep_spacing == "trailing":
+        return _levels(config, timesteps(config, steps))
+    count = config.num_train_timesteps
+    steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, count - 1))
+    if config.timestep_spacing == "leading":
+        return _levels(config, _leading(config, steps, last=steps, stride=count // (steps + 1))[:-1])
+    return _levels(config, np.linspace(0, count - 1, steps + 1).round()[:0:-1].astype(np.int64).tolist())
 
 
 def add_noise(config: SchedulerConfig, timestep: int) -> Mix:
@@ -170,6 +154,45 @@ def velocity(config: SchedulerConfig, timestep: int) -> Mix:
     return Mix(x0=-math.sqrt(1 - alpha), noise=math.sqrt(alpha))
 
 
+def _leading(config: SchedulerConfig, steps: int, *, last: int, stride: int) -> list[int]:
+    """The multiples 0 to `last` of a stride, plus steps_offset, falling. Raises OptionError past the last training timestep."""
+    offset, count = config.steps_offset, config.num_train_timesteps
+    start = last * stride + offset
+    if start >= count:
+        raise OptionError(
+            "steps",
+            expected=f"such that leading spacing with steps_offset {offset} starts at timestep {count - 1} at most",
+            got=steps,
+            hint=f"it would start at {start}; take another number of steps",
+        )
+    return list(range(start, offset - 1, -stride))
+
+
+def _levels(config: SchedulerConfig, called_at: Sequence[float]) -> Levels:
+    sigmas = training_sigmas(config)
+    return Levels(
+        [float(timestep) for timestep in called_at], [*np.interp(called_at, np.arange(len(sigmas)), sigmas).tolist(), 0.0]
+    )
+
+
+def _karras_levels(config: SchedulerConfig, steps: int) -> Levels:
+    """Noise levels evenly spaced in sigma^(1/7), and the timesteps where ln sigma is interpolated between those of training.
+
+    With zero terminal SNR there is no largest sigma. The first step is at the last timestep, and the others have the levels of
+    the schedule as it was before it was rescaled. diffusers takes alphas_cumprod to be 2^-24 there, sigma 4096, and of 10 steps
+    spends 7 above the largest sigma of before.
+    """
+    steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, config.num_train_timesteps))
+    plain = training_sigmas(replace(config, rescale_betas_zero_snr=False))
+    roots = np.linspace(plain[-1] ** (1 / KARRAS_RHO), plain[0] ** (1 / KARRAS_RHO), steps)
+    sigmas = roots**KARRAS_RHO
+    levels = training_sigmas(config)
+    called_at = np.interp(np.log(sigmas), np.log(levels), np.arange(len(levels)))
+    if config.rescale_betas_zero_snr:
+        called_at[0], sigmas[0] = len(levels) - 1, math.inf
+    return Levels(called_at.tolist(), [*sigmas.tolist(), 0.0])
+
+
 def _whole(name: str, value: int, *, low: int, high: int) -> int:
     """`value`, which may be numpy's, as an int. Raises OptionError unless it is a whole number from `low` to `high`."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
@@ -180,22 +203,3 @@ def _whole(name: str, value: int, *, low: int, high: int) -> int:
 def _alpha(config: SchedulerConfig, timestep: int) -> float:
     levels = alphas_cumprod(config)
     return float(levels[_whole("timestep", timestep, low=0, high=len(levels) - 1)])
-
-
-def _prediction(config: SchedulerConfig, alpha: float) -> tuple[float, float, float, float]:
-    """Coefficients (x0_x, x0_out, eps_x, eps_out) of x_t and of the model's output in the x_0 and the eps that it implies."""
-    signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
-    match config.prediction_type:
-        case "v_prediction":
-            return signal, -noise, noise, signal
-        case "epsilon" if signal == 0:
-            raise OptionError(
-                "prediction_type",
-                expected="v_prediction where sampling starts without any signal (rescale_betas_zero_snr)",
-                got=config.prediction_type,
-                hint="or leading spacing with steps that do not start at the last timestep",
-            )
-        case "epsilon":
-            return 1 / signal, -noise / signal, 0.0, 1.0
-        case other:
-            raise OptionError("prediction_type", expected="epsilon or v_prediction", got=other)

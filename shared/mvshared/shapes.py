@@ -25,36 +25,57 @@ def check_unet_inputs(
     config: UNetConfig,
     *,
     sample: Shape,
-    timesteps: Shape,
+    times: Shape,
     attended: int | None,
     camera: Shape | None,
     reference: Shape | None,
-    reference_scale: float,
 ) -> None:
-    """Raise OptionError unless the shapes fit each other and the config.
+    """Raise OptionError unless the shapes fit each other and the config; `check_conditions` has seen those of the conditions.
 
-    sample (b, v, h, w, in_channels) with h and w multiples of `config.downscale`, timesteps (b,), `attended` the number of
-    objects b whose keys and values are given, exactly if the config has cross-attention; camera (b, v, camera_dim) only if the
-    config has a camera, reference (b, r, h, w, out_channels) of r pictures only if it has a reference frame; a
-    `reference_scale` of at least 0, and 1 without such a frame.
+    sample (b, v, h, w, in_channels) with h and w multiples of `config.downscale`, times (b, time_embed_dim), `attended` the
+    number of objects b whose keys and values are given, exactly if the config has cross-attention, camera (b, v, camera_dim),
+    reference (b, r, h, w, out_channels).
     """
     if len(sample) != 5 or 0 in sample or sample[4] != config.in_channels:
         raise OptionError("sample", expected=f"of shape (b, v, h, w, {config.in_channels})", got=sample)
     batch, views, height, width, _ = sample
     if height % config.downscale or width % config.downscale:
         raise OptionError("sample", expected=f"of a height and width that are multiples of {config.downscale}", got=sample)
-    if timesteps != (batch,):
-        raise OptionError("timesteps", expected=f"of shape {(batch,)}, one per object", got=timesteps)
+    if times != (batch, config.time_embed_dim):
+        raise OptionError("times", expected=f"of shape {(batch, config.time_embed_dim)}, one per object", got=times)
     if (attended is None) != (config.cross_attention_dim is None):
         expected = "None for a model without cross-attention" if attended else "given: this model has cross-attention"
         raise OptionError("cross", expected=expected, got=attended)
     if attended not in (None, batch):
         raise OptionError("cross", expected=f"of {batch} objects", got=attended)
+    if camera is not None and camera[:2] != (batch, views):
+        raise OptionError("camera", expected=f"of shape {(batch, views, config.camera_dim)}", got=camera)
+    if reference is not None and (reference[0], *reference[2:4]) != (batch, height, width):
+        expected = f"of shape ({batch}, r, {height}, {width}, {config.out_channels})"
+        raise OptionError("reference", expected=expected, got=reference)
+
+
+def check_conditions(
+    config: UNetConfig,
+    *,
+    context: Shape | None,
+    image_states: Shape | None,
+    camera: Shape | None,
+    reference: Shape | None,
+    reference_scale: float,
+) -> None:
+    """Raise OptionError unless a U-Net with this config can be conditioned on what has these shapes.
+
+    context (b, l, cross_attention_dim) exactly if the config has cross-attention; image_states (b, r, m, embedding_dim) of r
+    pictures only if it has a resampler, camera (b, v, camera_dim) only if it has a camera, reference (b, r, h, w, out_channels)
+    of r pictures only if it has a reference frame; a `reference_scale` of at least 0, and 1 without such a frame.
+    """
+    _check_context(config, context=context, image_states=image_states)
     if camera is not None:
         if config.camera_dim is None:
             raise OptionError("camera", expected="None for a model without a camera embedding", got=camera)
-        if camera != (batch, views, config.camera_dim):
-            raise OptionError("camera", expected=f"of shape {(batch, views, config.camera_dim)}", got=camera)
+        if len(camera) != 3 or 0 in camera or camera[2] != config.camera_dim:
+            raise OptionError("camera", expected=f"of shape (b, v, {config.camera_dim})", got=camera)
     if not reference_scale >= 0:
         raise OptionError("reference_scale", expected="at least 0", got=reference_scale)
     if reference_scale != 1 and not config.reference_frame:
@@ -62,21 +83,11 @@ def check_unet_inputs(
     if reference is not None:
         if not config.reference_frame:
             raise OptionError("reference", expected="None for a model without a reference frame", got=reference)
-        if (
-            len(reference) != 5
-            or 0 in reference
-            or (reference[0], *reference[2:]) != (batch, height, width, config.out_channels)
-        ):
-            expected = f"of shape ({batch}, r, {height}, {width}, {config.out_channels})"
-            raise OptionError("reference", expected=expected, got=reference)
+        if len(reference) != 5 or 0 in reference or reference[4] != config.out_channels:
+            raise OptionError("reference", expected=f"of shape (b, r, h, w, {config.out_channels})", got=reference)
 
 
-def check_context(config: UNetConfig, *, context: Shape | None, image_states: Shape | None) -> None:
-    """Raise OptionError unless a U-Net with this config can attend to what has these shapes.
-
-    context (b, l, cross_attention_dim) exactly if the config has cross-attention; image_states (b, r, m, embedding_dim) of r
-    pictures only if it has a resampler.
-    """
+def _check_context(config: UNetConfig, *, context: Shape | None, image_states: Shape | None) -> None:
     if config.cross_attention_dim is None:
         if context is not None:
             raise OptionError("context", expected="None for a model without cross-attention", got=context)

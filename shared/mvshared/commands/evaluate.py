@@ -24,7 +24,7 @@ SMALL_GAIN_DB = 1.0
 
 def evaluate_model(options: dict[str, Any]) -> None:
     """`mvmlx evaluate`."""
-    from mvshared.evaluation import evaluate
+    from mvshared.evaluation import VIEWS, evaluate
 
     for name in ("upscale_steps", "upscale_noise"):
         if options[name] is not None:
@@ -36,6 +36,7 @@ def evaluate_model(options: dict[str, Any]) -> None:
     result = evaluate(
         pipeline,
         options["identities"],
+        views=VIEWS if options["views"] is None else options["views"],
         steps=options["steps"],
         guidance=options["guidance"],
         normals=options["normals"],
@@ -74,8 +75,9 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
     from mvshared.upscaling.evaluation import evaluate_upscaling
     from mvshared.upscaling.views import UpscaleOptions
 
-    if options["normals"]:
-        raise OptionError("normals", expected="left out with --upscaler", got=True)
+    for name, left_out in (("normals", False), ("views", None)):
+        if options[name] is not left_out:
+            raise OptionError(name, expected="left out with --upscaler", got=options[name])
     output: Path | None = options["output"]
     if output is not None:
         check_folder(output)

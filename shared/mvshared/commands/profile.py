@@ -82,6 +82,7 @@ def _arguments(pipeline: Pipeline[Any], options: dict[str, Any]) -> dict[str, An
         "cameras": poses,
         "guidance": options["guidance"],
         "scheduler": options["scheduler"],
+        "spacing": options["spacing"],
         "size_px": options["size"],
     }
 

@@ -8,13 +8,12 @@ backend, and was fitted to measured peaks: see docs/memory.md.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mvshared.attention import SCORE_BYTES, AttentionOptions
+from mvshared.attention import FUSED_WIDTHS, SCORE_BYTES, AttentionOptions
 from mvshared.backend import BackendName, Dtype
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from mvshared.precision import DTYPE_BYTES
 
 NARROW = 64
-FUSED_WIDTHS = (64, 72, 80, 96, 128)  # MLX's on the GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +21,8 @@ class Costs:
     """What a backend holds of a layer at once.
 
     `norm`: copies of a norm's input, in float32 and in half precision. `feed_forward`: of its tokens. `unfolded`: float32
-    copies of a convolution's input that are made for the matrix product. `fused`: widths of heads for which attention has a
-    kernel that never holds its scores, None for all. `pieces`: of sliced attention, in flight at once. `relaid`: whether a
+    copies of a convolution's input that are made for the matrix product. `fused`: the widest heads for which attention has
+    a kernel that never holds its scores, None for all. `pieces`: of sliced attention, in flight at once. `relaid`: whether a
     weight is copied to another layout when it is used. `caches`: whether freed memory is kept for later. `spread`: how much
     more memory activations take than they have, since what is freed leaves gaps. `narrow`: how much more a convolution of
     fewer than NARROW channels takes. `dequantized`: bytes per number of a quantised weight when it is used. `runtime`: of the
@@ -33,7 +32,7 @@ class Costs:
     norm: tuple[float, float]
     feed_forward: float
     unfolded: float
-    fused: tuple[int, ...] | None
+    fused: int | None
     pieces: int
     relaid: bool
     caches: bool = False
@@ -54,8 +53,8 @@ class Costs:
 
 TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=24, unfolded=0, fused=None, pieces=3, relaid=True, spread=1.3, narrow=1.6)
 TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=None, pieces=3, relaid=False)
-MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=(), pieces=10, relaid=True, caches=True)
-MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=FUSED_WIDTHS, pieces=10, relaid=False, caches=True)
+MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=0, pieces=10, relaid=True, caches=True)
+MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=max(FUSED_WIDTHS), pieces=10, relaid=False, caches=True)
 
 
 def costs_of(backend: BackendName, device: str) -> Costs:
@@ -94,7 +93,7 @@ def attention_bytes(
         return 3 * scores
     if options.implementation == "sliced":
         return min(scores, costs.pieces * max(options.budget_bytes, SCORE_BYTES * keys))
-    return 0 if costs.fused is None or width in costs.fused else scores
+    return 0 if costs.fused is None or width <= costs.fused else scores
 
 
 def unet_bytes(config: UNetConfig, sizes: Sizes, costs: Costs) -> int:

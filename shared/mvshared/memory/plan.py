@@ -17,7 +17,7 @@ class MemoryPlan:
     `branches_at_once`: the branches of guidance in one call of the U-Net, else one after the other. `attention` and
     `vae_attention`: how it is computed in all networks, and in the VAE. `vae_tile`: the side of the tiles of the VAE in pixels,
     None for whole pictures.
-    `cache_bytes`: how much freed memory MLX may keep for later, None for its own limit. Raises OptionError.
+    `cache_bytes`: how much freed memory MLX may keep for later, None for the backend's own limit. Raises OptionError.
     """
 
     networks_at_once: bool = True

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvshared.errors import OptionError
-from mvshared.evaluation import AZIMUTHS_DEG, held_out_subject
+from mvshared.evaluation import VIEWS, held_out_subject
 from mvshared.heads import composite
 from mvshared.images import from_model, to_model
 from mvshared.metrics import Summary, psnr, ssim, summary
@@ -88,7 +88,7 @@ def evaluate_upscaling(
         rows.append(np.concatenate([np.stack(views) for views in zip(*(each[:SHEET_VIEWS] for each in shown), strict=True)]))
     return UpscaleEvaluation(
         identities=len(identities),
-        views=len(AZIMUTHS_DEG),
+        views=VIEWS,
         settings=planned,
         figures={name: summary(np.concatenate(values)) for name, values in measured.items()},
         rows=tuple(rows),

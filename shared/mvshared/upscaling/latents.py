@@ -6,7 +6,7 @@ Views do not see each other here, so they are upscaled a few at a time, as many 
 import warnings
 from collections.abc import Callable
 from functools import cached_property
-from typing import Generic, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,11 @@ from mvshared.numerics import check_views
 from mvshared.precision import DTYPE_BYTES
 from mvshared.shapes import check_pictures
 from mvshared.stages import Stages
-from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 from mvshared.upscaling.config import MAX_NOISE_LEVEL, UpscalerConfig
 from mvshared.upscaling.schedule import MAX_UPSCALE_STEPS, SigmaPlan, euler_plan, noise_embedding
+
+if TYPE_CHECKING:
+    from mvshared.tokenizer import CLIPTokenizer
 
 FACTOR = 2
 DEFAULT_BUDGET_BYTES = 2 * 10**9
@@ -57,8 +59,10 @@ class Upscaler(Generic[A]):
         self.name = model_name(name)
 
     @cached_property
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> "CLIPTokenizer":
         """The tokenizer of the upscaler's folder. Raises CheckpointError if it is missing or does not fit the text encoder."""
+        from mvshared.tokenizer import load_tokenizer
+
         return load_tokenizer(find_model(self.name), self.model.config.text_encoder)
 
     def upscale(

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mvshared.config import SchedulerConfig
 from mvshared.errors import OptionError
-from mvshared.schedule import Step, alphas_cumprod
+from mvshared.samplers import Step
+from mvshared.schedule import alphas_cumprod
 from mvshared.upscaling.config import SigmaConfig
 
 MAX_UPSCALE_STEPS = 1000

@@ -1,0 +1,35 @@
+"""Calls of networks as compiled functions, which fuse what is computed number by number."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from mvmlx.observation import _is_observed
+
+
+class CompiledCalls:
+    """The compiled methods of a model's networks, each made when it is first called.
+
+    MLX traces a function anew for other shapes and for other arguments that are no arrays, and here for other options of the
+    network's attention. Weights are inputs, so that they may change. Not compiled are networks in training and those whose
+    blocks somebody looks at.
+    """
+
+    def __init__(self, *, worthwhile: bool) -> None:
+        self.worthwhile = worthwhile
+        self._functions: dict[tuple[int, Any, str], Callable[..., mx.array]] = {}
+
+    def __call__(self, network: Any, method: str = "__call__") -> Callable[..., mx.array]:
+        """A method of a network that has `attention_options`."""
+        function: Callable[..., mx.array] = getattr(network, method)
+        if not self.worthwhile or network.training or _is_observed(network):
+            return function
+        key = id(network), network.attention_options, method
+        if key not in self._functions:
+            self._functions[key] = mx.compile(function, inputs=network.state)
+        return self._functions[key]
+
+    def forget(self) -> None:
+        """Keep no network in memory."""
+        self._functions.clear()

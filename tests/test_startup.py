@@ -1,0 +1,62 @@
+"""What a new process of `mvmlx` imports, and what it asks of OpenMP: both decide how long a user waits for the first view."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROBE = """
+import json, os, sys
+from mvshared.cli import main
+report, arguments = sys.argv[1], sys.argv[2:]
+sys.argv = ["mvmlx", *arguments]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+found = {"modules": sorted(sys.modules), "wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+open(report, "w").write(json.dumps(found))
+"""
+ARRAYS_AND_PICTURES = {"numpy", "PIL", "torch", "mlx", "safetensors", "tokenizers", "tqdm"}
+NOT_FOR_THE_DEMO = {
+    *("mlx", "tokenizers", "huggingface_hub", "diffusers", "transformers", "matplotlib", "scipy"),
+    *(
+        "mvshared.tokenizer",
+        "mvshared.download",
+        "mvshared.conversion",
+        "mvshared.training",
+        "mvshared.heads",
+        "mvshared.evaluation",
+    ),
+    *("mvtorch.train", "mvtorch.diffusers_model", "torch._dynamo", "torch._inductor"),
+}
+
+
+def started(tmp_path, *arguments, **environment):
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-c", PROBE, str(report), *arguments]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**env, **environment})
+    return json.loads(report.read_text())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]], ids=" ".join)
+def test_help_imports_neither_arrays_nor_pictures(tmp_path, arguments):
+    assert not ARRAYS_AND_PICTURES & set(started(tmp_path, *arguments)["modules"])
+
+
+def test_the_first_view_imports_only_what_it_needs(tmp_path):
+    arguments = ["examples/portrait.png", "-o", str(tmp_path / "out"), "--backend", "torch", "--steps", "1"]
+    modules = set(started(tmp_path, "generate", *arguments)["modules"])
+    assert not NOT_FOR_THE_DEMO & modules
+    assert "mvtorch.unet" in modules  # the run did happen in that process
+
+
+def test_the_command_line_lets_waiting_threads_sleep(tmp_path):
+    assert started(tmp_path, "--version")["wait_policy"] == "passive"
+    assert started(tmp_path, "--version", OMP_WAIT_POLICY="active")["wait_policy"] == "active"
