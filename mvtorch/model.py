@@ -188,13 +188,14 @@ class MultiViewModel(LatentModel):
         if times is None:
             times = unet.time_embeddings(torch.full((len(condition.branches),), t, dtype=torch.float32, device=self.device))
         constants, normals = select_objects(condition.constants, branches), condition.normals
+        channels = self.config.unet.normal_channels
 
         def call(x: Tensor, times: Tensor) -> Tensor:
             sample = x[None].expand(len(times), *x.shape)
             if normals is not None:
                 sample = torch.cat([sample, normals[branches]], dim=-1)
-            elif unet.config.normal_channels:
-                sample = F.pad(sample, (0, unet.config.normal_channels))
+            elif channels:
+                sample = F.pad(sample, (0, channels))
             return unet(sample, times, constants).float()
 
         return self._called(unet, condition, call, x, times[branches])
