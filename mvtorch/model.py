@@ -183,7 +183,7 @@ class MultiViewModel(LatentModel):
         return {t: each.expand(batch, -1) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: Tensor, t: float, condition: Condition, branches: slice) -> Tensor:
-        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches; the next call overwrites them."""
+        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
         unet, times = self.unet, condition.times.get(t)
         if times is None:
             times = unet.time_embeddings(torch.full((len(condition.branches),), t, dtype=torch.float32, device=self.device))
