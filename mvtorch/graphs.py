@@ -85,7 +85,7 @@ class Graphs:
     def call(self, network: Any, condition: Any, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """`function(*inputs)`, which calls the network with the inputs and with what the condition holds, and nothing else.
 
-        The first call for a condition and for shapes is an ordinary one, the second is recorded, the others are replayed. Blocks
+        The first call for a condition and for shapes is an ordinary one, the second is recorded, others are replayed. Blocks
         that are observed, gradients, and recordings of the program around this need the ordinary call. So does everything after
         a recording that failed, which is logged once.
         """
