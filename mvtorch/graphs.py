@@ -85,9 +85,9 @@ class Graphs:
     def call(self, network: Any, condition: Any, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """`function(*inputs)`, which calls the network with the inputs and with what the condition holds, and nothing else.
 
-        The first call for a condition and for shapes is an ordinary one, the second is recorded, the others are replayed; what
-        they give is overwritten by the next call. Blocks that are observed, gradients, and recordings of the program around
-        this need the ordinary call. So does everything after a recording that failed, which is logged once.
+        The first call for a condition and for shapes is an ordinary one, the second is recorded, others are replayed. Blocks
+        that are observed, gradients, and recordings of the program around this need the ordinary call. So does everything after
+        a recording that failed, which is logged once.
         """
         if self._failed or torch.is_grad_enabled() or self._recorder.busy():
             return function(*inputs)
@@ -105,7 +105,7 @@ class Graphs:
         for static, given in zip(entry.inputs, inputs, strict=True):
             static.copy_(given)
         entry.recording.replay()
-        return entry.recording.out
+        return entry.recording.out.clone()
 
     def _record(self, entry: "_Entry", function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> bool:
         """Record a call; whether that went well."""

@@ -127,7 +127,7 @@ class LatentModel:
             return self.to_numpy(self.vae.decode(latents, batch=1, tile=tile))
 
     def _called(self, network: Any, condition: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`function(*inputs)`, recorded where device and plan allow it, see `Graphs.call`; the next call overwrites it."""
+        """`function(*inputs)`, recorded where device and plan allow it, see `Graphs.call`."""
         if self._graphs is None or not (self.plan.networks_at_once and self.plan.branches_at_once):
             return function(*inputs)
         return self._graphs.call(network, condition, function, inputs)

@@ -185,18 +185,19 @@ class MultiViewModel(LatentModel):
         return {t: each.expand(batch, -1) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: Tensor, t: float, condition: Condition, branches: slice) -> Tensor:
-        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches; the next call overwrites them."""
+        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
         unet, times = self.unet, condition.times.get(t)
         if times is None:
             times = unet.time_embeddings(torch.full((len(condition.branches),), t, dtype=torch.float32, device=self.device))
         constants, normals = select_objects(condition.constants, branches), condition.normals
+        channels = self.config.unet.normal_channels
 
         def call(x: Tensor, times: Tensor) -> Tensor:
             sample = x[None].expand(len(times), *x.shape)
             if normals is not None:
                 sample = torch.cat([sample, normals[branches]], dim=-1)
-            elif unet.config.normal_channels:
-                sample = F.pad(sample, (0, unet.config.normal_channels))
+            elif channels:
+                sample = F.pad(sample, (0, channels))
             return unet(sample, times, constants).float()
 
         return self._called(unet, condition, call, x, times[branches])

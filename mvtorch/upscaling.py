@@ -107,7 +107,7 @@ class UpscalerModel(LatentModel):
 
             noise = torch.full((branches,), t, dtype=torch.float32, device=self.device)
             out = self._called(unet, condition, call, x, noise)
-            return out[0].clone() if branches == 1 else out[0] + guidance * (out[1] - out[0])
+            return out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0])
 
 
 def load_upscaler_model(

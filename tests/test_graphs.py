@@ -88,8 +88,8 @@ def test_conditions_that_take_turns_keep_their_own_recordings_and_results_stay_w
         x = np.random.default_rng(turn).standard_normal((2, 8, 8, 4), np.float32)
         for ours, theirs in zip(conditions, expected, strict=True):
             t = 900.0 - turn  # of which none is announced
-            out = model.denoise(model.from_numpy(x), t, ours, [-2.0, 3.0])
-            results.append((out, plain.denoise(plain.from_numpy(x), t, theirs, [-2.0, 3.0])))
+            outs = model.guided(model.from_numpy(x), t, ours, [-2.0, 3.0])
+            results += zip(outs, plain.guided(plain.from_numpy(x), t, theirs, [-2.0, 3.0]), strict=True)
     for out, reference in results:
         np.testing.assert_array_equal(model.to_numpy(out), plain.to_numpy(reference))
     assert (recorder.recorded, recorder.replayed) == (2, 6)
