@@ -334,7 +334,7 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, devic
 def filled(network: Any, tensors: Mapping[str, Tensor], *, device: str) -> Any:
     """A network with these weights, ready to compute on the device that they are on."""
     network.load_state_dict(tensors, strict=True, assign=True)
-    if unet is not None and torch.device(device).type == "cuda":
+    if isinstance(network, MultiViewUNet) and torch.device(device).type == "cuda":
         join_projections(network)
     return network.eval()
 
