@@ -140,11 +140,11 @@ class MultiViewModel(LatentModel):
             )
 
     @property
-    def ahead(self) -> int:
-        """How many steps may be begun before the one before them is done: one, unless little memory is to be taken or somebody
+    def defers(self) -> bool:
+        """Whether `denoise` only puts together what `start` begins to compute: unless little memory is to be taken, or somebody
         looks at the blocks."""
         observed = any(_is_observed(self.networks[component]) for component in self.networks.loaded)
-        return 0 if observed or not self.plan.networks_at_once else 1
+        return self.plan.networks_at_once and not observed
 
     def start(self, x: mx.array) -> None:
         """Begin to compute an array."""
@@ -164,6 +164,7 @@ class MultiViewModel(LatentModel):
     ) -> Guided[mx.array]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
         their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
+        Not computed yet.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
@@ -178,9 +179,7 @@ class MultiViewModel(LatentModel):
                     mx.eval(more)
                 outs.extend(more)
             mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
-            mixed = rescaled(mixed, outs[-1], rescale) if rescale else mixed
-            mx.async_eval(mixed, outs[-1])
-            return Guided(mixed, outs[-1])
+            return Guided(rescaled(mixed, outs[-1], rescale) if rescale else mixed, outs[-1])
 
     def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, mx.array]:
         """The embeddings (batch, time_embed_dim) of timesteps."""
