@@ -117,11 +117,12 @@ def test_random_weights_lie_in_memory_as_loaded_ones_do(backend: Backend, model:
 
 
 def weights_of(network: Any) -> dict[str, Any]:
-    """Shape, dtype and strides of every weight; MLX's kernels have a shape that says how they lie."""
-    if hasattr(network, "state_dict"):
-        return {name: (each.shape, each.dtype, each.stride()) for name, each in network.state_dict().items()}
-    flat: Any = tree_flatten(network.parameters())
-    return {name: (each.shape, each.dtype) for name, each in flat}
+    """Class of every layer, dtype and strides of every weight; MLX's kernels have a shape that says how they lie."""
+    if not hasattr(network, "named_buffers"):
+        flat: Any = tree_flatten(network.parameters())
+        return {name: (each.shape, each.dtype) for name, each in flat}
+    found: dict[str, Any] = {name: type(module) for name, module in network.named_modules()}
+    return found | {f"{name}'s": (each.shape, each.dtype, each.stride()) for name, each in network.named_parameters()}
 
 
 def test_views_sizes_and_guidance_make_a_case_each(model: str) -> None:
