@@ -58,8 +58,9 @@ def points(runs: Sequence[Run], curves: Sequence[Curve], *, guidance: float) -> 
     result = {}
     for (name, steps), curve in wanted.items() if heads else ():
         those = [found[head, name, steps] for head in heads]
-        given: dict[str, Any] = {k: v for k, v in curve.options.items() if k.startswith("guidance")}
-        strength = Guidance(**({"guidance": guidance} | given))
+        given: dict[str, Any] = {"guidance": guidance}
+        given |= {k: v for k, v in curve.options.items() if k.startswith("guidance")}
+        strength = Guidance(**given)
         result[name, steps] = Point(
             psnr_db=float(np.mean([run.psnr_db for run in those])),
             ssim=float(np.mean([run.ssim for run in those])),

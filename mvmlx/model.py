@@ -36,10 +36,11 @@ from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
+from mvshared.random_weights import random_weights
 from mvshared.weights import check_names_and_shapes, choose_quantization, match_network, match_tensors, stored_quantization
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
     """What stays constant over the sampling steps, for b branches of the guidance.
 
@@ -139,11 +140,11 @@ class MultiViewModel(LatentModel):
             )
 
     @property
-    def ahead(self) -> int:
-        """How many steps may be begun before the one before them is done: one, unless little memory is to be taken or somebody
+    def defers(self) -> bool:
+        """Whether `denoise` only puts together what `start` begins to compute: unless little memory is to be taken, or somebody
         looks at the blocks."""
         observed = any(_is_observed(self.networks[component]) for component in self.networks.loaded)
-        return 0 if observed or not self.plan.networks_at_once else 1
+        return self.plan.networks_at_once and not observed
 
     def start(self, x: mx.array) -> None:
         """Begin to compute an array."""
@@ -163,6 +164,7 @@ class MultiViewModel(LatentModel):
     ) -> Guided[mx.array]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
         their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
+        Not computed yet.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
@@ -177,9 +179,7 @@ class MultiViewModel(LatentModel):
                     mx.eval(more)
                 outs.extend(more)
             mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
-            mixed = rescaled(mixed, outs[-1], rescale) if rescale else mixed
-            mx.async_eval(mixed)
-            return Guided(mixed, outs[-1])
+            return Guided(rescaled(mixed, outs[-1], rescale) if rescale else mixed, outs[-1])
 
     def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, mx.array]:
         """The embeddings (batch, time_embed_dim) of timesteps."""
@@ -318,8 +318,31 @@ def load_network(
     with _on_device(device):
         quantize_network(network, stored or layers)
         tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
+    return filled(network, tensors, device=device)
+
+
+def random_network(config: NetworkConfig, *, dtype: Dtype, device: str) -> Any:
+    """One network with random weights, the same in both backends, ready to compute: for measurements without a checkpoint."""
+    network = _network(config)
+    return filled(network, random_tensors(weight_shapes(network), dtype=dtype, device=device), device=device)
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, device: str) -> dict[str, mx.array]:
+    """Random weights by their names in the model."""
+    with _on_device(device):
+        return {name: _placed(mx.array(array), name, dtype=dtype) for name, array in random_weights(shapes)}
+
+
+def filled(network: Any, tensors: Mapping[str, mx.array], *, device: str) -> Any:
+    """A network with these weights, ready to compute on the device that they are on."""
+    with _on_device(device):
         network.load_weights(list(tensors.items()), strict=True)
     return network.eval()
+
+
+def _placed(tensor: mx.array, name: str, *, dtype: Dtype) -> mx.array:
+    """A weight of a checkpoint as the network of this dtype has it, kernels channels-last."""
+    return _from_checkpoint(tensor.astype(getattr(mx, precision.tensor_dtype(name, dtype))))
 
 
 _NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
@@ -377,7 +400,7 @@ def read_tensors(
             elif part_of(name, stored) is not None:
                 tensors[name] = _evaluated(tensor)
             else:
-                tensors[name] = _from_checkpoint(tensor.astype(getattr(mx, precision.tensor_dtype(name, dtype))))
+                tensors[name] = _placed(tensor, name, dtype=dtype)
         if quantize:
             mx.clear_cache()
             trim_heap()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvshared.attention import AttentionOptions, check_pooling, score_slices
+from mvtorch import cpu_attention
 from mvtorch.layers import FeedForward, GroupNorm
 
 
@@ -38,6 +39,8 @@ def attention(
     key, and not for causal attention. The softmax is in float32 whatever the dtype.
     """
     if options.implementation == "fused":
+        if not causal and cpu_attention.is_for(q, k):
+            return cpu_attention.shifted_attention(q, k, v, key_bias=key_bias)
         mask = None if key_bias is None else key_bias.to(q.dtype)[None, None, None]
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=mask)
     if options.implementation == "plain":
@@ -82,6 +85,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, channels, bias=bias)
         self.to_v = nn.Linear(context_dim, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self._joint: Tensor | None = None  # the weights of to_q, to_k and to_v, which lie one after the other in it
 
     def keys_values(self, context: Tensor) -> KeyValues:
         """Keys and values (b, n, m, d) of a context (b, m, context_dim)."""
@@ -91,6 +95,26 @@ class Attention(nn.Module):
         """Tokens (b, l, c) that attend to `key_values`, whose scores get `key_bias` (m,), as (b, l, c)."""
         q = self._split_heads(self.to_q(x))
         return self._merge_heads(attention(q, *key_values, options=options, key_bias=key_bias))
+
+    def _to_itself(self, x: Tensor, *, options: AttentionOptions, key_bias: Tensor | None) -> Tensor:
+        """Tokens (b, l, c) that attend to each other: one product for queries, keys and values if their weights are joined."""
+        joint = self._joined_weights()
+        if joint is None:
+            return self(x, self.keys_values(x), options=options, key_bias=key_bias)
+        q, k, v = F.linear(x, joint).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self._merge_heads(attention(q, k, v, options=options, key_bias=key_bias))
+
+    def _joined_weights(self) -> Tensor | None:
+        """The joint weights (3 c, c); None where the layers are observed or need gradients, or have other weights by now."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        watched = any(each._forward_hooks or each._forward_pre_hooks for each in (self, *layers))
+        if self._joint is None or torch.is_grad_enabled() or watched:
+            return None
+        for layer, part in zip(layers, self._joint.chunk(3), strict=True):
+            weight = layer.weight
+            if type(layer) is not nn.Linear or weight.dtype != part.dtype or weight.data_ptr() != part.data_ptr():
+                self._joint = None
+        return self._joint
 
     def _merge_heads(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.transpose(1, 2).flatten(2))
@@ -176,8 +200,10 @@ class TransformerBlock(nn.Module):
         added to the scores of the tokens, or of their averages, in the self-attention.
         """
         h = self.norm1(x)
-        context = h if pooled is None else average_squares(h, *pooled)
-        x = x + self.attn1(h, self.attn1.keys_values(context), options=options, key_bias=key_bias)
+        if pooled is None:
+            x = x + self.attn1._to_itself(h, options=options, key_bias=key_bias)
+        else:
+            x = x + self.attn1(h, self.attn1.keys_values(average_squares(h, *pooled)), options=options, key_bias=key_bias)
         if cross is not None:
             x = x + self.attn2(self.norm2(x), cross, options=options)
         return x + self.ff(self.norm3(x))

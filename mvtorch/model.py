@@ -24,6 +24,7 @@ from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
+from mvshared.random_weights import random_weights
 from mvshared.weights import (
     Stored,
     check_names_and_shapes,
@@ -33,7 +34,9 @@ from mvshared.weights import (
     stored_quantization,
 )
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
+from mvtorch.inference import inference, join_projections
 from mvtorch.latents import LatentModel, to_numpy
+from mvtorch.packed import pack_network
 from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Constants, MultiViewUNet, select_objects
 from mvtorch.upscaler import LatentUpscaler
@@ -42,7 +45,7 @@ from mvtorch.vae import AutoencoderKL
 _MAPPED_BYTES = 128_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
     """What stays constant over the sampling steps, for b branches of the guidance.
 
@@ -83,7 +86,7 @@ class MultiViewModel(LatentModel):
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
-        with torch.inference_mode():
+        with inference(self.device):
             return self.networks["text_encoder"](torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
 
     def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
@@ -93,7 +96,7 @@ class MultiViewModel(LatentModel):
         """
         if "image_encoder" not in self.networks:
             raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
-        with torch.inference_mode():
+        with inference(self.device):
             return self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].float()
 
     def condition(
@@ -121,7 +124,7 @@ class MultiViewModel(LatentModel):
         def batched(x: Tensor | None, seen: Sequence[bool]) -> Tensor | None:
             return None if x is None else torch.stack([x if each else torch.zeros_like(x) for each in seen])
 
-        with torch.inference_mode():
+        with inference(self.device):
             pictured = [branch.image for branch in branches]
             context = None if text is None else torch.stack([text[-1 if branch.text else 0] for branch in branches])
             states = batched(image_states, pictured)
@@ -141,9 +144,9 @@ class MultiViewModel(LatentModel):
             )
 
     @property
-    def ahead(self) -> int:
-        """How many steps may be begun before the one before them is done: none, PyTorch computes them as they are called."""
-        return 0
+    def defers(self) -> bool:
+        """Whether `denoise` only puts together what `start` begins to compute: PyTorch begins at once."""
+        return False
 
     def start(self, x: Tensor) -> None:
         """Begin to compute an array: PyTorch has begun."""
@@ -166,7 +169,7 @@ class MultiViewModel(LatentModel):
         check_weights(weights, branches=condition.branches)
         count = len(condition.branches)
         together = count if self.plan.branches_at_once else 1
-        with torch.inference_mode():
+        with inference(self.device):
             outs: list[Tensor] = []
             for first in range(0, count, together):
                 outs.extend(self._outputs(x, t, condition, slice(first, first + together)))
@@ -183,20 +186,21 @@ class MultiViewModel(LatentModel):
 
     def _outputs(self, x: Tensor, t: float, condition: Condition, branches: slice) -> Tensor:
         """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
-        batch, channels = len(condition.branches[branches]), self.config.unet.normal_channels
-        sample = x[None].expand(batch, *x.shape)
-        if condition.normals is not None:
-            sample = torch.cat([sample, condition.normals[branches]], dim=-1)
-        elif channels:
-            sample = F.pad(sample, (0, channels))
-        times = condition.times.get(t)
-        return self.unet(
-            sample,
-            self.unet.time_embeddings(torch.full((batch,), t, dtype=torch.float32, device=self.device))
-            if times is None
-            else times[branches],
-            select_objects(condition.constants, branches),
-        ).float()
+        unet, times = self.unet, condition.times.get(t)
+        if times is None:
+            times = unet.time_embeddings(torch.full((len(condition.branches),), t, dtype=torch.float32, device=self.device))
+        constants, normals = select_objects(condition.constants, branches), condition.normals
+        channels = self.config.unet.normal_channels
+
+        def call(x: Tensor, times: Tensor) -> Tensor:
+            sample = x[None].expand(len(times), *x.shape)
+            if normals is not None:
+                sample = torch.cat([sample, normals[branches]], dim=-1)
+            elif channels:
+                sample = F.pad(sample, (0, channels))
+            return unet(sample, times, constants).float()
+
+        return self._called(unet, condition, call, x, times[branches])
 
 
 def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:
@@ -293,9 +297,17 @@ def check_files(config: NetworkConfig, paths: Sequence[Path]) -> None:
 def network_loaders(
     config: Any, files: Mapping[Any, Sequence[Path]], *, dtype: Dtype, device: str, quantize: str | None = None
 ) -> Networks:
-    """The networks of the components that have files, read when they are needed; the config has one for each."""
+    """The networks of the components that have files, read when they are needed, and packed for inference on a CPU.
+
+    The config has one for each."""
     options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
-    return Networks({part: partial(load_network, getattr(config, part), paths, **options) for part, paths in files.items()})
+
+    def load_packed(part: Any) -> Any:
+        network = load_network(getattr(config, part), files[part], **options)
+        pack_network(network)
+        return network
+
+    return Networks({part: partial(load_packed, part) for part in files})
 
 
 def load_network(
@@ -314,8 +326,36 @@ def load_network(
         quantize_network(network, stored or layers)
     unet = config if isinstance(config, UNetConfig) else None
     tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
+    return filled(network, tensors, device=device)
+
+
+def random_network(config: NetworkConfig, *, dtype: Dtype, device: str) -> Any:
+    """One network with random weights, the same in both backends, ready to compute: for measurements without a checkpoint."""
+    with torch.device("meta"):
+        network = _network(config)
+    network = filled(network, random_tensors(weight_shapes(network), dtype=dtype, device=device), device=device)
+    pack_network(network)
+    return network
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, device: str) -> dict[str, Tensor]:
+    """Random weights by their names in the model."""
+    return {name: _placed(torch.from_numpy(array), name, dtype=dtype, device=device) for name, array in random_weights(shapes)}
+
+
+def filled(network: Any, tensors: Mapping[str, Tensor], *, device: str) -> Any:
+    """A network with these weights, ready to compute on the device that they are on."""
     network.load_state_dict(tensors, strict=True, assign=True)
+    if isinstance(network, MultiViewUNet) and torch.device(device).type == "cuda":
+        join_projections(network)
     return network.eval()
+
+
+def _placed(tensor: Tensor, name: str, *, dtype: Dtype, device: str) -> Tensor:
+    """A copy of a weight as the network of this dtype has it, kernels in channels_last memory."""
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    used = getattr(torch, precision.tensor_dtype(name, dtype))
+    return tensor.to(device=device, dtype=used, memory_format=layout, copy=True)
 
 
 _NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
@@ -371,9 +411,7 @@ def read_tensors(
                 elif part_of(name, stored) is not None:
                     tensors[name] = tensor.to(device=device, copy=True)
                 else:
-                    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-                    used = getattr(torch, precision.tensor_dtype(name, dtype))
-                    tensors[name] = tensor.to(device=device, dtype=used, memory_format=layout, copy=True)
+                    tensors[name] = _placed(tensor, name, dtype=dtype, device=device)
         if quantize:
             trim_heap()
     return tensors
@@ -400,11 +438,11 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     load_weights(vae, paths, dtype="float32", device=chosen)
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with inference(chosen):
             return to_numpy(vae.scale_latents(vae.encode(torch.tensor(np.ascontiguousarray(pixels), device=chosen)).mean))
 
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with inference(chosen):
             return to_numpy(vae.decode(vae.unscale_latents(torch.tensor(np.ascontiguousarray(latents), device=chosen))))
 
     return VAECodec(encode, decode)

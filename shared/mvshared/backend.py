@@ -142,8 +142,8 @@ class Model(LatentModel[A], Protocol[A]):
         ...
 
     @property
-    def ahead(self) -> int:
-        """How many steps may be begun before the one before them is done."""
+    def defers(self) -> bool:
+        """Whether `denoise` only puts together what `start` begins to compute."""
         ...
 
     def start(self, x: A) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mvshared.ahead import Reports
 from mvshared.arguments import (
     Latents,
     Pictures,
@@ -46,6 +45,7 @@ from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
 from mvshared.numerics import check_views, checked_numerics
 from mvshared.quantization.plans import preset_of
+from mvshared.reports import Reports
 from mvshared.runs import Parameters, UpscaleParameters, Views
 from mvshared.samplers import State, Step, advance, remembered, sampler_steps
 from mvshared.schedule import MAX_STEPS, with_spacing

@@ -1,7 +1,6 @@
 """Steps that are begun before the one before them is told of, and MLX's limits of memory within a run."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +11,11 @@ from helpers import TINY_MODEL, write_tiny_model
 
 import mvmlx.metal
 from mvmlx.metal import CACHE_BYTES, memory_limits
-from mvshared.ahead import Reports
 from mvshared.backend import load
-from mvshared.pipeline import Pipeline
-from mvshared.stages import Stages
+from mvshared.pipeline import Pipeline, Progress
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-
-
-class Device:
-    """Writes down what it is asked for."""
-
-    def __init__(self, ahead: int) -> None:
-        self.ahead, self.asked = ahead, []
-
-    def start(self, x: str) -> None:
-        self.asked.append(f"start {x}")
-
-    def wait(self, x: str) -> None:
-        self.asked.append(f"wait {x}")
-
-
-@pytest.mark.parametrize(
-    ("ahead", "expected"),
-    [
-        (0, ["start a", "wait a", "tell 1", "start b", "wait b", "tell 2", "start c", "wait c", "tell 3"]),
-        (1, ["start a", "start b", "wait a", "tell 1", "start c", "wait b", "tell 2", "wait c", "tell 3"]),
-    ],
-)
-def test_a_step_is_told_of_when_it_is_done_and_those_ahead_are_begun(ahead: int, expected: list[str]) -> None:
-    device, stages = Device(ahead), Stages()
-    model: Any = device
-    reports = Reports(model, stages)
-    for step, x in enumerate("abc", start=1):
-        stages.step = step
-        reports.add(step, x, lambda: device.asked.append(f"tell {stages.step}"))
-    reports.finish()
-    assert (device.asked, stages.step) == (expected, 3)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +23,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline[mx.array]:
     return load(write_tiny_model(tmp_path_factory.mktemp("tiny"), TINY_MODEL), backend="mlx", device="cpu")
 
 
-@contextmanager
-def steps_ahead(model: Any, ahead: int) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model), "ahead", ahead)
-        yield
-
-
-def test_mlx_works_at_a_step_while_the_one_before_is_told_of(
+def test_mlx_puts_a_step_together_before_the_one_before_is_told_of(
     pipeline: Pipeline[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
@@ -77,23 +36,29 @@ def test_mlx_works_at_a_step_while_the_one_before_is_told_of(
             return original(*args)
 
         monkeypatch.setattr(pipeline.model, name, noted)
-    views = pipeline.generate(PIXELS, steps=3, on_step=lambda progress: events.append(f"step {progress.step}"))
-    step, told = ["denoise", "start"], ["wait", "step 1", "wait", "step 2", "wait", "step 3"]
-    assert events == [*step, *step, *told[:2], *step, *told[2:]]
+
+    def on_step(progress: Progress) -> None:
+        events.append(f"step {progress.step} of {pipeline.stages.step}")
+
+    views = pipeline.generate(PIXELS, steps=3, on_step=on_step)
+    first = ["denoise", "start", "denoise", "wait", "step 1 of 1", "start"]
+    assert events == [*first, "denoise", "wait", "step 2 of 2", "start", "wait", "step 3 of 3"]
     monkeypatch.undo()
-    with steps_ahead(pipeline.model, 0):
-        np.testing.assert_array_equal(pipeline.generate(PIXELS, steps=3).latents, views.latents)
+    monkeypatch.setattr(type(pipeline.model), "defers", False)
+    np.testing.assert_array_equal(pipeline.generate(PIXELS, steps=3).latents, views.latents)
 
 
 def test_who_looks_at_blocks_or_saves_memory_gets_one_step_after_the_other(pipeline: Pipeline[mx.array]) -> None:
-    assert pipeline.model.ahead == 1
+    model: Any = pipeline.model
+    assert model.defers
     seen = []
-    with pipeline.model.observe(lambda *_: None):
-        pipeline.generate(PIXELS, steps=1, on_step=lambda _: seen.append(pipeline.model.ahead))
+    with model.observe(lambda *_: None):
+        pipeline.generate(PIXELS, steps=1, on_step=lambda _: seen.append(model.defers))
     low = load(FIXTURES / "tiny-imagedream", backend="mlx", device="cpu", low_memory=True)
-    low.generate(PIXELS, prompt="an owl", negative_prompt="", steps=1, on_step=lambda _: seen.append(low.model.ahead))
-    assert seen == [0, 0]
-    assert pipeline.model.ahead == 1
+    options: dict[str, Any] = {"prompt": "an owl", "negative_prompt": "", "steps": 1}
+    low.generate(PIXELS, **options, on_step=lambda _: seen.append(low.model.defers))
+    assert seen == [False, False]
+    assert model.defers
 
 
 def test_memory_does_not_grow_with_the_steps(pipeline: Pipeline[mx.array]) -> None:
@@ -107,15 +72,14 @@ def test_memory_does_not_grow_with_the_steps(pipeline: Pipeline[mx.array]) -> No
     assert peak_bytes(24) < 1.25 * peak_bytes(4)
 
 
-def test_a_step_is_begun_and_not_waited_for(pipeline: Pipeline[mx.array], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in a step makes the program wait: it would idle the device."""
-    waited = []
-    for name in ("eval", "synchronize"):
-        monkeypatch.setattr(mx, name, lambda *arrays, name=name: waited.append(name))
-    monkeypatch.setattr(type(pipeline.model), "wait", lambda self, x: waited.append("wait"))
-    pipeline.generate(PIXELS, steps=2, on_step=lambda progress: waited.append(f"step {progress.step}"))
-    during = waited[waited.index("wait") + 1 : waited.index("step 2")]
-    assert during == ["step 1", "wait"]
+def test_a_step_computes_nothing_before_it_is_begun(pipeline: Pipeline[mx.array], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the device would stand still while the program waits."""
+    events: list[str] = []
+    for name in ("eval", "async_eval", "synchronize"):
+        monkeypatch.setattr(mx, name, lambda *arrays, name=name: events.append(name))
+    pipeline.generate(PIXELS, steps=3, on_step=lambda progress: events.append(f"step {progress.step}"))
+    between = events[events.index("step 1") + 1 : events.index("step 2")]
+    assert between == ["async_eval", "eval"]
 
 
 class Limits:
