@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mvmlx.layers import FeedForward, GroupNorm, _PointConv2d
 from mvmlx.metal import on_metal
-from mvshared.attention import AttentionOptions, fused_width, score_slices
+from mvshared.attention import AttentionOptions, check_pooling, fused_width, score_slices
 
 
 class KeyValues(NamedTuple):
@@ -82,6 +82,12 @@ def _plain_attention(q: mx.array, k: mx.array, v: mx.array, *, first: int | None
         later = mx.triu(mx.ones(scores.shape[-2:]), first + 1).astype(mx.bool_)
         scores = mx.where(later, -mx.inf, scores)
     return mx.softmax(scores, axis=-1).astype(v.dtype) @ v
+
+
+def average_squares(x: mx.array, height: int, width: int) -> mx.array:
+    """Means (b, v h/2 w/2, c) of 2x2 neighbours among the tokens (b, v h w, c) of views of that height and width."""
+    squares = mx.unflatten(x, 1, (-1, height // 2, 2, width // 2, 2))
+    return squares.mean(axis=(3, 5)).flatten(1, 3)
 
 
 class Attention(nn.Module):
@@ -177,14 +183,22 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def __call__(
-        self, x: mx.array, cross: CrossKeyValues | None, *, options: AttentionOptions, key_bias: mx.array | None = None
+        self,
+        x: mx.array,
+        cross: CrossKeyValues | None,
+        *,
+        options: AttentionOptions,
+        key_bias: mx.array | None = None,
+        pooled: tuple[int, int] | None = None,
     ) -> mx.array:
         """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c).
 
-        `key_bias` (l,) is added to the scores of the tokens in the self-attention.
+        With `pooled`, the height and width of every view, they attend to the averages of 2x2 tokens of a view. `key_bias` is
+        added to the scores of the tokens, or of their averages, in the self-attention.
         """
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h), options=options, key_bias=key_bias)
+        context = h if pooled is None else average_squares(h, *pooled)
+        x = x + self.attn1(h, self.attn1.keys_values(context), options=options, key_bias=key_bias)
         if cross is not None:
             x = x + self.attn2(self.norm2(x), cross, options=options)
         return x + self.ff(self.norm3(x))
@@ -194,7 +208,7 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of all views of an object together.
 
     `linear` makes the projections around the blocks linear layers instead of convolutions of size 1: the same function, other
-    tensor shapes.
+    tensor shapes. `finest` says that there is no finer level with attention, so that `kv_pooling` applies.
     """
 
     def __init__(
@@ -207,8 +221,10 @@ class SpatialTransformer(nn.Module):
         image_tokens: bool,
         groups: int,
         linear: bool,
+        finest: bool = False,
     ) -> None:
         super().__init__()
+        self.finest = finest
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
         self.transformer_blocks = [
@@ -230,8 +246,11 @@ class SpatialTransformer(nn.Module):
         `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
         """
         n, h, w, c = x.shape
-        key_bias = None if frame_bias is None else mx.repeat(frame_bias, h * w)
+        pooling = options.kv_pooling if self.finest else 1
+        check_pooling(pooling, h, w)
+        keys = h * w // pooling**2  # of every view
+        key_bias = None if frame_bias is None else mx.repeat(frame_bias, keys)
         tokens = self.proj_in(self.norm(x)).reshape(n // views, views * h * w, c)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
-            tokens = block(tokens, kv, options=options, key_bias=key_bias)
+            tokens = block(tokens, kv, options=options, key_bias=key_bias, pooled=None if pooling == 1 else (h, w))
         return x + self.proj_out(tokens.reshape(x.shape))

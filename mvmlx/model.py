@@ -27,7 +27,7 @@ from mvmlx.unet import Constants, MultiViewUNet, select_objects
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared import precision
-from mvshared.backend import Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
@@ -39,7 +39,7 @@ from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize
 from mvshared.weights import check_names_and_shapes, choose_quantization, match_network, match_tensors, stored_quantization
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
     """What stays constant over the sampling steps, for b branches of the guidance.
 
@@ -155,8 +155,15 @@ class MultiViewModel(LatentModel):
         mx.eval(x)
 
     def denoise(self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> mx.array:
+        """The outputs of `guided` without those of the last branch."""
+        return self.guided(x, t, condition, weights, rescale).out
+
+    def guided(
+        self, x: mx.array, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0
+    ) -> Guided[mx.array]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
-        their weights, and `rescale` of the sum brought back to the deviation of the last branch; not computed yet.
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
+        Neither is computed yet.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
@@ -171,7 +178,7 @@ class MultiViewModel(LatentModel):
                     mx.eval(more)
                 outs.extend(more)
             mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
-            return rescaled(mixed, outs[-1], rescale) if rescale else mixed
+            return Guided(rescaled(mixed, outs[-1], rescale) if rescale else mixed, outs[-1])
 
     def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, mx.array]:
         """The embeddings (batch, time_embed_dim) of timesteps."""

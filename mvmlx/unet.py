@@ -90,6 +90,7 @@ class Level(nn.Module):
                 image_tokens=config.resampler is not None,
                 groups=groups,
                 linear=config.use_linear_projection,
+                finest=level == config.finest_attention,
             )
             for _ in range(attentions)
         ]

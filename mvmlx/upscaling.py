@@ -24,7 +24,7 @@ from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_file
 from mvshared.weights import choose_quantization
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class UpscaleCondition:
     """What stays constant over the steps, for b branches, [unconditional, conditional] if guided, else [conditional].
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvshared.attention import AttentionOptions, score_slices
+from mvshared.attention import AttentionOptions, check_pooling, score_slices
 from mvtorch.layers import FeedForward, GroupNorm
 
 
@@ -65,6 +65,12 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first: int | None, key_
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
+def average_squares(x: Tensor, height: int, width: int) -> Tensor:
+    """Means (b, v h/2 w/2, c) of 2x2 neighbours among the tokens (b, v h w, c) of views of that height and width."""
+    squares = x.unflatten(1, (-1, height // 2, 2, width // 2, 2))
+    return squares.mean(dim=(3, 5)).flatten(1, 3)
+
+
 class Attention(nn.Module):
     """Multi-head attention of `channels` wide tokens; `context_dim` is the width of what they attend to, if it differs."""
 
@@ -76,6 +82,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, channels, bias=bias)
         self.to_v = nn.Linear(context_dim, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self._joint: Tensor | None = None  # the weights of to_q, to_k and to_v, which lie one after the other in it
 
     def keys_values(self, context: Tensor) -> KeyValues:
         """Keys and values (b, n, m, d) of a context (b, m, context_dim)."""
@@ -85,6 +92,26 @@ class Attention(nn.Module):
         """Tokens (b, l, c) that attend to `key_values`, whose scores get `key_bias` (m,), as (b, l, c)."""
         q = self._split_heads(self.to_q(x))
         return self._merge_heads(attention(q, *key_values, options=options, key_bias=key_bias))
+
+    def _to_itself(self, x: Tensor, *, options: AttentionOptions, key_bias: Tensor | None) -> Tensor:
+        """Tokens (b, l, c) that attend to each other: one product for queries, keys and values if their weights are joined."""
+        joint = self._joined_weights()
+        if joint is None:
+            return self(x, self.keys_values(x), options=options, key_bias=key_bias)
+        q, k, v = F.linear(x, joint).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self._merge_heads(attention(q, k, v, options=options, key_bias=key_bias))
+
+    def _joined_weights(self) -> Tensor | None:
+        """The joint weights (3 c, c); None where the layers are observed or need gradients, or have other weights by now."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        watched = any(each._forward_hooks or each._forward_pre_hooks for each in (self, *layers))
+        if self._joint is None or torch.is_grad_enabled() or watched:
+            return None
+        for layer, part in zip(layers, self._joint.chunk(3), strict=True):
+            weight = layer.weight
+            if type(layer) is not nn.Linear or weight.dtype != part.dtype or weight.data_ptr() != part.data_ptr():
+                self._joint = None
+        return self._joint
 
     def _merge_heads(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.transpose(1, 2).flatten(2))
@@ -156,14 +183,24 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(
-        self, x: Tensor, cross: CrossKeyValues | None, *, options: AttentionOptions, key_bias: Tensor | None = None
+        self,
+        x: Tensor,
+        cross: CrossKeyValues | None,
+        *,
+        options: AttentionOptions,
+        key_bias: Tensor | None = None,
+        pooled: tuple[int, int] | None = None,
     ) -> Tensor:
         """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c).
 
-        `key_bias` (l,) is added to the scores of the tokens in the self-attention.
+        With `pooled`, the height and width of every view, they attend to the averages of 2x2 tokens of a view. `key_bias` is
+        added to the scores of the tokens, or of their averages, in the self-attention.
         """
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h), options=options, key_bias=key_bias)
+        if pooled is None:
+            x = x + self.attn1._to_itself(h, options=options, key_bias=key_bias)
+        else:
+            x = x + self.attn1(h, self.attn1.keys_values(average_squares(h, *pooled)), options=options, key_bias=key_bias)
         if cross is not None:
             x = x + self.attn2(self.norm2(x), cross, options=options)
         return x + self.ff(self.norm3(x))
@@ -173,7 +210,7 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of all views of an object together.
 
     `linear` makes the projections around the blocks linear layers instead of convolutions of size 1: the same function, other
-    tensor shapes.
+    tensor shapes. `finest` says that there is no finer level with attention, so that `kv_pooling` applies.
     """
 
     def __init__(
@@ -186,8 +223,10 @@ class SpatialTransformer(nn.Module):
         image_tokens: bool,
         groups: int,
         linear: bool,
+        finest: bool = False,
     ) -> None:
         super().__init__()
+        self.finest = finest
         self.linear = linear
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
@@ -210,7 +249,10 @@ class SpatialTransformer(nn.Module):
         `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
         """
         n, c, h, w = x.shape
-        key_bias = None if frame_bias is None else frame_bias.repeat_interleave(h * w)
+        pooling = options.kv_pooling if self.finest else 1
+        check_pooling(pooling, h, w)
+        keys = h * w // pooling**2  # of every view
+        key_bias = None if frame_bias is None else frame_bias.repeat_interleave(keys)
         y = self.norm(x)
         if not self.linear:
             y = self.proj_in(y)
@@ -218,7 +260,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             tokens = self.proj_in(tokens)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
-            tokens = block(tokens, kv, options=options, key_bias=key_bias)
+            tokens = block(tokens, kv, options=options, key_bias=key_bias, pooled=None if pooling == 1 else (h, w))
         if self.linear:
             tokens = self.proj_out(tokens)
         y = tokens.reshape(n, h, w, c).permute(0, 3, 1, 2)

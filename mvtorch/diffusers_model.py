@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mvshared.backend import BackendName, Dtype
+from mvshared.backend import BackendName, Dtype, Guided
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ResamplerConfig, UNetConfig
 from mvshared.errors import BackendError, OptionError
@@ -194,6 +194,12 @@ class DiffusersModel(DiffusersNetworks):
 
     def denoise(self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
         """See `mvshared.backend.Model.denoise`."""
+        return self.guided(x, t, condition, weights, rescale).out
+
+    def guided(
+        self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0
+    ) -> Guided[Tensor]:
+        """See `mvshared.backend.Model.guided`."""
         check_weights(weights, branches=condition.branches)
         unet, config = self._networks["unet"], self.config.unet
         with torch.inference_mode():
@@ -222,7 +228,7 @@ class DiffusersModel(DiffusersNetworks):
             out = unet(frames_first, timesteps, context, return_dict=False)[0]
             out = out.float().permute(0, 2, 3, 1).unflatten(0, (batch, views))
             mixed = sum((weight * each for weight, each in zip(weights, out, strict=True)), torch.zeros_like(out[0]))
-            return rescaled(mixed, out[-1], rescale) if rescale else mixed
+            return Guided(rescaled(mixed, out[-1], rescale) if rescale else mixed, out[-1])
 
     def _image_tokens(self, condition: Condition) -> Tensor | None:
         """Tokens (b, r m, c) of the pictures."""

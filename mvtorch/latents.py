@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.networks import Networks
 from mvshared.process_memory import reset_resident_peak, resident_peak, trim_heap
 from mvshared.shapes import check_pictures
+from mvtorch.graphs import graphs_on
+from mvtorch.inference import inference, to_device
 from mvtorch.observation import Observer, OnEnd, OnStart, observe, observe_blocks
 from mvtorch.vae import AutoencoderKL
 
@@ -44,6 +47,7 @@ class LatentModel:
         self.backend = "torch"
         self.networks, self.device, self.dtype, self.weight_files = networks, device, dtype, weight_files
         self.plan, self.quantization = PLAIN, quantization
+        self._graphs = graphs_on(device)
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -92,7 +96,7 @@ class LatentModel:
 
     def from_numpy(self, x: NDArray[np.float32]) -> Tensor:
         """A float32 copy on the device."""
-        return torch.tensor(np.ascontiguousarray(x, dtype=np.float32), device=self.device)
+        return to_device(torch.tensor(np.ascontiguousarray(x, dtype=np.float32)), self.device)
 
     def to_numpy(self, x: Tensor) -> NDArray[np.float32]:
         """A float32 copy."""
@@ -107,7 +111,7 @@ class LatentModel:
 
         Raises OptionError for shapes that do not fit.
         """
-        with torch.inference_mode():
+        with inference(self.device):
             return self.vae.scale_latents(
                 self.vae.encode(self.from_numpy(pixels), batch=1, tile=self.plan.vae_tile).mean.float()
             )
@@ -118,9 +122,15 @@ class LatentModel:
         Raises OptionError for shapes that do not fit.
         """
         check_pictures("latents", tuple(x.shape), channels=self.vae.config.latent_channels)
-        with torch.inference_mode():
+        with inference(self.device):
             latents, tile = self.vae.unscale_latents(x), self.plan.vae_tile
             return self.to_numpy(self.vae.decode(latents, batch=1, tile=tile))
+
+    def _called(self, network: Any, condition: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`function(*inputs)`, recorded where device and plan allow it, see `Graphs.call`; the next call overwrites it."""
+        if self._graphs is None or not (self.plan.networks_at_once and self.plan.branches_at_once):
+            return function(*inputs)
+        return self._graphs.call(network, condition, function, inputs)
 
 
 def _free_memory(device: str) -> None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mvshared import precision
-from mvshared.backend import Dtype, VAECodec, parse_dtype
+from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
@@ -33,6 +33,7 @@ from mvshared.weights import (
     stored_quantization,
 )
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
+from mvtorch.inference import inference, join_projections
 from mvtorch.latents import LatentModel, to_numpy
 from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Constants, MultiViewUNet, select_objects
@@ -42,7 +43,7 @@ from mvtorch.vae import AutoencoderKL
 _MAPPED_BYTES = 128_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
     """What stays constant over the sampling steps, for b branches of the guidance.
 
@@ -83,7 +84,7 @@ class MultiViewModel(LatentModel):
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
-        with torch.inference_mode():
+        with inference(self.device):
             return self.networks["text_encoder"](torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
 
     def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
@@ -93,7 +94,7 @@ class MultiViewModel(LatentModel):
         """
         if "image_encoder" not in self.networks:
             raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
-        with torch.inference_mode():
+        with inference(self.device):
             return self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].float()
 
     def condition(
@@ -121,7 +122,7 @@ class MultiViewModel(LatentModel):
         def batched(x: Tensor | None, seen: Sequence[bool]) -> Tensor | None:
             return None if x is None else torch.stack([x if each else torch.zeros_like(x) for each in seen])
 
-        with torch.inference_mode():
+        with inference(self.device):
             pictured = [branch.image for branch in branches]
             context = None if text is None else torch.stack([text[-1 if branch.text else 0] for branch in branches])
             states = batched(image_states, pictured)
@@ -152,20 +153,26 @@ class MultiViewModel(LatentModel):
         """Return when an array is computed: whatever reads it waits for it."""
 
     def denoise(self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0) -> Tensor:
+        """The outputs of `guided` without those of the last branch."""
+        return self.guided(x, t, condition, weights, rescale).out
+
+    def guided(
+        self, x: Tensor, t: float, condition: Condition, weights: Sequence[float], rescale: float = 0.0
+    ) -> Guided[Tensor]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
-        their weights, and `rescale` of the sum brought back to the deviation of the last branch.
+        their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
         check_weights(weights, branches=condition.branches)
         count = len(condition.branches)
         together = count if self.plan.branches_at_once else 1
-        with torch.inference_mode():
+        with inference(self.device):
             outs: list[Tensor] = []
             for first in range(0, count, together):
                 outs.extend(self._outputs(x, t, condition, slice(first, first + together)))
             mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
-            return rescaled(mixed, outs[-1], rescale) if rescale else mixed
+            return Guided(rescaled(mixed, outs[-1], rescale) if rescale else mixed, outs[-1])
 
     def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, Tensor]:
         """The embeddings (batch, time_embed_dim) of timesteps."""
@@ -176,21 +183,21 @@ class MultiViewModel(LatentModel):
         return {t: each.expand(batch, -1) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: Tensor, t: float, condition: Condition, branches: slice) -> Tensor:
-        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
-        batch, channels = len(condition.branches[branches]), self.config.unet.normal_channels
-        sample = x[None].expand(batch, *x.shape)
-        if condition.normals is not None:
-            sample = torch.cat([sample, condition.normals[branches]], dim=-1)
-        elif channels:
-            sample = F.pad(sample, (0, channels))
-        times = condition.times.get(t)
-        return self.unet(
-            sample,
-            self.unet.time_embeddings(torch.full((batch,), t, dtype=torch.float32, device=self.device))
-            if times is None
-            else times[branches],
-            select_objects(condition.constants, branches),
-        ).float()
+        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches; the next call overwrites them."""
+        unet, times = self.unet, condition.times.get(t)
+        if times is None:
+            times = unet.time_embeddings(torch.full((len(condition.branches),), t, dtype=torch.float32, device=self.device))
+        constants, normals = select_objects(condition.constants, branches), condition.normals
+
+        def call(x: Tensor, times: Tensor) -> Tensor:
+            sample = x[None].expand(len(times), *x.shape)
+            if normals is not None:
+                sample = torch.cat([sample, normals[branches]], dim=-1)
+            elif unet.config.normal_channels:
+                sample = F.pad(sample, (0, unet.config.normal_channels))
+            return unet(sample, times, constants).float()
+
+        return self._called(unet, condition, call, x, times[branches])
 
 
 def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:
@@ -309,6 +316,8 @@ def load_network(
     unet = config if isinstance(config, UNetConfig) else None
     tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
     network.load_state_dict(tensors, strict=True, assign=True)
+    if unet is not None and torch.device(device).type == "cuda":
+        join_projections(network)
     return network.eval()
 
 
@@ -394,11 +403,11 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     load_weights(vae, paths, dtype="float32", device=chosen)
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with inference(chosen):
             return to_numpy(vae.scale_latents(vae.encode(torch.tensor(np.ascontiguousarray(pixels), device=chosen)).mean))
 
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with inference(chosen):
             return to_numpy(vae.decode(vae.unscale_latents(torch.tensor(np.ascontiguousarray(latents), device=chosen))))
 
     return VAECodec(encode, decode)

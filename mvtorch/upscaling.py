@@ -19,12 +19,13 @@ from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
 from mvshared.weights import choose_quantization
 from mvtorch.attention import KeyValues
+from mvtorch.inference import inference
 from mvtorch.latents import LatentModel
 from mvtorch.model import check_files, choose_device, choose_dtype, load_network, network_loaders
 from mvtorch.upscaler import LatentUpscaler
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class UpscaleCondition:
     """What stays constant over the steps, for b branches, [unconditional, conditional] if guided, else [conditional].
 
@@ -70,7 +71,7 @@ class UpscalerModel(LatentModel):
         """
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
-        with torch.inference_mode():
+        with inference(self.device):
             out = self.networks["text_encoder"](torch.tensor(token_ids, device=self.device))
             return TextStates(out.hidden_states[-1].float(), out.pooler_output.float())
 
@@ -80,7 +81,7 @@ class UpscalerModel(LatentModel):
         """What `denoise` needs of low-resolution latents (v, h, w, c), the embedding (k,) of their noise level and a text of b
         branches. Raises OptionError for shapes that do not fit."""
         check_pictures("latents", low.shape, channels=self.config.unet.latent_channels)
-        with torch.inference_mode():
+        with inference(self.device):
             embedding = self.from_numpy(noise_embedding)[None]
             if text is not None:
                 embedding = torch.cat([embedding.expand(len(text.pooled), -1), text.pooled], dim=-1)
@@ -96,12 +97,17 @@ class UpscalerModel(LatentModel):
         With two branches it is `unconditional + guidance * (conditional - unconditional)`. Raises OptionError for shapes that
         do not fit.
         """
-        with torch.inference_mode():
+        with inference(self.device):
             branches = len(condition.embedding)
-            sample = torch.cat([x, condition.low], dim=-1)[None].expand(branches, *x.shape[:3], -1)
+            unet = self.unet
+
+            def call(x: Tensor, noise: Tensor) -> Tensor:
+                sample = torch.cat([x, condition.low], dim=-1)[None].expand(branches, *x.shape[:3], -1)
+                return unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].float()
+
             noise = torch.full((branches,), t, dtype=torch.float32, device=self.device)
-            out = self.unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].float()
-            return out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0])
+            out = self._called(unet, condition, call, x, noise)
+            return out[0].clone() if branches == 1 else out[0] + guidance * (out[1] - out[0])
 
 
 def load_upscaler_model(

@@ -1,5 +1,6 @@
 """Helpers of the tests: comparisons that raise, tiny configurations, and the same call on both backends."""
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ import mvtorch.unet
 import mvtorch.upscaler
 import mvtorch.vae
 from mvshared.attention import FUSED, AttentionOptions
+from mvshared.camera import camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import write_component, write_model_config
 from mvshared.config import GenerationDefaults, KUNetConfig, ModelConfig, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.guidance import ALL
 from mvshared.networks import Networks
 from mvshared.pipeline import Pipeline
 
@@ -185,11 +188,11 @@ def from_numpy(model: Any, x: NDArray[Any] | None) -> Any:
     return torch.from_numpy(np.array(x)) if isinstance(model, torch.nn.Module) else mx.array(x)
 
 
-def denoise(model: Any, inputs: UNetInputs) -> NDArray[Any]:
+def denoise(model: Any, inputs: UNetInputs, *, reference_scale: float = 1.0) -> NDArray[Any]:
     """The U-Net's output as numpy, without gradients."""
     sample, timesteps, context, camera, reference = (from_numpy(model, x) for x in inputs)
     with torch.no_grad():
-        constants = model.constants(context, camera=camera, reference=reference)
+        constants = model.constants(context, camera=camera, reference=reference, reference_scale=reference_scale)
         return to_numpy(model(sample, model.time_embeddings(timesteps), constants))
 
 
@@ -288,3 +291,20 @@ def with_unet(pipeline: Pipeline[Any], unet: Any) -> Pipeline[Any]:
     loaders = {name: lambda name=name: kept[name] for name in kept}
     model.networks = Networks({**loaders, "unet": lambda: unet})
     return Pipeline(model, name=pipeline.name)
+
+
+def random_conditions(model: Any, *, seed: int = 0, timesteps: Sequence[float] = ()) -> Any:
+    """What the U-Net of tiny-imagedream is conditioned on for two views of 64 px, with and without the text; random states."""
+    random = np.random.default_rng(seed)
+    text, states, reference = (
+        model.from_numpy(random.standard_normal(shape, np.float32)) for shape in ((2, 77, 32), (1, 17, 32), (1, 8, 8, 4))
+    )
+    return model.condition(
+        text=text,
+        image_states=states,
+        cameras=camera_vectors(orbit(even_azimuths(2), 10.0)),
+        reference=reference,
+        normals=None,
+        branches=[ALL._replace(text=False), ALL],
+        timesteps=timesteps,
+    )

@@ -99,6 +99,8 @@ CALLS = [
         ("generate --model tiny --prompt owl -o new", "image | 1 to 8 pictures | 0"),
         (f"generate {'picture.png ' * 9} --model tiny -o new", "image | 1 to 8 pictures | 9"),
         (f"{GENERATE} --scheduler heun", "scheduler | ddim, euler, | heun"),
+        (f"{GENERATE} --kv-pooling 3", "kv_pooling | from 1 to 2 | 3"),
+        (f"{GENERATE} --guidance-every 0", "guidance_every | from 1 to 1000 | 0"),
         (f"{GENERATE} --spacing uniform", "spacing | karras | uniform"),
         (f"{GENERATE} --scheduler unipc --eta 0.5", "eta | 0 with unipc | 0.5"),
         (f"{GENERATE} --seed -1", "seed | 0 to | -1"),

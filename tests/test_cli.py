@@ -145,11 +145,18 @@ def test_every_option_reaches_the_run(desk: Path) -> None:
         Image.new("RGB", (48, 48), (128, 128, 250 - index)).save(desk / "maps" / f"{index}.png")
     options = "--normals maps --normal-space world --guidance-normals 2"
     options += " --azimuths 10,20,350 --elevation 15 --steps 3 --guidance 1.5 --eta 0.5 --seed 9 --size 48 --dtype bfloat16"
-    options += " --spacing trailing"
+    options += " --spacing trailing --guidance-every 2 --kv-pooling 2"
     assert run(["generate", "picture.png", *TINY, *options.split(), "-o", "out", "--scheduler", "ddim"]) == 0
     parameters = json.loads((desk / "out" / "metadata.json").read_text())["parameters"]
     given = {"steps": 3, "guidance": 1.5, "eta": 0.5, "seed": 9, "size_px": 48, "dtype": "bfloat16", "scheduler": "ddim"}
-    given |= {"spacing": "trailing", "guidance_normals": 2.0, "guidance_image": None, "guidance_interval": [0.0, 1.0]}
+    given |= {
+        "spacing": "trailing",
+        "guidance_every": 2,
+        "kv_pooling": 2,
+        "guidance_normals": 2.0,
+        "guidance_image": None,
+        "guidance_interval": [0.0, 1.0],
+    }
     assert {name: parameters[name] for name in given} == given
     positions = np.asarray(parameters["cameras"])[:, :3, 3]
     azimuths = np.degrees(np.arctan2(positions[:, 0], positions[:, 2])) % 360

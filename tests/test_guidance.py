@@ -128,7 +128,7 @@ def test_branches_that_count_nothing_are_left_out() -> None:
 )
 def test_only_steps_that_begin_within_the_interval_are_guided(interval: Any, guided: Sequence[int]) -> None:
     strength = Guidance(guidance=3, guidance_interval=interval)
-    mixtures = strength.mixtures(ALL, steps=10)
+    mixtures = [call.mixture for call in strength.calls(ALL, steps=10)]
     assert mixtures == [strength.mixture(ALL) if step in guided else PLAIN for step in range(10)]
 
 
@@ -425,6 +425,8 @@ def test_every_step_gets_the_weights_of_its_branches_and_the_rescaling(pipeline:
         {"guidance_normals": 6.0},
         {"guidance_interval": (0.5, 1)},
         {"guidance_rescale": 0.5},
+        {"guidance_every": 2},
+        {"kv_pooling": 2},
         {"reference_scale": 0.5},
         {"reference_scale": 0.0},
         {"image_scale": 0.5},

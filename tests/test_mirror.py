@@ -8,8 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What only PyTorch can do: run diffusers, read its own pickles.
-ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py"}
+# What only PyTorch can do: run diffusers, read its own pickles. What only PyTorch needs: CUDA graphs, as MLX hands whole graphs
+# to the device by itself, and settings of CUDA that belong to the program around this.
+ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py", "graphs.py", "inference.py"}
 # Compilation, and what is for a Mac's GPU.
 ONLY_MLX = {"compiled.py", "group_norm.py", "metal.py"}
 

@@ -280,6 +280,8 @@ def test_attention_options_are_checked() -> None:
         AttentionOptions(implementation="flash")  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="budget_bytes must be at least 1, got 0"):
         AttentionOptions(budget_bytes=0)
+    with pytest.raises(OptionError, match="kv_pooling must be 1 or 2, got 4"):
+        AttentionOptions(kv_pooling=4)
 
 
 # Float32 islands

@@ -172,6 +172,7 @@ def test_a_run_whose_weights_are_gone_leaves_the_run_before_untouched(model_fold
         {"normals": "files", "guidance_image": 3.3, "guidance_normals": 1.7, "guidance_interval": (0.1, 0.9), "steps": 3},
         {"guidance_rescale": 0.7, "reference_scale": 0.3},
         {"scheduler": "unipc", "spacing": "karras", "steps": 4},
+        {"guidance_every": 2, "kv_pooling": 2, "steps": 3},
         {"scheduler": "euler-ancestral", "spacing": "trailing", "steps": 3},
     ],
     ids=lambda options: "-".join(options),
@@ -322,12 +323,13 @@ def test_the_other_backend_is_refused(pipelines: dict[Backend, Pipeline[Any]], p
 PARAMETERS = (
     "model", "family", "backend", "dtype", "device", "image", "image_sha256", "image_scale", "reference_scale",
     "prompt", "negative_prompt", "normals", "normals_sha256", "normal_space", "latents", "latents_sha256", "cameras", "fov_deg",
-    "steps", "guidance", "guidance_text", "guidance_image", "guidance_normals", "guidance_interval", "guidance_rescale",
-    "scheduler", "spacing", "eta", "seed", "size_px", "config_sha256", "upscale", "quantization", "memory",
+    "steps", "guidance", "guidance_text", "guidance_image", "guidance_normals", "guidance_interval", "guidance_every",
+    "guidance_rescale",
+    "scheduler", "spacing", "eta", "kv_pooling", "seed", "size_px", "config_sha256", "upscale", "quantization", "memory",
 )  # fmt: skip
 NEWER = {"reference_scale": 1.0, "guidance_text": None, "guidance_image": None, "guidance_normals": None,
-         "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "spacing": "leading", "upscale": None, "quantization": None,
-         "memory": asdict(PLAIN)}  # fmt: skip
+         "guidance_interval": [0.0, 1.0], "guidance_every": 1, "guidance_rescale": 0.0, "spacing": "leading", "kv_pooling": 1,
+         "upscale": None, "quantization": None, "memory": asdict(PLAIN)}  # fmt: skip
 DELETED = object()
 # Which model "x" is, load() decides; without a space the maps are in their own.
 ALLOWED: tuple[Any, ...] = (

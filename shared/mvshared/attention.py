@@ -24,11 +24,16 @@ class AttentionOptions:
 
     A piece's float32 score matrix stays within `budget_bytes`; a single row of it is the smallest piece, so a budget below
     4 bytes per key counts as one row. MLX, which evaluates lazily, has about ten pieces in flight. Slicing saves memory where
-    no gradients are taken; with gradients every piece is kept. Raises OptionError.
+    no gradients are taken; with gradients every piece is kept.
+
+    `kv_pooling` 2 is faster and another result: at the U-Net's finest level with attention, queries attend to the averages of
+    the keys and values of 2x2 pixels, within every view and every reference frame (ToDo, arXiv 2402.13573). 1 is exact. Raises
+    OptionError.
     """
 
     implementation: AttentionImplementation = "fused"
     budget_bytes: int = 2**28
+    kv_pooling: int = 1
 
     def __post_init__(self) -> None:
         if self.implementation not in get_args(AttentionImplementation):
@@ -36,9 +41,18 @@ class AttentionOptions:
             raise OptionError("implementation", expected=f"one of {allowed}", got=self.implementation)
         if self.budget_bytes < 1:
             raise OptionError("budget_bytes", expected="at least 1", got=self.budget_bytes)
+        if self.kv_pooling not in (1, 2):
+            raise OptionError("kv_pooling", expected="1 or 2", got=self.kv_pooling)
 
 
 FUSED = AttentionOptions()
+
+
+def check_pooling(kv_pooling: int, height: int, width: int) -> None:
+    """Raise OptionError unless a map of pixels can be cut into squares of that side."""
+    if height % kv_pooling or width % kv_pooling:
+        expected = f"1 where the finest attention is over {height}x{width} pixels"
+        raise OptionError("kv_pooling", expected=expected, got=kv_pooling, hint="take a size that is twice as divisible")
 
 
 def score_slices(*, heads: int, queries: int, keys: int, budget_bytes: int) -> Iterator[tuple[slice, slice]]:

@@ -99,6 +99,13 @@ class LatentModel(Protocol[A]):
         ...
 
 
+class Guided(NamedTuple, Generic[A]):
+    """Outputs of the network (v, h, w, c): the sum over the branches, and those of the branch with all conditions alone."""
+
+    out: A
+    conditional: A
+
+
 class Model(LatentModel[A], Protocol[A]):
     """A loaded multi-view model."""
 
@@ -145,6 +152,10 @@ class Model(LatentModel[A], Protocol[A]):
 
     def wait(self, x: A) -> None:
         """Return when an array is computed, where a device is given more work before that."""
+        ...
+
+    def guided(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> "Guided[A]":
+        """What `denoise` gives, and beside it the last branch's outputs alone."""
         ...
 
     def denoise(self, x: A, t: float, condition: Any, weights: Sequence[float], rescale: float = 0.0) -> A:

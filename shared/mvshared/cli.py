@@ -144,9 +144,15 @@ def cli() -> None:
     show_default=True,
     help="Shares of the run between which steps are guided, 0 to 1.",
 )
+@click.option(
+    "--guidance-every", type=int, default=1, show_default=True, help="Guide every n-th step, add the same in between."
+)
 @click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Share of the deviation kept, 0 to 1.")
 @sampler_options
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM, 0 to 1.")
+@click.option(
+    "--kv-pooling", type=int, default=1, show_default=True, help="2: average keys and values of 2x2 at the finest attention."
+)
 @click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
 @click.option("--latents", type=click.Path(path_type=Path), help="Initial latents instead of the seed's noise, an .npy file.")

@@ -144,6 +144,11 @@ class UNetConfig:
         return max(1, self.block_out_channels[level] // self.attention_head_dim)
 
     @property
+    def finest_attention(self) -> int:
+        """The finest level with attention; the coarsest one if there is none but in the middle."""
+        return self.attention_levels.index(True) if any(self.attention_levels) else len(self.attention_levels) - 1
+
+    @property
     def time_embed_dim(self) -> int:
         return 4 * self.block_out_channels[0]
 

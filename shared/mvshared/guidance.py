@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mvshared.arguments import number
+from mvshared.arguments import number, whole
 from mvshared.config import ModelConfig, UNetConfig
 from mvshared.errors import OptionError
 
 GUIDANCE_RANGE = (1.0, 20.0)
 SCALE_RANGE = (0.0, 2.0)
+MAX_EVERY = 1000
 
 
 class Branch(NamedTuple):
@@ -42,13 +43,23 @@ class Mixture(NamedTuple):
 PLAIN = Mixture((ALL,), (1.0,))
 
 
+class Call(NamedTuple):
+    """How a step calls the network. `keeps` says that later steps add the guidance of this one, what it changes in the output
+    of the branch with all conditions; `adds` that this step adds the last one that was kept."""
+
+    mixture: Mixture
+    keeps: bool = False
+    adds: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """How far the result is led towards each condition; 1 is as far as the network goes by itself.
 
     `guidance_text` and `guidance_image` are `guidance` unless given, `guidance_normals` is 1. `guidance_interval` are shares of
-    the sampling run, from 0 to 1: a step that begins outside [start, end) is not guided. `guidance_rescale` from 0 to 1 is how
-    much of the deviation of the guided output is brought back to that of the conditional one. Raises OptionError.
+    the sampling run, from 0 to 1: a step that begins outside [start, end) is not guided. `guidance_every` n computes it in
+    every n-th of the guided steps, from the first one on; the others add that of the last such step. `guidance_rescale` from 0
+    to 1 is how much of the deviation of the guided output is brought back to that of the conditional one. Raises OptionError.
     """
 
     guidance: float
@@ -56,6 +67,7 @@ class Guidance:
     guidance_image: float | None = None
     guidance_normals: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_every: int = 1
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
@@ -67,6 +79,7 @@ class Guidance:
             if getattr(self, name) is not None:
                 store(name, number(name, getattr(self, name), *GUIDANCE_RANGE))
         store("guidance_interval", _interval(self.guidance_interval))
+        store("guidance_every", whole("guidance_every", self.guidance_every, 1, MAX_EVERY))
         store("guidance_rescale", number("guidance_rescale", self.guidance_rescale, 0, 1))
 
     def mixture(self, there: Branch) -> Mixture:
@@ -86,10 +99,16 @@ class Guidance:
         parts = [part for part in (*parts, (branch, before)) if part[1]]
         return Mixture(tuple(branch for branch, _ in parts), tuple(weight for _, weight in parts))
 
-    def mixtures(self, there: Branch, *, steps: int) -> list[Mixture]:
-        """What every step computes: all conditions alone outside of the interval."""
-        (start, end), guided = self.guidance_interval, self.mixture(there)
-        return [guided if start <= step / steps < end else PLAIN for step in range(steps)]
+    def calls(self, there: Branch, *, steps: int) -> list[Call]:
+        """How every step calls the network: with all conditions alone outside of the interval and where guidance is re-used."""
+        (start, end), every, guided = self.guidance_interval, self.guidance_every, self.mixture(there)
+        inside = [step for step in range(steps) if start <= step / steps < end]
+        result = [Call(PLAIN)] * steps
+        for index, step in enumerate(inside if guided != PLAIN else []):
+            again = index % every != 0
+            keeps = not again and every > 1 and index + 1 < len(inside)
+            result[step] = Call(PLAIN, adds=True) if again else Call(guided, keeps=keeps)
+        return result
 
     def check_there(self, there: Branch, config: ModelConfig) -> None:
         """Raise OptionError for the guidance of a condition that is not there: the model takes none, or none is given."""

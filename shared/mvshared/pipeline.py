@@ -7,6 +7,7 @@ products with floats here.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
@@ -29,13 +30,14 @@ from mvshared.arguments import (
     view_poses,
     whole,
 )
+from mvshared.attention import check_pooling
 from mvshared.backend import A, Model
 from mvshared.camera import camera_vectors
 from mvshared.checkpoint import find_model, model_name
 from mvshared.clip_images import clip_pixels
 from mvshared.errors import MvWarning, OptionError
 from mvshared.framing import Framed, frame_picture
-from mvshared.guidance import Branch, Guidance, Mixture, check_scales
+from mvshared.guidance import Branch, Call, Guidance, Mixture, check_scales
 from mvshared.images import from_model, load_image
 from mvshared.memory.budget import MemoryOptions, fit
 from mvshared.memory.estimate import ModelSize, RunSize, model_size, process_bytes, with_upscaling
@@ -117,10 +119,12 @@ class Pipeline(Generic[A]):
         guidance_image: float | None = None,
         guidance_normals: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_every: int = 1,
         guidance_rescale: float = 0.0,
         scheduler: str | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
+        kv_pooling: int = 1,
         seed: int = 0,
         size_px: int | None = None,
         latents: Latents | None = None,
@@ -138,11 +142,11 @@ class Pipeline(Generic[A]):
         of normal maps, one per view, in `normal_space` "camera" or "world"; a transforms.json beside them brings their space,
         and their cameras if no others are named (see `mvshared.normals`). `guidance` and what belongs to it are the fields of
         `mvshared.guidance.Guidance`; with 1 there is no unconditional branch. `scheduler` is a name of
-        `mvshared.samplers.SAMPLERS`, `spacing` is leading, trailing, linspace or karras, `eta` the noise of ddim. `latents`
-        float32 (v, h, w, c), or an .npy file of them, replaces the initial noise of `seed`; with reference frames it may have
-        as many more, which are ignored. What is None comes from the model's defaults. `on_step` is called after every step.
-        `check_numerics` is a folder: every block of every network is looked at, and the inputs of the first one that gives NaN
-        or infinity are saved there.
+        `mvshared.samplers.SAMPLERS`, `spacing` is leading, trailing, linspace or karras, `eta` the noise of ddim. `kv_pooling`
+        is that of `mvshared.attention.AttentionOptions`. `latents` float32 (v, h, w, c), or an .npy file of them, replaces the
+        initial noise of `seed`; with reference frames it may have as many more, which are ignored. What is None comes from the
+        model's defaults. `on_step` is called after every step. `check_numerics` is a folder: every block of every network is
+        looked at, and the inputs of the first one that gives NaN or infinity are saved there.
 
         Raises OptionError, CameraError and ImageError for arguments that are not allowed and MemoryBudgetError for a run that
         does not fit, before any long work, and NumericsError if the latents or the pictures end in NaN or infinity, or at the
@@ -157,6 +161,7 @@ class Pipeline(Generic[A]):
             guidance_image=guidance_image,
             guidance_normals=guidance_normals,
             guidance_interval=guidance_interval,
+            guidance_every=guidance_every,
             guidance_rescale=guidance_rescale,
         )
         seed = whole("seed", seed, 0, 2**63 - 1)
@@ -174,6 +179,8 @@ class Pipeline(Generic[A]):
             without_cameras=None if maps is None else maps.poses,
         )
         count, size = len(poses), size_px // config.vae.downscale
+        kv_pooling = whole("kv_pooling", kv_pooling, 1, 2)
+        check_pooling(kv_pooling, size >> config.unet.finest_attention, size >> config.unet.finest_attention)
         shape = (count, size, size, config.vae.latent_channels)
         with self.stages("pictures"):
             pictures = self._pictures(image, size_px=size_px)
@@ -189,7 +196,8 @@ class Pipeline(Generic[A]):
         text = prompts is not None and bool(prompts.prompt or prompts.negative)
         there = Branch(text=text, image=bool(pictures), normals=normal_pixels is not None)
         strength.check_there(there, config)
-        mixtures = strength.mixtures(there, steps=len(plan))
+        calls = strength.calls(there, steps=len(plan))
+        mixtures = [call.mixture for call in calls]
         memory = self._memory_plan(
             RunSize(
                 views=count,
@@ -225,6 +233,7 @@ class Pipeline(Generic[A]):
             scheduler=scheduler,
             spacing=schedule.timestep_spacing,
             eta=eta,
+            kv_pooling=kv_pooling,
             seed=seed,
             size_px=size_px,
             config_sha256=config_sha256(config),
@@ -232,10 +241,11 @@ class Pipeline(Generic[A]):
             upscale=upscale,
             memory=memory,
         )
-        with checked_numerics({"": self.model}, self.stages, check_numerics), self.model.planned(memory):
+        pooled = replace(memory, attention=replace(memory.attention, kv_pooling=kv_pooling))
+        with checked_numerics({"": self.model}, self.stages, check_numerics), self.model.planned(pooled):
             timesteps = [step.timestep for step in plan]
             conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, timesteps, parameters)
-            final = self._sample(initial, plan, mixtures, conditions, parameters, on_step)
+            final = self._sample(initial, plan, calls, conditions, parameters, on_step)
             check_views(final, "the final latents", where="sampling", dtype=self.model.dtype)
             images = self._decode(self.model.from_numpy(final))
         return Views(
@@ -404,7 +414,7 @@ class Pipeline(Generic[A]):
         self,
         initial: NDArray[np.float32],
         plan: Sequence[Step],
-        mixtures: Sequence[Mixture],
+        calls: Sequence[Call],
         conditions: Mapping[Mixture, Any],
         parameters: Parameters,
         on_step: Callable[[Progress], None] | None,
@@ -413,10 +423,18 @@ class Pipeline(Generic[A]):
         model, remember, reports = self.model, remembered(plan), Reports(self.model, self.stages)
         with self.stages("unet"):
             state = State(model.from_numpy(initial))
-            for index, (step, mixture) in enumerate(zip(plan, mixtures, strict=True)):
+            kept: Any = None
+            for index, (step, call) in enumerate(zip(plan, calls, strict=True)):
                 self.stages.step = index + 1
                 x, noise = state.x, None
-                out = model.denoise(x, step.timestep, conditions[mixture], mixture.weights, parameters.guidance_rescale)
+                arguments = conditions[call.mixture], call.mixture.weights, parameters.guidance_rescale
+                if call.keeps:
+                    out, conditional = model.guided(x, step.timestep, *arguments)
+                    kept = out + -1.0 * conditional
+                else:
+                    out = model.denoise(x, step.timestep, *arguments)
+                if call.adds:
+                    out = out + kept
                 if step.noise:
                     random = np.random.default_rng([parameters.seed, index + 1])
                     noise = model.from_numpy(random.standard_normal(initial.shape, np.float32))

@@ -77,10 +77,12 @@ class Parameters:
     guidance_image: float | None = None
     guidance_normals: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_every: int = 1
     guidance_rescale: float = 0.0
     scheduler: str
     spacing: TimestepSpacing | None = None
     eta: float
+    kv_pooling: int = 1
     seed: int
     size_px: int
     config_sha256: str

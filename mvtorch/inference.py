@@ -1,0 +1,91 @@
+"""How PyTorch computes outside of training: without gradients, float32 that is float32, attention by the fastest kernel.
+
+What concerns CUDA only is set while a model works and put back afterwards: the settings belong to the program around this.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mvtorch.attention import TransformerBlock
+
+HOPPER = (9, 0)
+# From Hopper on cuDNN's kernel is faster than PyTorch's flash attention, which PyTorch prefers: docs/speed.md.
+ORDER = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+
+
+@contextmanager
+def inference(device: str) -> Iterator[None]:
+    """A context in which a network computes on a device, and keeps nothing for gradients."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if torch.device(device).type == "cuda":
+            stack.enter_context(exact_float32())
+            stack.enter_context(fastest_attention(device))
+        yield
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Convolutions of float32 on CUDA in float32, where PyTorch would take TF32 with its 10 bits after the point.
+
+    Who allows TF32 for products of matrices, as by `torch.set_float32_matmul_precision("high")`, gets what PyTorch does.
+    """
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
+@contextmanager
+def fastest_attention(device: str) -> Iterator[None]:
+    """From Hopper on, the kernels of attention in the order of their speed; not where the program chose among them itself."""
+    backends = torch.backends.cuda
+    enabled = (
+        backends.cudnn_sdp_enabled(),
+        backends.flash_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(),
+        backends.math_sdp_enabled(),
+    )
+    if torch.cuda.get_device_capability(device) < HOPPER or not all(enabled):
+        yield
+        return
+    with sdpa_kernel(list(ORDER), set_priority=True):
+        yield
+
+
+def join_projections(network: nn.Module) -> None:
+    """Let every self-attention of a U-Net have the weights of its queries, keys and values in one piece of memory.
+
+    They keep their names and values, and every layer its own part; layers that are quantised stay as they are.
+    """
+    for block in network.modules():
+        if not isinstance(block, TransformerBlock):
+            continue
+        layers = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        if all(type(layer) is nn.Linear for layer in layers):
+            joint = torch.cat([layer.weight.detach() for layer in layers])
+            for layer, part in zip(layers, joint.chunk(3), strict=True):
+                layer.weight = nn.Parameter(part)
+            block.attn1._joint = joint
+
+
+def to_device(host: Tensor, device: str) -> Tensor:
+    """A tensor of the host on a device. CUDA fetches it while the host goes on, from memory that the system does not move."""
+    if torch.device(device).type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)

@@ -1,0 +1,156 @@
+"""PyTorch on CUDA: recorded calls against ordinary ones, their memory, no waiting in the loop. All of it needs a GPU."""
+
+import gc
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import BFLOAT16_RMS, FLOAT16_RMS, assert_close, random_conditions
+
+from mvshared.backend import load
+from mvshared.pipeline import Pipeline
+from mvtorch.graphs import CudaRecorder, Graphs
+from mvtorch.inference import inference
+
+pytestmark = pytest.mark.gpu("cuda")
+
+FOLDER = Path(__file__).parent / "fixtures" / "tiny-imagedream"
+PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+DTYPES = {"float32": 1e-6, "float16": FLOAT16_RMS, "bfloat16": BFLOAT16_RMS}  # libraries may choose other kernels when recorded
+
+
+def pipeline_of(dtype: str, *, graphs: bool) -> Pipeline[Any]:
+    pipeline: Pipeline[Any] = load(FOLDER, backend="torch", device="cuda", dtype=dtype)
+    if not graphs:
+        pipeline.model._graphs = None  # pyright: ignore[reportAttributeAccessIssue]
+    return pipeline
+
+
+def generate(pipeline: Pipeline[Any], **options: Any) -> Any:
+    given = {"prompt": "an owl", "negative_prompt": "blurry", "views": 2, "size_px": 64, "steps": 6, "guidance": 3.0}
+    return pipeline.generate(PICTURE, **(given | options))
+
+
+def recordings(pipeline: Pipeline[Any]) -> int:
+    """Calls that are recorded now."""
+    graphs: Graphs = pipeline.model._graphs  # pyright: ignore[reportAttributeAccessIssue]
+    return sum(entry.recording is not None for entries in graphs._entries.values() for entry in entries.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance_interval": (0.5, 1.0), "guidance_rescale": 0.5}, {"reference_scale": 0.5}, {"eta": 1.0}],
+    ids=["guided", "in an interval", "weighed references", "noise"],
+)
+def test_a_run_with_recorded_calls_gives_what_one_without_does(dtype: str, options: dict[str, Any]) -> None:
+    recorded, plain = (generate(pipeline_of(dtype, graphs=graphs), **options).latents for graphs in (True, False))
+    assert_close(recorded, plain, rms=DTYPES[dtype])
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    pipeline = pipeline_of("float16", graphs=True)
+    one, two = (generate(pipeline, guidance_interval=(0.5, 1.0)).latents for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_conditions_that_take_turns_keep_their_own_recordings_and_results_stay_what_they_were() -> None:
+    pipelines = [pipeline_of("float32", graphs=graphs) for graphs in (True, False)]
+    conditions = [[random_conditions(pipeline.model, seed=seed) for seed in (0, 1)] for pipeline in pipelines]
+    results: list[list[Any]] = [[], []]
+    for turn in range(4):
+        x = np.random.default_rng(turn).standard_normal((2, 8, 8, 4), np.float32)
+        for pipeline, given, kept in zip(pipelines, conditions, results, strict=True):
+            model = pipeline.model
+            kept += [model.denoise(model.from_numpy(x), 900.0 - turn, each, [-2.0, 3.0]) for each in given]
+    assert recordings(pipelines[0]) == 2
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours.cpu().numpy(), theirs.cpu().numpy(), rms=1e-6)
+
+
+def test_the_memory_of_recordings_goes_with_their_conditions_and_with_the_network() -> None:
+    pipeline = pipeline_of("float16", graphs=True)
+    model = pipeline.model
+
+    def held() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    generate(pipeline)  # what libraries keep for themselves
+    before = held()
+    condition = random_conditions(model)
+    x = model.from_numpy(np.zeros((2, 8, 8, 4), np.float32))
+    for _ in range(3):
+        model.denoise(x, 500.0, condition, [-2.0, 3.0])
+    assert recordings(pipeline) == 1
+    del condition
+    assert recordings(pipeline) == 0
+    assert held() <= before
+    condition = random_conditions(model)
+    for _ in range(3):
+        model.denoise(x, 500.0, condition, [-2.0, 3.0])
+    network = weakref.ref(model.unet)  # pyright: ignore[reportAttributeAccessIssue]
+    model.release()
+    assert network() is None
+    assert recordings(pipeline) == 0
+    for _ in range(3):
+        model.denoise(x, 500.0, condition, [-2.0, 3.0])
+    assert recordings(pipeline) == 1
+
+
+def test_a_call_that_cannot_be_recorded_is_made_as_usual(caplog: pytest.LogCaptureFixture) -> None:
+    graphs, network = Graphs(CudaRecorder("cuda")), torch.nn.Linear(4, 4, device="cuda")
+    network.attention_options = None  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    condition = type("Condition", (), {})()
+
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        return network(x) * x.sum().item()
+
+    x = torch.randn(4, 4, device="cuda")
+    stream = torch.cuda.current_stream()
+    with caplog.at_level(logging.WARNING), inference("cuda"):
+        for _ in range(4):
+            torch.testing.assert_close(graphs.call(network, condition, waits, [x]), waits(x))
+    assert torch.cuda.current_stream() == stream
+    assert len([record for record in caplog.records if "could not be recorded" in record.getMessage()]) == 1
+    torch.testing.assert_close((x @ x).cpu(), x.cpu() @ x.cpu())  # the device is as it was
+
+
+def test_no_step_waits_for_the_device() -> None:
+    """PyTorch raises at every copy and every number that the host would wait for."""
+    pipeline = pipeline_of("float16", graphs=True)
+    model = pipeline.model
+    condition = random_conditions(model, timesteps=[900.0])
+    x = model.from_numpy(np.zeros((2, 8, 8, 4), np.float32))
+    for _ in range(2):  # recording waits
+        model.denoise(x, 900.0, condition, [-2.0, 3.0], 0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in (900.0, 3.0):
+            noise = model.from_numpy(np.ones((2, 8, 8, 4), np.float32))
+            x = 0.5 * x + 0.1 * model.denoise(x, t, condition, [-2.0, 3.0], 0.5) + 0.2 * noise
+        with model.observe(lambda name, array, seconds: None):
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(x).all()
+
+
+def test_float32_has_the_digits_of_the_cpu() -> None:
+    """TF32 would leave an error of some 1e-3."""
+    ours = generate(pipeline_of("float32", graphs=True), steps=2).latents
+    cpu = generate(load(FOLDER, backend="torch", device="cpu", dtype="float32"), steps=2).latents
+    assert_close(ours, cpu, rms=1e-4)
+
+
+def test_self_attention_has_its_weights_joined() -> None:
+    unet = pipeline_of("float16", graphs=True).model.unet  # pyright: ignore[reportAttributeAccessIssue]
+    blocks = [module for name, module in unet.named_modules() if name.endswith("transformer_blocks.0")]
+    with inference("cuda"):
+        assert blocks and all(block.attn1._joined_weights() is not None for block in blocks)
