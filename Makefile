@@ -39,7 +39,7 @@ types: $(VENV)/.dev
 	$(BIN)/pyright
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	$(BIN)/mvmlx benchmark $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) out/demo dist build .pytest_cache .ruff_cache .hypothesis

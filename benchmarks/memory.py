@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.full_size import write_random_component, write_random_imagedream, write_random_tokenizer
-from benchmarks.measure import peak_rss_bytes
-from benchmarks.networks import library_facts
-from benchmarks.worker import Prepared
+from benchmarks.full_size import write_random_component, write_random_imagedream
 from mvshared.backend import PACKAGES, choose_backend, load
+from mvshared.benchmark.cases import facts_of, write_empty_tokenizer
+from mvshared.benchmark.models import X2_UPSCALER
+from mvshared.benchmark.worker import Prepared
 from mvshared.checkpoint import FORMAT_VERSION, OWN_UPSCALER, find_model, read_model_config
-from mvshared.config import SD_X2_UNET, CLIPTextConfig
+from mvshared.config import SD_X2_UNET
 from mvshared.conversion.configs import clip_document
 from mvshared.files import make_folder, write_json
 from mvshared.memory.budget import fit, memory_options
@@ -34,10 +34,11 @@ def write_random_models(folder: Path) -> Path:
 
 def write_random_upscaler(folder: Path, *, vae_from: Path) -> None:
     """An upscaler's folder of the x2 upscaler's sizes, 1 GB of random weights in float16."""
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    text = X2_UPSCALER.text_encoder
+    assert text is not None
     write_random_component(folder, "unet", SD_X2_UNET, asdict(SD_X2_UNET))
     write_random_component(folder, "text_encoder", text, clip_document(text))
-    write_random_tokenizer(folder / "tokenizer")
+    write_empty_tokenizer(folder / "tokenizer")
     write_json(make_folder(folder / "scheduler") / "scheduler_config.json", asdict(SigmaConfig()))
     index = {"_class_name": OWN_UPSCALER, "format_version": FORMAT_VERSION, "family": "random-x2"}
     write_json(folder / "model_index.json", index | {"vae_from": str(vae_from), "defaults": asdict(UpscaleDefaults())})
@@ -70,11 +71,6 @@ def run(*, model: str, upscaler: str, backend: str, dtype: str, plan: str) -> Pr
         pipeline.upscale_as(views, upscaling)
 
     def facts() -> dict[str, Any]:
-        return {
-            "device": device,
-            "peak_memory_bytes": peak_rss_bytes(),
-            "estimated_memory_bytes": fitted.estimate.peak_bytes,
-            **library_facts(pipeline.model),
-        }
+        return facts_of(pipeline.model) | {"estimated_memory_bytes": fitted.estimate.peak_bytes}
 
     return Prepared(call, facts)

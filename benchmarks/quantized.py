@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.full_size import write_random_component
-from benchmarks.measure import peak_rss_bytes
-from benchmarks.networks import TIMESTEP, condition_of, library_facts, random_latents
-from benchmarks.worker import Prepared
 from mvshared.backend import PACKAGES
+from mvshared.benchmark.cases import facts_of, step_of
+from mvshared.benchmark.measure import peak_rss_bytes
+from mvshared.benchmark.worker import Prepared
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.config import SD21, SD_VAE, CLIPTextConfig, SchedulerConfig
 from mvshared.conversion.configs import clip_document, diffusers_unet_document, scheduler_document, vae_document
 from mvshared.files import make_folder, write_json
-from mvshared.guidance import ALL, Guidance
 from mvshared.networks import Networks
 from mvshared.process_memory import resident
 
-LATENT_SIDE, GUIDANCE = 32, 5.0
+LATENT_SIDE = 32
 PLAIN = "plain"
 PRESETS = (PLAIN, "q8", "q4")
 
@@ -50,21 +49,15 @@ def step(*, model: str, backend: str, dtype: str, quantize: str) -> Prepared:
     seconds, loaded, peak = time.perf_counter() - start, resident() - before, peak_rss_bytes() - before
     networks = Networks({"unet": lambda: unet})
     running = module.MultiViewModel(config, networks, device=device, dtype=dtype, weight_files=files)
-    x = running.from_numpy(random_latents(running))
-    guided = Guidance(guidance=GUIDANCE).mixture(ALL)
-    condition = condition_of(running, x, branches=guided.branches)
+    defaults = config.defaults
+    call = step_of(running, views=defaults.views, size_px=defaults.size_px, guided=True)
 
     def facts() -> dict[str, Any]:
-        return {
-            "device": running.device,
-            "load_seconds": seconds,
-            "load_memory_bytes": loaded,
-            "load_peak_bytes": peak,
-            "peak_memory_bytes": peak_rss_bytes() - before,
-            **library_facts(running),
-        }
+        peak_now = peak_rss_bytes() - before
+        loading = {"load_seconds": seconds, "load_memory_bytes": loaded, "load_peak_bytes": peak}
+        return facts_of(running) | loading | {"peak_memory_bytes": peak_now}
 
-    return Prepared(lambda: running.to_numpy(running.denoise(x, TIMESTEP, condition, guided.weights)), facts)
+    return Prepared(call, facts)
 
 
 def worthwhile(backend: str) -> bool:

@@ -1,39 +1,61 @@
-"""Puts files of `python -m benchmarks --json`, one per machine, into the pages: `python -m benchmarks.readme FILE ...`.
+"""Puts files of `mvmlx benchmark` and `python -m benchmarks` into the pages: `python -m benchmarks.readme FILE ...`.
 
-The README gets what a user feels, docs/benchmarks.md everything.
+The README gets what a user feels, docs/benchmarks.md everything, with the plots of what grows.
 """
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.compare import ROOT
-from benchmarks.results import TITLES, Results, markdown, read_results
+from benchmarks.plots import plot_growth
+from mvshared.benchmark.results import Results, Row, markdown, read_results
 from mvshared.errors import ConfigError, MvError
-from mvshared.files import write_atomic
+from mvshared.files import make_folder, write_atomic
 
+ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
-PAGES: dict[str, Collection[str]] = {"README.md": ("help", "generate"), "docs/benchmarks.md": tuple(TITLES)}
+SHORT = ("start", "run", "step", "against")  # what the README shows
+SHOWN = {"what", "backend", "variant", "device", "dtype", "seconds", "cpu_seconds", "made", "ratios", "cpu_ratios", "failure"}
+PLOT = "docs/images/growth.png"
 # What readers want to know: backend and how its device's name begins.
 WANTED = {"MLX on a Mac's GPU": ("mlx", "Metal"), "PyTorch on CUDA": ("torch", "CUDA"), "PyTorch on a CPU": ("torch", "cpu")}
 
 
-def block(results: Sequence[Results], *, tables: Collection[str] = tuple(TITLES)) -> str:
-    """These tables of all machines, and what none of them measured with the command that would."""
-    results = [replace(each, tables={name: each.tables[name] for name in tables if name in each.tables}) for each in results]
+def block(results: Sequence[Results], *, chosen: Callable[[Results], Results] = lambda each: each) -> str:
+    """What is chosen of all machines, files of one machine together, and what none of them measured with the command for it."""
+    machines: dict[tuple[object, ...], list[Results]] = {}
+    for each in results:
+        machines.setdefault(tuple(each.machine.items()), []).append(chosen(each))
+    parts = [markdown(those).strip() for those in machines.values()]
     missing = [name for name, (backend, device) in WANTED.items() if not _measured(results, backend, device)]
-    parts = [markdown(result).strip() for result in results]
     if missing:
         parts.append(
-            f"**Not measured: {'; '.join(missing)}.** On such a machine, this measures it and puts it here:\n\n"
+            f"**Not measured: {'; '.join(missing)}.** On such a machine, with mvmlx installed, this measures it; the last line "
+            "puts it here, in a clone of the repository:\n\n"
             "```sh\n"
-            'make bench BENCH_ARGS="--json FILE"\n'
-            ".venv/bin/python -m benchmarks.readme FILE   # one file per machine\n"
+            "mvmlx benchmark --json demo.json\n"
+            "mvmlx benchmark --model sd21 --views 1,4 --sizes 256,512 --against diffusers --json sd21.json\n"
+            "python -m benchmarks.readme demo.json sd21.json   # and the files of other machines\n"
             "```"
         )
     return "\n\n".join(parts)
+
+
+def short(results: Results) -> Results:
+    """The tables of SHORT, and of their rows what a user feels."""
+    tables = {}
+    for name in SHORT:
+        if name in results.tables:
+            rows = [_felt(row) for row in results.tables[name].rows]
+            tables[name] = replace(results.tables[name], rows=rows)
+    return replace(results, tables=tables)
+
+
+def _felt(row: Row) -> Row:
+    blank = Row(what=row.what)
+    return replace(blank, **{name: getattr(row, name) for name in SHOWN})
 
 
 def replace_measured(page: str, text: str) -> str:
@@ -45,7 +67,7 @@ def replace_measured(page: str, text: str) -> str:
 
 
 def _measured(results: Sequence[Results], backend: str, device: str) -> bool:
-    rows = (row for result in results for table in result.tables.values() for row in table)
+    rows = (row for result in results for table in result.tables.values() for row in table.rows)
     return any(row.seconds and row.backend == backend and row.device.startswith(device) for row in rows)
 
 
@@ -55,10 +77,16 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the pages")
     arguments = parser.parse_args()
     results = [read_results(path) for path in arguments.files]
-    for page, tables in PAGES.items():
+    drawn = plot_growth([table for each in results for table in each.tables.values()])
+    text = block(results)
+    if drawn is not None:
+        path = arguments.root / PLOT
+        make_folder(path.parent)
+        write_atomic(path, drawn)
+        text += f"\n\n![Time and memory against the arithmetic]({Path(PLOT).relative_to('docs')})"
+    for page, put in {"README.md": block(results, chosen=short), "docs/benchmarks.md": text}.items():
         path = arguments.root / page
-        text = replace_measured(path.read_text(encoding="utf-8"), block(results, tables=tables))
-        write_atomic(path, text.encode())
+        write_atomic(path, replace_measured(path.read_text(encoding="utf-8"), put).encode())
 
 
 if __name__ == "__main__":

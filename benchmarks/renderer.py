@@ -2,8 +2,8 @@
 
 from itertools import count
 
-from benchmarks.measure import peak_rss_bytes
-from benchmarks.worker import Prepared
+from mvshared.benchmark.measure import peak_rss_bytes
+from mvshared.benchmark.worker import Prepared
 from mvshared.camera import even_azimuths, orbit
 from mvshared.heads import DEFAULT_RADIUS, render
 
@@ -14,5 +14,5 @@ def renderer(*, views: int, size_px: int) -> Prepared:
     identities = count()
     return Prepared(
         lambda: render(next(identities), poses, size_px=size_px),
-        lambda: {"views": views, "threads": 1, "peak_memory_bytes": peak_rss_bytes()},
+        lambda: {"made": views, "threads": 1, "peak_memory_bytes": peak_rss_bytes()},
     )

@@ -1,27 +1,29 @@
-"""Which cases there are, by the names of the command line: lists of cases to compare, the backends next to each other."""
+"""Which cases the repository has beside those of `mvmlx benchmark`, by the names of the command line."""
 
-from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
-from benchmarks import commands, full_size, memory, networks, quantized, training
-from benchmarks.compare import ROOT, Case
+from benchmarks import memory, quantized, training
 from benchmarks.renderer import renderer
-from benchmarks.worker import Prepared
-from mvshared.backend import BackendName, Dtype
+from mvshared.backend import BackendName
+from mvshared.benchmark.cases import loading
+from mvshared.benchmark.compare import Case
 from mvshared.checkpoint import read_model_config
 
-IMAGE = ROOT / "examples" / "portrait.png"
+TITLES = {
+    "renderer": "Head renderer",
+    "training": "One training step, with and without gradient checkpointing",
+    "loading": "Loading ImageDream at full size, random weights, from float16 files",
+    "memory": "A run of ImageDream at full size, random weights: loading, one step, decoding",
+    "quantized": "Stable Diffusion 2.1's U-Net at full size, random weights, quantised as it is loaded from float16",
+}
 # Subjects a step: MLX's CPU backend takes minutes for many.
 TRAINING = (("demo", "torch", 8), ("larger", "torch", 2), ("demo", "mlx", 2))
 RENDERER_VIEWS, RENDERER_SIZES_PX = 8, (64, 128, 256)
 
 
-def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int) -> list[list[Case]]:
-    """The cases of a name of results.TITLES; those of an inner list take turns."""
-    if name == "help":
-        return [[Case(what="mvmlx --help, new process", prepare=commands.help_text)]]
+def cases(name: str, *, model: Path, backends: list[BackendName]) -> list[list[Case]]:
+    """The cases of a name of TITLES; those of an inner list take turns."""
     if name == "renderer":
         return [
             [
@@ -54,11 +56,17 @@ def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int
         ]
     if name == "loading":
         return [
-            [Case(what="load", prepare=full_size.loading, arguments={"model": str(model), "backend": backend, "dtype": dtype})]
+            [
+                Case(
+                    what="load",
+                    prepare=loading,
+                    arguments={"model": str(model), "backend": backend, "device": "auto", "dtype": dtype},
+                )
+            ]
             for backend, dtype in product(backends, ("float32", "float16"))
         ]
-    defaults = read_model_config(model).defaults
     if name == "memory":
+        defaults = read_model_config(model).defaults
         return [
             [
                 Case(
@@ -72,56 +80,15 @@ def cases(name: str, *, model: Path, backends: Sequence[BackendName], steps: int
             for upscaler, plan in product(("", str(model / memory.UPSCALER)), memory.PLANS)
             if dtype != "float32" or plan in ("plain", "low")
         ]
-    if name == "quantized":
-        return [
-            [
-                Case(
-                    what=f"guided step, {preset}",
-                    prepare=quantized.step,
-                    arguments={"model": str(model), "backend": backend, "dtype": dtype, "quantize": preset},
-                )
-                for preset in quantized.PRESETS
-            ]
-            for backend, dtype in product(filter(quantized.worthwhile, backends), ("float32", "bfloat16"))
-            if (backend, dtype) != ("mlx", "bfloat16")
-        ]
-    if name == "imagedream":
-        # MLX's CPU backend would take minutes a step.
-        sides = [side for side in ("torch", "diffusers") if "torch" in backends]
-        return [
-            [
-                Case(
-                    what=f"step, {defaults.views} views of {defaults.size_px} px and the reference",
-                    prepare=full_size.step,
-                    arguments={"model": str(model), "backend": side, "dtype": dtype},
-                )
-                for side in sides
-            ]
-            for dtype in ("float32", "bfloat16")
-        ]
-    size = f"{defaults.views} views of {defaults.size_px} px"
-    if name == "generate":
-        both = (("cold: mvmlx generate", commands.generate), ("warm: loaded model", networks.generate))
-        arguments = {"model": str(model), "image": str(IMAGE), "steps": steps}
-        return [
-            [
-                Case(what=f"{what}, {size}, {steps} steps", prepare=prepare, arguments={**arguments, "backend": backend})
-                for backend in backends
-            ]
-            for what, prepare in both
-        ]
-    calls: dict[str, dict[str, Callable[..., Prepared]]] = {
-        "unet": {"step": networks.unet_step},
-        "vae": {"encode": networks.vae_encode, "decode": networks.vae_decode},
-    }
     return [
         [
             Case(
-                what=f"{what}, {size}",
-                prepare=prepare,
-                arguments={"model": str(model), "backend": backend, "dtype": dtype},
+                what=f"guided step, {preset}",
+                prepare=quantized.step,
+                arguments={"model": str(model), "backend": backend, "dtype": dtype, "quantize": preset},
             )
-            for backend in backends
+            for preset in quantized.PRESETS
         ]
-        for (what, prepare), dtype in product(calls[name].items(), get_args(Dtype))
+        for backend, dtype in product(filter(quantized.worthwhile, backends), ("float32", "bfloat16"))
+        if (backend, dtype) != ("mlx", "bfloat16")
     ]

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import peak_rss_bytes
-from benchmarks.worker import Prepared
 from mvshared.backend import PACKAGES
+from mvshared.benchmark.measure import peak_rss_bytes
+from mvshared.benchmark.worker import Prepared
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.config import UNetConfig
 from mvshared.training.config import OptimizerConfig

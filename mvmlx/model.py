@@ -36,6 +36,7 @@ from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
+from mvshared.random_weights import random_weights
 from mvshared.weights import check_names_and_shapes, choose_quantization, match_network, match_tensors, stored_quantization
 
 
@@ -317,8 +318,31 @@ def load_network(
     with _on_device(device):
         quantize_network(network, stored or layers)
         tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
+    return filled(network, tensors, device=device)
+
+
+def random_network(config: NetworkConfig, *, dtype: Dtype, device: str) -> Any:
+    """One network with random weights, the same in both backends, ready to compute: for measurements without a checkpoint."""
+    network = _network(config)
+    return filled(network, random_tensors(weight_shapes(network), dtype=dtype, device=device), device=device)
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, device: str) -> dict[str, mx.array]:
+    """Random weights by their names in the model."""
+    with _on_device(device):
+        return {name: _placed(mx.array(array), name, dtype=dtype) for name, array in random_weights(shapes)}
+
+
+def filled(network: Any, tensors: Mapping[str, mx.array], *, device: str) -> Any:
+    """A network with these weights, ready to compute on the device that they are on."""
+    with _on_device(device):
         network.load_weights(list(tensors.items()), strict=True)
     return network.eval()
+
+
+def _placed(tensor: mx.array, name: str, *, dtype: Dtype) -> mx.array:
+    """A weight of a checkpoint as the network of this dtype has it, kernels channels-last."""
+    return _from_checkpoint(tensor.astype(getattr(mx, precision.tensor_dtype(name, dtype))))
 
 
 _NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
@@ -376,7 +400,7 @@ def read_tensors(
             elif part_of(name, stored) is not None:
                 tensors[name] = _evaluated(tensor)
             else:
-                tensors[name] = _from_checkpoint(tensor.astype(getattr(mx, precision.tensor_dtype(name, dtype))))
+                tensors[name] = _placed(tensor, name, dtype=dtype)
         if quantize:
             mx.clear_cache()
             trim_heap()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ from torch import Tensor, nn
 
 from mvshared.backend import BackendName, Dtype, Guided
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
-from mvshared.config import ResamplerConfig, UNetConfig
+from mvshared.config import ModelConfig, ResamplerConfig, UNetConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.files import read_json_object
 from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.weights import read_dequantized, stored_quantization
-from mvtorch.model import choose_device, choose_dtype, network_shapes, read_tensors, rescaled
+from mvtorch.model import choose_device, choose_dtype, network_shapes, random_tensors, read_tensors, rescaled
 from mvtorch.observation import Observer, observe
+
+# Contiguous is diffusers' default, and more exact: PyTorch's group norm for channels_last loses digits on the CPU.
+Layout: TypeAlias = Literal["contiguous", "channels_last"]
 
 
 class Condition(NamedTuple):
@@ -51,36 +54,59 @@ class DiffusersNetworks:
     weight_files: Sequence[Path]
     quantization: str | None = None
     config: Any
+    vae_batch = 1  # views that are decoded at once
 
     def __init__(
         self,
         config: Any,
-        places: Mapping[Component, Path],
-        builders: Mapping[Component, Callable[[Path, Any], nn.Module]],
+        places: Mapping[Component, Path | None],
+        builders: Mapping[Component, Callable[[Path | None, Any], nn.Module]],
         *,
         dtype: str | None,
         device: str,
+        layout: Layout = "contiguous",
     ) -> None:
-        """`places` are the folders of the components that are loaded, `builders` make them without weights.
+        """`places` are the folders of the components that are loaded, None for random weights; `builders` make them without
+        weights. `layout` is that of pictures and kernels in memory.
 
         Raises CheckpointError, OptionError and BackendError, also if diffusers or transformers is not installed.
         """
         self.backend, self.device, self.config = "torch", choose_device(device), config
         self.dtype = choose_dtype(dtype, device=self.device)
-        self.weight_files = [file for component, folder in places.items() for file in weight_files(folder, component)]
+        self.weight_files = [
+            file for component, folder in places.items() if folder is not None for file in weight_files(folder, component)
+        ]
+        self.memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         self._networks: dict[str, Any] = {}
         for component, folder in places.items():
             network, own = builders[component](folder, config), getattr(config, component)
             unet = own if isinstance(own, UNetConfig) else None
-            files, shapes = weight_files(folder, component), network_shapes(own)
-            if stored_quantization(files).layers:
-                arrays = read_dequantized(files, shapes, unet=unet)
-                tensors = {name: torch.from_numpy(array).to(getattr(torch, self.dtype)) for name, array in arrays.items()}
-            else:
-                tensors = read_tensors(files, shapes, dtype=self.dtype, device=self.device, unet=unet)
+            tensors = self._tensors(folder, component, own)
             _set_weights(network, tensors, resampler=None if unet is None else unet.resampler)
             nn.Module.to(network, device=self.device, dtype=getattr(torch, self.dtype))
-            self._networks[component] = network.eval()
+            self._networks[component] = network.to(memory_format=self.memory_format).eval()  # pyright: ignore[reportCallIssue]
+
+    def compile(self) -> None:
+        """Let `torch.compile` make the networks as fast as it can: with frozen weights on a CPU, searching for the best kernels
+        and with CUDA graphs on a GPU. Each is compiled when it is first called, which takes minutes."""
+        on_cpu = self.device == "cpu"
+        if on_cpu:
+            inductor: Any = importlib.import_module("torch._inductor.config")
+            inductor.freezing = True
+        for network in self._networks.values():
+            for module in (network.decoder, network.encoder) if hasattr(network, "decoder") else (network,):
+                module.compile(mode=None if on_cpu else "max-autotune")
+
+    def _tensors(self, folder: Path | None, component: Component, config: Any) -> dict[str, Tensor]:
+        """The weights of a component by this project's names."""
+        shapes, unet = network_shapes(config), config if isinstance(config, UNetConfig) else None
+        if folder is None:
+            return random_tensors(shapes, dtype=self.dtype, device=self.device)
+        files = weight_files(folder, component)
+        if not stored_quantization(files).layers:
+            return read_tensors(files, shapes, dtype=self.dtype, device=self.device, unet=unet)
+        arrays = read_dequantized(files, shapes, unet=unet)
+        return {name: torch.from_numpy(array).to(getattr(torch, self.dtype)) for name, array in arrays.items()}
 
     def observe(self, fn: Observer) -> AbstractContextManager[None]:
         """As `mvtorch.observation.observe`, with this project's names for the blocks."""
@@ -105,18 +131,15 @@ class DiffusersNetworks:
         """Scaled latents (n, h, w, c) of pixels (n, H, W, 3) in [-1, 1]: the posterior's mean."""
         mean, scale = self._latent_statistics()
         with torch.inference_mode():
-            means = [
-                self._networks["vae"].encode(channels_first(self._cast(x[None]))).latent_dist.mean
-                for x in self.from_numpy(pixels)
-            ]
+            means = [self._networks["vae"].encode(self._pictures(x[None])).latent_dist.mean for x in self.from_numpy(pixels)]
             return (torch.cat(means).float().permute(0, 2, 3, 1) - mean) * scale
 
     def decode(self, x: Tensor) -> NDArray[np.float32]:
         """Pixels (v, H, W, 3) of scaled latents (v, h, w, c)."""
         mean, scale = self._latent_statistics()
         with torch.inference_mode():
-            latents = channels_first(self._cast(x / scale + mean))
-            pixels = [self._networks["vae"].decode(view[None]).sample for view in latents]
+            latents = self._pictures(x / scale + mean)
+            pixels = [self._networks["vae"].decode(some).sample for some in latents.split(self.vae_batch)]
             return self.to_numpy(torch.cat(pixels).permute(0, 2, 3, 1))
 
     def _network(self, component: str, argument: str) -> Any:
@@ -133,21 +156,32 @@ class DiffusersNetworks:
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(getattr(torch, self.dtype))
 
+    def _pictures(self, x: Tensor) -> Tensor:
+        """(n, h, w, c) as (n, c, h, w) in the networks' dtype and layout."""
+        return self._cast(x).permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
+
 
 class DiffusersModel(DiffusersNetworks):
     """Implements `mvshared.backend.Model` with diffusers' U-Net and VAE and transformers' CLIP, on a folder's weights."""
 
     def __init__(
-        self, name: str | Path, *, dtype: str | None = None, device: str = "auto", parts: Sequence[Component] | None = None
+        self,
+        name: str | Path | ModelConfig,
+        *,
+        dtype: str | None = None,
+        device: str = "auto",
+        parts: Sequence[Component] | None = None,
+        layout: Layout = "contiguous",
     ) -> None:
-        """`parts` are the networks that are loaded, all of them if not given.
+        """`name` is that of a model, or a config, whose networks get random weights. `parts` are the networks that are loaded,
+        all of them if not given.
 
         Raises CheckpointError, OptionError and BackendError, also if diffusers or transformers is not installed.
         """
-        folder = find_model(name)
-        config = read_model_config(folder)
+        folder = None if isinstance(name, ModelConfig) else find_model(name)
+        config = name if isinstance(name, ModelConfig) else read_model_config(find_model(name))
         chosen = components(config) if parts is None else parts
-        super().__init__(config, dict.fromkeys(chosen, folder), BUILDERS, dtype=dtype, device=device)
+        super().__init__(config, dict.fromkeys(chosen, folder), BUILDERS, dtype=dtype, device=device, layout=layout)
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> Tensor:
         """The text tower's last states (n, l, c) of token ids (n, l)."""
@@ -158,7 +192,7 @@ class DiffusersModel(DiffusersNetworks):
     def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
         """The vision tower's states before its last layer (n, m, c) of normalised pixels (n, s, s, 3)."""
         with torch.inference_mode():
-            x = channels_first(self._cast(self.from_numpy(pixels)))
+            x = self._pictures(self.from_numpy(pixels))
             return self._network("image_encoder", "image")(x, output_hidden_states=True).hidden_states[-2].float()
 
     def condition(
@@ -224,8 +258,7 @@ class DiffusersModel(DiffusersNetworks):
                 if tokens is not None:
                     context = (context, [tokens.repeat_interleave(frames, dim=0)])
             timesteps = torch.full((batch * frames,), t, dtype=torch.float32, device=self.device)
-            frames_first = channels_first(self._cast(sample).flatten(0, 1))
-            out = unet(frames_first, timesteps, context, return_dict=False)[0]
+            out = unet(self._pictures(sample.flatten(0, 1)), timesteps, context, return_dict=False)[0]
             out = out.float().permute(0, 2, 3, 1).unflatten(0, (batch, views))
             mixed = sum((weight * each for weight, each in zip(weights, out, strict=True)), torch.zeros_like(out[0]))
             return Guided(rescaled(mixed, out[-1], rescale) if rescale else mixed, out[-1])
@@ -237,11 +270,6 @@ class DiffusersModel(DiffusersNetworks):
             return None
         tokens = self._networks["unet"].image_embed(self._cast(states).flatten(0, 1))
         return tokens.unflatten(0, states.shape[:2]).flatten(1, 2)
-
-
-def channels_first(x: Tensor) -> Tensor:
-    """(n, h, w, c) as (n, c, h, w), in memory too: PyTorch's group norm for channels_last loses digits on the CPU."""
-    return x.permute(0, 3, 1, 2).contiguous()
 
 
 class _Extras:
@@ -290,10 +318,10 @@ def library(name: str) -> Any:
         ) from missing
 
 
-def _build_unet(folder: Path, config: Any) -> nn.Module:
+def _build_unet(folder: Path | None, config: Any) -> nn.Module:
     kind: Any = library("diffusers.models.unets.unet_2d_condition").UNet2DConditionModel
-    document = read_json_object(folder / "unet" / "config.json")
-    with torch.device("cpu"):
+    document = _document(folder, "unet")
+    with torch.device("meta"):
         if document.get("_class_name") == "UNet2DConditionModel":
             unet: Any = kind.from_config(document)
         else:
@@ -350,42 +378,48 @@ def _add_parts(unet: Any, config: UNetConfig) -> None:
         )
 
 
-def _build_vae(folder: Path, config: Any) -> nn.Module:
+def _build_vae(folder: Path | None, config: Any) -> nn.Module:
     kind: Any = library("diffusers.models.autoencoders.autoencoder_kl").AutoencoderKL
-    document = read_json_object(folder / "vae" / "config.json")
-    if document.get("_class_name") == "AutoencoderKL":
-        return kind.from_config(document)
+    document = _document(folder, "vae")
     vae, levels = config.vae, len(config.vae.block_out_channels)
-    return kind(
-        in_channels=vae.in_channels,
-        out_channels=vae.out_channels,
-        latent_channels=vae.latent_channels,
-        block_out_channels=vae.block_out_channels,
-        layers_per_block=vae.layers_per_block,
-        norm_num_groups=vae.norm_num_groups,
-        mid_block_add_attention=vae.mid_block_add_attention,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-    )
+    with torch.device("meta"):
+        if document.get("_class_name") == "AutoencoderKL":
+            return kind.from_config(document)
+        return kind(
+            in_channels=vae.in_channels,
+            out_channels=vae.out_channels,
+            latent_channels=vae.latent_channels,
+            block_out_channels=vae.block_out_channels,
+            layers_per_block=vae.layers_per_block,
+            norm_num_groups=vae.norm_num_groups,
+            mid_block_add_attention=vae.mid_block_add_attention,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+        )
 
 
-def _build_text_encoder(folder: Path, config: Any) -> nn.Module:
+def _build_text_encoder(folder: Path | None, config: Any) -> nn.Module:
     return _build_tower(folder, "text_encoder", "CLIPText", config.text_encoder)
 
 
-def _build_image_encoder(folder: Path, config: Any) -> nn.Module:
+def _build_image_encoder(folder: Path | None, config: Any) -> nn.Module:
     return _build_tower(folder, "image_encoder", "CLIPVision", config.image_encoder)
 
 
-def _build_tower(folder: Path, component: str, prefix: str, config: Any) -> nn.Module:
+def _build_tower(folder: Path | None, component: str, prefix: str, config: Any) -> nn.Module:
     transformers = library("transformers")
-    document = read_json_object(folder / component / "config.json")
+    document = _document(folder, component)
     given = document if "model_type" in document or "architectures" in document else asdict(config)
     projected = "" if config.projection_dim is None else "WithProjection"
     return getattr(transformers, f"{prefix}Model{projected}")(getattr(transformers, f"{prefix}Config").from_dict(given))
 
 
-BUILDERS: dict[Component, Callable[[Path, Any], nn.Module]] = {
+def _document(folder: Path | None, component: str) -> dict[str, Any]:
+    """A component's config.json; nothing without a folder."""
+    return {} if folder is None else read_json_object(folder / component / "config.json")
+
+
+BUILDERS: dict[Component, Callable[[Path | None, Any], nn.Module]] = {
     "unet": _build_unet,
     "vae": _build_vae,
     "text_encoder": _build_text_encoder,
@@ -413,7 +447,7 @@ def _own_name(path: str) -> str:
 
 
 def _set_weights(network: nn.Module, tensors: Mapping[str, Tensor], *, resampler: ResamplerConfig | None) -> None:
-    """Load weights with this project's names, every one."""
+    """Give a network weights with this project's names, every one; its own are never needed."""
     theirs = set(network.state_dict())
     prefix = next((p for p in ("text_model.", "vision_model.") if any(name.startswith(p) for name in theirs)), "")
     renamed: dict[str, Tensor] = {}
@@ -421,7 +455,7 @@ def _set_weights(network: nn.Module, tensors: Mapping[str, Tensor], *, resampler
         for other, tensor_there in _their_names(name, tensor, resampler=resampler):
             renamed[other if other in theirs else f"{prefix}{other}"] = tensor_there
     buffers = {name for name in theirs - renamed.keys() if name.endswith("position_ids")}
-    network.load_state_dict({**renamed, **{name: network.state_dict()[name] for name in buffers}}, strict=True)
+    network.load_state_dict({**renamed, **{name: network.state_dict()[name] for name in buffers}}, strict=True, assign=True)
 
 
 def _their_names(name: str, tensor: Tensor, *, resampler: ResamplerConfig | None) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from mvshared.config import KUNetConfig
 from mvshared.errors import OptionError
 from mvshared.files import read_json_object
 from mvshared.upscaling.folder import component_folders, read_upscaler_config
-from mvtorch.diffusers_model import BUILDERS, DiffusersNetworks, channels_first, library
+from mvtorch.diffusers_model import BUILDERS, DiffusersNetworks, library
 
 
 class UpscaleCondition(NamedTuple):
@@ -33,7 +33,7 @@ class DiffusersUpscaler(DiffusersNetworks):
         """Raises CheckpointError, OptionError and BackendError, also if diffusers or transformers is not installed."""
         folder = find_model(name)
         config = read_upscaler_config(folder)
-        builders: dict[Component, Callable[[Path, Any], nn.Module]] = {**BUILDERS, "unet": _build_unet}
+        builders: dict[Component, Callable[[Path | None, Any], nn.Module]] = {**BUILDERS, "unet": _build_unet}
         super().__init__(config, component_folders(folder, config), builders, dtype=dtype, device=device)
 
     def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[Tensor]:
@@ -59,7 +59,7 @@ class DiffusersUpscaler(DiffusersNetworks):
             branches, views = len(condition.embedding), len(x)
             sample = torch.cat([x, condition.low], dim=-1).repeat(branches, 1, 1, 1)
             out = self._networks["unet"](
-                channels_first(self._cast(sample)),
+                self._pictures(sample),
                 torch.tensor(t, dtype=torch.float32, device=self.device),
                 self._cast(condition.text).repeat_interleave(views, dim=0),
                 timestep_cond=self._cast(condition.embedding).repeat_interleave(views, dim=0),
@@ -69,9 +69,9 @@ class DiffusersUpscaler(DiffusersNetworks):
             return out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0])
 
 
-def _build_unet(folder: Path, config: Any) -> nn.Module:
+def _build_unet(folder: Path | None, config: Any) -> nn.Module:
     kind: Any = library("diffusers.models.unets.unet_2d_condition").UNet2DConditionModel
-    document = read_json_object(folder / "unet" / "config.json")
+    document = {} if folder is None else read_json_object(folder / "unet" / "config.json")
     if document.get("_class_name") == "UNet2DConditionModel":
         document.pop("noise_frequencies", None)
         return kind.from_config(document)

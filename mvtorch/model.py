@@ -24,6 +24,7 @@ from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
+from mvshared.random_weights import random_weights
 from mvshared.weights import (
     Stored,
     check_names_and_shapes,
@@ -193,8 +194,8 @@ class MultiViewModel(LatentModel):
             sample = x[None].expand(len(times), *x.shape)
             if normals is not None:
                 sample = torch.cat([sample, normals[branches]], dim=-1)
-            elif unet.config.normal_channels:
-                sample = F.pad(sample, (0, unet.config.normal_channels))
+            elif self.config.unet.normal_channels:
+                sample = F.pad(sample, (0, self.config.unet.normal_channels))
             return unet(sample, times, constants).float()
 
         return self._called(unet, condition, call, x, times[branches])
@@ -315,10 +316,34 @@ def load_network(
         quantize_network(network, stored or layers)
     unet = config if isinstance(config, UNetConfig) else None
     tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
+    return filled(network, tensors, device=device)
+
+
+def random_network(config: NetworkConfig, *, dtype: Dtype, device: str) -> Any:
+    """One network with random weights, the same in both backends, ready to compute: for measurements without a checkpoint."""
+    with torch.device("meta"):
+        network = _network(config)
+    return filled(network, random_tensors(weight_shapes(network), dtype=dtype, device=device), device=device)
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, device: str) -> dict[str, Tensor]:
+    """Random weights by their names in the model."""
+    return {name: _placed(torch.from_numpy(array), name, dtype=dtype, device=device) for name, array in random_weights(shapes)}
+
+
+def filled(network: Any, tensors: Mapping[str, Tensor], *, device: str) -> Any:
+    """A network with these weights, ready to compute on the device that they are on."""
     network.load_state_dict(tensors, strict=True, assign=True)
     if unet is not None and torch.device(device).type == "cuda":
         join_projections(network)
     return network.eval()
+
+
+def _placed(tensor: Tensor, name: str, *, dtype: Dtype, device: str) -> Tensor:
+    """A copy of a weight as the network of this dtype has it, kernels in channels_last memory."""
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    used = getattr(torch, precision.tensor_dtype(name, dtype))
+    return tensor.to(device=device, dtype=used, memory_format=layout, copy=True)
 
 
 _NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
@@ -374,9 +399,7 @@ def read_tensors(
                 elif part_of(name, stored) is not None:
                     tensors[name] = tensor.to(device=device, copy=True)
                 else:
-                    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-                    used = getattr(torch, precision.tensor_dtype(name, dtype))
-                    tensors[name] = tensor.to(device=device, dtype=used, memory_format=layout, copy=True)
+                    tensors[name] = _placed(tensor, name, dtype=dtype, device=device)
         if quantize:
             trim_heap()
     return tensors

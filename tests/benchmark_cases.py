@@ -1,22 +1,24 @@
-"""Cases for the tests of `benchmarks.compare`; each runs in a worker's process."""
+"""Cases for the tests of `mvshared.benchmark.compare`; each runs in a worker's process."""
 
 import os
 import sys
 from pathlib import Path
 
-from benchmarks.worker import Prepared
+import numpy as np
+
+from mvshared.benchmark.worker import Prepared
 from mvshared.errors import MvError
 
 
 def logging(*, name: str, file: str) -> Prepared:
-    """Appends its name to the file at every call, prints, and says its process's number as its views."""
+    """Appends its name to the file at every call, prints, and says its process's number as what it made."""
 
     def call() -> None:
         print("something that is no answer")
         with Path(file).open("a") as log:
             log.write(f"{name} ")
 
-    return Prepared(call, lambda: {"views": os.getpid(), "device": f"of {name}"})
+    return Prepared(call, lambda: {"made": os.getpid(), "device": f"of {name}"})
 
 
 def refusing(*, backend: str) -> Prepared:
@@ -38,3 +40,25 @@ def ending_without_a_word() -> Prepared:
 def failing_in_its_facts() -> Prepared:
     """Answers every call, and then has nothing to say."""
     return Prepared(lambda: None, lambda: sys.exit("no facts"))
+
+
+def computing(*, values: list[float], dtype: str = "float32") -> Prepared:
+    """Returns these numbers."""
+    return Prepared(lambda: np.array(values), lambda: {"dtype": dtype, "device": "cpu"})
+
+
+def compiled_before(*, folder: str) -> Prepared:
+    """Fails where its folder has a half-written file in it."""
+
+    def call() -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if (Path(folder) / "half-written.so").exists():
+            sys.exit("file too short")
+
+    return Prepared(call, dict)
+
+
+def environment() -> Prepared:
+    """Says what its process was given."""
+    given = {"variant": os.environ.get("OMP_NUM_THREADS", ""), "dtype": os.environ.get("CASE", "")}
+    return Prepared(lambda: None, lambda: given)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import measure
+from mvshared.benchmark import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,7 +20,10 @@ def run(code: str) -> list[str]:
 
 
 def test_machine_names_versions_without_importing_an_array_library() -> None:
-    code = "import sys; from benchmarks.measure import machine; print(machine()['numpy'], {'torch', 'mlx'} & {*sys.modules})"
+    code = (
+        "import sys; from mvshared.benchmark.measure import machine; "
+        "print(machine()['numpy'], {'torch', 'mlx'} & {*sys.modules})"
+    )
     assert run(code) == [np.__version__, "set()"]
 
 
@@ -52,7 +55,7 @@ def test_a_timing_has_median_shortest_longest_and_relative_spread() -> None:
 
 def test_peak_memory_grows_by_what_is_allocated() -> None:
     code = (
-        "from benchmarks.measure import peak_rss_bytes; before = peak_rss_bytes(); "
+        "from mvshared.benchmark.measure import peak_rss_bytes; before = peak_rss_bytes(); "
         "x = b'1' * 2**27; print(peak_rss_bytes() - before)"
     )
     assert 2**26 < int(run(code)[0]) < 2**28
@@ -60,7 +63,24 @@ def test_peak_memory_grows_by_what_is_allocated() -> None:
 
 def test_peak_memory_of_children_is_theirs() -> None:
     code = (
-        "import subprocess, sys; from benchmarks.measure import children_peak_rss_bytes as peak, peak_rss_bytes as own; "
+        "import subprocess, sys; "
+        "from mvshared.benchmark.measure import children_peak_rss_bytes as peak, peak_rss_bytes as own; "
         "subprocess.run([sys.executable, '-c', 'x = b\"1\" * 2**27']); print(peak() - own())"
     )
     assert 2**26 < int(run(code)[0]) < 2**28
+
+
+def test_cpu_time_is_that_of_all_threads_and_children() -> None:
+    code = (
+        "import subprocess, sys; from mvshared.benchmark.measure import cpu_seconds; before = cpu_seconds(); "
+        "subprocess.run([sys.executable, '-c', 'sum(range(10_000_000))']); print(cpu_seconds() - before)"
+    )
+    assert float(run(code)[0]) > 0.02
+
+
+def test_free_memory_is_what_the_system_says_or_a_share_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
+    monkeypatch.setattr(measure, "MEMINFO", tmp_path / "meminfo")
+    assert measure.free_memory_bytes() == 2**21
+    monkeypatch.setattr(measure, "MEMINFO", tmp_path / "none")
+    assert measure.free_memory_bytes() == pytest.approx(0.8 * int(measure.machine()["ram_bytes"]))

@@ -1,12 +1,14 @@
 """What the benchmarks found: as JSON, as Markdown, in the README."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import readme
-from benchmarks.results import Results, Row, format_table, markdown, read_results, write_results
+from benchmarks.plots import plot_growth
+from mvshared.benchmark.results import Results, Row, Table, format_table, markdown, read_results, write_results
 from mvshared.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,8 +18,14 @@ TORCH = Row(
     device="cpu",
     dtype="float32",
     threads=2,
-    views=4,
+    made=4,
     seconds=(1.0, 4.0, 2.0),
+    cpu_seconds=(2.0, 5.0, 3.0),
+    flops=10**12,
+    peak_flops=2e12,
+    peak_cpu_flops=1e12,
+    ratios=(0.5, 0.8, 0.6),
+    work=(("norms", 0.5, 0), ("linear layers", 1.5, 10**12)),
     peak_memory_bytes=300_000_000,
 )
 MLX = Row(what="step, 4 views of 128 px", backend="mlx", device="cpu", dtype="float32", threads=1, seconds=(8.0,))
@@ -28,7 +36,9 @@ FAILED = Row(what="step", backend="torch", dtype="float16", failure="no kernel f
 
 def results(*rows: Row) -> Results:
     machine = {"cpu": "Some CPU", "cores": 2, "ram_bytes": 2**34, "torch": "2.13.0"}
-    return Results(machine=machine, settings={"repeats": 3}, tables={"unet": list(rows)})
+    return Results(
+        machine=machine, settings={"repeats": 3}, tables={"step": Table(title="One step", rows=list(rows), notes=("Look.",))}
+    )
 
 
 def lines_of(text: str) -> list[list[str]]:
@@ -48,7 +58,7 @@ def test_tables_are_markdown_with_the_columns_of_all_rows() -> None:
 
 
 def test_a_row_shows_median_spread_repeats_and_what_follows_from_them() -> None:
-    header, row = lines_of(markdown(results(TORCH)))
+    header, row = lines_of(markdown([results(TORCH)]))
     assert dict(zip(header, row, strict=True)) == {
         "what": "step, 4 views of 128 px",
         "backend": "PyTorch",
@@ -58,32 +68,37 @@ def test_a_row_shows_median_spread_repeats_and_what_follows_from_them() -> None:
         "median (s)": "2",
         "spread": "150 %",
         "repeats": "3",
+        "CPU time (s)": "3",
         "views/s": "2",
+        "TFLOP/s": "0.5",
+        "of peak": "25 %",
+        "of peak, CPU time": "33 %",
+        "x diffusers": "0.60 (0.50 to 0.80)",
         "peak memory (MB)": "300",
     }
 
 
 def test_one_repeat_has_no_spread() -> None:
-    header, row = lines_of(markdown(results(MLX)))
+    header, row = lines_of(markdown([results(MLX)]))
     assert "median (s)" in header and "spread" not in header
     assert "8" in row
 
 
 def test_machine_and_settings_are_in_words_with_units() -> None:
-    text = markdown(results(TORCH))
+    text = markdown([results(TORCH)])
     assert "cpu Some CPU, cores 2, ram 16.0 GiB, torch 2.13.0" in text
     assert "repeats 3" in text
 
 
 def test_mlx_on_a_cpu_is_called_what_it_is() -> None:
-    text = markdown(results(MLX, TORCH))
+    text = markdown([results(MLX, TORCH)])
     assert [row[1] for row in lines_of(text)] == ["backend", "MLX's CPU backend (not Metal)", "PyTorch"]
     assert "say nothing about MLX on a Mac's GPU" in text
-    assert "CPU backend" not in markdown(results(METAL, TORCH))
+    assert "CPU backend" not in markdown([results(METAL, TORCH)])
 
 
 def test_a_failed_case_has_its_reason_and_no_time() -> None:
-    header, _, failed = lines_of(markdown(results(TORCH, FAILED)))
+    header, _, failed = lines_of(markdown([results(TORCH, FAILED)]))
     assert failed[header.index("median (s)")] == ""
     assert failed[header.index("not measured because")] == "no kernel for a \\| b"
 
@@ -97,12 +112,12 @@ def test_results_are_the_same_after_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version must be 1"),
+        ({"format_version": 1}, "format_version must be 2"),
         ({"machine": []}, "machine must be an object"),
-        ({"tables": {"weather": []}}, "got 'weather'"),
-        ({"tables": {"unet": {}}}, "tables must be lists of rows"),
-        ({"tables": {"unet": [{"what": "x", "colour": 1}]}}, "unknown field 'colour'"),
-        ({"tables": {"unet": [{"what": "x", "seconds": ["fast"]}]}}, "seconds must be"),
+        ({"tables": {"step": []}}, "the table 'step' must be an object with a list of rows"),
+        ({"tables": {"step": {"title": "x"}}}, "the table 'step' must be an object with a list of rows"),
+        ({"tables": {"step": {"rows": [{"what": "x", "colour": 1}]}}}, "unknown field 'colour'"),
+        ({"tables": {"step": {"rows": [{"what": "x", "seconds": ["fast"]}]}}}, "seconds must be"),
     ],
 )
 def test_files_of_something_else_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -138,7 +153,7 @@ def test_a_readme_without_the_two_marks_in_order_is_refused(text: str) -> None:
 def test_the_block_says_what_was_not_measured_and_how_to() -> None:
     text = readme.block([results(MLX, TORCH)])
     assert "**Not measured: MLX on a Mac's GPU; PyTorch on CUDA.**" in text
-    assert 'make bench BENCH_ARGS="--json FILE"' in text and "python -m benchmarks.readme FILE" in text
+    assert "mvmlx benchmark --json demo.json" in text and "python -m benchmarks.readme demo.json" in text
 
 
 def test_a_failed_case_counts_as_not_measured() -> None:
@@ -152,21 +167,41 @@ def test_mlx_on_cuda_is_not_taken_for_a_mac() -> None:
 
 
 def test_machines_come_one_after_another_and_nothing_is_missing_when_all_are_there() -> None:
-    text = readme.block([results(METAL), results(CUDA, TORCH)])
-    assert text.count("Some CPU") == 2
+    other = replace(results(CUDA, TORCH), machine={"cpu": "Another CPU"})
+    text = readme.block([results(METAL), other])
+    assert text.count("Some CPU") == text.count("Another CPU") == 1
     assert text.index("0.25") < text.index("CUDA, Some GPU")
     assert "Not measured" not in text
 
 
+def test_files_of_one_machine_stand_under_it_with_their_own_settings() -> None:
+    second = replace(results(MLX), settings={"repeats": 7})
+    text = readme.block([results(TORCH), second])
+    assert text.count("Some CPU") == 1
+    assert text.index("repeats 3") < text.index("PyTorch") < text.index("repeats 7")
+
+
 def test_the_command_fills_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "docs").mkdir()
-    for page in readme.PAGES:
+    for page in ("README.md", "docs/benchmarks.md"):
         (tmp_path / page).write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
-    both = Results(machine={"cpu": "Some CPU"}, settings={}, tables={"generate": [TORCH], "vae": [MLX]})
+    tables = {
+        "run": Table(title="A whole run", rows=[TORCH]),
+        "vae": Table(title="VAE", rows=[MLX]),
+        "growth": Table(title="Growth with the views: demo", rows=[replace(TORCH, views=1), replace(TORCH, views=2)]),
+    }
+    both = Results(machine={"cpu": "Some CPU"}, settings={}, tables=tables)
     write_results(tmp_path / "r.json", both)
     monkeypatch.setattr("sys.argv", ["readme", str(tmp_path / "r.json"), "--root", str(tmp_path)])
     readme.main()
     short, long = ((tmp_path / page).read_text(encoding="utf-8") for page in ("README.md", "docs/benchmarks.md"))
-    assert readme.block([both], tables=["generate"]) in short and "### VAE" not in short
-    assert readme.block([both]) in long and "### VAE" in long
+    assert readme.block([both], chosen=readme.short) in short and "### VAE" not in short
+    assert "TFLOP/s" not in short and "views/s" in short and "x diffusers" in short
+    assert readme.block([both]) in long and "### VAE" in long and "TFLOP/s" in long
+    assert "![Time and memory against the arithmetic](images/growth.png)" in long
+    assert (tmp_path / "docs" / "images" / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert short.startswith("# mvmlx") and "## File map" in short
+
+
+def test_without_a_series_nothing_is_drawn() -> None:
+    assert plot_growth([Table(title="VAE", rows=[TORCH])]) is None

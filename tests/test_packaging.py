@@ -1,5 +1,6 @@
 """The wheel, built from the source distribution, and the editable install: complete, and usable from any folder."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -122,6 +123,15 @@ def test_the_installed_command_runs_from_another_folder(installed: Path, tmp_pat
     assert mvshared.__version__ in run(command, "--version", cwd=tmp_path)
     assert "generate" in run(command, "--help", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_installed_command_measures_without_the_repository(installed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    options = ["--backend", "torch", "--device", "cpu", "--dtype", "float32", "--sizes", "64", "--views", "1", "--repeats", "1"]
+    said = run(installed.parent / "mvmlx", "benchmark", "step", *options, "--json", "results.json", cwd=tmp_path)
+    assert "step, 1 view of 64 px, guided" in said and "not measured because" not in said
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert [table["rows"][0]["failure"] for table in document["tables"].values()] == ["", ""]
 
 
 @pytest.mark.parametrize(("package", "needs"), [("mvshared", "numpy"), ("mvtorch", "torch"), ("mvmlx", "mlx.core")])

@@ -372,6 +372,34 @@ def profile(model: str, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("name", nargs=-1)
+@click.option(
+    "--model", default="demo", show_default=True, help="A model's name or folder; sd21, mvdream, imagedream need no download."
+)
+@click.option("--backend", default="all", show_default=True, help="all, mlx or torch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or gpu with MLX.")
+@click.option("--dtype", multiple=True, help="float32, float16 or bfloat16; repeatable.  [default: float32, and the device's]")
+@click.option("--views", type=NumberList(), help="Numbers of views of a step, such as 1,4,8.  [default: the model's]")
+@click.option("--sizes", type=NumberList(), help="Widths and heights in pixels, such as 256,512.  [default: the model's]")
+@click.option("--guidance", default="both", show_default=True, help="Steps with guidance: on, off or both.")
+@click.option("--steps", type=int, help="Steps of a whole run.  [default: the model's]")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Calls that count, more of short ones.")
+@click.option("--threads", type=int, help="Threads on the CPU.  [default: the library's]")
+@click.option("--against", help="diffusers: the same work from it, in turns, and the ratio of the times.")
+@click.option("--compiled", is_flag=True, help="With --against, torch.compile too, which takes minutes.")
+@click.option("--json", "file", type=click.Path(path_type=Path), metavar="FILE", help="Write the results here; - prints them.")
+def benchmark(name: tuple[str, ...], **options: Any) -> None:
+    """Measure this machine: time, memory, arithmetic per second and its share of what the machine can do.
+
+    NAME is one of start, load, condition, step, vae, upscaler and run, or growth for how time and memory grow with views,
+    pixels and steps. Without NAME it is all that takes a minute or two with the demo model. See docs/benchmarks.md.
+    """
+    from mvshared.commands.benchmark import run_benchmark
+
+    run_benchmark(name, options)
+
+
+@cli.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Run folder; a run in it goes on.")
 @click.option("--family", help="Train by this family's recipe instead of a CONFIG: gaf.")

@@ -23,7 +23,7 @@ from mvshared.memory.activations import (
 from mvshared.memory.plan import MemoryPlan
 from mvshared.precision import DTYPE_BYTES
 from mvshared.process_memory import resident
-from mvshared.quantization.plans import PRESETS, preset_layers, stored_bytes
+from mvshared.quantization.plans import PRESETS, Layers, preset_layers, stored_bytes
 from mvshared.runs import UpscaleParameters
 from mvshared.stages import StageName
 from mvshared.upscaling.config import UpscalerConfig
@@ -110,10 +110,23 @@ def model_size(folder: Path, *, backend: BackendName, device: str, dtype: Dtype,
     else:
         config = read_model_config(folder)
         files = {component: weight_files(folder, component) for component in components(config)}
-    network_shapes = importlib.import_module(f"{PACKAGES[backend]}.model").network_shapes
-    networks: dict[str, NetworkConfig] = {component: getattr(config, component) for component in files}
-    shapes = {component: network_shapes(network) for component, network in networks.items()}
     stored = {component: stored_quantization(paths).layers for component, paths in files.items()}
+    return config_size(config, stored, backend=backend, device=device, dtype=dtype, quantize=quantize)
+
+
+def config_size(
+    config: ModelConfig | UpscalerConfig,
+    stored: Mapping[Any, Layers],
+    *,
+    backend: BackendName,
+    device: str,
+    dtype: Dtype,
+    quantize: str | None = None,
+) -> ModelSize:
+    """The size of a model with the components of `stored`, and the layers of them that are stored quantised."""
+    network_shapes = importlib.import_module(f"{PACKAGES[backend]}.model").network_shapes
+    networks: dict[str, NetworkConfig] = {component: getattr(config, component) for component in stored}
+    shapes = {component: network_shapes(network) for component, network in networks.items()}
 
     def sized(preset: str | None) -> ModelSize:
         layers = {name: stored[name] or preset_layers(networks[name], shapes[name], preset) for name in networks}

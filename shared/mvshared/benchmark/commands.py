@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import children_peak_rss_bytes
-from benchmarks.worker import Prepared
+from mvshared.benchmark.measure import children_peak_rss_bytes
+from mvshared.benchmark.worker import Prepared
 from mvshared.errors import MvError
 
 
@@ -25,27 +25,37 @@ def console_script() -> list[str]:
 
 def help_text() -> Prepared:
     """`mvmlx --help`."""
-    return Prepared(lambda: _run(["--help"]), lambda: {"peak_memory_bytes": children_peak_rss_bytes()})
+    return Prepared(lambda: _run(["--help"]), lambda: {"device": "cpu", "peak_memory_bytes": children_peak_rss_bytes()})
 
 
-def generate(*, model: str, image: str, backend: str, steps: int) -> Prepared:
-    """`mvmlx generate` into a new folder, on the device and in the dtype that the backend chooses."""
-    folder = tempfile.TemporaryDirectory(prefix="mvmlx-benchmark-")
+def generate(*, model: str, backend: str, device: str, dtype: str, views: int, size_px: int, steps: int) -> Prepared:
+    """`mvmlx generate` of a made-up picture into a new folder."""
+    # Not before: the memory of this process is the least that its children's peak can be.
+    from mvshared.benchmark.models import measured
+    from mvshared.images import save_png
+    from mvshared.validation import textured_picture
+
+    folder, config = tempfile.TemporaryDirectory(prefix="mvmlx-benchmark-"), measured(model).config
+    images = [Path(folder.name) / "picture.png"] if config.unet.takes_pictures else []
+    for image in images:
+        save_png(image, textured_picture(size_px))
     outputs = (Path(folder.name) / str(number) for number in count())
-    options = ["--model", model, "--backend", backend, "--steps", str(steps), "--seed", "0"]
+    options = ["--model", model, "--backend", backend, "--device", device, "--dtype", dtype, "--seed", "0"]
+    options += ["--views", str(views), "--size", str(size_px), "--steps", str(steps)]
+    options += [] if config.text_encoder is None else ["--prompt", "a head"]
     done: list[Path] = []
 
     def call() -> None:
         output = next(outputs)
-        _run(["generate", image, *options, "--output", str(output)])
+        _run(["generate", *map(str, images), *options, "--output", str(output)])
         done.append(output)
 
     def facts() -> dict[str, Any]:
         parameters = json.loads((done[-1] / "metadata.json").read_text(encoding="utf-8"))["parameters"]
-        views = len(parameters["cameras"])
+        made = len(parameters["cameras"])
         folder.cleanup()
         chosen = {name: parameters[name] for name in ("device", "dtype")}
-        return {**chosen, "views": views, "peak_memory_bytes": children_peak_rss_bytes()}
+        return {**chosen, "made": made, "peak_memory_bytes": children_peak_rss_bytes()}
 
     return Prepared(call, facts)
 

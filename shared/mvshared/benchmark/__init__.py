@@ -1,0 +1,1 @@
+"""`mvmlx benchmark`: what this machine reaches, beside its own limit and beside diffusers."""

@@ -1,0 +1,123 @@
+"""The same work from diffusers, on the same weights and inputs, in turns with this project's: `--against diffusers`.
+
+What diffusers has no code for, attention over all views, is done by its own attention on other groups of tokens; see
+`mvtorch.diffusers_model`. Before anything is timed, the results are compared.
+"""
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mvshared.backend import PACKAGES, BackendName, Dtype
+from mvshared.benchmark.cases import decode_of, step, step_of, vae_decode
+from mvshared.benchmark.compare import Case
+from mvshared.benchmark.measure import peak_rss_bytes, timing_of
+from mvshared.benchmark.models import measured
+from mvshared.benchmark.results import Row
+from mvshared.benchmark.worker import Prepared
+
+EAGER = {"contiguous": "eager", "channels_last": "eager, channels_last"}
+COMPILED = "compiled"
+WARM_UP = 4  # the second call of a compiled network often compiles it anew, for what has changed
+# Relative RMS that rounding explains between two orders of computing a guided step or a picture.
+AGREE: dict[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def diffusers_work(
+    *, call: str, model: str, device: str, dtype: Dtype, views: int, size_px: int, guided: bool, layout: str, compiled: bool
+) -> Prepared:
+    """`call`, step or decode, by diffusers. Raises BackendError if it is not installed."""
+    module = importlib.import_module(f"{PACKAGES['torch']}.diffusers_model")
+    found = measured(model)
+    part = "unet" if call == "step" else "vae"
+    source: Any = found.config if found.folder is None else found.folder
+    loaded = module.DiffusersModel(source, dtype=dtype, device=device, parts=[part], layout=layout)
+    if loaded.device != "cpu":
+        loaded.vae_batch = views  # what is fastest there; on a CPU, one view at a time is
+    if compiled:
+        loaded.compile()
+    work = step_of(loaded, views=views, size_px=size_px, guided=guided) if call == "step" else None
+    package = importlib.import_module(f"{PACKAGES['torch']}.benchmark")
+
+    def facts() -> dict[str, Any]:
+        return {"dtype": dtype, "peak_memory_bytes": peak_rss_bytes(), **package.device_facts(loaded.device)}
+
+    return Prepared(work or decode_of(loaded, views=views, size_px=size_px), facts)
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept, apart from that of other programs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mvmlx" / "inductor"
+
+
+def against_group(
+    call: str,
+    *,
+    what: str,
+    model: str,
+    backend: BackendName,
+    device: str,
+    dtype: Dtype,
+    views: int,
+    size_px: int,
+    guided: bool,
+    compiled: bool,
+    row: dict[str, Any],
+    needed_bytes: int,
+) -> list[Case]:
+    """Ours, and diffusers in every way; the last one is what the others' results are compared with."""
+    shapes: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "views": views, "size_px": size_px}
+    guidance = {"guided": guided} if call == "step" else {}
+    known: dict[str, Any] = {"row": row, "needed_bytes": needed_bytes}
+    ours = Case(
+        what=what,
+        prepare=step if call == "step" else vae_decode,
+        arguments={**shapes, **guidance, "backend": backend},
+        **known,
+    )
+    # MLX's GPU is PyTorch's under another name.
+    theirs = shapes | {"device": {"gpu": "mps"}.get(device, device), "call": call, "guided": guided}
+    cases = [
+        Case(
+            what=what,
+            prepare=diffusers_work,
+            arguments={**theirs, "layout": layout, "compiled": False},
+            row=row | {"backend": "diffusers", "variant": variant},
+            needed_bytes=needed_bytes,
+        )
+        for layout, variant in EAGER.items()
+    ]
+    if compiled:
+        cache = cache_folder()
+        cases.append(
+            Case(
+                what=what,
+                prepare=diffusers_work,
+                arguments={**theirs, "layout": "channels_last", "compiled": True},
+                row=row | {"backend": "diffusers", "variant": COMPILED},
+                environment={"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+                cache=cache,
+                needed_bytes=2 * needed_bytes,  # frozen weights are copies
+                warm_up=WARM_UP,
+            )
+        )
+    return [ours, *reversed(cases)]
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their seconds over those of the best eager diffusers, turn by turn; without, if that was not measured."""
+    eager = [row for row in rows if row.variant in EAGER.values() and row.seconds]
+    if not eager:
+        return list(rows)
+    best = min(eager, key=lambda row: timing_of(row.seconds).median)
+    return [
+        replace(row, ratios=_over(row.seconds, best.seconds), cpu_ratios=_over(row.cpu_seconds, best.cpu_seconds))
+        for row in rows
+    ]
+
+
+def _over(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]:
+    return tuple(a / b for a, b in zip(ours, theirs, strict=False) if b)

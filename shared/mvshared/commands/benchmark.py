@@ -1,0 +1,62 @@
+"""`mvmlx benchmark`."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mvshared.benchmark.models import RANDOM
+from mvshared.benchmark.results import document, markdown, write_results
+from mvshared.benchmark.run import check_agreement, measure
+from mvshared.benchmark.settings import GROWTH, Settings
+from mvshared.errors import OptionError
+from mvshared.files import check_folder, make_folder
+
+LONGER = (
+    "--model sd21 --views 1,4,5,8 --sizes 256,512",
+    "--model imagedream",
+    "--model sd21 --against diffusers --sizes 256",
+    GROWTH,
+)
+
+
+def run_benchmark(names: tuple[str, ...], options: dict[str, Any]) -> None:
+    """`mvmlx benchmark`: print tables or JSON, and write the results into a file. Raises OptionError for numbers that are
+    none, and NumericsError if what `--against` compares differs."""
+    path: Path | None = options["file"]
+    if path is not None:
+        check_folder(path.parent)
+        if path.is_dir():
+            raise OptionError("json", expected="a file", got=str(path))
+    settings = Settings(
+        names=names,
+        **{name: options[name] for name in ("model", "backend", "device", "guidance", "steps", "repeats", "threads")},
+        dtypes=options["dtype"],
+        views=_whole("views", options["views"]),
+        sizes_px=_whole("sizes", options["sizes"]),
+        against=options["against"],
+        compiled=options["compiled"],
+    )
+    results = measure(settings, lambda line: click.echo(line, err=True))
+    if path is None:
+        click.echo(markdown([results]), nl=False)
+    elif str(path) == "-":
+        click.echo(json.dumps(document(results)))
+    else:
+        make_folder(path.parent)
+        write_results(path, results)
+        click.echo(markdown([results]), nl=False)
+    check_agreement(results)
+    if not names and options["model"] not in RANDOM:
+        for arguments in LONGER:
+            click.echo(f"longer: mvmlx benchmark {shlex.join(shlex.split(arguments))}", err=True)
+
+
+def _whole(name: str, given: list[float] | None) -> tuple[int, ...]:
+    """Numbers of the command line as whole ones."""
+    for value in given or ():
+        if value != int(value):
+            raise OptionError(name, expected="whole numbers with commas between them", got=value)
+    return tuple(int(value) for value in given or ())

@@ -1,0 +1,380 @@
+"""`mvmlx benchmark`: what it measures, what it refuses, and what it writes."""
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mvtorch.benchmark
+from mvshared.backend import PACKAGES
+from mvshared.benchmark import against, cases, growth, models, run, settings, suite
+from mvshared.benchmark.compare import DIFFERENT
+from mvshared.benchmark.growth import Point, measure_growth, points_of, verdicts
+from mvshared.benchmark.models import RANDOM, measured, open_model
+from mvshared.benchmark.results import Results, Row, Table, read_results
+from mvshared.benchmark.run import check_agreement, measure
+from mvshared.benchmark.settings import Needs, Place, Settings, places, resolved
+from mvshared.benchmark.suite import Suite
+from mvshared.cli import run as run_command
+from mvshared.config import CLIPTextConfig, KUNetConfig
+from mvshared.errors import BackendError, CheckpointError, NumericsError, OptionError
+from mvshared.upscaling.config import UpscalerConfig
+from tests.helpers import BACKENDS, TINY_MODEL, TINY_UNET, TINY_VAE, Backend, assert_close, write_tiny_model
+
+TEXT = CLIPTextConfig(vocab_size=49408, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+TINY_SD = replace(TINY_MODEL, family="tiny", unet=TINY_UNET, text_encoder=TEXT, defaults=replace(TINY_MODEL.defaults, views=1))
+TINY_UPSCALER = UpscalerConfig(
+    family="tiny",
+    unet=KUNetConfig(
+        block_out_channels=(32, 64, 64),
+        attention_levels=(False, True, True),
+        attention_head_dim=32,
+        cross_attention_dim=32,
+        layers_per_block=2,
+        time_cond_proj_dim=40,
+    ),
+    vae=TINY_VAE,
+    text_encoder=replace(TEXT, hidden_size=32),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("benchmark") / "tiny"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products of matrices, and no more calls than asked for."""
+    monkeypatch.setattr(suite, "MATMUL_SIZES", (16,))
+    monkeypatch.setattr(run, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(run, "PEAK_REPEATS", 1)
+
+
+def suite_of(name: str, *, backend: Backend = "torch", dtype: str = "float32", **options: Any) -> Suite:
+    given, found = resolved(Settings(model=name, backend=backend, **options))
+    place = Place(backend, "cpu", cast(Any, dtype))
+    return Suite(settings=given, found=found, place=place, needs=Needs(found, place))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [name for name in settings.NAMES if name not in ("start", "upscaler")])
+def test_every_case_of_a_folder_runs_again_and_again(backend: Backend, name: str, model: str) -> None:
+    found = list(suite_of(model, backend=backend, steps=1).cases(name))
+    assert found
+    for case in found:
+        prepared = case.prepare(**case.arguments)
+        prepared.call()
+        prepared.call()
+        row = Row(**{"what": case.what, **case.row, **prepared.facts()})
+        assert row.device == "cpu" and row.peak_memory_bytes
+        assert case.needed_bytes > settings.PROCESS_BYTES and not case.refused
+        assert name == "load" or row.flops is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["condition", "step", "vae", "run"])
+def test_every_case_of_random_weights_runs_without_a_file(backend: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RANDOM, "sd21", TINY_SD)
+    for case in suite_of("sd21", backend=backend, names=(name,), steps=1, sizes_px=(32,)).cases(name):
+        prepared = case.prepare(**case.arguments)
+        result = prepared.call()
+        assert result is None or np.isfinite(result).all()
+        assert prepared.facts()["device"] == "cpu"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_upscaler_of_random_weights_runs_without_a_file(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "X2_UPSCALER", TINY_UPSCALER)
+    prepared = cases.upscaler_step(backend=backend, device="cpu", dtype="float32", views=2, size_px=32)
+    assert prepared.call().shape == (2, 16, 16, 4) and np.isfinite(prepared.call()).all()
+    assert prepared.facts()["peak_memory_bytes"]
+
+
+def test_both_backends_have_the_same_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RANDOM, "sd21", TINY_SD)
+    outputs = [
+        cases.step(model="sd21", backend=backend, device="cpu", dtype="float32", views=2, size_px=32, guided=True).call()
+        for backend in BACKENDS
+    ]
+    assert_close(outputs[1], outputs[0], rms=2e-5)
+    assert np.std(outputs[0]) > 0.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_weights_lie_in_memory_as_loaded_ones_do(backend: Backend, model: str) -> None:
+    """Or the speed would be another one."""
+    package = importlib.import_module(f"{PACKAGES[backend]}.benchmark")
+    loaded: Any = open_model(model, ["unet"], backend=backend, dtype="bfloat16", device="cpu")
+    random = package.random_model(TINY_MODEL, ["unet"], dtype="bfloat16", device="cpu")
+    theirs, ours = (weights_of(each.unet) for each in (loaded, random))
+    assert theirs == ours and len(ours) > 50
+
+
+def weights_of(network: Any) -> dict[str, Any]:
+    """Shape, dtype and strides of every weight; MLX's kernels have a shape that says how they lie."""
+    if hasattr(network, "state_dict"):
+        return {name: (each.shape, each.dtype, each.stride()) for name, each in network.state_dict().items()}
+    flat: Any = tree_flatten(network.parameters())
+    return {name: (each.shape, each.dtype) for name, each in flat}
+
+
+def test_views_sizes_and_guidance_make_a_case_each(model: str) -> None:
+    found = list(suite_of(model, views=(1, 2, 5), sizes_px=(32, 64)).cases("step"))
+    assert len(found) == 12 and len({case.what for case in found}) == 12
+    assert found[0].what == "step, 1 view of 32 px, guided"
+    flops = {case.what: case.row["flops"] for case in found}
+    assert flops["step, 1 view of 32 px, guided"] == 2 * flops["step, 1 view of 32 px"]
+    assert len(list(suite_of(model, views=(1, 2, 5), guidance="off").cases("step"))) == 3
+
+
+def test_the_names_without_any_are_those_that_take_a_minute(model: str) -> None:
+    assert resolved(Settings(model=model))[0].names == ("start", "load", "condition", "step", "vae", "run")
+    assert resolved(Settings(model="sd21"))[0].names == ("start", "condition", "step", "vae", "upscaler")
+    assert resolved(Settings(model="sd21", against="diffusers"))[0].names == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"names": ("weather",)}, "name must be one of start, load"),
+        ({"names": ("growth", "step")}, "growth alone"),
+        ({"guidance": "yes"}, "on, off or both"),
+        ({"against": "nothing"}, "against must be diffusers"),
+        ({"compiled": True}, "together with --against"),
+        ({"repeats": 0}, "repeats must be"),
+        ({"threads": 0}, "threads must be"),
+        ({"views": (0,)}, "views must be"),
+        ({"backend": "jax"}, "auto, mlx or torch"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Settings(**options)
+
+
+def test_a_size_that_the_model_cannot_make_is_refused(model: str) -> None:
+    with pytest.raises(OptionError, match="sizes must be a multiple of 8"):
+        resolved(Settings(model=model, sizes_px=(33,)))
+    with pytest.raises(CheckpointError, match="no such model"):
+        resolved(Settings(model="weather"))
+
+
+def test_mlx_on_a_cpu_is_measured_only_where_it_is_named() -> None:
+    chosen, notes = places(Settings(dtypes=("float32",), device="cpu"))
+    assert [place.backend for place in chosen] == ["torch"] and "--backend mlx" in notes[0]
+    chosen, notes = places(Settings(backend="mlx", dtypes=("float32", "float16"), device="cpu"))
+    assert [place.dtype for place in chosen] == ["float32", "float16"] and not notes
+
+
+def test_what_does_not_fit_into_memory_says_so(model: str, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "free_memory_bytes", lambda: 5_000_000)
+    options: dict[str, Any] = {"model": model, "backend": "torch", "device": "cpu", "dtypes": ("float32",), "repeats": 1}
+    asked: tuple[dict[str, Any], ...] = ({"names": ("vae",)}, {"against": "diffusers"})
+    for given in asked:
+        tables = measure(Settings(**options, **given), lambda line: None).tables
+        rows = [row for name, table in tables.items() if name != "matmul" for row in table.rows]
+        assert rows
+        assert all("needs about" in row.failure and "0.0 GB are free" in row.failure for row in rows)
+
+
+def test_the_command_writes_what_it_prints(model: str, quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "new" / "r.json"
+    options = ["--model", model, "--backend", "torch", "--device", "cpu", "--dtype", "float32", "--repeats", "1"]
+    assert (
+        run_command(["benchmark", "step", "start", *options, "--guidance", "off", "--threads", "1", "--json", str(file)]) == 0
+    )
+    printed = capsys.readouterr().out
+    results = read_results(file)
+    assert list(results.tables) == ["start", "matmul", "step"]
+    (row,) = results.tables["step"].rows
+    assert (row.backend, row.device, row.dtype, row.threads, row.failure) == ("torch", "cpu", "float32", 1, "")
+    assert row.seconds and row.cpu_seconds and row.flops and row.peak_flops and row.peak_cpu_flops
+    assert "of peak" in printed and "step, 2 views of 32 px" in printed
+    assert str(tmp_path) not in json.dumps(dict(results.machine)) and "threads 1" in printed
+
+
+def test_json_is_printed_where_the_file_is_a_dash(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["benchmark", "start", "--model", model, "--repeats", "1", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["format_version"] == 2
+
+
+def test_numbers_that_are_not_whole_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["benchmark", "--views", "1,2.5"]) == 2
+    assert "views must be whole numbers" in capsys.readouterr().err
+
+
+def test_diffusers_does_the_same_work_in_turns_and_has_a_ratio(model: str, quick: None) -> None:
+    options: dict[str, Any] = {"model": model, "backend": "torch", "device": "cpu", "dtypes": ("float32",), "repeats": 2}
+    results = measure(Settings(**options, against="diffusers", views=(2,)), lambda line: None)
+    check_agreement(results)
+    rows = results.tables["against"].rows
+    assert [(row.backend, row.variant) for row in rows] == 2 * [
+        ("torch", ""),
+        ("diffusers", "eager, channels_last"),
+        ("diffusers", "eager"),
+    ]
+    assert all(len(row.seconds) == len(row.ratios) == len(row.cpu_ratios) == 2 and not row.failure for row in rows)
+    for three in (rows[:3], rows[3:]):
+        assert any(row.ratios == (1.0, 1.0) for row in three[1:])
+
+
+@pytest.mark.parametrize("name", ["sd21", "folder"])
+def test_diffusers_computes_the_same_from_random_weights_and_from_files(
+    name: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RANDOM, "sd21", TINY_SD)
+    shared: dict[str, Any] = {"model": model if name == "folder" else name, "device": "cpu", "dtype": "float32"}
+    shared |= {"views": 2, "size_px": 32}
+    ours = cases.step(**shared, backend="torch", guided=True).call()
+    for layout in against.EAGER:
+        theirs = against.diffusers_work(**shared, call="step", guided=True, layout=layout, compiled=False)
+        assert_close(theirs.call(), ours, rms=2e-5)
+        assert theirs.facts()["threads"]
+
+
+def test_the_layout_of_diffusers_is_what_its_name_says() -> None:
+    import torch
+
+    module = importlib.import_module("mvtorch.diffusers_model")
+    for layout, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        network = module.DiffusersModel(TINY_SD, dtype="bfloat16", device="cpu", parts=["unet"], layout=layout)._networks[
+            "unet"
+        ]
+        kernel = network.conv_in.weight
+        assert kernel.is_contiguous(memory_format=memory_format) and kernel.dtype == torch.bfloat16
+
+
+def test_a_ratio_is_of_the_best_eager_diffusers_turn_by_turn() -> None:
+    rows = [
+        Row(what="ours", backend="torch", seconds=(1.0, 4.0), cpu_seconds=(2.0, 2.0)),
+        Row(what="fast", backend="diffusers", variant="compiled", seconds=(0.5, 0.5), cpu_seconds=(1.0, 1.0)),
+        Row(what="slow", backend="diffusers", variant="eager, channels_last", seconds=(9.0, 9.0), cpu_seconds=(9.0, 9.0)),
+        Row(what="best", backend="diffusers", variant="eager", seconds=(2.0, 5.0), cpu_seconds=(4.0, 8.0)),
+    ]
+    assert [row.ratios for row in against.with_ratios(rows)] == [(0.5, 0.8), (0.25, 0.1), (4.5, 1.8), (1.0, 1.0)]
+    assert against.with_ratios(rows)[0].cpu_ratios == (0.5, 0.25)
+    assert against.with_ratios(rows[:2]) == rows[:2]
+
+
+def test_other_results_than_diffusers_are_an_error() -> None:
+    row = Row(what="step", backend="torch", dtype="float32", failure=f"{DIFFERENT}: relative RMS difference 0.5, allowed 0.1")
+    results = Results(machine={}, settings={}, tables={"against": Table(title="", rows=[row])})
+    with pytest.raises(NumericsError, match=r"step: computes something else.*torch in float32"):
+        check_agreement(results)
+
+
+def test_diffusers_that_is_not_installed_says_how_to_install_it(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "diffusers.models.unets.unet_2d_condition", None)
+    with pytest.raises(BackendError, match=r"diffusers is not installed .*mvmlx\[validate\]"):
+        against.diffusers_work(
+            call="step",
+            model=model,
+            device="cpu",
+            dtype="float32",
+            views=1,
+            size_px=32,
+            guided=True,
+            layout="contiguous",
+            compiled=False,
+        )
+
+
+def test_compiled_code_is_kept_in_a_folder_of_its_own(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    group = suite_of(model, against="diffusers", compiled=True).against()[0]
+    compiled = next(case for case in group if case.arguments.get("compiled"))
+    assert compiled.cache == tmp_path / "mvmlx" / "inductor"
+    assert compiled.environment == {"TORCHINDUCTOR_CACHE_DIR": str(compiled.cache)}
+    assert compiled.warm_up > 1 and group[-1].arguments["layout"] == "contiguous"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_growth_is_measured_for_every_size_in_one_process(backend: Backend, model: str) -> None:
+    given = suite_of(model, backend=backend, views=(1, 2), repeats=2)
+    table = measure_growth(given, "views", limit_bytes=10**12, environment={})
+    assert [(row.views, row.failure, len(row.seconds)) for row in table.rows] == [(1, "", 2), (2, "", 2)]
+    for row in table.rows:
+        assert row.work and sum(flops for _, _, flops in row.work) == pytest.approx(row.flops, rel=0.02)
+    assert "verdict" in table.notes[0]
+
+
+def test_a_size_of_a_series_that_does_not_fit_is_left_out(model: str) -> None:
+    given = suite_of(model, sizes_px=(32, 1024), repeats=1)
+    needed = [given.needs.stage("unet", views=2, size_px=size, guided=False) for size in (32, 1024)]
+    table = measure_growth(given, "pixels", limit_bytes=sum(needed) // 2, environment={})
+    assert [bool(row.seconds) for row in table.rows] == [True, False]
+    assert "needs about" in table.rows[1].failure
+
+
+def test_the_series_have_their_usual_sizes_unless_others_are_asked_for(model: str) -> None:
+    given = suite_of(model)
+    plain = replace(given, settings=replace(given.settings, views=(), sizes_px=(), steps=None))
+    assert [point.views for point in points_of(plain, "views")] == [1, 2, 4, 8, 16]
+    assert [point.size_px for point in points_of(plain, "pixels")] == [128, 256, 384, 512, 768]
+    assert points_of(plain, "steps")[-1] == Point(views=2, size_px=32, steps=16)
+    assert growth.axes(plain) == ["views", "pixels", "steps"]
+
+
+def test_growth_beyond_the_arithmetic_is_named_with_what_explains_it() -> None:
+    small = Row(
+        what="small",
+        device="cpu",
+        flops=100,
+        seconds=(9.0,),
+        cpu_seconds=(1.0,),
+        activation_bytes=100,
+        work=(("self-attention", 0.4, 40), ("norms", 0.6, 0)),
+    )
+    same = replace(small, what="same", flops=400, cpu_seconds=(4.4,), activation_bytes=440)
+    grown = replace(
+        small,
+        what="grown",
+        flops=400,
+        cpu_seconds=(6.0,),
+        activation_bytes=800,
+        work=(("self-attention", 3.4, 160), ("norms", 2.6, 0)),
+    )
+    (fine,), (bad,) = verdicts([small, same]), verdicts([small, grown])
+    assert fine["verdict"] == "no faster than the arithmetic" and (fine["arithmetic"], fine["time"]) == ("x 4.00", "x 4.40")
+    assert bad["verdict"].startswith("time 1.50x as fast as the arithmetic: self-attention has 90 % of the excess")
+    assert bad["verdict"].endswith("memory 2.00x as fast as the arithmetic")
+    assert verdicts([small, replace(grown, seconds=())]) == []
+
+
+def test_a_name_that_is_not_downloaded_has_random_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MVMLX_HOME", str(tmp_path))
+    assert measured("imagedream").folder is None and measured("imagedream").config is models.RANDOM["imagedream"]
+    assert measured("demo").folder is not None
+    with pytest.raises(CheckpointError):
+        measured("sd15")
+
+
+def test_matrix_products_are_waited_for() -> None:
+    for backend in BACKENDS:
+        package = importlib.import_module(f"{PACKAGES[backend]}.benchmark")
+        assert package.matrix_product(8, dtype="float32", device="cpu")() is None
+        package.wait("cpu")
+        assert package.device_facts("cpu")["threads"] >= 1
+        assert package.device_memory_bytes("cpu") is None
+
+
+def test_a_gpu_is_named_with_the_memory_of_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlx.core as mx
+    import torch
+
+    import mvmlx.benchmark
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    assert mvtorch.benchmark.device_facts("cuda:1") == {"device": "CUDA, name of cuda:1", "device_memory_bytes": 5}
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M0"})
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 6)
+    for metal, kind in ((True, "Metal"), (False, "CUDA")):
+        monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
+        assert mvmlx.benchmark.device_facts("gpu") == {"device": f"{kind}, Apple M0", "device_memory_bytes": 6}
