@@ -164,7 +164,7 @@ class MultiViewModel(LatentModel):
     ) -> Guided[mx.array]:
         """The U-Net's outputs (v, h, w, c), float32, for latents x (v, h, w, c) at timestep t, summed over the branches with
         their weights, and `rescale` of the sum brought back to the deviation of the last branch; and those of the last branch.
-        Neither is computed yet.
+        Not computed yet.
 
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvshared.attention import AttentionOptions, check_pooling, score_slices
+from mvtorch import cpu_attention
 from mvtorch.layers import FeedForward, GroupNorm
 
 
@@ -38,6 +39,8 @@ def attention(
     key, and not for causal attention. The softmax is in float32 whatever the dtype.
     """
     if options.implementation == "fused":
+        if not causal and cpu_attention.is_for(q, k):
+            return cpu_attention.shifted_attention(q, k, v, key_bias=key_bias)
         mask = None if key_bias is None else key_bias.to(q.dtype)[None, None, None]
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=mask)
     if options.implementation == "plain":

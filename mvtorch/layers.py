@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvshared.errors import OptionError
+from mvtorch import cpu_norms
+from mvtorch.cpu_norms import norm_silu
 
 
 class GroupNorm(nn.GroupNorm):
@@ -28,6 +30,10 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(n, c, h, w) to (n, c, h, w)."""
+        if cpu_norms.is_for(x):
+            out = cpu_norms.normalised(x, self.num_groups, self.weight, self.bias, eps=self.eps)
+            if out is not None:
+                return out
         return super().forward(_centred(x, self.num_groups))
 
 
@@ -41,7 +47,12 @@ class AdaGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(n, c, h, w) and embeddings (n, embed_dim) to (n, c, h, w)."""
-        scale, shift = (value[:, :, None, None] for value in self.scale_shift(emb))
+        scale, shift = self.scale_shift(emb)
+        if cpu_norms.is_for(x):
+            out = cpu_norms.normalised(x, self.groups, scale, shift, eps=self.eps)
+            if out is not None:
+                return out
+        scale, shift = (value[:, :, None, None] for value in (scale, shift))
         return torch.addcmul(shift, F.group_norm(_centred(x, self.groups), self.groups, eps=self.eps), scale)
 
     def scale_shift(self, emb: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,11 +101,14 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x (n, in_channels, h, w) and time embeddings after SiLU (n, time_embed_dim) to (n, out_channels, h, w)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        reuse = cpu_norms.may_overwrite(*self.children())
+        h = self.conv1(norm_silu(self.norm1, x))
         if emb is not None:
-            h = h + self.time_emb_proj(emb)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            shift = self.time_emb_proj(emb)[:, :, None, None]
+            h = h.add_(shift) if reuse else h + shift
+        h = self.conv2(norm_silu(self.norm2, h, overwrite=reuse))
+        rest = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h.add_(rest) if reuse else h + rest
 
 
 class Downsample(nn.Module):

@@ -36,6 +36,7 @@ from mvshared.weights import (
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.inference import inference, join_projections
 from mvtorch.latents import LatentModel, to_numpy
+from mvtorch.packed import pack_network
 from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Constants, MultiViewUNet, select_objects
 from mvtorch.upscaler import LatentUpscaler
@@ -295,9 +296,17 @@ def check_files(config: NetworkConfig, paths: Sequence[Path]) -> None:
 def network_loaders(
     config: Any, files: Mapping[Any, Sequence[Path]], *, dtype: Dtype, device: str, quantize: str | None = None
 ) -> Networks:
-    """The networks of the components that have files, read when they are needed; the config has one for each."""
+    """The networks of the components that have files, read when they are needed, and packed for inference on a CPU.
+
+    The config has one for each."""
     options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
-    return Networks({part: partial(load_network, getattr(config, part), paths, **options) for part, paths in files.items()})
+
+    def load_packed(part: Any) -> Any:
+        network = load_network(getattr(config, part), files[part], **options)
+        pack_network(network)
+        return network
+
+    return Networks({part: partial(load_packed, part) for part in files})
 
 
 def load_network(
@@ -323,7 +332,9 @@ def random_network(config: NetworkConfig, *, dtype: Dtype, device: str) -> Any:
     """One network with random weights, the same in both backends, ready to compute: for measurements without a checkpoint."""
     with torch.device("meta"):
         network = _network(config)
-    return filled(network, random_tensors(weight_shapes(network), dtype=dtype, device=device), device=device)
+    network = filled(network, random_tensors(weight_shapes(network), dtype=dtype, device=device), device=device)
+    pack_network(network)
+    return network
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, device: str) -> dict[str, Tensor]:
@@ -334,7 +345,7 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, devic
 def filled(network: Any, tensors: Mapping[str, Tensor], *, device: str) -> Any:
     """A network with these weights, ready to compute on the device that they are on."""
     network.load_state_dict(tensors, strict=True, assign=True)
-    if unet is not None and torch.device(device).type == "cuda":
+    if isinstance(network, MultiViewUNet) and torch.device(device).type == "cuda":
         join_projections(network)
     return network.eval()
 

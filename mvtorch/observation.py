@@ -79,7 +79,7 @@ class _Watch:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             now = _now()
             inputs = dict(_inputs(type(module), args, kwargs))
-            kind = type(module).__name__
+            kind = getattr(module, "kind", type(module).__name__)  # what a packed layer stands for
             call = Call(name=name, kind=kind, depth=len(self.calls), inputs=inputs, start=now - self.spent)
             self.calls.append(call)
             if self.on_start is not None:

@@ -19,7 +19,16 @@ from mvshared.config import UNetConfig
 from mvshared.shapes import check_conditions, check_unet_inputs
 from mvtorch.attention import CrossKeyValues, KeyValues, SpatialTransformer
 from mvtorch.clip import Resampler
-from mvtorch.layers import Downsample, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, run_block, timestep_embedding
+from mvtorch.cpu_norms import norm_silu
+from mvtorch.layers import (
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    run_block,
+    timestep_embedding,
+)
 
 Cross = Sequence[Sequence[CrossKeyValues]]  # of every block of every transformer, in the order in which they run
 
@@ -228,7 +237,7 @@ class MultiViewUNet(nn.Module):
             for upsample in level.upsamplers:
                 x = upsample(x)
         x = x.unflatten(0, (b, f))[:, :v].flatten(0, 1)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(norm_silu(self.conv_norm_out, x))
         return x.permute(0, 2, 3, 1).unflatten(0, (b, v))
 
     def _transformers(self) -> Iterator[Any]:

@@ -5,7 +5,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvshared.attention import FUSED, AttentionOptions
@@ -13,6 +12,7 @@ from mvshared.config import VAEConfig
 from mvshared.errors import OptionError
 from mvshared.shapes import check_pictures
 from mvtorch.attention import SpatialAttention
+from mvtorch.cpu_norms import norm_silu
 from mvtorch.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample, run_block
 from mvtorch.tiling import decode_in_tiles, encode_in_tiles
 
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, recompute=recompute)
         x = self.mid_block(x, options=options, recompute=recompute)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x), options=options, recompute=recompute)
         for block in self.up_blocks:
             x = block(x, recompute=recompute)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class AutoencoderKL(nn.Module):

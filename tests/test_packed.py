@@ -1,0 +1,284 @@
+"""Networks that are packed for inference on a CPU: the same results as the plain ones and as diffusers', and the way back."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import BFLOAT16_RMS, FLOAT32_RMS, TINY_UNET, TINY_VAE, assert_close, denoise, make_unet, make_vae, unet_inputs
+from test_reference_unet import CONFIGS, denoise_with_diffusers
+from test_reference_vae import diffusers_vae
+from torch import Tensor, nn
+
+import mvtorch
+import mvtorch.packed
+from mvshared.backend import load
+from mvshared.checkpoint import read_model_config, weight_files
+from mvshared.config import UNetConfig, VAEConfig
+from mvshared.errors import BackendError
+from mvtorch import cpu_attention, cpu_norms
+from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
+from mvtorch.model import load_network
+from mvtorch.packed import PackedConv2d, PackedFeedForward, PackedLinear, PackedUpsample, pack_network
+
+FIXTURES = Path(__file__).parent / "fixtures"
+BFLOAT16 = pytest.param(torch.bfloat16, 8e-3, id="bfloat16")  # a few roundings
+DTYPES = [pytest.param(torch.float32, 1e-5, id="float32"), BFLOAT16]
+# The widths of the demo model, no multiples of 16, and rows of layers that differ.
+WIDE = UNetConfig(
+    block_out_channels=(24, 40),
+    layers_per_block=(1, 2),
+    transformer_layers_per_block=(1, 1),
+    attention_levels=(True, True),
+    num_attention_heads=(2, 4),
+    cross_attention_dim=24,
+    norm_num_groups=8,
+)
+WIDE_VAE = VAEConfig(block_out_channels=(24, 40, 40), layers_per_block=1, norm_num_groups=8)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(*shape: int) -> Tensor:
+    return normal(*shape).contiguous(memory_format=torch.channels_last)
+
+
+def packed(module: Any, dtype: torch.dtype) -> Any:
+    """A packed copy of one layer in a dtype."""
+    holder = nn.ModuleList([copy.deepcopy(module).to(dtype)])
+    pack_network(holder)
+    assert type(holder[0]) is not type(module)
+    return holder[0]
+
+
+def assert_same(module: nn.Module, x: Tensor, *, dtype: torch.dtype, rms: float) -> None:
+    """A packed copy of a layer computes what the layer does in float32 with its rounded weights."""
+    exact = copy.deepcopy(module).to(dtype).float()
+    assert_close(packed(module, dtype)(x.to(dtype)), exact(x.to(dtype).float()), rms=rms)
+
+
+@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 20), (2, 77, 20), (1, 3, 5, 20)])
+def test_a_packed_linear_layer_computes_what_it_did(shape: tuple[int, ...], bias: bool, dtype: torch.dtype, rms: float) -> None:
+    assert_same(nn.Linear(20, 33, bias=bias), normal(*shape), dtype=dtype, rms=rms)
+
+
+@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (2, 8), (3, 5), (9, 14)])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (3, 2, 0), (1, 1, 0), (1, 1, 1), (5, 1, 2)])
+def test_a_packed_convolution_computes_what_it_did(
+    kernel: int, stride: int, padding: int, size: tuple[int, int], bias: bool, dtype: torch.dtype, rms: float
+) -> None:
+    conv = nn.Conv2d(12, 20, kernel, stride=stride, padding=padding, bias=bias)
+    height, width = (max(each, kernel - 2 * padding) for each in size)
+    assert_same(conv, pictures(3, 12, height, width), dtype=dtype, rms=rms)
+
+
+@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+def test_a_packed_convolution_takes_maps_of_changing_size(dtype: torch.dtype, rms: float) -> None:
+    conv = nn.Conv2d(24, 24, 3, padding=1)
+    layer, exact = packed(conv, dtype), copy.deepcopy(conv).to(dtype).float()
+    for batch, side in ((1, 8), (10, 4), (2, 16), (2, 3), (1, 9)):
+        x = pictures(batch, 24, side, side).to(dtype)
+        assert_close(layer(x), exact(x.float()), rms=rms)
+
+
+@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@pytest.mark.parametrize("shape", [(1, 24, 1, 1), (2, 24, 5, 7), (10, 24, 4, 8)])
+def test_packed_upsampling_computes_what_it_did(shape: tuple[int, ...], dtype: torch.dtype, rms: float) -> None:
+    assert_same(Upsample(24), pictures(*shape), dtype=dtype, rms=rms)
+
+
+@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@pytest.mark.parametrize("tokens", [1, 1024, 1500])
+def test_a_packed_feed_forward_computes_what_it_did(tokens: int, dtype: torch.dtype, rms: float) -> None:
+    assert_same(FeedForward(24), normal(2, tokens, 24), dtype=dtype, rms=rms)
+
+
+@pytest.mark.parametrize("size", [(3, 70), (70, 70)])
+def test_the_last_convolution_is_in_float32(size: tuple[int, int]) -> None:
+    conv, x = Float32Conv2d(24, 3, 3, padding=1), pictures(2, 24, *size).bfloat16()
+    out = packed(conv, torch.float32)(x)
+    assert out.dtype == torch.float32
+    assert_close(out, conv(x), rms=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mean", [0.0, 30.0, 3e3])
+@pytest.mark.parametrize("shape", [(1, 24, 64, 64), (3, 48, 53, 37), (2, 40, 1, 2048)])
+def test_norms_are_exact_whatever_the_mean(shape: tuple[int, ...], mean: float, dtype: torch.dtype) -> None:
+    norm = GroupNorm(8, shape[1], eps=1e-5)
+    norm.weight.copy_(1 + normal(shape[1]) / 4)
+    norm.bias.copy_(normal(shape[1], seed=1))
+    x = (mean + pictures(*shape)).to(dtype)
+    expected = nn.functional.group_norm(x.double(), 8, norm.weight.double(), norm.bias.double(), 1e-5)
+    rms = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert cpu_norms.is_for(x)
+    out = norm.to(dtype)(x)
+    assert out.dtype == dtype
+    assert_close(out, nn.functional.group_norm(x.double(), 8, norm.weight.double(), norm.bias.double(), 1e-5), rms=rms)
+    assert_close(cpu_norms.norm_silu(norm, x.clone(), overwrite=True), nn.functional.silu(expected), rms=2 * rms)
+
+
+def test_norms_and_blocks_leave_what_is_observed_and_their_input_alone() -> None:
+    block, seen = ResnetBlock(32, 32, groups=8, eps=1e-5, time_embed_dim=16), dict[str, Tensor]()
+    x, emb = pictures(2, 32, 48, 48), normal(2, 16)
+    given = x.clone()
+    plain = block(x, emb)
+    with mvtorch.observe({"block": block}, lambda name, array, seconds: seen.__setitem__(name, array)):
+        observed = block(x, emb)
+    assert torch.equal(x, given)
+    assert_close(plain, observed, rms=1e-6)
+    np.testing.assert_array_equal(seen["block.norm1"], block.norm1(x).permute(0, 2, 3, 1))
+    np.testing.assert_array_equal(seen["block.conv1"], block.conv1(nn.functional.silu(block.norm1(x))).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0, 30.0])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(300, 300, 64), (70, 1000, 40), (1, 256, 16)])
+def test_shifted_attention_is_as_exact_as_its_weights(queries: int, keys: int, width: int, spread: float) -> None:
+    q, k, v = (normal(2, 3, count, width, seed=count).bfloat16() for count in (queries, keys, keys))
+    q = q * spread
+    bias = normal(keys)
+    for key_bias in (None, bias):
+        scores = q.double() @ k.double().transpose(-1, -2) * width**-0.5
+        scores = scores if key_bias is None else scores + key_bias.bfloat16().double()
+        expected = scores.softmax(-1) @ v.double()
+        found = cpu_attention.shifted_attention(q, k, v, key_bias=key_bias)
+        assert found.shape == q.shape
+        assert_close(found, expected, rms=1e-2)
+
+
+def test_shifted_attention_is_for_processors_whose_kernel_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, few = torch.zeros(1, 1, 300, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 77, 8, dtype=torch.bfloat16)
+    for instructions, wanted in (("AVX-512", True), ("AMX", False), ("Arm's BF16", False), (None, False)):
+        cpu_attention._has_slow_kernel.cache_clear()
+        monkeypatch.setattr("mvshared.precision.bfloat16_instructions", lambda instructions=instructions: instructions)
+        assert cpu_attention.is_for(q, q) is wanted
+        assert not cpu_attention.is_for(q, few)
+        assert not cpu_attention.is_for(q.float(), q.float())
+    cpu_attention._has_slow_kernel.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "rms"), [(torch.float32, FLOAT32_RMS), (torch.bfloat16, BFLOAT16_RMS)])
+@pytest.mark.parametrize(("batch", "views", "size"), [(1, 1, (8, 12)), (2, 5, (10, 6)), (1, 10, (16, 16))])
+def test_a_packed_unet_computes_what_the_plain_one_and_diffusers_do(
+    batch: int, views: int, size: tuple[int, int], dtype: torch.dtype, rms: float
+) -> None:
+    inputs = unet_inputs(WIDE, batch=batch, views=views, size=size)
+    plain = make_unet(WIDE, "torch")
+    expected = denoise(plain, inputs)
+    assert_close(expected, denoise_with_diffusers(WIDE, inputs), rms=FLOAT32_RMS)
+    model = plain.to(dtype)
+    pack_network(model)
+    assert isinstance(model.conv_in, PackedConv2d)
+    assert_close(denoise(model, inputs), expected, rms=rms)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_kind_of_unet_is_packed_without_a_trace(name: str) -> None:
+    inputs, model = unet_inputs(CONFIGS[name], views=2, size=(16, 24)), make_unet(CONFIGS[name], "torch")
+    expected = denoise(model, inputs)
+    pack_network(model)
+    left = [module for module in model.modules() if type(module) in (nn.Linear, nn.Conv2d, Upsample, FeedForward)]
+    assert left == []
+    assert_close(denoise(model, inputs), expected, rms=FLOAT32_RMS)
+
+
+@pytest.mark.parametrize(("dtype", "rms"), [(torch.float32, FLOAT32_RMS), (torch.bfloat16, BFLOAT16_RMS)])
+@pytest.mark.parametrize("config", [TINY_VAE, WIDE_VAE], ids=["tiny", "wide"])
+def test_a_packed_vae_computes_what_the_plain_one_and_diffusers_do(config: VAEConfig, dtype: torch.dtype, rms: float) -> None:
+    oracle, model = diffusers_vae(config), make_vae(config, "torch").to(dtype)
+    model.decoder.conv_out.float()
+    pack_network(model)
+    for batch, size in ((1, (20, 12)), (3, (16, 28))):
+        latents, pixels = normal(batch, *size, 4), normal(batch, *(config.downscale * each for each in size), 3)
+        expected = oracle.decode(latents.permute(0, 3, 1, 2)).sample.permute(0, 2, 3, 1)  # pyright: ignore
+        found = model.decode(latents)
+        assert found.dtype == torch.float32
+        assert_close(found, expected, rms=rms)
+        mean = oracle.encode(pixels.permute(0, 3, 1, 2)).latent_dist.mean.permute(0, 2, 3, 1)  # pyright: ignore
+        assert_close(model.encode(pixels).mean, mean, rms=rms)
+
+
+def test_a_packed_vae_in_tiles_has_no_seams() -> None:
+    model = make_vae(WIDE_VAE, "torch")
+    pack_network(model)
+    latents = normal(1, 40, 36, 4)
+    pixels = model.decode(latents)
+    assert_close(model.decode(latents, tile=64), pixels, rms=FLOAT32_RMS)
+    assert_close(model.encode(pixels, tile=64).mean, model.encode(pixels).mean, rms=FLOAT32_RMS)
+
+
+def test_blocks_of_a_packed_network_have_the_names_the_kinds_and_the_arithmetic_of_the_plain_one() -> None:
+    inputs, told, outputs = unet_inputs(TINY_UNET, size=(16, 16)), list[Any](), list[Any]()
+    model = make_unet(TINY_UNET, "torch")
+    for pack in (False, True):
+        if pack:
+            pack_network(model)
+        blocks: list[Any] = []
+        with mvtorch.observe_blocks({"unet": model}, blocks.append):
+            denoise(model, inputs)
+        told.append([(block.name, block.kind, block.flops, sorted(block.inputs)) for block in blocks])
+        outputs.append({name: array for block in blocks for name, array in block.outputs.items()})
+    assert told[0] == told[1]
+    for name, array in outputs[0].items():
+        assert_close(outputs[1][name], array, rms=FLOAT32_RMS)
+
+
+def test_loaded_networks_are_packed_and_have_no_weights_to_save() -> None:
+    model: Any = load(FIXTURES / "tiny-imagedream", backend="torch", device="cpu", dtype="float32").model
+    assert isinstance(model.networks["text_encoder"].encoder.layers[0].self_attn.q_proj, PackedLinear)
+    assert isinstance(model.vae.decoder.up_blocks[0].upsamplers[0], PackedUpsample)
+    assert isinstance(model.unet.mid_block.attentions[0].transformer_blocks[0].ff, PackedFeedForward)
+    with pytest.raises(BackendError, match="packed for inference"):
+        model.unet.state_dict()
+    folder = FIXTURES / "tiny-imagedream"
+    unet = load_network(read_model_config(folder).unet, weight_files(folder, "unet"), dtype="float32", device="cpu")
+    assert not any(isinstance(layer, PackedLinear | PackedConv2d) for layer in unet.modules())
+    assert "conv_in.weight" in unet.state_dict()
+
+
+def test_quantised_layers_stay_and_those_beside_them_are_packed() -> None:
+    model: Any = load(FIXTURES / "tiny-mvdream", backend="torch", device="cpu", dtype="bfloat16", quantize="q8").model
+    kinds = {type(layer).__name__ for layer in model.unet.modules()}
+    assert {"QuantizedLinear", "QuantizedConv2d", "PackedLinear", "PackedConv2d"} <= kinds
+
+
+@pytest.mark.parametrize("missing", ["_packed_matrix", "_packed_kernel"])
+def test_without_the_private_operators_networks_stay_plain_and_one_line_is_logged(
+    missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Tensor:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
+
+    monkeypatch.setattr(mvtorch.packed, missing, refuse)
+    monkeypatch.setattr(mvtorch.packed, "_told", set())
+    inputs = unet_inputs(TINY_UNET)
+    with caplog.at_level(logging.WARNING, logger="mvtorch.packed"):
+        for _ in range(2):
+            model = make_unet(TINY_UNET, "torch")
+            expected = denoise(model, inputs)
+            pack_network(model)
+            assert_close(denoise(model, inputs), expected, rms=FLOAT32_RMS)
+    assert len(caplog.records) == 1
+    assert "no attribute" in caplog.text
+
+
+def test_other_dtypes_stay_plain() -> None:
+    model = make_unet(TINY_UNET, "torch").half()
+    pack_network(model)
+    assert type(model.conv_in) is nn.Conv2d
