@@ -274,6 +274,7 @@ norm_num_groups = 4
 
 def test_evaluate_prints_and_writes_the_same_figures(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", *TINY, "--identities", "0:2", "--steps", "1", "--normals", "-o", "out"]
+    command += ["--scheduler", "euler", "--spacing", "trailing"]
     assert run(command) == 0
     table = capfd.readouterr().out
     assert run([*command, "--json"]) == 0

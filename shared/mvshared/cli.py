@@ -464,6 +464,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @click.option("--identities", type=NumberRange(), default="0:64", show_default=True, help="Numbers of the heads, first:end.")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance.  [default: the model's]")
+@sampler_options
 @click.option("--views", type=int, help="Views per head, spread evenly from azimuth 45 on.  [default: 4]")
 @click.option("--normals", is_flag=True, help="Give the true normal maps to the model.")
 @click.option("--upscaler", help="Measure this latent upscaler on the model's views instead, beside lanczos and bilinear.")

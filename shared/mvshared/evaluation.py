@@ -118,6 +118,8 @@ def evaluate(
     views: int = VIEWS,
     steps: int | None = None,
     guidance: float | None = None,
+    scheduler: str | None = None,
+    spacing: str | None = None,
     normals: bool = False,
     seed: int = 0,
 ) -> Evaluation:
@@ -142,6 +144,8 @@ def evaluate(
             normals=list(subject.normals) if normals else None,
             steps=steps,
             guidance=guidance,
+            scheduler=scheduler,
+            spacing=spacing,
             seed=seed,
         )
         truth = composite(subject.truth)

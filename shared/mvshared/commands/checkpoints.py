@@ -104,7 +104,8 @@ def _print_report(report: Report) -> None:
     elif report.config is not None:
         defaults = report.config.defaults
         views = f"{defaults.views} view{'s' if defaults.views > 1 else ''} of {defaults.size_px} pixels"
-        click.echo(f"family {report.config.family}: {views}, {defaults.steps} steps, guidance {defaults.guidance:g}")
+        how = f"{defaults.steps} steps of {defaults.scheduler}, guidance {defaults.guidance:g}"
+        click.echo(f"family {report.config.family}: {views}, {how}")
     for each in report.components:
         dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in sorted(each.dtypes.items()))
         files = f"{each.files} file{'s' if each.files > 1 else ''}"

@@ -39,6 +39,8 @@ def evaluate_model(options: dict[str, Any]) -> None:
         views=VIEWS if options["views"] is None else options["views"],
         steps=options["steps"],
         guidance=options["guidance"],
+        scheduler=options["scheduler"],
+        spacing=options["spacing"],
         normals=options["normals"],
         seed=options["seed"],
     )
@@ -51,6 +53,8 @@ def evaluate_model(options: dict[str, Any]) -> None:
         "seed": options["seed"],
         "steps": options["steps"] or pipeline.model.config.defaults.steps,
         "guidance": options["guidance"] or pipeline.model.config.defaults.guidance,
+        "scheduler": options["scheduler"] or pipeline.model.config.defaults.scheduler,
+        "spacing": options["spacing"] or pipeline.model.config.scheduler.timestep_spacing,
         "backend": pipeline.model.backend,
         "dtype": pipeline.model.dtype,
         "quantization": pipeline.model.quantization,
@@ -75,7 +79,7 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
     from mvshared.upscaling.evaluation import evaluate_upscaling
     from mvshared.upscaling.views import UpscaleOptions
 
-    for name, left_out in (("normals", False), ("views", None)):
+    for name, left_out in (("normals", False), ("views", None), ("scheduler", None), ("spacing", None)):
         if options[name] is not left_out:
             raise OptionError(name, expected="left out with --upscaler", got=options[name])
     output: Path | None = options["output"]
