@@ -162,6 +162,17 @@ def test_shifted_attention_is_as_exact_as_its_weights(queries: int, keys: int, w
         assert_close(found, expected, rms=1e-2)
 
 
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+def test_shifted_attention_sees_large_scores_beside_those_of_its_estimate(spread: float) -> None:
+    keys = normal(1, 1, 512, 64) * spread**0.5
+    queries = keys.clone()
+    keys[:, :, 1::2] = queries[:, :, ::2] + 0.05 * normal(1, 1, 256, 64) * spread**0.5  # twins: only the first may be in it
+    q, k, v = queries.bfloat16(), keys.bfloat16(), normal(1, 1, 512, 64).bfloat16()
+    q, k = q[:, :, 2::4], k.roll(3, dims=2)
+    expected = (q.double() @ k.double().transpose(-1, -2) / 8).softmax(-1) @ v.double()
+    assert_close(cpu_attention.shifted_attention(q, k, v), expected, rms=5e-3)
+
+
 def test_shifted_attention_is_for_processors_whose_kernel_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     q, few = torch.zeros(1, 1, 300, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 77, 8, dtype=torch.bfloat16)
     for instructions, wanted in (("AVX-512", True), ("AMX", False), ("Arm's BF16", False), (None, False)):
