@@ -2,8 +2,8 @@
 
 That kernel has MKL multiply matrices, which on such processors takes more than twice as long as oneDNN. oneDNN's products of
 bfloat16 are rounded to bfloat16, which would cost large scores their digits; so an estimate of the largest score of a query is
-taken away inside of the product, and where that proves far too low, the query's product is made again. The softmax does not depend on it,
-and what is left is small wherever it weighs. docs/speed.md has the errors and the times.
+taken away inside of the product, and where that proves far too low, the query's product is made again. The softmax does not
+depend on it, and what is left is small wherever it weighs. docs/speed.md has the errors and the times.
 """
 
 from functools import cache
