@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_LEAST_NUMBERS = 1 << 16  # of a picture: with fewer, the many calls take longer than what they save
+_LEAST_NUMBERS = 1 << 15  # of a piece: with fewer, the many calls take longer than what they save
 # Pixels whose numbers are added up one after the other, which costs float32 its last digits.
 _PIECE_PIXELS = {torch.float32: 256, torch.bfloat16: 4096, torch.float16: 4096}
 _CACHED_PIXELS = 4096
@@ -41,7 +41,9 @@ def norm_silu(norm: Any, x: Tensor, *, overwrite: bool = False) -> Tensor:
 
 def is_for(x: Tensor) -> bool:
     """Whether `normalised` is for pictures x (n, c, h, w)."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and x[:1].numel() >= _LEAST_NUMBERS
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype not in _PIECE_PIXELS:
+        return False
+    return x.shape[1] * min(x.shape[2] * x.shape[3], _PIECE_PIXELS[x.dtype]) >= _LEAST_NUMBERS
 
 
 def normalised(

@@ -28,9 +28,9 @@ from mvtorch.packed import PackedConv2d, PackedFeedForward, PackedLinear, Packed
 FIXTURES = Path(__file__).parent / "fixtures"
 BFLOAT16 = pytest.param(torch.bfloat16, 8e-3, id="bfloat16")  # a few roundings
 DTYPES = [pytest.param(torch.float32, 1e-5, id="float32"), BFLOAT16]
-# The widths of the demo model, no multiples of 16, and rows of layers that differ.
+# Widths that are no multiples of 16, beside one whose kernels are packed.
 WIDE = UNetConfig(
-    block_out_channels=(24, 40),
+    block_out_channels=(40, 64),
     layers_per_block=(1, 2),
     transformer_layers_per_block=(1, 1),
     attention_levels=(True, True),
@@ -38,7 +38,7 @@ WIDE = UNetConfig(
     cross_attention_dim=24,
     norm_num_groups=8,
 )
-WIDE_VAE = VAEConfig(block_out_channels=(24, 40, 40), layers_per_block=1, norm_num_groups=8)
+WIDE_VAE = VAEConfig(block_out_channels=(24, 40, 64), layers_per_block=1, norm_num_groups=8)
 
 
 @pytest.fixture(autouse=True)
@@ -83,24 +83,27 @@ def test_a_packed_linear_layer_computes_what_it_did(shape: tuple[int, ...], bias
 def test_a_packed_convolution_computes_what_it_did(
     kernel: int, stride: int, padding: int, size: tuple[int, int], bias: bool, dtype: torch.dtype, rms: float
 ) -> None:
-    conv = nn.Conv2d(12, 20, kernel, stride=stride, padding=padding, bias=bias)
     height, width = (max(each, kernel - 2 * padding) for each in size)
-    assert_same(conv, pictures(3, 12, height, width), dtype=dtype, rms=rms)
+    for inputs, outputs in ((12, 20), (24, 64)):  # the first ones' kernel is not packed
+        conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=bias)
+        assert_same(conv, pictures(3, inputs, height, width), dtype=dtype, rms=rms)
 
 
 @pytest.mark.parametrize(("dtype", "rms"), DTYPES)
 def test_a_packed_convolution_takes_maps_of_changing_size(dtype: torch.dtype, rms: float) -> None:
-    conv = nn.Conv2d(24, 24, 3, padding=1)
-    layer, exact = packed(conv, dtype), copy.deepcopy(conv).to(dtype).float()
-    for batch, side in ((1, 8), (10, 4), (2, 16), (2, 3), (1, 9)):
-        x = pictures(batch, 24, side, side).to(dtype)
-        assert_close(layer(x), exact(x.float()), rms=rms)
+    for outputs in (24, 64):
+        conv = nn.Conv2d(24, outputs, 3, padding=1)
+        layer, exact = packed(conv, dtype), copy.deepcopy(conv).to(dtype).float()
+        assert layer.packed.is_mkldnn == (outputs == 64)
+        for batch, side in ((1, 8), (10, 4), (2, 16), (2, 3), (1, 9)):
+            x = pictures(batch, 24, side, side).to(dtype)
+            assert_close(layer(x), exact(x.float()), rms=rms)
 
 
 @pytest.mark.parametrize(("dtype", "rms"), DTYPES)
-@pytest.mark.parametrize("shape", [(1, 24, 1, 1), (2, 24, 5, 7), (10, 24, 4, 8)])
+@pytest.mark.parametrize("shape", [(1, 24, 1, 1), (2, 64, 5, 7), (10, 24, 4, 8), (1, 128, 4, 4)])
 def test_packed_upsampling_computes_what_it_did(shape: tuple[int, ...], dtype: torch.dtype, rms: float) -> None:
-    assert_same(Upsample(24), pictures(*shape), dtype=dtype, rms=rms)
+    assert_same(Upsample(shape[1]), pictures(*shape), dtype=dtype, rms=rms)
 
 
 @pytest.mark.parametrize(("dtype", "rms"), DTYPES)
@@ -119,7 +122,7 @@ def test_the_last_convolution_is_in_float32(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mean", [0.0, 30.0, 3e3])
-@pytest.mark.parametrize("shape", [(1, 24, 64, 64), (3, 48, 53, 37), (2, 40, 1, 2048)])
+@pytest.mark.parametrize("shape", [(1, 128, 64, 64), (3, 160, 53, 37), (2, 136, 1, 2048)])
 def test_norms_are_exact_whatever_the_mean(shape: tuple[int, ...], mean: float, dtype: torch.dtype) -> None:
     norm = GroupNorm(8, shape[1], eps=1e-5)
     norm.weight.copy_(1 + normal(shape[1]) / 4)
@@ -135,8 +138,8 @@ def test_norms_are_exact_whatever_the_mean(shape: tuple[int, ...], mean: float, 
 
 
 def test_norms_and_blocks_leave_what_is_observed_and_their_input_alone() -> None:
-    block, seen = ResnetBlock(32, 32, groups=8, eps=1e-5, time_embed_dim=16), dict[str, Tensor]()
-    x, emb = pictures(2, 32, 48, 48), normal(2, 16)
+    block, seen = ResnetBlock(128, 128, groups=8, eps=1e-5, time_embed_dim=16), dict[str, Tensor]()
+    x, emb = pictures(2, 128, 24, 16), normal(2, 16)
     given = x.clone()
     plain = block(x, emb)
     with mvtorch.observe({"block": block}, lambda name, array, seconds: seen.__setitem__(name, array)):
