@@ -19,7 +19,7 @@ try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
-found = {"modules": sorted(sys.modules), "wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+found = {"modules": sorted(sys.modules), "spins": os.environ.get("GOMP_SPINCOUNT")}
 open(report, "w").write(json.dumps(found))
 """
 ARRAYS_AND_PICTURES = {"numpy", "PIL", "torch", "mlx", "safetensors", "tokenizers", "tqdm"}
@@ -40,7 +40,7 @@ NOT_FOR_THE_DEMO = {
 def started(tmp_path, *arguments, **environment):
     report = tmp_path / "report.json"
     command = [sys.executable, "-c", PROBE, str(report), *arguments]
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**env, **environment})
     return json.loads(report.read_text())
 
@@ -57,6 +57,7 @@ def test_the_first_view_imports_only_what_it_needs(tmp_path):
     assert "mvtorch.unet" in modules  # the run did happen in that process
 
 
-def test_the_command_line_lets_waiting_threads_sleep(tmp_path):
-    assert started(tmp_path, "--version")["wait_policy"] == "passive"
-    assert started(tmp_path, "--version", OMP_WAIT_POLICY="active")["wait_policy"] == "active"
+def test_the_command_line_lets_waiting_threads_sleep_unless_told_otherwise(tmp_path):
+    assert started(tmp_path, "--version")["spins"] == "10000"
+    assert started(tmp_path, "--version", GOMP_SPINCOUNT="7")["spins"] == "7"
+    assert started(tmp_path, "--version", OMP_WAIT_POLICY="active")["spins"] is None

@@ -492,10 +492,12 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
 def main() -> None:
     """Entry point of `mvmlx`: run, and turn every error into one line and an exit code.
 
-    Where OMP_WAIT_POLICY says nothing, OpenMP's threads sleep while they wait: PyTorch's spin by default, which makes a run
-    several times longer as soon as another program wants the cores. PyTorch reads it as it is imported.
+    Where neither OMP_WAIT_POLICY nor GOMP_SPINCOUNT is set, the latter is: PyTorch's OpenMP threads then spin for some 100
+    microseconds while they wait, and sleep after that. By default they spin for milliseconds, which makes a run several times
+    longer as soon as another program wants the cores. PyTorch reads it as it is imported.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.exit(run(sys.argv[1:]))
 
 
