@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import random_conditions
+from helpers import assert_close, random_conditions
 from torch import Tensor, nn
 from upscalers import write_tiny_models
 
@@ -106,7 +106,7 @@ def test_blocks_that_are_observed_are_called() -> None:
         pipeline.model.denoise(x, 500.0, condition, [-2.0, 3.0])
 
     with pipeline.model.observe(lambda name, array, seconds: names.append(name)):
-        np.testing.assert_array_equal(generate(pipeline).latents, expected)
+        assert_close(generate(pipeline).latents, expected, rms=1e-5)  # packed layers run one by one, which rounds otherwise
         for _ in range(2):
             step()
         assert names.count("unet") == names.count("unet.conv_out") == 8

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BACKENDS, TINY_MODEL, Backend, normal_maps, write_tiny_model
+from helpers import BACKENDS, TINY_MODEL, Backend, assert_close, normal_maps, write_tiny_model
 from safetensors.numpy import load_file, save_file
 from upscalers import write_tiny_models
 
@@ -194,8 +194,8 @@ def test_normal_maps_are_told_from_pictures(tmp_path: Path, backend: Backend) ->
 def test_a_check_that_finds_nothing_changes_and_writes_nothing(tmp_path: Path, backend: Backend) -> None:
     pipeline = imagedream(backend)
     plain, checked = generate(pipeline, None), generate(pipeline, tmp_path / "nan")
-    np.testing.assert_array_equal(checked.latents, plain.latents)
-    np.testing.assert_array_equal(checked.images, plain.images)
+    assert_close(checked.latents, plain.latents, rms=1e-5)  # fused layers run one by one while they are looked at
+    assert np.abs(checked.images.astype(int) - plain.images).max() <= 1
     assert not (tmp_path / "nan").exists()
 
 
