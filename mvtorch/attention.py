@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mvshared.attention import AttentionOptions, check_pooling, score_slices
 from mvtorch import cpu_attention
+from mvtorch.cpu_norms import is_observed
 from mvtorch.layers import FeedForward, GroupNorm
 
 
@@ -107,8 +108,7 @@ class Attention(nn.Module):
     def _joined_weights(self) -> Tensor | None:
         """The joint weights (3 c, c); None where the layers are observed or need gradients, or have other weights by now."""
         layers = (self.to_q, self.to_k, self.to_v)
-        watched = any(each._forward_hooks or each._forward_pre_hooks for each in (self, *layers))
-        if self._joint is None or torch.is_grad_enabled() or watched:
+        if self._joint is None or torch.is_grad_enabled() or any(map(is_observed, (self, *layers))):
             return None
         for layer, part in zip(layers, self._joint.chunk(3), strict=True):
             weight = layer.weight

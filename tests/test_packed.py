@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import mvtorch
 import mvtorch.packed
 from mvshared.backend import load
 from mvshared.checkpoint import read_model_config, weight_files
-from mvshared.config import UNetConfig, VAEConfig
+from mvshared.config import VAEConfig
 from mvshared.errors import BackendError
 from mvtorch import cpu_attention, cpu_norms
 from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
@@ -29,16 +30,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 BFLOAT16 = pytest.param(torch.bfloat16, 8e-3, id="bfloat16")  # a few roundings
 DTYPES = [pytest.param(torch.float32, 1e-5, id="float32"), BFLOAT16]
 # Widths that are no multiples of 16, beside one whose kernels are packed.
-WIDE = UNetConfig(
-    block_out_channels=(40, 64),
-    layers_per_block=(1, 2),
-    transformer_layers_per_block=(1, 1),
-    attention_levels=(True, True),
-    num_attention_heads=(2, 4),
-    cross_attention_dim=24,
-    norm_num_groups=8,
-)
-WIDE_VAE = VAEConfig(block_out_channels=(24, 40, 64), layers_per_block=1, norm_num_groups=8)
+WIDE = replace(TINY_UNET, block_out_channels=(40, 64), layers_per_block=(1, 2))
+WIDE_VAE = replace(TINY_VAE, block_out_channels=(24, 40, 64))
 
 
 @pytest.fixture(autouse=True)
