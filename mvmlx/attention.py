@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.layers import FeedForward, GroupNorm, _PointConv2d
+from mvmlx.layers import FeedForward, GroupNorm, _PointConv2d, repeat_objects
 from mvmlx.metal import on_metal
 from mvshared.attention import AttentionOptions, check_pooling, fused_width, score_slices
 
@@ -147,8 +147,8 @@ class CrossAttention(Attention):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: mx.array, cross: CrossKeyValues, *, options: AttentionOptions
     ) -> mx.array:
-        """Tokens (b, l, c) that attend to `cross`, as (b, l, c)."""
-        q = self._split_heads(self.to_q(x))
+        """Tokens (b, l, c) that attend to `cross`, as (b, l, c). Those of one object may attend to what is of b objects."""
+        q = self._split_heads(repeat_objects(self.to_q(x), len(cross.context.keys)))
         out = attention(q, *cross.context, options=options)
         if cross.image is not None:
             out = out + attention(q, *cross.image, options=options)
@@ -192,6 +192,7 @@ class TransformerBlock(nn.Module):
         pooled: tuple[int, int] | None = None,
     ) -> mx.array:
         """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c).
+        Tokens (1, l, c) are those of all objects up to the cross-attention.
 
         With `pooled`, the height and width of every view, they attend to the averages of 2x2 tokens of a view. `key_bias` is
         added to the scores of the tokens, or of their averages, in the self-attention.
@@ -241,7 +242,8 @@ class SpatialTransformer(nn.Module):
         views: int,
         options: AttentionOptions,
     ) -> mx.array:
-        """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c).
+        """Views (b v, h, w, c) and what each block attends to beside the views, to (b v, h, w, c). Views (v, h, w, c) are
+        those of all objects.
 
         `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
         """
@@ -253,4 +255,5 @@ class SpatialTransformer(nn.Module):
         tokens = self.proj_in(self.norm(x)).reshape(n // views, views * h * w, c)
         for block, kv in zip(self.transformer_blocks, cross or [None] * len(self.transformer_blocks), strict=True):
             tokens = block(tokens, kv, options=options, key_bias=key_bias, pooled=None if pooling == 1 else (h, w))
-        return x + self.proj_out(tokens.reshape(x.shape))
+        y = self.proj_out(tokens.reshape(-1, h, w, c))
+        return repeat_objects(x, len(y)) + y

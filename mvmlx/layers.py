@@ -247,6 +247,11 @@ def timestep_embedding(timesteps: mx.array, channels: int) -> mx.array:
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
 
+def repeat_objects(x: mx.array, n: int) -> mx.array:
+    """x (m, ...) as often as gives (n, ...): what objects have in common, for each of them."""
+    return x if len(x) == n else mx.concatenate([x] * (n // len(x)))
+
+
 def run_block(block: nn.Module, *inputs: Any, recompute: bool, **static: Any) -> mx.array:
     """Call a module; with `recompute`, keep its inputs only and compute it again for the gradient (gradient checkpointing).
 

@@ -23,7 +23,7 @@ from mvmlx.latents import LatentModel, _on_device, to_numpy
 from mvmlx.layers import _evaluated
 from mvmlx.observation import _is_observed
 from mvmlx.quantized import packed_tensors, quantize_network
-from mvmlx.unet import Constants, MultiViewUNet, select_objects
+from mvmlx.unet import Constants, MultiViewUNet, frames_in_common, select_objects
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared import precision
@@ -31,7 +31,7 @@ from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
-from mvshared.guidance import Branch, check_branches, check_weights
+from mvshared.guidance import Branch, check_branches, check_weights, frames_are_alike
 from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
@@ -190,18 +190,25 @@ class MultiViewModel(LatentModel):
         return {t: mx.broadcast_to(each, (batch, each.size)) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: mx.array, t: float, condition: Condition, branches: slice) -> mx.array:
-        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
-        batch, channels = len(condition.branches[branches]), self.config.unet.normal_channels
-        sample = mx.broadcast_to(x[None], (batch, *x.shape))
-        if condition.normals is not None:
-            sample = mx.concatenate([sample, condition.normals[branches]], axis=-1)
-        elif channels:
-            sample = mx.pad(sample, [(0, 0)] * 4 + [(0, channels)])
+        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches.
+
+        Branches that differ only in what the views attend to go in as one, unless somebody looks at the blocks.
+        """
         times = condition.times.get(t)
         if times is None:
-            times = self.unet.time_embeddings(mx.full((batch,), t, dtype=mx.float32))
-        unet = self._compiled(self.unet)
-        return unet(sample, times[branches], select_objects(condition.constants, branches)).astype(mx.float32)
+            times = self.unet.time_embeddings(mx.full((len(condition.branches),), t, dtype=mx.float32))
+        times, constants = times[branches], select_objects(condition.constants, branches)
+        normals, channels = condition.normals, self.config.unet.normal_channels
+        references = constants.reference is not None
+        alike = frames_are_alike(condition.branches[branches], references=references, normals=normals is not None)
+        if alike and constants.cross and not _is_observed(self.unet):
+            times, constants = times[:1], frames_in_common(constants)
+        sample = mx.broadcast_to(x[None], (len(times), *x.shape))
+        if normals is not None:
+            sample = mx.concatenate([sample, normals[branches][: len(times)]], axis=-1)
+        elif channels:
+            sample = mx.pad(sample, [(0, 0)] * 4 + [(0, channels)])
+        return self._compiled(self.unet)(sample, times, constants).astype(mx.float32)
 
 
 def rescaled(x: mx.array, conditional: mx.array, share: float) -> mx.array:

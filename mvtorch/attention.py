@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mvshared.attention import AttentionOptions, check_pooling, score_slices
 from mvtorch import cpu_attention
 from mvtorch.cpu_norms import is_observed
-from mvtorch.layers import FeedForward, GroupNorm
+from mvtorch.layers import FeedForward, GroupNorm, repeat_objects
 
 
 class KeyValues(NamedTuple):
@@ -150,8 +150,8 @@ class CrossAttention(Attention):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, cross: CrossKeyValues, *, options: AttentionOptions
     ) -> Tensor:
-        """Tokens (b, l, c) that attend to `cross`, as (b, l, c)."""
-        q = self._split_heads(self.to_q(x))
+        """Tokens (b, l, c) that attend to `cross`, as (b, l, c). Those of one object may attend to what is of b objects."""
+        q = self._split_heads(repeat_objects(self.to_q(x), len(cross.context.keys)))
         out = attention(q, *cross.context, options=options)
         if cross.image is not None:
             out = out + attention(q, *cross.image, options=options)
@@ -195,6 +195,7 @@ class TransformerBlock(nn.Module):
         pooled: tuple[int, int] | None = None,
     ) -> Tensor:
         """Tokens (b, l, c), and what they attend to beside themselves, None without cross-attention, to (b, l, c).
+        Tokens (1, l, c) are those of all objects up to the cross-attention.
 
         With `pooled`, the height and width of every view, they attend to the averages of 2x2 tokens of a view. `key_bias` is
         added to the scores of the tokens, or of their averages, in the self-attention.
@@ -247,7 +248,8 @@ class SpatialTransformer(nn.Module):
         views: int,
         options: AttentionOptions,
     ) -> Tensor:
-        """Views (b v, c, h, w) and what each block attends to beside the views, to (b v, c, h, w).
+        """Views (b v, c, h, w) and what each block attends to beside the views, to (b v, c, h, w). Views (v, c, h, w) are
+        those of all objects.
 
         `frame_bias` (v,) is added to the scores of each view's keys in the self-attention.
         """
@@ -266,5 +268,5 @@ class SpatialTransformer(nn.Module):
             tokens = block(tokens, kv, options=options, key_bias=key_bias, pooled=None if pooling == 1 else (h, w))
         if self.linear:
             tokens = self.proj_out(tokens)
-        y = tokens.reshape(n, h, w, c).permute(0, 3, 1, 2)
-        return x + (y if self.linear else self.proj_out(y))
+        y = tokens.reshape(-1, h, w, c).permute(0, 3, 1, 2)
+        return repeat_objects(x, len(y)) + (y if self.linear else self.proj_out(y))

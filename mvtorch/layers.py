@@ -192,6 +192,11 @@ def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def repeat_objects(x: Tensor, n: int) -> Tensor:
+    """x (m, ...) as often as gives (n, ...): what objects have in common, for each of them."""
+    return x if len(x) == n else torch.cat([x] * (n // len(x)))
+
+
 def run_block(block: nn.Module, *inputs: Any, recompute: bool, **static: Any) -> Tensor:
     """Call a module; with `recompute`, keep its inputs only and compute it again for the gradient (gradient checkpointing).
 

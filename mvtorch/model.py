@@ -19,7 +19,7 @@ from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
-from mvshared.guidance import Branch, check_branches, check_weights
+from mvshared.guidance import Branch, check_branches, check_weights, frames_are_alike
 from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
@@ -34,11 +34,12 @@ from mvshared.weights import (
     stored_quantization,
 )
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
+from mvtorch.cpu_norms import is_observed
 from mvtorch.inference import inference, join_projections
 from mvtorch.latents import LatentModel, to_numpy
 from mvtorch.packed import pack_network
 from mvtorch.quantized import packed_tensors, quantize_network
-from mvtorch.unet import Constants, MultiViewUNet, select_objects
+from mvtorch.unet import Constants, MultiViewUNet, frames_in_common, select_objects
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
@@ -185,20 +186,28 @@ class MultiViewModel(LatentModel):
         return {t: each.expand(batch, -1) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: Tensor, t: float, condition: Condition, branches: slice) -> Tensor:
-        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches."""
+        """The U-Net's outputs (b, v, h, w, c), float32, of some of the condition's branches.
+
+        Branches that differ only in what the views attend to go in as one, unless somebody looks at the blocks.
+        """
         unet, times = self.unet, condition.times.get(t)
         if times is None:
             times = unet.time_embeddings(torch.full((len(condition.branches),), t, dtype=torch.float32, device=self.device))
         constants, normals = select_objects(condition.constants, branches), condition.normals
         channels = self.config.unet.normal_channels
+        references = constants.reference is not None
+        alike = frames_are_alike(condition.branches[branches], references=references, normals=normals is not None)
 
         def call(x: Tensor, times: Tensor) -> Tensor:
+            given = constants
+            if alike and given.cross and not any(map(is_observed, unet.modules())):
+                times, given = times[:1], frames_in_common(given)
             sample = x[None].expand(len(times), *x.shape)
             if normals is not None:
-                sample = torch.cat([sample, normals[branches]], dim=-1)
+                sample = torch.cat([sample, normals[branches][: len(times)]], dim=-1)
             elif channels:
                 sample = F.pad(sample, (0, channels))
-            return unet(sample, times, constants).float()
+            return unet(sample, times, given).float()
 
         return self._called(unet, condition, call, x, times[branches])
 

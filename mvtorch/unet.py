@@ -26,6 +26,7 @@ from mvtorch.layers import (
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
+    repeat_objects,
     run_block,
     timestep_embedding,
 )
@@ -61,6 +62,12 @@ def select_objects(constants: Constants, objects: slice) -> Constants:
         for blocks in constants.cross
     ]
     return constants._replace(cross=cross, camera=selected(constants.camera), reference=selected(constants.reference))
+
+
+def frames_in_common(constants: Constants) -> Constants:
+    """Cameras and reference frames of the first object alone, for all objects: those of the others must be the same."""
+    camera, reference = (None if each is None else each[:1] for each in (constants.camera, constants.reference))
+    return constants._replace(camera=camera, reference=reference)
 
 
 class Level(nn.Module):
@@ -193,27 +200,30 @@ class MultiViewUNet(nn.Module):
     def forward(self, sample: Tensor, times: Tensor, constants: Constants) -> Tensor:
         """Denoise sample (b, v, h, w, in_channels) at embedded times (b, time_embed_dim), see `time_embeddings`.
 
-        Returns (b, v, h, w, out_channels) in the weights' dtype. Raises OptionError for shapes that do not fit.
+        Returns (b, v, h, w, out_channels) in the weights' dtype. Where objects differ only in what they attend to, sample,
+        times, cameras and reference frames may be those of one for all b, see `frames_in_common`: what comes before the first
+        cross-attention is then computed once. Raises OptionError for shapes that do not fit.
         """
         cross, camera, reference, _ = constants
         references = 0 if reference is None else reference.shape[1]
+        b = self._objects(cross, sample.shape[0])
         check_unet_inputs(
             self.config,
             sample=tuple(sample.shape),
             times=tuple(times.shape),
-            attended=None if cross is None else self._objects(cross, sample.shape[0]),
+            attended=None if cross is None else b,
             camera=None if camera is None else (camera.shape[0], camera.shape[1] - references, self.config.camera_dim or 0),
             reference=None if reference is None else (*reference.shape[:4], self.config.out_channels),
         )
         dtype = self.conv_in.weight.dtype
-        b, v = sample.shape[:2]
+        v = sample.shape[1]
         f = v + references
         frames = sample.to(dtype)
         if reference is not None:
             frames = torch.cat([frames, reference], dim=1)
         run = partial(
             self._run,
-            emb=self._embed(times, camera, frames=f),
+            emb=self._embed(times, camera, objects=b, frames=f),
             cross=repeat(None) if cross is None else iter(cross),
             frames=f,
             frame_bias=self._frame_bias(constants, views=v),
@@ -232,7 +242,7 @@ class MultiViewUNet(nn.Module):
             x = run(resnet, transformer, x)
         for level in self.up_blocks:
             for resnet, transformer in level.layers():
-                x = torch.cat([x, skips.pop()], dim=1)
+                x = torch.cat([x, repeat_objects(skips.pop(), len(x))], dim=1)
                 x = run(resnet, transformer, x)
             for upsample in level.upsamplers:
                 x = upsample(x)
@@ -245,8 +255,8 @@ class MultiViewUNet(nn.Module):
         for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
             yield from level.attentions
 
-    def _objects(self, cross: Cross, default: int) -> int:
-        """How many objects the keys are of; a model may have no transformer at all."""
+    def _objects(self, cross: Cross | None, default: int) -> int:
+        """How many objects the keys are of; a model may have no cross-attention, or no transformer at all."""
         return cross[0][0].context.keys.shape[0] if cross else default
 
     def _cross_keys_values(self, context: Tensor | None, image_states: Tensor | None, *, image_scale: float) -> Cross | None:
@@ -287,12 +297,12 @@ class MultiViewUNet(nn.Module):
         bias[views:].fill_(math.log(scale))
         return bias
 
-    def _embed(self, times: Tensor, camera: Tensor | None, *, frames: int) -> Tensor:
+    def _embed(self, times: Tensor, camera: Tensor | None, *, objects: int, frames: int) -> Tensor:
         """What is projected in every block (b f, time_embed_dim): of the time and, if given, the cameras, after SiLU."""
         emb = times[:, None]
         if camera is not None:
             emb = emb + camera
-        return F.silu(emb).expand(-1, frames, -1).flatten(0, 1)
+        return F.silu(emb).expand(objects, frames, -1).flatten(0, 1)
 
     def _run(
         self,
@@ -306,7 +316,7 @@ class MultiViewUNet(nn.Module):
         frame_bias: Tensor | None,
     ) -> Tensor:
         recompute = self.gradient_checkpointing
-        x = run_block(resnet, x, emb, recompute=recompute)
+        x = run_block(resnet, x, emb[: len(x)], recompute=recompute)
         if transformer is None:
             return x
         static = {"views": frames, "options": self.attention_options}

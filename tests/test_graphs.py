@@ -19,7 +19,8 @@ from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.pipeline import Pipeline
 from mvtorch.graphs import Graphs, Recording, graphs_on
 
-FOLDER = Path(__file__).parent / "fixtures" / "tiny-imagedream"
+FIXTURES = Path(__file__).parent / "fixtures"
+FOLDER = FIXTURES / "tiny-imagedream"
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 
@@ -49,8 +50,8 @@ class Recorder:
         return Recording(out, replay)
 
 
-def pipeline_of(recorder: Recorder | None) -> Pipeline[Any]:
-    pipeline: Pipeline[Any] = load(FOLDER, backend="torch", device="cpu", dtype="float32")
+def pipeline_of(recorder: Recorder | None, folder: Path = FOLDER) -> Pipeline[Any]:
+    pipeline: Pipeline[Any] = load(folder, backend="torch", device="cpu", dtype="float32")
     if recorder is not None:
         pipeline.model._graphs = Graphs(recorder)  # pyright: ignore[reportAttributeAccessIssue]
     return pipeline
@@ -58,7 +59,8 @@ def pipeline_of(recorder: Recorder | None) -> Pipeline[Any]:
 
 def generate(pipeline: Pipeline[Any], **options: Any) -> Any:
     given = {"prompt": "an owl", "negative_prompt": "blurry", "views": 2, "size_px": 64, "steps": 6, "guidance": 3.0}
-    return pipeline.generate(PICTURE, **(given | options))
+    picture = PICTURE if pipeline.model.config.unet.takes_pictures else None
+    return pipeline.generate(picture, **(given | options))
 
 
 RUNS: dict[str, Any] = {
@@ -76,6 +78,13 @@ def test_a_run_with_recorded_calls_gives_what_one_without_does(options: dict[str
     np.testing.assert_array_equal(recorded, plain)
     mixtures = 2 if "guidance_interval" in options else 1
     assert (recorder.recorded, recorder.replayed) == (mixtures, 6 - mixtures)  # the first call of each is an ordinary one
+
+
+def test_branches_that_differ_only_in_what_they_attend_to_are_recorded_as_one_sample() -> None:
+    recorder, options = Recorder(), {"guidance_interval": (0.5, 1.0)}
+    recorded, plain = (generate(pipeline_of(each, FIXTURES / "tiny-mvdream"), **options).latents for each in (recorder, None))
+    np.testing.assert_array_equal(recorded, plain)
+    assert (recorder.recorded, recorder.replayed) == (2, 4)
 
 
 def test_conditions_that_take_turns_keep_their_own_recordings_and_results_stay_what_they_were() -> None:

@@ -375,11 +375,12 @@ def batches(pipeline: Pipeline[Any], **options: Any) -> list[int]:
     """How many branches every call of the U-Net had."""
     unet, seen = pipeline.model.unet, []  # pyright: ignore[reportAttributeAccessIssue]
 
-    def counting(sample: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(sample.shape[0])
-        return unet(sample, *args, **kwargs)
+    def counting(*args: Any) -> Any:
+        out = unet(*args)
+        seen.append(out.shape[0])
+        return out
 
-    for name in ("constants", "time_embeddings"):
+    for name in ("constants", "time_embeddings", "modules"):
         setattr(counting, name, getattr(unet, name))
     counted = with_unet(pipeline, counting)
     generate(counted, **options)

@@ -429,7 +429,7 @@ def test_gradient_checkpointing_computes_blocks_twice(backend: Backend, network:
         ({"timesteps": np.zeros(3, np.float32)}, r"times must be of shape \(2, 128\)"),
         ({"context": None}, r"context must be of shape \(b, l, 24\), got None"),
         ({"context": np.zeros((2, 7, 25), np.float32)}, r"context must be of shape \(b, l, 24\)"),
-        ({"context": np.zeros((1, 7, 24), np.float32)}, "cross must be of 2 objects, got 1"),
+        ({"context": np.zeros((1, 7, 24), np.float32)}, "cross must be of 2 objects, or the sample of one, got 1"),
         ({"camera": np.zeros((2, 2, 16), np.float32)}, r"camera must be of shape \(2, 1, 16\)"),
         ({"reference": np.zeros((2, 1, 8, 12, 8), np.float32)}, r"reference must be of shape \(b, r, h, w, 4\)"),
         ({"reference": np.zeros((2, 0, 8, 12, 4), np.float32)}, r"reference must be of shape \(b, r, h, w, 4\)"),

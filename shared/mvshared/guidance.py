@@ -43,6 +43,14 @@ class Mixture(NamedTuple):
 PLAIN = Mixture((ALL,), (1.0,))
 
 
+def frames_are_alike(branches: Sequence[Branch], *, references: bool, normals: bool) -> bool:
+    """Whether the network is given the same frames in all branches, which then differ only in what the frames attend to.
+
+    `references` and `normals`: whether there are reference frames and normal maps, which a branch may not see."""
+    seen = {(references and branch.image, normals and branch.normals) for branch in branches}
+    return len(seen) == 1
+
+
 class Call(NamedTuple):
     """How a step calls the network. `keeps` says that later steps add the guidance of this one, what it changes in the output
     of the branch with all conditions; `adds` that this step adds the last one that was kept."""

@@ -33,8 +33,8 @@ def check_unet_inputs(
     """Raise OptionError unless the shapes fit each other and the config; `check_conditions` has seen those of the conditions.
 
     sample (b, v, h, w, in_channels) with h and w multiples of `config.downscale`, times (b, time_embed_dim), `attended` the
-    number of objects b whose keys and values are given, exactly if the config has cross-attention, camera (b, v, camera_dim),
-    reference (b, r, h, w, out_channels).
+    number of objects whose keys and values are given, exactly if the config has cross-attention, camera (b, v, camera_dim),
+    reference (b, r, h, w, out_channels). That number is b, or any if b is 1: the objects then have all else in common.
     """
     if len(sample) != 5 or 0 in sample or sample[4] != config.in_channels:
         raise OptionError("sample", expected=f"of shape (b, v, h, w, {config.in_channels})", got=sample)
@@ -46,8 +46,8 @@ def check_unet_inputs(
     if (attended is None) != (config.cross_attention_dim is None):
         expected = "None for a model without cross-attention" if attended else "given: this model has cross-attention"
         raise OptionError("cross", expected=expected, got=attended)
-    if attended not in (None, batch):
-        raise OptionError("cross", expected=f"of {batch} objects", got=attended)
+    if attended not in (None, batch) and batch != 1:
+        raise OptionError("cross", expected=f"of {batch} objects, or the sample of one", got=attended)
     if camera is not None and camera[:2] != (batch, views):
         raise OptionError("camera", expected=f"of shape {(batch, views, config.camera_dim)}", got=camera)
     if reference is not None and (reference[0], *reference[2:4]) != (batch, height, width):

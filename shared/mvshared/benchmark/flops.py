@@ -1,7 +1,8 @@
 """How much arithmetic the networks are, from their configs: two for each multiply-add, as `torch.utils.flop_counter` counts.
 
 What stays constant over the steps, the keys and values of text and image tokens, is apart from the step. The time embedding is
-counted once per branch of guidance.
+counted once per branch of guidance, and so is everything else of a step, though both backends compute once what branches that
+differ only in their text and image tokens have in common.
 """
 
 from collections.abc import Iterator
