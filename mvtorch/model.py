@@ -36,7 +36,7 @@ from mvshared.weights import (
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.inference import inference, join_projections
 from mvtorch.latents import LatentModel, to_numpy
-from mvtorch.packed import pack_network
+from mvtorch.packed import added_bytes, pack_network
 from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Constants, MultiViewUNet, select_objects
 from mvtorch.upscaler import LatentUpscaler
@@ -457,6 +457,14 @@ def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights of a network, without a checkpoint and without memory for them."""
     with torch.device("meta"):
         return weight_shapes(_network(config))
+
+
+def packing_bytes(config: NetworkConfig, *, dtype: Dtype, device: str) -> int:
+    """How much more memory a network's weights take once they are laid out for inference."""
+    if device != "cpu":
+        return 0
+    with torch.device("meta"):
+        return added_bytes(_network(config).to(getattr(torch, dtype)))
 
 
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

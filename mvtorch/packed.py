@@ -102,6 +102,18 @@ def pack_network(network: nn.Module) -> None:
         _tell_once(f"this PyTorch packs no weights for the CPU, and networks are slower: {str(error).splitlines()[0]}")
 
 
+def added_bytes(network: nn.Module) -> int:
+    """How much more memory a network's weights take once they are packed."""
+    added = 0
+    for module in network.modules():
+        kernels = [child for child in module.children() if type(child) is nn.Conv2d and _can_pack(child)]
+        if type(module) is Upsample:  # as many products as weights by Winograd's method, else four kernels of 2x2
+            added += sum(7 * conv.weight.nbytes // 9 for conv in kernels if not winograd.is_for(conv))
+        else:
+            added += sum(7 * conv.weight.nbytes // 9 for conv in kernels if winograd.is_for(conv))
+    return added
+
+
 def _exchange(module: nn.Module) -> Iterator[int]:
     """Bytes of the weights of every layer that was exchanged. Nothing here keeps weights of layers that are gone."""
     for name, child in module.named_children():
@@ -129,8 +141,8 @@ _KINDS = {
 
 
 def _can_pack(module: nn.Module) -> bool:
-    """Whether a layer is on the CPU in a dtype that can be packed, and nothing inside is quantised."""
-    if any(weight.device.type != "cpu" or weight.dtype not in _DTYPES for weight in module.parameters()):
+    """Whether a layer is on the CPU, or nowhere yet, in a dtype that can be packed, and nothing inside is quantised."""
+    if any(weight.device.type not in ("cpu", "meta") or weight.dtype not in _DTYPES for weight in module.parameters()):
         return False
     return all(type(child) in (nn.Linear, nn.Conv2d, Float32Conv2d) for child in module.modules() if hasattr(child, "weight"))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mvtorch.onednn import Packed, computes_bfloat16_in_avx512, linear, packed_matrix
 
 _TILES = 512  # at a time and thread: what is made of them stays in the cache
+_TRANSFORMED = 32  # outputs of a kernel at a time, for the same reason
 _LEAST_CHANNELS = 256  # with fewer, the sums take as long as what they save
 
 
@@ -66,13 +67,8 @@ class _TiledConv2d(Packed):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv.weight, conv.bias)
         factors, outputs = (torch.tensor(each, dtype=torch.float32) for each in (self.scheme.kernel, self.scheme.outputs))
-        count, dtype = len(factors), self.weight.dtype
-        self.matrices: list[Tensor] = []
-        kernel = conv.weight.detach().float()
-        for row in range(count):
-            rows = torch.einsum("oiyx, y -> oix", kernel, factors[row])
-            self.matrices += [packed_matrix((rows @ factors[column]).to(dtype)) for column in range(count)]
-        self.outputs = torch.kron(outputs, outputs).to(dtype)  # (4, k k)
+        self.matrices = [packed_matrix(each) for each in _transformed(conv.weight.detach(), torch.kron(factors, factors))]
+        self.outputs = torch.kron(outputs, outputs).to(self.weight.dtype)  # (4, k k)
         self.biased = int((self.outputs == 1).all(dim=0).nonzero()[0, 0])  # the product that is part of all four outputs
 
     def convolved(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -138,3 +134,13 @@ class UpsampledConv2d(_TiledConv2d):
     def upsampled(self, x: Tensor) -> Tensor:
         """(n, i, h, w) to (n, o, 2 h, 2 w)."""
         return self.convolved(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)), *x.shape[2:])
+
+
+def _transformed(kernel: Tensor, factors: Tensor) -> Tensor:
+    """The matrices (k k, o, i) of a kernel (o, i, 3, 3), which are sums of its weights times factors (k k, 9)."""
+    matrices = kernel.new_empty(len(factors), *kernel.shape[:2])
+    for outputs in range(0, len(kernel), _TRANSFORMED):
+        some = slice(outputs, outputs + _TRANSFORMED)
+        weights = kernel[some].permute(0, 2, 3, 1).float().flatten(1, 2)  # (some, 9, i)
+        matrices[:, some] = (factors @ weights).transpose(0, 1)
+    return matrices

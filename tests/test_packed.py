@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 import mvtorch
 import mvtorch.packed
-from mvshared.backend import load
+from mvshared.backend import Dtype, load
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.config import VAEConfig
 from mvshared.errors import BackendError
+from mvshared.precision import DTYPE_BYTES
 from mvtorch import cpu_attention, cpu_norms, onednn, winograd
 from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
-from mvtorch.model import load_network
+from mvtorch.model import load_network, packing_bytes
 from mvtorch.packed import PackedFeedForward, PackedLinear, pack_network
 from mvtorch.packed_convolutions import PackedConv2d, PackedUpsample
 
@@ -254,6 +255,27 @@ def test_blocks_of_a_packed_network_have_the_names_the_kinds_and_the_arithmetic_
     assert told[0] == told[1]
     for name, array in outputs[0].items():
         assert_close(outputs[1][name], array, rms=FLOAT32_RMS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_packing_adds_is_known_before(dtype: Dtype, convolutions: None) -> None:
+    model = make_unet(WIDE, "torch").to(getattr(torch, dtype))
+    before = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
+    added = packing_bytes(WIDE, dtype=dtype, device="cpu")
+    assert packing_bytes(WIDE, dtype=dtype, device="cuda") == packing_bytes(WIDE, dtype="float16", device="cpu") == 0
+    pack_network(model)
+    fields = [value for layer in model.modules() for name, value in vars(layer).items() if name != "outputs"]
+    after = sum(DTYPE_BYTES[dtype] * each.numel() for each in arrays(fields) if each.ndim > 1 and not each.is_meta)
+    assert after == before + added > before
+
+
+def arrays(fields: Any) -> Iterator[Tensor]:
+    """The arrays among the fields of a layer, and in lists and tuples of them."""
+    if isinstance(fields, Tensor):
+        yield fields
+    elif isinstance(fields, dict | list | tuple):
+        for each in fields.values() if isinstance(fields, dict) else fields:
+            yield from arrays(each)
 
 
 def test_loaded_networks_are_packed_and_have_no_weights_to_save() -> None:

@@ -36,8 +36,9 @@ LOADING_BYTES = 160_000_000  # of a file that are in memory at once while its we
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """A model in a backend: its config and, by component, bytes of a network's weights, and how many numbers the largest one
-    and the largest quantised one have. `quantized_sizes` are those of the same model quantised, by preset."""
+    """A model in a backend: its config and, by component, bytes of a network's weights as they lie in memory, and how many
+    numbers the largest one and the largest quantised one have. `quantized_sizes` are those of the same model quantised, by
+    preset."""
 
     config: ModelConfig | UpscalerConfig
     backend: BackendName
@@ -124,19 +125,26 @@ def config_size(
     quantize: str | None = None,
 ) -> ModelSize:
     """The size of a model with the components of `stored`, and the layers of them that are stored quantised."""
-    network_shapes = importlib.import_module(f"{PACKAGES[backend]}.model").network_shapes
+    module = importlib.import_module(f"{PACKAGES[backend]}.model")
     networks: dict[str, NetworkConfig] = {component: getattr(config, component) for component in stored}
-    shapes = {component: network_shapes(network) for component, network in networks.items()}
+    shapes = {component: module.network_shapes(network) for component, network in networks.items()}
 
     def sized(preset: str | None) -> ModelSize:
         layers = {name: stored[name] or preset_layers(networks[name], shapes[name], preset) for name in networks}
+        packing = {
+            name: 0 if layers[name] else module.packing_bytes(network, dtype=dtype, device=device)
+            for name, network in networks.items()
+        }
         numbers = {name: [prod(shape) for shape in shapes[name].values()] for name in networks}
         return ModelSize(
             config=config,
             backend=backend,
             device=device,
             dtype=dtype,
-            weights={name: stored_bytes(shapes[name], layers[name], dense_bytes=DTYPE_BYTES[dtype]) for name in networks},
+            weights={
+                name: stored_bytes(shapes[name], layers[name], dense_bytes=DTYPE_BYTES[dtype]) + packing[name]
+                for name in networks
+            },
             largest={name: max(numbers[name]) for name in networks},
             quantized={name: max((prod(each.shape) for each in layers[name].values()), default=0) for name in networks},
         )
