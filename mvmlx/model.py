@@ -435,7 +435,7 @@ def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
 
 
 def packing_bytes(config: NetworkConfig, *, dtype: Dtype, device: str) -> int:
-    """How much more memory a network's weights take once they are laid out for inference: MLX keeps them as they are."""
+    """How much more memory a network's weights take once they are laid out for inference: none, MLX keeps them as they are."""
     return 0
 
 

@@ -304,10 +304,11 @@ def network_loaders(
 
     def load_packed(part: Any) -> Any:
         network = load_network(getattr(config, part), files[part], **options)
-        pack_network(network)
+        pack_network(network, lean=networks.lean)
         return network
 
-    return Networks({part: partial(load_packed, part) for part in files})
+    networks = Networks({part: partial(load_packed, part) for part in files})
+    return networks
 
 
 def load_network(
@@ -460,7 +461,7 @@ def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
 
 
 def packing_bytes(config: NetworkConfig, *, dtype: Dtype, device: str) -> int:
-    """How much more memory a network's weights take once they are laid out for inference."""
+    """How much more memory a network's weights take once they are laid out for inference, unless memory is to be spared."""
     if device != "cpu":
         return 0
     with torch.device("meta"):

@@ -85,15 +85,17 @@ class PackedFeedForward(FeedForward):
         return torch.cat(parts).view(x.shape)
 
 
-def pack_network(network: nn.Module) -> None:
+def pack_network(network: nn.Module, *, lean: bool = False) -> None:
     """Exchange the layers of a network on a CPU, one after the other: there is never a second copy of all weights.
+
+    With `lean` its weights take no more memory than before, and its wide convolutions more time.
 
     A packed network is for inference, it has no weights to save or to train. Other devices, dtypes and layers stay as they
     are, and so does all that PyTorch cannot pack, which is logged once per process.
     """
     freed = 0
     try:
-        for size in _exchange(network):
+        for size in _exchange(network, lean=lean):
             freed += size
             if freed > _FREED_BYTES:  # which the C library would keep until the network is packed
                 trim_heap()
@@ -103,7 +105,7 @@ def pack_network(network: nn.Module) -> None:
 
 
 def added_bytes(network: nn.Module) -> int:
-    """How much more memory a network's weights take once they are packed."""
+    """How much more memory a network's weights take once they are packed, and not lean."""
     added = 0
     for module in network.modules():
         kernels = [child for child in module.children() if type(child) is nn.Conv2d and _can_pack(child)]
@@ -114,26 +116,24 @@ def added_bytes(network: nn.Module) -> int:
     return added
 
 
-def _exchange(module: nn.Module) -> Iterator[int]:
+def _exchange(module: nn.Module, *, lean: bool) -> Iterator[int]:
     """Bytes of the weights of every layer that was exchanged. Nothing here keeps weights of layers that are gone."""
     for name, child in module.named_children():
         kind: Any = _KINDS.get(type(child))
         if kind is None or not _can_pack(child):
-            yield from _exchange(child)
+            yield from _exchange(child, lean=lean)
         else:
             size = sum(weight.nbytes for weight in child.parameters())
+            if type(child) is nn.Conv2d and not lean and winograd.is_for(child):
+                kind = winograd.WinogradConv2d
             module._modules[name] = kind(child)
             del child
             yield size
 
 
-def _packed_convolution(conv: nn.Conv2d) -> nn.Module:
-    return winograd.WinogradConv2d(conv) if winograd.is_for(conv) else PackedConv2d(conv)
-
-
 _KINDS = {
     nn.Linear: PackedLinear,
-    nn.Conv2d: _packed_convolution,
+    nn.Conv2d: PackedConv2d,
     Float32Conv2d: PackedFloat32Conv2d,
     Upsample: PackedUpsample,
     FeedForward: PackedFeedForward,

@@ -21,6 +21,7 @@ from mvshared.backend import Dtype, load
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.config import VAEConfig
 from mvshared.errors import BackendError
+from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.precision import DTYPE_BYTES
 from mvtorch import cpu_attention, cpu_norms, onednn, winograd
 from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
@@ -267,6 +268,27 @@ def test_what_packing_adds_is_known_before(dtype: Dtype, convolutions: None) -> 
     fields = [value for layer in model.modules() for name, value in vars(layer).items() if name != "outputs"]
     after = sum(DTYPE_BYTES[dtype] * each.numel() for each in arrays(fields) if each.ndim > 1 and not each.is_meta)
     assert after == before + added > before
+
+
+def test_a_lean_network_takes_no_more_memory_and_computes_the_same(convolutions: None) -> None:
+    inputs, model = unet_inputs(WIDE, views=2, size=(16, 8)), make_unet(WIDE, "torch")
+    expected = denoise(model, inputs)
+    pack_network(model, lean=True)
+    assert not any(isinstance(layer, winograd.WinogradConv2d) for layer in model.modules())
+    assert_close(denoise(model, inputs), expected, rms=FLOAT32_RMS)
+
+
+def test_networks_are_lean_where_a_plan_spares_memory(convolutions: None) -> None:
+    model: Any = load(FIXTURES / "tiny-mvdream", backend="torch", device="cpu", dtype="float32", low_memory=True).model
+
+    def kinds(plan: MemoryPlan) -> set[type]:
+        with model.planned(plan):
+            return {type(layer) for layer in model.unet.modules()}
+
+    fast, spared = kinds(PLAIN), kinds(replace(PLAIN, networks_at_once=False))
+    assert winograd.WinogradConv2d not in spared
+    model.release()
+    assert (winograd.WinogradConv2d in kinds(PLAIN)) == (winograd.WinogradConv2d in fast) == (winograd._LEAST_CHANNELS == 1)
 
 
 def arrays(fields: Any) -> Iterator[Tensor]:
