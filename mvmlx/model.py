@@ -441,6 +441,11 @@ def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     return weight_shapes(_network(config))
 
 
+def packing_bytes(config: NetworkConfig, *, dtype: Dtype, device: str) -> int:
+    """How much more memory a network's weights take once they are laid out for inference: none, MLX keeps them as they are."""
+    return 0
+
+
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a checkpoint of this module."""
     return {name: _checkpoint_shape(array.shape) for name, array in _weights(module)}

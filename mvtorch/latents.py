@@ -66,6 +66,7 @@ class LatentModel:
     def planned(self, plan: MemoryPlan) -> Iterator[None]:
         """Within the context, memory is used as the plan says."""
         before, self.plan = self.plan, plan
+        self._spare(plan)
         try:
             with self.networks.watched(plan.attach):
                 yield
@@ -73,6 +74,13 @@ class LatentModel:
             self.plan = before
             if not plan.networks_at_once:
                 self.release()
+            self._spare(before)
+
+    def _spare(self, plan: MemoryPlan) -> None:
+        """Have networks read as a plan says, and forget those that take more."""
+        lean, self.networks.lean = self.networks.lean, not plan.networks_at_once
+        if self.networks.lean and not lean:
+            self.release()
 
     def release(self, *components: str) -> None:
         """Forget networks, all if none is named, until they are needed again, and give their memory back to the system."""

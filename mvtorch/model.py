@@ -37,7 +37,7 @@ from mvtorch.clip import CLIPTextModel, CLIPVisionModel
 from mvtorch.cpu_norms import is_observed
 from mvtorch.inference import inference, join_projections
 from mvtorch.latents import LatentModel, to_numpy
-from mvtorch.packed import pack_network
+from mvtorch.packed import added_bytes, pack_network
 from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Constants, MultiViewUNet, frames_in_common, select_objects
 from mvtorch.upscaler import LatentUpscaler
@@ -313,10 +313,11 @@ def network_loaders(
 
     def load_packed(part: Any) -> Any:
         network = load_network(getattr(config, part), files[part], **options)
-        pack_network(network)
+        pack_network(network, lean=networks.lean)
         return network
 
-    return Networks({part: partial(load_packed, part) for part in files})
+    networks = Networks({part: partial(load_packed, part) for part in files})
+    return networks
 
 
 def load_network(
@@ -466,6 +467,14 @@ def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights of a network, without a checkpoint and without memory for them."""
     with torch.device("meta"):
         return weight_shapes(_network(config))
+
+
+def packing_bytes(config: NetworkConfig, *, dtype: Dtype, device: str) -> int:
+    """How much more memory a network's weights take once they are laid out for inference, unless memory is to be spared."""
+    if device != "cpu":
+        return 0
+    with torch.device("meta"):
+        return added_bytes(_network(config).to(getattr(torch, dtype)))
 
 
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

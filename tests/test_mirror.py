@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # to the device by itself, settings of CUDA that belong to the program around this, and on a CPU weights that are laid out once
 # and kernels in the place of its slow ones.
 ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py", "graphs.py", "inference.py"}
-ONLY_TORCH |= {"packed.py", "cpu_attention.py", "cpu_norms.py"}
+ONLY_TORCH |= {"onednn.py", "packed.py", "packed_convolutions.py", "winograd.py", "cpu_attention.py", "cpu_norms.py"}
 # Compilation, and what is for a Mac's GPU.
 ONLY_MLX = {"compiled.py", "group_norm.py", "metal.py"}
 

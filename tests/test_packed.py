@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 import mvtorch
 import mvtorch.packed
-from mvshared.backend import load
+from mvshared.backend import Dtype, load
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.config import VAEConfig
 from mvshared.errors import BackendError
-from mvtorch import cpu_attention, cpu_norms
+from mvshared.memory.plan import PLAIN, MemoryPlan
+from mvshared.precision import DTYPE_BYTES
+from mvtorch import cpu_attention, cpu_norms, onednn, winograd
 from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
-from mvtorch.model import load_network
-from mvtorch.packed import PackedConv2d, PackedFeedForward, PackedLinear, PackedUpsample, pack_network
+from mvtorch.model import load_network, packing_bytes
+from mvtorch.packed import PackedFeedForward, PackedLinear, pack_network
+from mvtorch.packed_convolutions import PackedConv2d, PackedUpsample
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BFLOAT16 = pytest.param(torch.bfloat16, 8e-3, id="bfloat16")  # a few roundings
@@ -38,6 +41,13 @@ WIDE_VAE = replace(TINY_VAE, block_out_channels=(24, 40, 64))
 def inference() -> Iterator[None]:
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(params=[winograd._LEAST_CHANNELS, 1], ids=["plain", "winograd"])
+def convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How networks that are narrower than real ones are packed: as they are, and as wide ones on a CPU with AVX512-BF16."""
+    monkeypatch.setattr(winograd, "_LEAST_CHANNELS", request.param)
+    monkeypatch.setattr(winograd, "computes_bfloat16_in_avx512", lambda: True)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -144,7 +154,7 @@ def test_norms_and_blocks_leave_what_is_observed_and_their_input_alone() -> None
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0, 30.0])
-@pytest.mark.parametrize(("queries", "keys", "width"), [(300, 300, 64), (70, 1000, 40), (1, 256, 16)])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(300, 300, 64), (70, 1000, 40), (1, 256, 16), (1100, 1500, 8)])
 def test_shifted_attention_is_as_exact_as_its_weights(queries: int, keys: int, width: int, spread: float) -> None:
     q, k, v = (normal(2, 3, count, width, seed=count).bfloat16() for count in (queries, keys, keys))
     q = q * spread
@@ -172,18 +182,18 @@ def test_shifted_attention_sees_large_scores_beside_those_of_its_estimate(spread
 def test_shifted_attention_is_for_processors_whose_kernel_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     q, few = torch.zeros(1, 1, 300, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 77, 8, dtype=torch.bfloat16)
     for instructions, wanted in (("AVX-512", True), ("AMX", False), ("Arm's BF16", False), (None, False)):
-        cpu_attention._has_slow_kernel.cache_clear()
+        onednn.computes_bfloat16_in_avx512.cache_clear()
         monkeypatch.setattr("mvshared.precision.bfloat16_instructions", lambda instructions=instructions: instructions)
         assert cpu_attention.is_for(q, q) is wanted
         assert not cpu_attention.is_for(q, few)
         assert not cpu_attention.is_for(q.float(), q.float())
-    cpu_attention._has_slow_kernel.cache_clear()
+    onednn.computes_bfloat16_in_avx512.cache_clear()
 
 
 @pytest.mark.parametrize(("dtype", "rms"), [(torch.float32, FLOAT32_RMS), (torch.bfloat16, BFLOAT16_RMS)])
 @pytest.mark.parametrize(("batch", "views", "size"), [(1, 1, (8, 12)), (2, 5, (10, 6)), (1, 10, (16, 16))])
 def test_a_packed_unet_computes_what_the_plain_one_and_diffusers_do(
-    batch: int, views: int, size: tuple[int, int], dtype: torch.dtype, rms: float
+    batch: int, views: int, size: tuple[int, int], dtype: torch.dtype, rms: float, convolutions: None
 ) -> None:
     inputs = unet_inputs(WIDE, batch=batch, views=views, size=size)
     plain = make_unet(WIDE, "torch")
@@ -191,12 +201,12 @@ def test_a_packed_unet_computes_what_the_plain_one_and_diffusers_do(
     assert_close(expected, denoise_with_diffusers(WIDE, inputs), rms=FLOAT32_RMS)
     model = plain.to(dtype)
     pack_network(model)
-    assert isinstance(model.conv_in, PackedConv2d)
+    assert isinstance(model.conv_in, PackedConv2d | winograd.WinogradConv2d)
     assert_close(denoise(model, inputs), expected, rms=rms)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_kind_of_unet_is_packed_without_a_trace(name: str) -> None:
+def test_every_kind_of_unet_is_packed_without_a_trace(name: str, convolutions: None) -> None:
     inputs, model = unet_inputs(CONFIGS[name], views=2, size=(16, 24)), make_unet(CONFIGS[name], "torch")
     expected = denoise(model, inputs)
     pack_network(model)
@@ -207,7 +217,9 @@ def test_every_kind_of_unet_is_packed_without_a_trace(name: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "rms"), [(torch.float32, FLOAT32_RMS), (torch.bfloat16, BFLOAT16_RMS)])
 @pytest.mark.parametrize("config", [TINY_VAE, WIDE_VAE], ids=["tiny", "wide"])
-def test_a_packed_vae_computes_what_the_plain_one_and_diffusers_do(config: VAEConfig, dtype: torch.dtype, rms: float) -> None:
+def test_a_packed_vae_computes_what_the_plain_one_and_diffusers_do(
+    config: VAEConfig, dtype: torch.dtype, rms: float, convolutions: None
+) -> None:
     oracle, model = diffusers_vae(config), make_vae(config, "torch").to(dtype)
     model.decoder.conv_out.float()
     pack_network(model)
@@ -221,7 +233,7 @@ def test_a_packed_vae_computes_what_the_plain_one_and_diffusers_do(config: VAECo
         assert_close(model.encode(pixels).mean, mean, rms=rms)
 
 
-def test_a_packed_vae_in_tiles_has_no_seams() -> None:
+def test_a_packed_vae_in_tiles_has_no_seams(convolutions: None) -> None:
     model = make_vae(WIDE_VAE, "torch")
     pack_network(model)
     latents = normal(1, 40, 36, 4)
@@ -230,7 +242,7 @@ def test_a_packed_vae_in_tiles_has_no_seams() -> None:
     assert_close(model.encode(pixels, tile=64).mean, model.encode(pixels).mean, rms=FLOAT32_RMS)
 
 
-def test_blocks_of_a_packed_network_have_the_names_the_kinds_and_the_arithmetic_of_the_plain_one() -> None:
+def test_blocks_of_a_packed_network_have_the_names_the_kinds_and_the_arithmetic_of_the_plain_one(convolutions: None) -> None:
     inputs, told, outputs = unet_inputs(TINY_UNET, size=(16, 16)), list[Any](), list[Any]()
     model = make_unet(TINY_UNET, "torch")
     for pack in (False, True):
@@ -244,6 +256,48 @@ def test_blocks_of_a_packed_network_have_the_names_the_kinds_and_the_arithmetic_
     assert told[0] == told[1]
     for name, array in outputs[0].items():
         assert_close(outputs[1][name], array, rms=FLOAT32_RMS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_packing_adds_is_known_before(dtype: Dtype, convolutions: None) -> None:
+    model = make_unet(WIDE, "torch").to(getattr(torch, dtype))
+    before = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
+    added = packing_bytes(WIDE, dtype=dtype, device="cpu")
+    assert packing_bytes(WIDE, dtype=dtype, device="cuda") == packing_bytes(WIDE, dtype="float16", device="cpu") == 0
+    pack_network(model)
+    fields = [value for layer in model.modules() for name, value in vars(layer).items() if name != "outputs"]
+    after = sum(DTYPE_BYTES[dtype] * each.numel() for each in arrays(fields) if each.ndim > 1 and not each.is_meta)
+    assert after == before + added > before
+
+
+def test_a_lean_network_takes_no_more_memory_and_computes_the_same(convolutions: None) -> None:
+    inputs, model = unet_inputs(WIDE, views=2, size=(16, 8)), make_unet(WIDE, "torch")
+    expected = denoise(model, inputs)
+    pack_network(model, lean=True)
+    assert not any(isinstance(layer, winograd.WinogradConv2d) for layer in model.modules())
+    assert_close(denoise(model, inputs), expected, rms=FLOAT32_RMS)
+
+
+def test_networks_are_lean_where_a_plan_spares_memory(convolutions: None) -> None:
+    model: Any = load(FIXTURES / "tiny-mvdream", backend="torch", device="cpu", dtype="float32", low_memory=True).model
+
+    def kinds(plan: MemoryPlan) -> set[type]:
+        with model.planned(plan):
+            return {type(layer) for layer in model.unet.modules()}
+
+    fast, spared = kinds(PLAIN), kinds(replace(PLAIN, networks_at_once=False))
+    assert winograd.WinogradConv2d not in spared
+    model.release()
+    assert (winograd.WinogradConv2d in kinds(PLAIN)) == (winograd.WinogradConv2d in fast) == (winograd._LEAST_CHANNELS == 1)
+
+
+def arrays(fields: Any) -> Iterator[Tensor]:
+    """The arrays among the fields of a layer, and in lists and tuples of them."""
+    if isinstance(fields, Tensor):
+        yield fields
+    elif isinstance(fields, dict | list | tuple):
+        for each in fields.values() if isinstance(fields, dict) else fields:
+            yield from arrays(each)
 
 
 def test_loaded_networks_are_packed_and_have_no_weights_to_save() -> None:
@@ -265,14 +319,14 @@ def test_quantised_layers_stay_and_those_beside_them_are_packed() -> None:
     assert {"QuantizedLinear", "QuantizedConv2d", "PackedLinear", "PackedConv2d"} <= kinds
 
 
-@pytest.mark.parametrize("missing", ["_packed_matrix", "_packed_kernel"])
+@pytest.mark.parametrize("missing", ["packed.packed_matrix", "packed_convolutions.packed_kernel"])
 def test_without_the_private_operators_networks_stay_plain_and_one_line_is_logged(
     missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Tensor:
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
 
-    monkeypatch.setattr(mvtorch.packed, missing, refuse)
+    monkeypatch.setattr(f"mvtorch.{missing}", refuse)
     monkeypatch.setattr(mvtorch.packed, "_told", set())
     inputs = unet_inputs(TINY_UNET)
     with caplog.at_level(logging.WARNING, logger="mvtorch.packed"):

@@ -11,10 +11,11 @@ class Networks(Mapping[str, Any]):
     """Networks by component. `networks["unet"]` reads the U-Net if it is not there, `release("unet")` forgets it.
 
     `loaders` read them; a loader raises CheckpointError for damaged files and TensorMismatchError for others than its
-    network's.
+    network's. With `lean`, networks that are read are to take as little memory as they can.
     """
 
     def __init__(self, loaders: Mapping[str, Callable[[], Any]]) -> None:
+        self.lean = False
         self._loaders = dict(loaders)
         self._loaded: dict[str, Any] = {}
         self._watchers: list[_Watcher] = []

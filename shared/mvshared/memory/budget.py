@@ -82,8 +82,8 @@ def _what_fits(model: ModelSize, run: RunSize, *, budget_bytes: int, process_byt
 def _changes(model: ModelSize, run: RunSize) -> Iterator[tuple[str, ModelSize, RunSize]]:
     """Options of the command line that save memory, and what they make of the sizes."""
     if model.dtype == "float32":
-        halves = {name: size // 2 for name, size in model.weights.items()}
-        yield "--dtype bfloat16", replace(model, dtype="bfloat16", weights=halves), run
+        weights, packing = ({name: size // 2 for name, size in sizes.items()} for sizes in (model.weights, model.packing))
+        yield "--dtype bfloat16", replace(model, dtype="bfloat16", weights=weights, packing=packing), run
     for preset, smaller in model.quantized_sizes.items():
         yield f"--quantize {preset}", smaller, run
     for size_px in SMALLER_SIZES_PX:

@@ -36,14 +36,16 @@ LOADING_BYTES = 160_000_000  # of a file that are in memory at once while its we
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """A model in a backend: its config and, by component, bytes of a network's weights, and how many numbers the largest one
-    and the largest quantised one have. `quantized_sizes` are those of the same model quantised, by preset."""
+    """A model in a backend: its config and, by component, bytes of a network's weights, `packing` of what they take more where
+    memory is not to be spared, and how many numbers the largest one and the largest quantised one have. `quantized_sizes` are
+    those of the same model quantised, by preset."""
 
     config: ModelConfig | UpscalerConfig
     backend: BackendName
     device: str
     dtype: Dtype
     weights: Mapping[str, int]
+    packing: Mapping[str, int]
     largest: Mapping[str, int]
     quantized: Mapping[str, int]
     quantized_sizes: Mapping[str, "ModelSize"] = field(default_factory=dict)
@@ -124,12 +126,16 @@ def config_size(
     quantize: str | None = None,
 ) -> ModelSize:
     """The size of a model with the components of `stored`, and the layers of them that are stored quantised."""
-    network_shapes = importlib.import_module(f"{PACKAGES[backend]}.model").network_shapes
+    module = importlib.import_module(f"{PACKAGES[backend]}.model")
     networks: dict[str, NetworkConfig] = {component: getattr(config, component) for component in stored}
-    shapes = {component: network_shapes(network) for component, network in networks.items()}
+    shapes = {component: module.network_shapes(network) for component, network in networks.items()}
 
     def sized(preset: str | None) -> ModelSize:
         layers = {name: stored[name] or preset_layers(networks[name], shapes[name], preset) for name in networks}
+        packing = {
+            name: 0 if layers[name] else module.packing_bytes(network, dtype=dtype, device=device)
+            for name, network in networks.items()
+        }
         numbers = {name: [prod(shape) for shape in shapes[name].values()] for name in networks}
         return ModelSize(
             config=config,
@@ -137,6 +143,7 @@ def config_size(
             device=device,
             dtype=dtype,
             weights={name: stored_bytes(shapes[name], layers[name], dense_bytes=DTYPE_BYTES[dtype]) for name in networks},
+            packing=packing,
             largest={name: max(numbers[name]) for name in networks},
             quantized={name: max((prod(each.shape) for each in layers[name].values()), default=0) for name in networks},
         )
@@ -156,9 +163,9 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
     def add(name: StageName, owner: ModelSize, component: str, activations: int) -> None:
         there = {component: owner.weights.get(component, 0)}
         if plan.networks_at_once:
-            there = dict(model.weights)
+            there = _packed(model)
             if run.upscaler is not None and (owner is run.upscaler or name == "vae_decoder"):  # it is loaded for its stage
-                there |= {f"upscaler's {other}": size for other, size in run.upscaler.weights.items()}
+                there |= {f"upscaler's {other}": size for other, size in _packed(run.upscaler).items()}
         largest, quantized = (numbers.get(component, 0) for numbers in (owner.largest, owner.quantized))
         work = round(costs.spread * activations) + costs.weight(largest, quantized, number=DTYPE_BYTES[owner.dtype])
         loading = min(LOADING_BYTES, owner.weights.get(component, 0))
@@ -202,6 +209,11 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
     decoded = sizes(1, 1, run.enlarged * run.size_px, plan.vae_attention)
     add("vae_decoder", model, "vae", vae_bytes(config.vae, decoded, costs, decoder=True, tile=plan.vae_tile))
     return Estimate(process_bytes=process_bytes, stages=tuple(stages))
+
+
+def _packed(model: ModelSize) -> dict[str, int]:
+    """Bytes of a network's weights by component, where memory is not to be spared."""
+    return {name: size + model.packing[name] for name, size in model.weights.items()}
 
 
 def _cross_bytes(config: ModelConfig, run: RunSize, *, dtype: Dtype) -> int:
