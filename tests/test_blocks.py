@@ -149,7 +149,9 @@ def test_a_block_that_failed_leaves_the_others_where_they_are(backend: Backend) 
 @pytest.mark.parametrize("name", ["tiny-imagedream", "tiny-mvdream"])
 def test_the_arithmetic_of_a_run_is_what_pytorch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(mvtorch.model, "pack_network", lambda network: None)  # PyTorch's counter knows no packed layers
+        patched.setattr(
+            mvtorch.model, "pack_network", lambda network, **options: None
+        )  # PyTorch's counter knows no packed layers
         pipe: Any = load(FIXTURES / name, backend="torch", device="cpu")
         networks = list(pipe.model.networks.values())
     with pipe.model.observe(lambda *_: None):  # or what branches of guidance have in common would be computed once
