@@ -93,8 +93,8 @@ class _TiledConv2d(Packed):
         sums = x.new_empty(count, count, n, height, width, channels)  # of columns of sums of rows
         self._sum(rows, height, axis=2, out=sums)
         products = [
-            linear(each.flatten(0, 2), matrix, self.bias if at == self.biased else None)
-            for at, (each, matrix) in enumerate(zip(sums.flatten(0, 1), self.matrices, strict=True))
+            linear(each, matrix, self.bias if at == self.biased else None)
+            for at, (each, matrix) in enumerate(zip(sums.view(count**2, -1, channels), self.matrices, strict=True))
         ]
         return (self.outputs @ torch.stack(products).flatten(1)).view(2, 2, n, height, width, -1)
 
