@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvshared.process_memory import trim_heap
 from mvtorch import winograd
 from mvtorch.cpu_norms import is_observed
 from mvtorch.layers import Float32Conv2d, Upsample
@@ -37,9 +38,10 @@ class PackedConv2d(Packed):
             return linear(x.permute(0, 2, 3, 1), self.packed, self.bias).permute(0, 3, 1, 2)
         unfolds = self.stride == [1, 1] and x.shape[2] * x.shape[3] <= _UNFOLDED_PIXELS
         if unfolds != self.unfolds:
-            kernel = self._unpack()
-            self.unfolds = unfolds
+            self.unfolds, kernel = unfolds, self._unpack()
             self.packed = self._pack(kernel)
+            del kernel
+            trim_heap()  # the C library would keep what the old kernels took
         if not unfolds:
             return convolution(x, self.packed, self.bias, stride=self.stride, padding=self.padding)
         top, left = self.padding
