@@ -14,8 +14,7 @@ from torch import Tensor
 from mvtorch.onednn import computes_bfloat16_in_avx512
 
 _LEAST_KEYS = 256
-_STRIDE = 8  # of the keys that the estimate is taken from, if that leaves enough of them
-_LEAST_ESTIMATED = 32
+_STRIDE = 8  # of the keys that the estimate is taken from
 _LARGEST_SCORE = 4.0  # beside the estimate: rounded to bfloat16, a weight then errs by 0.8 % at most
 _SCORES_BYTES = 1 << 21  # of the scores that are computed together, per thread: what stays in the cache
 
@@ -36,7 +35,6 @@ def shifted_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
     numbers = torch.get_num_threads() * _SCORES_BYTES // q.element_size()  # of scores
     heads = min(n, max(1, numbers // (queries * keys)))
     rows = queries if heads > 1 else min(queries, max(64, numbers // keys))
-    stride = min(_STRIDE, max(1, keys // _LEAST_ESTIMATED))
     out = q.new_empty(b, queries, n, width)
     for number, first in product(range(b), range(0, n, heads)):
         some = slice(first, first + heads)
@@ -50,15 +48,16 @@ def shifted_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
             wide_k[:, :, width + 1] = key_bias
         wide_q[:, :, width] = 0
         values, transposed = v[number, some].contiguous(), wide_k.transpose(1, 2)
-        estimated = transposed[:, :, ::stride]
+        estimated = transposed[:, :, ::_STRIDE]
         for start in range(0, queries, rows):
             piece = wide_q[:, start : start + rows]
             piece[:, :, width] = (piece @ estimated).amax(dim=-1)
             weights = piece @ transposed
             # Positive numbers have the order of their bits, whose maximum takes an eighth of the time.
             largest = weights.view(torch.int16).amax(dim=-1).view(torch.bfloat16)
-            for head in (largest > _LARGEST_SCORE).any(dim=1).nonzero()[:, 0].tolist():
-                low = (largest[head] > _LARGEST_SCORE).nonzero()[:, 0]
+            above = largest > _LARGEST_SCORE
+            for head in above.any(dim=1).nonzero()[:, 0].tolist():
+                low = above[head].nonzero()[:, 0]
                 again = piece[head, low]
                 again[:, width] += largest[head, low]
                 weights[head, low] = again @ transposed[head]

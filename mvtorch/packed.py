@@ -108,11 +108,11 @@ def added_bytes(network: nn.Module) -> int:
     """How much more memory a network's weights take once they are packed, and not lean."""
     added = 0
     for module in network.modules():
-        kernels = [child for child in module.children() if type(child) is nn.Conv2d and _can_pack(child)]
-        if type(module) is Upsample:  # as many products as weights by Winograd's method, else four kernels of 2x2
-            added += sum(7 * conv.weight.nbytes // 9 for conv in kernels if not winograd.is_for(conv))
-        else:
-            added += sum(7 * conv.weight.nbytes // 9 for conv in kernels if winograd.is_for(conv))
+        # 16 numbers for 9 weights: Winograd's matrices, and four kernels of 2x2 after upsampling where that is not tiled.
+        upsamples = type(module) is Upsample
+        for conv in module.children():
+            if type(conv) is nn.Conv2d and _can_pack(conv) and winograd.is_for(conv) != upsamples:
+                added += 7 * conv.weight.nbytes // 9
     return added
 
 
