@@ -86,16 +86,16 @@ class DiffusersNetworks:
             nn.Module.to(network, device=self.device, dtype=getattr(torch, self.dtype))
             self._networks[component] = network.to(memory_format=self.memory_format).eval()  # pyright: ignore[reportCallIssue]
 
-    def compile(self) -> None:
-        """Let `torch.compile` make the networks as fast as it can: with frozen weights on a CPU, searching for the best kernels
-        and with CUDA graphs on a GPU. Each is compiled when it is first called, which takes minutes."""
+    def compile(self, mode: str) -> None:
+        """Let `torch.compile` make the networks faster: with frozen weights on a CPU, in that mode of its on a GPU. Each is
+        compiled when it is first called, which takes minutes."""
         on_cpu = self.device == "cpu"
         if on_cpu:
             inductor: Any = importlib.import_module("torch._inductor.config")
             inductor.freezing = True
         for network in self._networks.values():
             for module in (network.decoder, network.encoder) if hasattr(network, "decoder") else (network,):
-                module.compile(mode=None if on_cpu else "max-autotune")
+                module.compile(mode=None if on_cpu else mode)
 
     def _tensors(self, folder: Path | None, component: Component, config: Any) -> dict[str, Tensor]:
         """The weights of a component by this project's names."""

@@ -7,7 +7,6 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -186,9 +185,10 @@ def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
     """
     if channels % 2:
         raise OptionError("channels", expected="even for a timestep embedding", got=channels)
-    half = channels // 2
-    frequencies = np.exp(-math.log(10000) * np.arange(half) / half).astype(np.float32)
-    angles = timesteps.float()[:, None] * torch.from_numpy(frequencies).to(timesteps.device)
+    half, device = channels // 2, timesteps.device
+    exact = torch.float32 if device.type == "mps" else torch.float64  # made on the device: graphs hold no copies from the host
+    frequencies = torch.exp(torch.arange(half, dtype=exact, device=device) * (-math.log(10000) / half)).float()
+    angles = timesteps.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

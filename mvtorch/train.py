@@ -1,5 +1,7 @@
 """Training in PyTorch: the losses of the stages, and the optimiser step. All else is in mvshared.training."""
 
+import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvshared.config import KUNetConfig, UNetConfig, VAEConfig
-from mvshared.training.config import OptimizerConfig, VAELossConfig
+from mvshared.precision import tensor_dtype
+from mvshared.training.config import OptimizerConfig, TrainDtype, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
 from mvshared.training.loss_scale import LossScale
 from mvshared.training.optimizer import (
@@ -27,20 +30,23 @@ from mvshared.training.optimizer import (
     updates,
 )
 from mvshared.training.upscaler_data import UpscalerBatch
+from mvtorch.graphs import CudaRecorder, Recording
 from mvtorch.layers import AdaGroupNorm
 from mvtorch.model import _NETWORKS, choose_device, get_weights, set_weights, weight_shapes
 from mvtorch.unet import MultiViewUNet
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
+_LOGGER = logging.getLogger(__name__)
+
 
 class Trainer:
     """A network, its loss, AdamW and an exponential moving average (EMA) of the weights.
 
-    `loss(network, batch)` gets the batch as tensors. Weights and optimiser are float32; the half dtypes are autocast's, float16
-    with a loss scale. A step whose loss or gradient is not finite changes no weights, averages and moments.
-    Weights whose names begin with one of `frozen` stay as they are. Raises OptionError for another dtype, BackendError for a
-    device that is not there.
+    `loss(network, batch)` gets the batch as tensors. Weights and optimiser are float32; the half dtypes are autocast's on the
+    CPU, and those of a copy of the network on CUDA, float16 with a loss scale. A step whose loss or gradient is not finite
+    changes no weights, averages and moments. Weights whose names begin with one of `frozen` stay as they are. Raises
+    OptionError for another dtype, BackendError for a device that is not there.
     """
 
     def __init__(
@@ -55,38 +61,43 @@ class Trainer:
     ) -> None:
         self.device, self.dtype = choose_device(device), parse_train_dtype(dtype)
         self.network = network.to(self.device).train()
+        on_cuda = torch.device(self.device).type == "cuda"
         if torch.device(self.device).type == "cpu":
             _use_lean_group_norm(self.network)
         self.loss, self.config = loss, config
         self.parameters = dict(network.named_parameters())
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(not name.startswith(tuple(frozen)))
+        # Autocast has float32 norms, twice the bytes of what a GPU waits for; a network in half precision has them inside.
+        self._half = _copy_in(self.dtype, self.network) if on_cuda and self.dtype != "float32" else None
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+            self.parameters.values(),
+            lr=0.0,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=on_cuda,
         )
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.steps = 0
         self.loss_scale = LossScale() if self.dtype == "float16" else None
+        self._recorded = _RecordedGradients(self.device) if on_cuda else None
 
     def step(self, batch: Any, *, learning_rate: float) -> StepResult:
         """Learn from one batch (a NamedTuple of float32 arrays)."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(batch)
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
-        (loss * scale).backward()
-        for parameter in self.parameters.values() if self.loss_scale else ():
-            if parameter.grad is not None:
-                parameter.grad.div_(scale)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
-        result = step_result(loss.item(), norm.item(), self.loss_scale)
+        tensors, factor = self._tensors(batch), torch.full((), scale, device=self.device)
+        measured = (
+            self._gradients(tensors, factor) if self._recorded is None else self._recorded(self._gradients, tensors, factor)
+        )
+        result = step_result(*measured.tolist(), self.loss_scale)
         self.steps, self.loss_scale = counted(result, self.steps, self.loss_scale)
         if result.learned:
             self.optimizer.param_groups[0]["lr"] = learning_rate
             self.optimizer.step()
+            share = 1 - ema_decay(self.config, updates(self.steps, self.loss_scale))
             with torch.no_grad():
-                share = 1 - ema_decay(self.config, updates(self.steps, self.loss_scale))
-                for name, mean in self.ema.items():
-                    mean.lerp_(self.parameters[name], share)
+                torch._foreach_lerp_(list(self.ema.values()), [self.parameters[name] for name in self.ema], share)
         return result
 
     def evaluate(self, batch: Any) -> float:
@@ -95,7 +106,7 @@ class Trainer:
         try:
             with torch.no_grad():
                 self._assign(self.ema)
-                return self._loss(batch).item()
+                return self._loss(self._tensors(batch)).item()
         finally:
             self._assign(weights)
 
@@ -120,17 +131,40 @@ class Trainer:
         for name, parameter in self.parameters.items():
             self.ema[name].copy_(torch.tensor(unpacked.ema[name]))
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates(self.steps, self.loss_scale))),
+                "step": torch.tensor(
+                    float(updates(self.steps, self.loss_scale)), device=self.device if self._recorded else "cpu"
+                ),
                 "exp_avg": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg[name])),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg_sq[name])),
             }
 
-    def _loss(self, batch: Any) -> Tensor:
-        tensors = type(batch)(
-            *(None if array is None else torch.tensor(np.ascontiguousarray(array), device=self.device) for array in batch)
+    def _gradients(self, batch: Any, scale: Tensor) -> Tensor:
+        """Loss and norm of the gradient (2,) of a batch of tensors; the gradient stays with the parameters, clipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(batch)
+        (loss * scale).backward()
+        if self._half is not None:
+            for master, computed in zip(self.parameters.values(), self._half.parameters(), strict=True):
+                master.grad = None if computed.grad is None else computed.grad.float()
+                computed.grad = None
+        if self.loss_scale is not None:
+            torch._foreach_div_([each.grad for each in self.parameters.values() if each.grad is not None], scale)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
+        return torch.stack([loss.detach().float(), norm])
+
+    def _tensors(self, batch: Any) -> Any:
+        """A batch of arrays on the device."""
+        return type(batch)(
+            *(None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in batch)
         )
+
+    def _loss(self, batch: Any) -> Tensor:
+        if self._half is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._half.parameters()), list(self.parameters.values()))
+            return self.loss(self._half, batch)
         with self._autocast():
-            return self.loss(self.network, tensors)
+            return self.loss(self.network, batch)
 
     def _moments(self, key: str) -> dict[str, Tensor]:
         """AdamW's running means of the gradient or of its square; zeros before the first step."""
@@ -146,6 +180,52 @@ class Trainer:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=getattr(torch, self.dtype))
+
+
+def _copy_in(dtype: TrainDtype, network: nn.Module) -> nn.Module:
+    """A copy of a network that computes in a half dtype."""
+    half = copy.deepcopy(network)
+    for name, parameter in half.named_parameters():
+        parameter.data = parameter.data.to(getattr(torch, tensor_dtype(name, dtype)))
+    return half
+
+
+class _RecordedGradients:
+    """A CUDA graph of all that comes before the optimiser's step: some 2,000 kernels, launched as one.
+
+    The first call with tensors of new shapes is an ordinary one, the second is recorded. After a recording that failed, which
+    is logged, all are ordinary ones.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._recorder = CudaRecorder(device)
+        self._shapes: list[torch.Size] = []
+        self._inputs: list[Tensor] = []
+        self._recording: Recording | None = None
+        self._failed = False
+
+    def __call__(self, gradients: Callable[[Any, Tensor], Tensor], batch: Any, scale: Tensor) -> Tensor:
+        given = [each for each in (*batch, scale) if each is not None]
+        shapes = [each.shape for each in given]
+        if self._failed or shapes != self._shapes:
+            self._shapes, self._recording = shapes, None
+            return gradients(batch, scale)
+        if self._recording is None:
+            self._inputs = [each.clone() for each in given]
+            inputs = iter(self._inputs)
+            static = type(batch)(*(None if each is None else next(inputs) for each in batch))
+            static_scale = next(inputs)
+            try:
+                self._recording = self._recorder.record(lambda: gradients(static, static_scale))
+            except RuntimeError as error:
+                self._failed = True
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                _LOGGER.warning("no CUDA graph: a training step could not be recorded (%s)", reason)
+                return gradients(batch, scale)
+        for kept, each in zip(self._inputs, given, strict=True):
+            kept.copy_(each)
+        self._recording.replay()
+        return self._recording.out
 
 
 def _to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:

@@ -147,7 +147,8 @@ def test_the_names_without_any_are_those_that_take_a_minute(model: str) -> None:
         ({"names": ("growth", "step")}, "growth alone"),
         ({"guidance": "yes"}, "on, off or both"),
         ({"against": "nothing"}, "against must be diffusers"),
-        ({"compiled": True}, "together with --against"),
+        ({"compiled": "default"}, "together with --against"),
+        ({"compiled": "fastest", "against": "diffusers"}, "one of default, reduce-overhead, max-autotune"),
         ({"repeats": 0}, "repeats must be"),
         ({"threads": 0}, "threads must be"),
         ({"views": (0,)}, "views must be"),
@@ -234,7 +235,7 @@ def test_diffusers_computes_the_same_from_random_weights_and_from_files(
     shared |= {"views": 2, "size_px": 32}
     ours = cases.step(**shared, backend="torch", guided=True).call()
     for layout in against.EAGER:
-        theirs = against.diffusers_work(**shared, call="step", guided=True, layout=layout, compiled=False)
+        theirs = against.diffusers_work(**shared, call="step", guided=True, layout=layout, compiled=None)
         assert_close(theirs.call(), ours, rms=2e-5)
         assert theirs.facts()["threads"]
 
@@ -282,13 +283,13 @@ def test_diffusers_that_is_not_installed_says_how_to_install_it(model: str, monk
             size_px=32,
             guided=True,
             layout="contiguous",
-            compiled=False,
+            compiled=None,
         )
 
 
 def test_compiled_code_is_kept_in_a_folder_of_its_own(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    group = suite_of(model, against="diffusers", compiled=True).against()[0]
+    group = suite_of(model, against="diffusers", compiled="max-autotune").against()[0]
     compiled = next(case for case in group if case.arguments.get("compiled"))
     assert compiled.cache == tmp_path / "mvmlx" / "inductor"
     assert compiled.environment == {"TORCHINDUCTOR_CACHE_DIR": str(compiled.cache)}

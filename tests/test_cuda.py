@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BFLOAT16_RMS, FLOAT16_RMS, assert_close, random_conditions
+from test_parity_training import STAGES, make_batch, make_trainer
 
 from mvshared.backend import load
 from mvshared.pipeline import Pipeline
@@ -33,6 +34,10 @@ def pipeline_of(dtype: str, *, graphs: bool) -> Pipeline[Any]:
 def generate(pipeline: Pipeline[Any], **options: Any) -> Any:
     given = {"prompt": "an owl", "negative_prompt": "blurry", "views": 2, "size_px": 64, "steps": 6, "guidance": 3.0}
     return pipeline.generate(PICTURE, **(given | options))
+
+
+def trainer_of(stage: str, *, dtype: str, device: str) -> Any:
+    return make_trainer("torch", stage, dtype=dtype, device=device)
 
 
 def recordings(pipeline: Pipeline[Any]) -> int:
@@ -154,3 +159,34 @@ def test_self_attention_has_its_weights_joined() -> None:
     blocks = [module for name, module in unet.named_modules() if name.endswith("transformer_blocks.0")]
     with inference("cuda"):
         assert blocks and all(block.attn1._joined_weights() is not None for block in blocks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_recorded_training_steps_learn_what_ordinary_ones_do(stage: str, dtype: str) -> None:
+    recorded, plain, cpu = (trainer_of(stage, dtype=dtype, device=device) for device in ("cuda", "cuda", "cpu"))
+    plain._recorded = None
+    ours, theirs, on_cpu = (
+        [each.step(make_batch(stage, seed), learning_rate=1e-2).loss for seed in range(6)] for each in (recorded, plain, cpu)
+    )
+    assert recorded._recorded._recording is not None
+    np.testing.assert_allclose(
+        ours, theirs, rtol=1e-5 if dtype == "float32" else 1e-2, atol=1e-5 if dtype == "float32" else 1e-2
+    )
+    np.testing.assert_allclose(
+        ours, on_cpu, rtol=1e-3 if dtype == "float32" else 5e-2, atol=1e-3 if dtype == "float32" else 5e-2
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_on_cuda_goes_on_from_its_state(stage: str) -> None:
+    first, resumed = (trainer_of(stage, dtype="bfloat16", device="cuda") for _ in range(2))
+    for seed in range(3):
+        first.step(make_batch(stage, seed), learning_rate=1e-2)
+    resumed.load_state(first.state())
+    for name, array in first.state().items():
+        np.testing.assert_array_equal(resumed.state()[name], array)
+    ours, theirs = (
+        [each.step(make_batch(stage, seed), learning_rate=1e-2).loss for seed in range(3, 7)] for each in (resumed, first)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-2)

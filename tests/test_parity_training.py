@@ -78,11 +78,12 @@ def make_weights(stage: str) -> dict[str, NDArray[np.float32]]:
 
 def make_trainer(backend: Backend, stage: str, config: OptimizerConfig = SMOOTH, **options: Any) -> Any:
     module, weights = MODULES[backend], options.pop("weights", None) or make_weights(stage)
+    options = {"device": "cpu"} | options
     if stage == "vae":
-        return module.vae_trainer(VAE, config, LOSS, weights, device="cpu", **options)
+        return module.vae_trainer(VAE, config, LOSS, weights, **options)
     if stage == "upscaler":
-        return module.upscaler_trainer(UPSCALER, config, weights, device="cpu", **options)
-    return module.unet_trainer(UNETS[stage], config, weights, device="cpu", **options)
+        return module.upscaler_trainer(UPSCALER, config, weights, **options)
+    return module.unet_trainer(UNETS[stage], config, weights, **options)
 
 
 def on_backend(backend: Backend, batch: Any) -> Any:

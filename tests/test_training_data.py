@@ -9,6 +9,7 @@ from training_cases import AZIMUTHS, SIZE, UNET, V_PREDICTION, VAE, some_latents
 
 import mvmlx.model
 import mvmlx.train
+import mvshared.training.data
 import mvtorch.model
 import mvtorch.train
 from mvshared.camera import camera_vectors, mirror_poses, orbit
@@ -78,6 +79,23 @@ def test_mirror_images_have_mirrored_cameras_and_normals(data: Path) -> None:
         seen = (np.linalg.inv(poses) @ np.append(vector, w))[:, :3]
         mirrored = (np.linalg.inv(mirror_poses(poses)) @ np.append(vector * [-1, 1, 1], w))[:, :3]
         np.testing.assert_allclose(mirrored, seen * [-1, 1, 1], atol=1e-6)
+
+
+def test_captures_that_are_encoded_together_give_what_each_of_them_alone_does(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, config, calls = sorted(data.iterdir()), DataConfig(folder="", mirror=True), list[int]()
+
+    def encode(pixels: Any) -> Any:
+        calls.append(len(pixels))
+        return pixels[:, ::2, ::2]
+
+    monkeypatch.setattr(mvshared.training.data, "ENCODED_TOGETHER", 2 * 2 * len(AZIMUTHS) * SIZE * SIZE)  # two captures
+    together = encode_captures(folders, config, encode)
+    assert calls == [4 * len(AZIMUTHS)] * 4
+    monkeypatch.setattr(mvshared.training.data, "ENCODED_TOGETHER", 1)
+    for ours, alone in zip(together, encode_captures(folders, config, encode), strict=True):
+        np.testing.assert_array_equal(ours, alone)
 
 
 def test_without_mirror_images_every_capture_is_encoded_once(data: Path) -> None:

@@ -386,7 +386,12 @@ def profile(model: str, **options: Any) -> None:
 @click.option("--repeats", type=int, default=5, show_default=True, help="Calls that count, more of short ones.")
 @click.option("--threads", type=int, help="Threads on the CPU.  [default: the library's]")
 @click.option("--against", help="diffusers: the same work from it, in turns, and the ratio of the times.")
-@click.option("--compiled", is_flag=True, help="With --against, torch.compile too, which takes minutes.")
+@click.option(
+    "--compiled",
+    is_flag=False,
+    flag_value="max-autotune",
+    help="With --against, torch.compile too, which takes minutes; --compiled=MODE for another mode than max-autotune.",
+)
 @click.option("--json", "file", type=click.Path(path_type=Path), metavar="FILE", help="Write the results here; - prints them.")
 def benchmark(name: tuple[str, ...], **options: Any) -> None:
     """Measure this machine: time, memory, arithmetic per second and its share of what the machine can do.

@@ -22,12 +22,22 @@ from mvshared.benchmark.worker import Prepared
 EAGER = {"contiguous": "eager", "channels_last": "eager, channels_last"}
 COMPILED = "compiled"
 WARM_UP = 4  # the second call of a compiled network often compiles it anew, for what has changed
+RECORDED_WARM_UP = 3  # the second call on CUDA is recorded
 # Relative RMS that rounding explains between two orders of computing a guided step or a picture.
 AGREE: dict[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 def diffusers_work(
-    *, call: str, model: str, device: str, dtype: Dtype, views: int, size_px: int, guided: bool, layout: str, compiled: bool
+    *,
+    call: str,
+    model: str,
+    device: str,
+    dtype: Dtype,
+    views: int,
+    size_px: int,
+    guided: bool,
+    layout: str,
+    compiled: str | None,
 ) -> Prepared:
     """`call`, step or decode, by diffusers. Raises BackendError if it is not installed."""
     module = importlib.import_module(f"{PACKAGES['torch']}.diffusers_model")
@@ -37,8 +47,8 @@ def diffusers_work(
     loaded = module.DiffusersModel(source, dtype=dtype, device=device, parts=[part], layout=layout)
     if loaded.device != "cpu":
         loaded.vae_batch = views  # what is fastest there; on a CPU, one view at a time is
-    if compiled:
-        loaded.compile()
+    if compiled is not None:
+        loaded.compile(compiled)
     work = step_of(loaded, views=views, size_px=size_px, guided=guided) if call == "step" else None
     package = importlib.import_module(f"{PACKAGES['torch']}.benchmark")
 
@@ -46,6 +56,11 @@ def diffusers_work(
         return {"dtype": dtype, "peak_memory_bytes": peak_rss_bytes(), **package.device_facts(loaded.device)}
 
     return Prepared(work or decode_of(loaded, views=views, size_px=size_px), facts)
+
+
+def warm_up_of(device: str) -> int:
+    """How many of this project's calls on a device do not count."""
+    return RECORDED_WARM_UP if device.startswith("cuda") else 1
 
 
 def cache_folder() -> Path:
@@ -64,7 +79,7 @@ def against_group(
     views: int,
     size_px: int,
     guided: bool,
-    compiled: bool,
+    compiled: str | None,
     row: dict[str, Any],
     needed_bytes: int,
 ) -> list[Case]:
@@ -76,6 +91,7 @@ def against_group(
         what=what,
         prepare=step if call == "step" else vae_decode,
         arguments={**shapes, **guidance, "backend": backend},
+        warm_up=warm_up_of(device),
         **known,
     )
     # MLX's GPU is PyTorch's under another name.
@@ -84,20 +100,21 @@ def against_group(
         Case(
             what=what,
             prepare=diffusers_work,
-            arguments={**theirs, "layout": layout, "compiled": False},
+            arguments={**theirs, "layout": layout, "compiled": None},
             row=row | {"backend": "diffusers", "variant": variant},
             needed_bytes=needed_bytes,
         )
         for layout, variant in EAGER.items()
     ]
-    if compiled:
+    if compiled is not None:
         cache = cache_folder()
+        named = f"{COMPILED}, {compiled}" if device.startswith("cuda") else COMPILED
         cases.append(
             Case(
                 what=what,
                 prepare=diffusers_work,
-                arguments={**theirs, "layout": "channels_last", "compiled": True},
-                row=row | {"backend": "diffusers", "variant": COMPILED},
+                arguments={**theirs, "layout": "channels_last", "compiled": compiled},
+                row=row | {"backend": "diffusers", "variant": named},
                 environment={"TORCHINDUCTOR_CACHE_DIR": str(cache)},
                 cache=cache,
                 needed_bytes=2 * needed_bytes,  # frozen weights are copies

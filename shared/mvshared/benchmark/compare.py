@@ -136,10 +136,12 @@ def compare(
     calls: list[list[Call]] = [[] for _ in cases]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mvmlx-benchmark-")))
-        workers: list[Worker | None] = []
-        for number, case in enumerate(cases):
+        # All are started before the first is called: they load at the same time.
+        workers = [None if case.refused else stack.enter_context(running(case, environment=environment)) for case in cases]
+        for number, (case, worker) in enumerate(zip(cases, workers, strict=True)):
             save = folder / f"{number}.npy" if agree is not None else None
-            workers.append(None if case.refused else _started(case, stack, calls[number], save=save, environment=environment))
+            if worker is not None:
+                workers[number] = _warm(case, worker, stack, calls[number], save=save, environment=environment)
         if agree is not None:
             _check_results(workers, [folder / f"{number}.npy" for number in range(len(cases))], agree=agree)
         rounds = 0
@@ -154,11 +156,11 @@ def compare(
         return [_row(*each) for each in zip(cases, workers, calls, strict=True)]
 
 
-def _started(
-    case: Case, stack: ExitStack, calls: list[Call], *, save: Path | None, environment: Mapping[str, str] | None
+def _warm(
+    case: Case, worker: Worker, stack: ExitStack, calls: list[Call], *, save: Path | None, environment: Mapping[str, str] | None
 ) -> Worker:
-    """The worker of a case after the calls that do not count, of which the last one is kept."""
-    worker = stack.enter_context(running(case, environment=environment))
+    """The worker of a case, or another one if it failed for its cache, after the calls that do not count, of which the last one
+    is kept."""
     answer = worker.call(save=save)
     if answer is None and case.cache is not None and case.cache.is_dir():
         shutil.rmtree(case.cache)

@@ -17,6 +17,7 @@ from mvshared.schedule import MAX_STEPS
 Guided = Literal["on", "off", "both"]
 NAMES = ("start", "load", "condition", "step", "vae", "upscaler", "run")
 GROWTH = "growth"
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 PROCESS_BYTES = 400_000_000  # of Python and an array library, before the model
 GPU_SHARE = 0.9  # of a GPU's memory that arrays can take
 
@@ -25,7 +26,7 @@ GPU_SHARE = 0.9  # of a GPU's memory that arrays can take
 class Settings:
     """The options. `names` are of NAMES, or GROWTH alone; empty ones, views, sizes and dtypes are what `resolved` chooses.
 
-    `against` is diffusers or None, `compiled` says whether it is compiled as well. Raises OptionError.
+    `against` is diffusers or None, `compiled` the mode of `torch.compile` that it is compiled in as well. Raises OptionError.
     """
 
     names: tuple[str, ...] = ()
@@ -40,7 +41,7 @@ class Settings:
     repeats: int = 5
     threads: int | None = None
     against: str | None = None
-    compiled: bool = False
+    compiled: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.names if name not in (*NAMES, GROWTH)]
@@ -52,8 +53,10 @@ class Settings:
             raise OptionError("guidance", expected="on, off or both", got=self.guidance)
         if self.against not in (None, "diffusers"):
             raise OptionError("against", expected="diffusers", got=self.against)
-        if self.compiled and self.against is None:
-            raise OptionError("compiled", expected="given together with --against", got=True)
+        if self.compiled is not None and self.against is None:
+            raise OptionError("compiled", expected="given together with --against", got=self.compiled)
+        if self.compiled is not None and self.compiled not in COMPILE_MODES:
+            raise OptionError("compiled", expected=f"one of {', '.join(COMPILE_MODES)}", got=self.compiled)
         if self.backend != "all":
             choose_backend(self.backend)
         whole("repeats", self.repeats, 1, 1000)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mvshared.benchmark import cases, commands
-from mvshared.benchmark.against import against_group
+from mvshared.benchmark.against import against_group, warm_up_of
 from mvshared.benchmark.compare import Case
 from mvshared.benchmark.flops import (
     Frames,
@@ -206,6 +206,7 @@ class Suite:
             arguments={**self.arguments, "views": views, "size_px": size_px, "guided": guided},
             row={"flops": flops, "views": views, "size_px": size_px},
             needed_bytes=self.needs.stage("unet", views=views, size_px=size_px, guided=guided),
+            warm_up=warm_up_of(self.place.device),
         )
 
     def _condition_flops(self, guided: bool) -> int:

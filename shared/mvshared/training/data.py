@@ -16,13 +16,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from mvshared.camera import azimuth_elevation, camera_vectors, mirror_poses
-from mvshared.captures import Capture, load_capture
+from mvshared.captures import load_capture
 from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError
 from mvshared.files import write_atomic
 from mvshared.schedule import alphas_cumprod
+from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
 
+ENCODED_TOGETHER = 2**20  # pixels that are encoded in one call, at least
 VAE_STREAM, UNET_STREAM = 1, 2  # first numbers of the random seeds, so that the stages draw differently
 
 
@@ -175,18 +177,30 @@ def encode_captures(
     Raises DatasetError for pictures of different sizes or captures with fewer than two views.
     """
     images, normals, cameras, azimuths, first = [], [], [], [], [0]
-    for folder in tqdm(folders, desc="encoding", unit="capture", disable=None):
-        capture = load_capture(folder)
-        if len(capture.image_paths) < 2:
-            raise DatasetError("a capture needs at least 2 views", path=folder)
-        for mirrored in (False, True) if config.mirror else (False,):
-            poses = mirror_poses(capture.poses) if mirrored else capture.poses
-            latents, normal_latents = _encode_capture(capture, config, encode, mirrored=mirrored)
-            images.append(latents.astype(np.float16))
-            normals.append(normal_latents.astype(np.float16))
-            cameras.append(camera_vectors(poses))
-            azimuths.append((azimuth_elevation(poses).azimuths_deg + 180) % 360 - 180)
-            first.append(first[-1] + len(poses))
+
+    def add(group: list[_Views]) -> None:
+        latents = encode(_stack([pixels for views in group for pixels in views.pixels]))
+        at = 0
+        for views in group:
+            count = len(views.poses)
+            mine, at = latents[at : at + len(views.pixels)].astype(np.float16), at + len(views.pixels)
+            images.append(mine[:count])
+            normals.append(np.zeros_like(mine[:count]))
+            normals[-1][views.with_normals] = mine[count:]
+            cameras.append(camera_vectors(views.poses))
+            azimuths.append((azimuth_elevation(views.poses).azimuths_deg + 180) % 360 - 180)
+            first.append(first[-1] + count)
+
+    group: list[_Views] = []
+    read = ahead(partial(_read_views, config=config), folders)
+    for found in tqdm(read, total=len(folders), desc="encoding", unit="capture", disable=None):
+        for views in found:
+            group.append(views)
+            if sum(each.pixels[0].size // 3 * len(each.pixels) for each in group) >= ENCODED_TOGETHER:
+                add(group)
+                group = []
+    if group:
+        add(group)
     return Latents(
         np.concatenate(images),
         np.concatenate(normals),
@@ -219,21 +233,27 @@ def _read_reference(path: Path, config: DataConfig, mirrored: bool) -> NDArray[n
     return np.round((pixels + 1) * 127.5).astype(np.uint8)
 
 
-def _encode_capture(
-    capture: Capture, config: DataConfig, encode: Callable[[NDArray[np.float32]], NDArray[np.float32]], *, mirrored: bool
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Latents of the pictures and of the normal maps, both (v, h, w, c)."""
+class _Views(NamedTuple):
+    """Poses (v, 4, 4) of a capture, pixels (h, w, 3) of its pictures and then of its normal maps, and whose views these are."""
+
+    poses: NDArray[np.float32]
+    pixels: list[NDArray[np.float32]]
+    with_normals: list[int]
+
+
+def _read_views(folder: Path, *, config: DataConfig) -> list[_Views]:
+    """A capture, and its mirror image if the config says so. Raises DatasetError."""
+    capture = load_capture(folder)
+    if len(capture.image_paths) < 2:
+        raise DatasetError("a capture needs at least 2 views", path=folder)
     pictures = [read_picture(path, background=config.background) for path in capture.image_paths]
-    if mirrored:
-        pictures = [mirror_picture(picture) for picture in pictures]
-    latents = encode(_stack([picture.pixels for picture in pictures]))
-    normal_latents = np.zeros_like(latents)
-    views = [view for view, path in enumerate(capture.normal_paths) if path is not None and config.normals]
-    if views:
-        maps = [read_normals(path) for path in capture.normal_paths if path is not None]
-        maps = [mirror_normals(picture) for picture in maps] if mirrored else maps
-        normal_latents[views] = encode(_stack([picture.pixels for picture in maps]))
-    return latents, normal_latents
+    maps = [(view, read_normals(path)) for view, path in enumerate(capture.normal_paths) if path is not None and config.normals]
+    with_normals = [view for view, _ in maps]
+    views = [_Views(capture.poses, [picture.pixels for picture in (*pictures, *(each for _, each in maps))], with_normals)]
+    if config.mirror:
+        mirrored = [mirror_picture(picture) for picture in pictures] + [mirror_normals(each) for _, each in maps]
+        views.append(_Views(mirror_poses(capture.poses), [picture.pixels for picture in mirrored], with_normals))
+    return views
 
 
 class ViewBatches:

@@ -33,6 +33,7 @@ from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConf
 from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError, NumericsError, OutputError
 from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
+from mvshared.training.ahead import ahead
 from mvshared.training.checks import check_captures
 from mvshared.training.conditions import encode_conditions
 from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
@@ -100,9 +101,9 @@ def train(
         stage.save_model()
     losses, norms, started = [], [], time.perf_counter()
     with tqdm(total=config.steps, initial=first, desc=f"training {config.stage}", unit="step", disable=None) as progress:
-        for step in range(first, config.steps):
+        for step, batch in enumerate(ahead(stage.batch, range(first, config.steps)), start=first):
             rate = learning_rate(config.optimizer, step=step, steps=config.steps)
-            result = stage.trainer.step(stage.batch(step), learning_rate=rate)
+            result = stage.trainer.step(batch, learning_rate=rate)
             if not (math.isfinite(result.loss) and (math.isfinite(result.gradient_norm) or result.skipped)):
                 raise NumericsError(
                     f"loss {result.loss}, gradient norm {result.gradient_norm}",
