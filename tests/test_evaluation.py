@@ -17,7 +17,7 @@ from mvshared.camera import azimuth_elevation
 from mvshared.errors import OptionError
 from mvshared.evaluation import Evaluation, evaluate, held_out_subject
 from mvshared.heads import DEFAULT_RADIUS, composite, render
-from mvshared.heads.shape import Part
+from mvshared.heads.parts import Part
 from mvshared.images import from_model, to_model
 from mvshared.metrics import Summary
 from mvshared.pipeline import Pipeline

@@ -16,7 +16,7 @@ from mvshared.camera import even_azimuths, orbit
 from mvshared.consistency import MAX_ANGLE_DEG, consistency
 from mvshared.errors import OptionError
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
-from mvshared.heads.shape import Part
+from mvshared.heads.parts import Part
 from mvshared.images import from_model, to_model
 from mvshared.metrics import Summary, alpha_mask, background_mask, iou, psnr, ssim, summary
 from mvshared.pipeline import Pipeline

@@ -3,9 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.heads.fields import eye_local
 from mvshared.heads.identity import HeadIdentity, Rgb
+from mvshared.heads.jit import plain
+from mvshared.heads.parts import Part
 from mvshared.heads.primitives import Array
-from mvshared.heads.shape import HeadShape, Part
+from mvshared.heads.shape import HeadShape
 
 Parts = NDArray[np.uint8]
 
@@ -115,7 +118,7 @@ def _paint_eyes(shape: HeadShape, x: Array, y: Array, z: Array, parts: Parts, co
     i = shape.identity
     eye = np.flatnonzero(parts == Part.EYE)
     side = np.sign(x[eye])
-    a, b, _ = shape.eye.local(np.abs(x[eye]), y[eye], z[eye])
+    a, b, _ = plain(eye_local)(np.abs(x[eye]), y[eye], z[eye], shape.measures)
     rx, ry = i.eye_radii
     p, q = a / rx, b / ry
     rim = np.sqrt(p * p + q * q)

@@ -4,7 +4,7 @@ Edges are antialiased by tracing four more rays in each pixel that differs from 
 """
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,8 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 from mvshared.camera import validate_poses
 from mvshared.errors import OptionError
 from mvshared.heads.identity import HeadIdentity, sample_identity
-from mvshared.heads.primitives import Array
-from mvshared.heads.trace import Hits, Tracer
+
+if TYPE_CHECKING:
+    from mvshared.heads.trace import Hits, Tracer
+
+Array = NDArray[np.floating]  # float32
 
 DEFAULT_RADIUS = 3.4
 DEFAULT_FOV_DEG = 30.0
@@ -44,6 +47,8 @@ def render(identity: HeadIdentity | int, cameras: ArrayLike, *, size_px: int, fo
     Raises CameraError for cameras that are no poses; OptionError for a size outside 8 to 2048, a field of view outside 1 to
     120 and a negative identity.
     """
+    from mvshared.heads.trace import Tracer  # loads numba, which takes longer than all of mvshared
+
     poses = validate_poses(cameras)
     if isinstance(size_px, bool) or not isinstance(size_px, int | np.integer) or not 8 <= size_px <= MAX_SIZE_PX:
         raise OptionError("size_px", expected=f"a whole number, 8 to {MAX_SIZE_PX}", got=size_px)
@@ -63,7 +68,7 @@ def composite(rgba: NDArray[np.uint8], *, background: tuple[int, int, int] = (25
     return np.rint(mixed).astype(np.uint8)
 
 
-def _render_views(tracer: Tracer, poses: Array, size_px: int, fov_deg: float) -> HeadViews:
+def _render_views(tracer: "Tracer", poses: Array, size_px: int, fov_deg: float) -> HeadViews:
     shape, count = (len(poses), size_px, size_px), size_px * size_px
     pixels = np.arange(len(poses) * count)
     view, rest = np.divmod(pixels, count)
@@ -110,7 +115,7 @@ def _render_views(tracer: Tracer, poses: Array, size_px: int, fov_deg: float) ->
     )
 
 
-def _trace(tracer: Tracer, poses: Array, view: NDArray[np.int64], x: Array, y: Array) -> Hits:
+def _trace(tracer: "Tracer", poses: Array, view: NDArray[np.int64], x: Array, y: Array) -> "Hits":
     """Hits of rays of the given views with camera-space directions (x, y, -1), their distance along the camera's z axis."""
     slopes = np.stack([x, y, -np.ones_like(x)])
     directions = np.concatenate([pose[:3, :3] @ slopes[:, view == index] for index, pose in enumerate(poses)], axis=1)

@@ -4,25 +4,20 @@ Per identity the distance fields are sampled once on a coarse grid. Rays cross e
 surfaces the exact field is evaluated, but only of those parts that can be the nearest one somewhere in the point's voxel.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.heads import loops
+from mvshared.heads.grid import BOX, CHUNK, GRID, HeadGrid
 from mvshared.heads.identity import HeadIdentity
+from mvshared.heads.jit import COMPILED
+from mvshared.heads.loops import CORNERS, HIT, LEAST_STEP, NORMAL_STEP, REACHES, REFINE_STEPS
 from mvshared.heads.paint import paint
+from mvshared.heads.parts import Part
 from mvshared.heads.primitives import Array
-from mvshared.heads.shape import HeadShape, Part
-
-BOX = 1.02  # half the width of the cube that holds every head (shoulders are cut at its lower face)
-GRID = 48
-CHUNK = 16384  # points evaluated together: their arrays stay in the cache
-HALF_DIAGONAL = math.sqrt(3) * BOX / GRID  # the farthest a point can be from its voxel's centre
-SLOPE = 1.25  # bound on the slope of the fields, which exceeds 1 a little where ellipsoids are flat
-REFINE_STEPS = 64  # few rays, those that skim a surface, take more than ten
-HIT = 2e-3
-LEAST_STEP = 4e-3
+from mvshared.heads.shape import HeadShape
 
 SKY = (0.60, 0.61, 0.66)
 GROUND = (0.50, 0.44, 0.42)
@@ -48,38 +43,11 @@ class Tracer:
         self.shape = HeadShape(identity)
         self.light = np.asarray(identity.light, np.float32)
         self.kinds = np.asarray([int(part) for part in self.shape.parts], np.uint8)
-        count = len(self.shape.parts)
-        centers = ((np.arange(GRID, dtype=np.float32) + 0.5) * (2 * BOX / GRID) - BOX).astype(np.float32)
-        x, y, z = (axis.ravel() for axis in np.meshgrid(centers, centers, centers, indexing="ij"))
-        fields = np.empty((count, len(x)), np.float32)
-        for at in range(0, len(x), CHUNK):
-            here = slice(at, at + CHUNK)
-            for index in range(count):
-                fields[index, here] = self.shape.distance_of(index, x[here], y[here], z[here])
-        nearest = fields.min(axis=0)
-        self.step = (nearest / SLOPE - HALF_DIAGONAL).astype(np.float32)
-        self.candidates = np.zeros(len(x), np.uint16)
-        for index in range(count):
-            self.candidates |= (fields[index] < nearest + 2 * SLOPE * HALF_DIAGONAL).astype(np.uint16) << index
-        # Frames are left out of the occlusion: they would darken the eyes behind them.
-        solid = [index for index, part in enumerate(self.shape.parts) if part != Part.GLASSES]
-        self.soft = fields[solid].min(axis=0)
-        near = np.argwhere((self.step < 0).reshape(GRID, GRID, GRID))
-        self.low = (near.min(axis=0) * (2 * BOX / GRID) - BOX).astype(np.float32)
-        self.high = ((near.max(axis=0) + 1) * (2 * BOX / GRID) - BOX).astype(np.float32)
+        self.grid = HeadGrid(self.shape)
 
     def trace(self, origins: Array, directions: Array) -> Hits:
         """Shade the first surface points of rays from `origins` (3, n) along unit `directions` (3, n)."""
-        starts = []
-        for at in range(0, directions.shape[1], CHUNK):
-            here = slice(at, at + CHUNK)
-            ray, near, far = self._clip(origins[:, here], directions[:, here])
-            found, t = self._march(origins[:, here][:, ray], directions[:, here][:, ray], near, far)
-            starts.append((ray[found] + at, t, far[found]))
-        ray, t, far = (np.concatenate(arrays) for arrays in zip(*starts, strict=True))
-        # All rays are refined together: the last steps, for a few rays each, would otherwise be mostly overhead.
-        hit, t = self._refine(origins[:, ray], directions[:, ray], t, far)
-        ray = ray[hit]
+        ray, t = self._first_hits(origins, directions)
         shaded = []
         for at in range(0, len(ray), CHUNK):
             here = ray[at : at + CHUNK]
@@ -91,10 +59,28 @@ class Tracer:
         color, normal, part = (np.concatenate(arrays) for arrays in zip(*shaded, strict=True))
         return Hits(ray, color, normal, t, part)
 
+    def _first_hits(self, origins: Array, directions: Array) -> tuple[NDArray[np.int64], Array]:
+        """Rays that hit, by index, and their distances."""
+        if COMPILED:
+            grid, rows = self.grid, (np.ascontiguousarray(rays.T, np.float32) for rays in (origins, directions))
+            return loops.first_hits(
+                *rows, grid.low, grid.high, grid.step, grid.candidates, self.shape.layers, self.shape.measures
+            )
+        starts = []
+        for at in range(0, directions.shape[1], CHUNK):
+            here = slice(at, at + CHUNK)
+            ray, near, far = self._clip(origins[:, here], directions[:, here])
+            found, t = self._march(origins[:, here][:, ray], directions[:, here][:, ray], near, far)
+            starts.append((ray[found] + at, t, far[found]))
+        ray, t, far = (np.concatenate(arrays) for arrays in zip(*starts, strict=True))
+        # All rays are refined together: the last steps, for a few rays each, would otherwise be mostly overhead.
+        hit, t = self._refine(origins[:, ray], directions[:, ray], t, far)
+        return ray[hit], t
+
     def _clip(self, origins: Array, directions: Array) -> tuple[NDArray[np.int64], Array, Array]:
         """Rays that meet the head's box, by index, and where they enter and leave it."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            a, b = (self.low[:, None] - origins) / directions, (self.high[:, None] - origins) / directions
+            a, b = (self.grid.low[:, None] - origins) / directions, (self.grid.high[:, None] - origins) / directions
         near = np.maximum(np.fmin(a, b).max(axis=0), 0)
         far = np.fmax(a, b).min(axis=0)
         ray = np.flatnonzero(near < far)
@@ -113,7 +99,7 @@ class Tracer:
         reached = []
         least = np.float32(BOX / GRID)
         while len(active):
-            safe = self.step[self._voxel(origins[:, active] + t[active] * d[:, active])]
+            safe = self.grid.step[self._voxel(origins[:, active] + t[active] * d[:, active])]
             close = safe < least / 2
             reached.append(active[close])
             active, safe = active[~close], safe[~close]
@@ -124,7 +110,7 @@ class Tracer:
 
     def _nearest(self, points: Array) -> tuple[Array, NDArray[np.uint8]]:
         """Distance (n,) of points (3, n) in the box to the surface, and which of the shape's parts is there."""
-        candidates = self.candidates[self._voxel(points)]
+        candidates = self.grid.candidates[self._voxel(points)]
         distance = np.full(points.shape[1], np.inf, np.float32)
         owner = np.zeros(points.shape[1], np.uint8)
         for index in range(len(self.kinds)):
@@ -159,13 +145,8 @@ class Tracer:
 
     def _shade(self, points: Array, d: Array) -> tuple[Array, Array, NDArray[np.uint8]]:
         """Colours (n, 3), normals (n, 3) and parts (n,) of surface points (3, n) seen along d (3, n)."""
-        _, owner = self._nearest(points)
-        normal = self._normal(points, owner)
+        owner, normal, occlusion = self._surface(points)
         base, part = paint(self.shape, points[0], points[1], points[2], self.kinds[owner])
-        occlusion = np.ones(points.shape[1], np.float32)
-        for reach in (0.07, 0.18):
-            free = self._soft_distance(points + np.float32(reach) * normal)
-            occlusion *= np.float32(0.55) + np.float32(0.45) * np.clip(free / np.float32(reach), 0, 1)
         lambert = np.clip((self.light @ normal + np.float32(0.25)) / np.float32(1.25), 0, 1)
         up = (0.5 + 0.5 * normal[1])[:, None]
         sky, ground, key = (np.asarray(color, np.float32) for color in (SKY, GROUND, KEY))
@@ -178,6 +159,19 @@ class Tracer:
         color = base * shade + (strength[part] * gloss * occlusion)[:, None]
         return color, normal.T, part
 
+    def _surface(self, points: Array) -> tuple[NDArray[np.uint8], Array, Array]:
+        """Owners (n,), unit normals (3, n) and occlusion (n,) of surface points (3, n)."""
+        if COMPILED:
+            points = np.ascontiguousarray(points, np.float32)
+            return loops.surface(points, self.grid.candidates, self.grid.soft, self.shape.layers, self.shape.measures)
+        _, owner = self._nearest(points)
+        normal = self._normal(points, owner)
+        occlusion = np.ones(points.shape[1], np.float32)
+        for reach in REACHES:
+            free = self._soft_distance(points + np.float32(reach) * normal)
+            occlusion *= np.float32(0.55) + np.float32(0.45) * np.clip(free / np.float32(reach), 0, 1)
+        return owner, normal, occlusion
+
     def _soft_distance(self, points: Array) -> Array:
         """Distance (n,) to the head without glasses at points (3, n), interpolated from the grid: enough for occlusion."""
         position = np.clip((points + np.float32(BOX)) * np.float32(GRID / (2 * BOX)) - np.float32(0.5), 0, GRID - 1.001)
@@ -188,18 +182,17 @@ class Tracer:
         for dx in (0, GRID * GRID):
             along_y = []
             for dy in (0, GRID):
-                first = self.soft[base + (dx + dy)]
-                along_y.append(first + fz * (self.soft[base + (dx + dy + 1)] - first))
+                first = self.grid.soft[base + (dx + dy)]
+                along_y.append(first + fz * (self.grid.soft[base + (dx + dy + 1)] - first))
             along_x.append(along_y[0] + fy * (along_y[1] - along_y[0]))
         return along_x[0] + fx * (along_x[1] - along_x[0])
 
     def _normal(self, points: Array, owner: NDArray[np.uint8]) -> Array:
         """Unit normals (3, n) of the owning parts, by differences over a tetrahedron."""
-        e = np.float32(4e-3)
-        corners = np.asarray(((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)), np.float32)
+        e = np.float32(NORMAL_STEP)
         gradient = np.zeros(points.shape, np.float32)
         for index in np.unique(owner):
             here = np.flatnonzero(owner == index)
-            for corner in corners[:, :, None]:
+            for corner in CORNERS[:, :, None]:
                 gradient[:, here] += corner * self.shape.distance_of(int(index), *(points[:, here] + e * corner))
         return gradient / np.maximum(np.sqrt((gradient * gradient).sum(axis=0)), np.float32(1e-9))

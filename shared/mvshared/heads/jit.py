@@ -1,0 +1,58 @@
+"""numba where it is installed: without it every function stays plain Python and works on NumPy arrays.
+
+NUMBA_DISABLE_JIT=1 in the environment has the same effect as no numba.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+Function = TypeVar("Function", bound=Callable)
+
+try:
+    import numba
+except ImportError:
+    numba = None  # type: ignore[assignment]
+
+COMPILED = numba is not None and not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
+# Division as NumPy has it: a check for zero in every loop would keep it from being vectorised.
+OPTIONS = {"error_model": "numpy", "nogil": True}
+
+
+def compiled(function: Function) -> Function:
+    """`function` compiled to be called by other compiled functions; the function itself without numba."""
+    return numba.njit(**OPTIONS)(function) if COMPILED else function
+
+
+def compiled_inline(function: Function) -> Function:
+    """As `compiled`, with the function's text put in the place of each call."""
+    return numba.njit(inline="always", **OPTIONS)(function) if COMPILED else function
+
+
+def entry(function: Function) -> Function:
+    """As `compiled`, for what Python calls: its machine code is kept on disk for the next process."""
+    if not COMPILED:
+        return function
+    try:
+        result = numba.njit(cache=True, **OPTIONS)(function)
+        # numba compares the time of the function's own file alone, and the functions that it calls are in others.
+        files = result._cache._cache_file
+        files._source_stamp = f"{files._source_stamp} {_sources()}"
+    except (RuntimeError, AttributeError):  # no folder can be written, or this numba keeps its files in another way
+        return compiled(function)
+    return result
+
+
+def plain(function: Function) -> Function:
+    """The Python of a compiled function, to call it with NumPy arrays."""
+    return getattr(function, "py_func", function)
+
+
+@functools.cache
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
