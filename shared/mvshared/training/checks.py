@@ -11,6 +11,7 @@ from mvshared.camera import azimuth_elevation
 from mvshared.captures import Capture, load_capture
 from mvshared.config import ModelConfig
 from mvshared.errors import DatasetError, MvWarning
+from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
 
 
@@ -20,7 +21,9 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
     Raises DatasetError for captures that cannot be learned from, and warns (MvWarning) of those that are left out and of
     views without normal maps.
     """
-    captures = [(name, folder, load_capture(folder)) for name, folders in named for folder in folders]
+    places = [(name, folder) for name, folders in named for folder in folders]
+    loaded = ahead(load_capture, [folder for _, folder in places])
+    captures = [(name, folder, capture) for (name, folder), capture in zip(places, loaded, strict=True)]
     for _, folder, capture in captures:
         if len(capture.image_paths) < 2:
             raise DatasetError("a capture needs at least 2 views", path=folder)
@@ -41,9 +44,8 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
 def check_sizes(captures: list[Capture], *, factor: int) -> None:
     """Raise DatasetError unless all pictures and normal maps have one size, a multiple of `factor` pixels."""
     expected = None
-    for capture in captures:
-        for path in (*capture.image_paths, *(path for path in capture.normal_paths if path is not None)):
-            size = _size_px(path)
+    for sizes in ahead(_sizes_px, captures):
+        for path, size in sizes:
             if expected is None and (size[0] % factor or size[1] % factor):
                 reason = f"width and height must be multiples of {factor} for this model, got {size[0]} x {size[1]} pixels"
                 raise DatasetError(reason, path=path)
@@ -51,6 +53,11 @@ def check_sizes(captures: list[Capture], *, factor: int) -> None:
             if size != expected:
                 reason = f"all pictures must have one size, got {size[0]} x {size[1]} after {expected[0]} x {expected[1]}"
                 raise DatasetError(reason, path=path)
+
+
+def _sizes_px(capture: Capture) -> list[tuple[Path, tuple[int, int]]]:
+    paths = [*capture.image_paths, *(path for path in capture.normal_paths if path is not None)]
+    return [(path, _size_px(path)) for path in paths]
 
 
 def _size_px(path: Path) -> tuple[int, int]:

@@ -84,12 +84,17 @@ def read_picture(path: Path, *, background: tuple[int, int, int]) -> Picture:
     """A picture composited over the background. Raises DatasetError if it cannot be decoded."""
     try:
         with Image.open(path) as image:
-            rgba = np.asarray(image.convert("RGBA"), dtype=np.float32)
+            rgba = np.asarray(image.convert("RGBA"))
     except (OSError, SyntaxError, ValueError) as error:
         raise DatasetError(f"cannot be decoded: {error}", path=path) from error
     alpha = rgba[..., 3] / np.float32(255)
-    mixed = rgba[..., :3] * alpha[..., None] + np.asarray(background, np.float32) * (1 - alpha[..., None])
-    return Picture((mixed / 127.5 - 1).astype(np.float32), alpha)
+    pixels, plain = rgba[..., :3].astype(np.float32), np.asarray(background, np.float32)
+    pixels -= plain
+    pixels *= alpha[..., None]
+    pixels += plain
+    pixels /= np.float32(127.5)
+    pixels -= 1
+    return Picture(pixels, alpha)
 
 
 def read_normals(path: Path) -> Picture:
