@@ -26,6 +26,12 @@ def compiled(function: Function) -> Function:
     return numba.njit(**OPTIONS)(function) if COMPILED else function
 
 
+def compiled_scalar(function: Function) -> Function:
+    """As `compiled`, for a function of one point: it becomes part of the loops that call it, so that these take several points
+    an instruction."""
+    return numba.njit(forceinline=True, **OPTIONS)(function) if COMPILED else function
+
+
 def compiled_inline(function: Function) -> Function:
     """As `compiled`, with the function's text put in the place of each call."""
     return numba.njit(inline="always", **OPTIONS)(function) if COMPILED else function
