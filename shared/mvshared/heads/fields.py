@@ -6,13 +6,23 @@ there is no branch here on anything but by their choice. The pairs of a face are
 """
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mvshared.heads.jit import compiled_scalar, entry
 from mvshared.heads.primitives import (
-    Array, Vector, angle, capsule, disc, ellipsoid, ring, sine, smooth_cut, smooth_union, sphere,
+    Array,
+    Vector,
+    angle,
+    capsule,
+    disc,
+    ellipsoid,
+    ring,
+    sine,
+    smooth_cut,
+    smooth_union,
+    sphere,
 )  # fmt: skip
 
 FAR = 10.0
@@ -118,9 +128,9 @@ def face(x: Array, y: Array, z: Array, skull: Vector, skull_y: float, jaw: Vecto
 
 
 @entry
-def face_depth(x: float, y: float, skull: Vector, skull_y: float, jaw: Vector, jaw_y: float, cheek_radius: float) -> float:
-    """z of the bare face at x, y: sphere tracing one ray from the front."""
-    z = 1.0
+def face_depth(x: Any, y: Any, skull: Vector, skull_y: float, jaw: Vector, jaw_y: float, cheek_radius: float) -> Any:
+    """z of the bare face at the numbers x and y: sphere tracing one ray from the front."""
+    z: Any = 1.0
     for _ in range(24):
         z = z - face(x, y, z, skull, skull_y, jaw, jaw_y, cheek_radius)
     return z

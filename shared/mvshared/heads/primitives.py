@@ -5,6 +5,8 @@ ellipsoid's is his approximation, exact at the surface to first order. Every rad
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,5 +97,5 @@ def _angle(x: float, z: float) -> float:
     return -r if x < 0 else r
 
 
-sine = _sine if COMPILED else np.sin
-angle = _angle if COMPILED else np.arctan2
+sine: Callable[[Array], Array] = cast(Any, _sine) if COMPILED else np.sin
+angle: Callable[[Array, Array], Array] = cast(Any, _angle) if COMPILED else np.arctan2
