@@ -1,5 +1,6 @@
 """Which cases the repository has beside those of `mvmlx benchmark`, by the names of the command line."""
 
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,7 @@ TITLES = {
 # Subjects a step: MLX's CPU backend takes minutes for many.
 TRAINING = (("demo", "torch", 8), ("larger", "torch", 2), ("demo", "mlx", 2))
 RENDERER_VIEWS, RENDERER_SIZES_PX = 8, (64, 128, 256)
+RENDERER_VARIANTS = ("plain", "compiled") if find_spec("numba") else ("plain",)
 
 
 def cases(name: str, *, model: Path, backends: list[BackendName]) -> list[list[Case]]:
@@ -31,7 +33,10 @@ def cases(name: str, *, model: Path, backends: list[BackendName]) -> list[list[C
                     what=f"{RENDERER_VIEWS} views of {size_px} px",
                     prepare=renderer,
                     arguments={"views": RENDERER_VIEWS, "size_px": size_px},
+                    row={"variant": variant},
+                    environment={"NUMBA_DISABLE_JIT": "1"} if variant == "plain" else {},
                 )
+                for variant in RENDERER_VARIANTS
             ]
             for size_px in RENDERER_SIZES_PX
         ]

@@ -61,6 +61,7 @@ def test_the_command_prints_tables_and_writes_the_same_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(suite, "RENDERER_SIZES_PX", (16,))
+    monkeypatch.setattr(suite, "RENDERER_VARIANTS", ("plain",))
     monkeypatch.setattr("sys.argv", ["benchmarks", "renderer", "--repeats", "1", "--json", str(tmp_path / "r.json")])
     main()
     results = read_results(tmp_path / "r.json")

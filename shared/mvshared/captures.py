@@ -24,6 +24,7 @@ from mvshared.export import transforms
 from mvshared.files import read_json_object, write_atomic, write_json
 from mvshared.images import composite, load_image
 
+PNG_LEVEL = 1  # of zlib: a third of the time of its default, for files that are a seventh larger
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -159,7 +160,7 @@ def write_capture(
         try:
             for name, picture in pictures.items():
                 encoded = io.BytesIO()
-                Image.fromarray(picture).save(encoded, "PNG")
+                Image.fromarray(picture).save(encoded, "PNG", compress_level=PNG_LEVEL)
                 write_atomic(temporary / name, encoded.getvalue())
             write_json(temporary / "transforms.json", document)
             os.replace(temporary, folder)

@@ -58,9 +58,13 @@ def render_dataset(
     check_folder(folder)
     missing = [number for number in identities if not (_capture_folder(folder, number) / "transforms.json").exists()]
     work = partial(_render_one, folder=folder, views=views, size_px=size_px)
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(work, missing, chunksize=4), total=len(missing), desc="rendering", unit="head", disable=None):
-            pass
+    progress = tqdm(total=len(missing), desc="rendering", unit="head", disable=None)
+    if missing:  # the first head here: what numba compiles for it is then on disk for all processes
+        work(missing[0])
+        progress.update()
+    with progress, ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(work, missing[1:], chunksize=4):
+            progress.update()
     return len(missing)
 
 

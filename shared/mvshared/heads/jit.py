@@ -7,23 +7,30 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable)
 
 try:
     import numba
 except ImportError:
-    numba = None  # type: ignore[assignment]
+    numba: Any = None
 
-COMPILED = numba is not None and not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
+COMPILED = numba is not None and not numba.config.DISABLE_JIT
 # Division as NumPy has it: a check for zero in every loop would keep it from being vectorised.
 OPTIONS = {"error_model": "numpy", "nogil": True}
+COMPILED_MODULES = ("fields", "grid", "jit", "layers", "loops", "parts", "primitives")
 
 
 def compiled(function: Function) -> Function:
     """`function` compiled to be called by other compiled functions; the function itself without numba."""
     return numba.njit(**OPTIONS)(function) if COMPILED else function
+
+
+def compiled_scalar(function: Function) -> Function:
+    """As `compiled`, for a function of one point: it becomes part of the loops that call it, so that these take several points
+    an instruction."""
+    return numba.njit(forceinline=True, **OPTIONS)(function) if COMPILED else function
 
 
 def compiled_inline(function: Function) -> Function:
@@ -53,6 +60,6 @@ def plain(function: Function) -> Function:
 @functools.cache
 def _sources() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for name in COMPILED_MODULES:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()

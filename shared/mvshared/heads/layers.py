@@ -21,9 +21,10 @@ def distance(layers: NDArray[np.int64], x: Array, y: Array, z: Array, m: Measure
         for layer in layers[layers >= 0]:
             d = LAYERS[layer](d, x, y, z, m)
         return d
-    d = np.empty(x.size, np.float32)
-    apply_layers(layers, d, *(np.ascontiguousarray(axis, np.float32).ravel() for axis in (x, y, z)), m)
-    return d.reshape(x.shape)
+    shape, d = x.shape, np.empty(x.size, np.float32)
+    x, y, z = (np.ascontiguousarray(axis, np.float32).ravel() for axis in (x, y, z))
+    apply_layers(layers, d, x, y, z, m)
+    return d.reshape(shape)
 
 
 @compiled_inline

@@ -4,6 +4,8 @@ Rays march one by one. What needs distance fields is done in batches that stay i
 be on it are gathered, and its layers put over them, several points an instruction.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +15,7 @@ from mvshared.heads.jit import compiled, entry
 from mvshared.heads.layers import apply
 from mvshared.heads.primitives import Array
 
-BATCH = 512
+BATCH = 4096
 REFINE_STEPS = 64  # few rays, those that skim a surface, take more than ten
 HIT = 2e-3
 LEAST_STEP = 4e-3
@@ -35,7 +37,7 @@ def _voxel(x: float, y: float, z: float) -> int:
 
 
 @compiled
-def _march(o: Array, d: Array, low: Array, high: Array, step: Array) -> tuple[float, float]:
+def _march(o: Array, d: Array, low: Array, high: Array, step: Array) -> tuple[Any, Any]:
     """How far a ray goes until it comes near a surface, and where it leaves the box; the first is not less if it does not."""
     near, far = _0, np.float32(np.inf)
     for axis in range(3):

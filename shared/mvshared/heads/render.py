@@ -69,59 +69,94 @@ def composite(rgba: NDArray[np.uint8], *, background: tuple[int, int, int] = (25
 
 
 def _render_views(tracer: "Tracer", poses: Array, size_px: int, fov_deg: float) -> HeadViews:
-    shape, count = (len(poses), size_px, size_px), size_px * size_px
-    pixels = np.arange(len(poses) * count)
-    view, rest = np.divmod(pixels, count)
-    rows, columns = np.divmod(rest, size_px)
-    color, normal = np.zeros((len(pixels), 3), np.float32), np.zeros((len(pixels), 3), np.float32)
-    coverage, depth = np.zeros(len(pixels), np.float32), np.full(len(pixels), np.inf, np.float32)
-    part = np.zeros(len(pixels), np.uint8)
-    hits = _trace(tracer, poses, view, *_ray_slopes(rows, columns, size_px, fov_deg))
-    color[hits.ray], normal[hits.ray], coverage[hits.ray] = hits.color, hits.normal, 1
+    shape, count, total = (len(poses), size_px, size_px), size_px * size_px, len(poses) * size_px * size_px
+    rows, columns = np.divmod(np.arange(count), size_px)
+    color, normal = np.zeros((3, total), np.float32), np.zeros((3, total), np.float32)
+    coverage, depth = np.zeros(total, np.float32), np.full(total, np.inf, np.float32)
+    part = np.zeros(total, np.uint8)
+    slopes = (np.tile(slope, len(poses)) for slope in _ray_slopes(rows, columns, size_px, fov_deg))
+    hits = _trace(tracer, poses, [count] * len(poses), *slopes)
+    color[:, hits.ray], normal[:, hits.ray], coverage[hits.ray] = hits.color, hits.normal, 1
     depth[hits.ray], part[hits.ray] = hits.distance, hits.part
 
-    edge = np.flatnonzero(_edges(part.reshape(shape), color.reshape(*shape, 3)))
+    edges = _edges(part.reshape(shape), color.reshape(3, *shape)).reshape(len(poses), count)
+    edge = np.flatnonzero(edges)
     if len(edge):
-        across, down = np.asarray(EDGE_SAMPLES, np.float32).T
-        samples = len(EDGE_SAMPLES)
-        slopes = _ray_slopes((rows[edge, None] + down).ravel(), (columns[edge, None] + across).ravel(), size_px, fov_deg)
-        fine = _trace(tracer, poses, np.repeat(view[edge], samples), *slopes)
-        owner = fine.ray // samples
-        sums = np.zeros((len(edge), 7), np.float32)
-        np.add.at(sums, owner, np.concatenate([fine.color, fine.normal, np.ones((len(owner), 1), np.float32)], axis=1))
-        found = np.maximum(sums[:, 6:], 1)
-        color[edge], normal[edge] = sums[:, :3] / found, sums[:, 3:6] / found
-        coverage[edge] = sums[:, 6] / samples
-        nearest = np.full(len(edge), np.inf, np.float32)
-        np.minimum.at(nearest, owner, fine.distance)
-        kinds = np.zeros(len(edge), np.uint8)
-        closest = fine.distance == nearest[owner]
-        kinds[owner[closest]] = fine.part[closest]
-        keep = np.isfinite(depth[edge]) & (sums[:, 6] > 0)
-        depth[edge] = np.where(keep, depth[edge], nearest)
-        part[edge] = np.where(keep, part[edge], kinds)
+        fine = _trace_edges(tracer, poses, edges, size_px, fov_deg)
+        found = np.maximum(fine.hits, 1)
+        color[:, edge], normal[:, edge] = fine.color / found, fine.normal / found
+        coverage[edge] = fine.hits / len(EDGE_SAMPLES)
+        keep = np.isfinite(depth[edge]) & (fine.hits > 0)
+        depth[edge] = np.where(keep, depth[edge], fine.nearest)
+        part[edge] = np.where(keep, part[edge], fine.part)
 
-    length = np.linalg.norm(normal, axis=1, keepdims=True)
-    unit = (normal / np.maximum(length, 1e-6)).reshape(len(poses), count, 3)
-    in_camera = np.stack([one @ pose[:3, :3] for one, pose in zip(unit, poses, strict=True)]).reshape(-1, 3)
-    alpha = np.rint(coverage * 255).astype(np.uint8)[:, None]
-    rgb = np.rint(np.clip(color, 0, 1) * 255).astype(np.uint8)
-    normal_rgb = np.where(alpha > 0, np.rint((in_camera + 1) * 127.5), 0).astype(np.uint8)
+    alpha = np.rint(coverage * 255).astype(np.uint8)
+    normal /= np.maximum(np.sqrt(normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]), 1e-6)
+    rgba, normals = np.empty((total, 4), np.uint8), np.empty((total, 4), np.uint8)
+    rgba[:, 3] = normals[:, 3] = alpha
+    for channel in range(3):
+        rgba[:, channel] = np.rint(np.clip(color[channel], 0, 1) * 255)
+    for index, pose in enumerate(poses):
+        here = slice(index * count, (index + 1) * count)
+        in_camera = np.rint((_transform(pose[:3, :3].T, normal[:, here]) + 1) * 127.5)
+        in_camera[:, alpha[here] == 0] = 0
+        normals[here, :3] = in_camera.T
     return HeadViews(
-        rgba=np.concatenate([rgb, alpha], axis=1).reshape(*shape, 4),
-        normals=np.concatenate([normal_rgb, alpha], axis=1).reshape(*shape, 4),
-        depth=depth.reshape(shape),
-        parts=part.reshape(shape),
+        rgba=rgba.reshape(*shape, 4), normals=normals.reshape(*shape, 4), depth=depth.reshape(shape), parts=part.reshape(shape)
     )
 
 
-def _trace(tracer: "Tracer", poses: Array, view: NDArray[np.int64], x: Array, y: Array) -> "Hits":
-    """Hits of rays of the given views with camera-space directions (x, y, -1), their distance along the camera's z axis."""
+class EdgePixels(NamedTuple):
+    """What the rays of each of n edge pixels hit: the sums of colours and normals (3, n), the number of hits, and the depth and
+    the part of the nearest (n,)."""
+
+    color: Array
+    normal: Array
+    hits: Array
+    nearest: Array
+    part: NDArray[np.uint8]
+
+
+def _trace_edges(tracer: "Tracer", poses: Array, edges: NDArray[np.bool_], size_px: int, fov_deg: float) -> EdgePixels:
+    """Trace more rays through the pixels (v, h * w) that are true in `edges`."""
+    across, down = np.asarray(EDGE_SAMPLES, np.float32).T
+    samples = len(EDGE_SAMPLES)
+    rows, columns = np.divmod(np.nonzero(edges)[1], size_px)
+    slopes = _ray_slopes((rows[:, None] + down).ravel(), (columns[:, None] + across).ravel(), size_px, fov_deg)
+    hits = _trace(tracer, poses, [samples * int(number) for number in edges.sum(axis=1)], *slopes)
+    values = np.zeros((7, len(rows) * samples), np.float32)
+    values[:3, hits.ray], values[3:6, hits.ray], values[6, hits.ray] = hits.color, hits.normal, 1
+    sums = values[:, ::samples].copy()
+    for sample in range(1, samples):
+        sums += values[:, sample::samples]
+    distance, kinds = np.full(len(rows) * samples, np.inf, np.float32), np.zeros(len(rows) * samples, np.uint8)
+    distance[hits.ray], kinds[hits.ray] = hits.distance, hits.part
+    nearest, part = distance[::samples].copy(), kinds[::samples].copy()
+    for sample in range(1, samples):
+        closer = distance[sample::samples] < nearest
+        np.copyto(nearest, distance[sample::samples], where=closer)
+        np.copyto(part, kinds[sample::samples], where=closer)
+    return EdgePixels(sums[:3], sums[3:6], sums[6], nearest, part)
+
+
+def _trace(tracer: "Tracer", poses: Array, counts: list[int], x: Array, y: Array) -> "Hits":
+    """Hits of rays with camera-space directions (x, y, -1), `counts` of them for each view; their distance is along the
+    camera's z axis."""
     slopes = np.stack([x, y, -np.ones_like(x)])
-    directions = np.concatenate([pose[:3, :3] @ slopes[:, view == index] for index, pose in enumerate(poses)], axis=1)
+    origins, directions = np.empty_like(slopes), np.empty_like(slopes)
+    at = 0
+    for pose, count in zip(poses, counts, strict=True):
+        here = slice(at, at + count)
+        origins[:, here], directions[:, here] = pose[:3, 3:], _transform(pose[:3, :3], slopes[:, here])
+        at += count
     lengths = np.sqrt((directions * directions).sum(axis=0))
-    hits = tracer.trace(poses[view, :3, 3].T, directions / lengths)
+    hits = tracer.trace(origins, directions / lengths)
     return hits._replace(distance=hits.distance / lengths[hits.ray])
+
+
+def _transform(matrix: Array, vectors: Array) -> Array:
+    """Vectors (3, n) times a matrix (3, 3); not by BLAS, whose threads would compete with those of other processes."""
+    return matrix[:, :1] * vectors[0] + matrix[:, 1:2] * vectors[1] + matrix[:, 2:] * vectors[2]
 
 
 def _ray_slopes(rows: NDArray, columns: NDArray, size_px: int, fov_deg: float) -> tuple[Array, Array]:
@@ -134,13 +169,15 @@ def _ray_slopes(rows: NDArray, columns: NDArray, size_px: int, fov_deg: float) -
 
 
 def _edges(part: NDArray[np.uint8], color: Array) -> NDArray[np.bool_]:
-    """Pixels (v, h, w) that differ from a neighbour in part or clearly in colour."""
+    """Pixels (v, h, w) that differ from a neighbour in part or clearly in colour (3, v, h, w)."""
     result = np.zeros(part.shape, bool)
     for axis in (1, 2):
-        step = np.diff(part.astype(np.int16), axis=axis) != 0
-        step |= np.abs(np.diff(color, axis=axis)).max(axis=-1) > 0.10
         first, second = [slice(None)] * 3, [slice(None)] * 3
         first[axis], second[axis] = slice(None, -1), slice(1, None)
-        result[tuple(first)] |= step
-        result[tuple(second)] |= step
+        before, after = tuple(first), tuple(second)
+        step = part[after] != part[before]
+        for channel in color:
+            step |= np.abs(channel[after] - channel[before]) > 0.10
+        result[before] |= step
+        result[after] |= step
     return result

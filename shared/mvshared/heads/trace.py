@@ -26,7 +26,7 @@ GLOSS = {Part.EYE: 0.30, Part.GLASSES: 0.40, Part.HAIR: 0.12, Part.HAT: 0.06, Pa
 
 
 class Hits(NamedTuple):
-    """Shaded surface points of the rays that hit: indices into the rays, colours and world normals (n, 3), distance along the
+    """Shaded surface points of the rays that hit: indices into the rays, colours and world normals (3, n), distance along the
     ray and part (n,)."""
 
     ray: NDArray[np.int64]
@@ -48,23 +48,21 @@ class Tracer:
     def trace(self, origins: Array, directions: Array) -> Hits:
         """Shade the first surface points of rays from `origins` (3, n) along unit `directions` (3, n)."""
         ray, t = self._first_hits(origins, directions)
-        shaded = []
+        color, normal = np.empty((3, len(ray)), np.float32), np.empty((3, len(ray)), np.float32)
+        part = np.empty(len(ray), np.uint8)
         for at in range(0, len(ray), CHUNK):
-            here = ray[at : at + CHUNK]
-            d = directions[:, here]
-            shaded.append(self._shade(origins[:, here] + t[at : at + CHUNK] * d, d))
-        if not shaded:
-            nothing = np.zeros((0, 3), np.float32)
-            return Hits(ray, nothing, nothing, t, np.zeros(0, np.uint8))
-        color, normal, part = (np.concatenate(arrays) for arrays in zip(*shaded, strict=True))
+            here = slice(at, at + CHUNK)
+            d = directions[:, ray[here]]
+            color[:, here], normal[:, here], part[here] = self._shade(origins[:, ray[here]] + t[here] * d, d)
         return Hits(ray, color, normal, t, part)
 
     def _first_hits(self, origins: Array, directions: Array) -> tuple[NDArray[np.int64], Array]:
         """Rays that hit, by index, and their distances."""
         if COMPILED:
-            grid, rows = self.grid, (np.ascontiguousarray(rays.T, np.float32) for rays in (origins, directions))
+            grid = self.grid
+            starts, ways = np.ascontiguousarray(origins.T, np.float32), np.ascontiguousarray(directions.T, np.float32)
             return loops.first_hits(
-                *rows, grid.low, grid.high, grid.step, grid.candidates, self.shape.layers, self.shape.measures
+                starts, ways, grid.low, grid.high, grid.step, grid.candidates, self.shape.layers, self.shape.measures
             )
         starts = []
         for at in range(0, directions.shape[1], CHUNK):
@@ -144,20 +142,23 @@ class Tracer:
         return hit, np.maximum(t[hit], 0)  # a camera inside the head sees what is right before it
 
     def _shade(self, points: Array, d: Array) -> tuple[Array, Array, NDArray[np.uint8]]:
-        """Colours (n, 3), normals (n, 3) and parts (n,) of surface points (3, n) seen along d (3, n)."""
+        """Colours (3, n), normals (3, n) and parts (n,) of surface points (3, n) seen along d (3, n)."""
         owner, normal, occlusion = self._surface(points)
         base, part = paint(self.shape, points[0], points[1], points[2], self.kinds[owner])
-        lambert = np.clip((self.light @ normal + np.float32(0.25)) / np.float32(1.25), 0, 1)
-        up = (0.5 + 0.5 * normal[1])[:, None]
-        sky, ground, key = (np.asarray(color, np.float32) for color in (SKY, GROUND, KEY))
-        shade = occlusion[:, None] * (ground + (sky - ground) * up + key * lambert[:, None])
+        lambert = np.clip(((self.light[:, None] * normal).sum(axis=0) + np.float32(0.25)) / np.float32(1.25), 0, 1)
+        up = np.float32(0.5) + np.float32(0.5) * normal[1]
         halfway = self.light[:, None] - d
         halfway /= np.sqrt((halfway * halfway).sum(axis=0))
         gloss = np.clip((halfway * normal).sum(axis=0), 0, 1) ** 40
         strength = np.zeros(len(Part), np.float32)
         strength[list(GLOSS)] = list(GLOSS.values())
-        color = base * shade + (strength[part] * gloss * occlusion)[:, None]
-        return color, normal.T, part
+        shine = strength[part] * gloss * occlusion
+        color = np.empty_like(normal)
+        for channel in range(3):
+            sky, ground, key = SKY[channel], GROUND[channel], KEY[channel]
+            shade = occlusion * (ground + (sky - ground) * up + key * lambert)
+            color[channel] = base[:, channel] * shade + shine
+        return color, normal, part
 
     def _surface(self, points: Array) -> tuple[NDArray[np.uint8], Array, Array]:
         """Owners (n,), unit normals (3, n) and occlusion (n,) of surface points (3, n)."""
