@@ -22,7 +22,7 @@ SHARED_MAY_IMPORT = {"PIL", "click", "huggingface_hub", "numpy", "safetensors", 
 MAY_IMPORT = {
     "mvshared": SHARED_MAY_IMPORT | {"mvshared"},
     "mvmlx": SHARED_MAY_IMPORT | {"mvshared", "mvmlx", "mlx"},
-    "mvtorch": SHARED_MAY_IMPORT | {"mvshared", "mvtorch", "torch"},
+    "mvtorch": SHARED_MAY_IMPORT | {"mvshared", "mvtorch", "torch", "triton"},
 }
 # Modules inside of allowed packages that pull in an array library.
 BRING_AN_ARRAY_LIBRARY = re.compile(r"safetensors\.(?!numpy\b)\w+")
