@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvtorch import cuda_fused
+
 _LEAST_NUMBERS = 1 << 15  # of a piece: with fewer, the many calls take longer than what they save
 # Pixels whose numbers are added up one after the other, which costs float32 its last digits.
 _PIECE_PIXELS = {torch.float32: 256, torch.bfloat16: 4096, torch.float16: 4096}
@@ -36,7 +38,8 @@ def norm_silu(norm: Any, x: Tensor, *, overwrite: bool = False) -> Tensor:
         out = normalised(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=True, out=target)
         if out is not None:
             return out
-    return F.silu(norm(x), inplace=True)
+    out = cuda_fused.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=True, overwrite=overwrite)
+    return F.silu(norm(x), inplace=True) if out is None else out
 
 
 def is_for(x: Tensor) -> bool:

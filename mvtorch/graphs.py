@@ -117,7 +117,7 @@ class Graphs:
             self._entries.clear()
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             _LOGGER.warning(
-                "no CUDA graphs: the U-Net's call could not be recorded (%s); its kernels are launched apart", reason
+                "no CUDA graphs: a network's call could not be recorded (%s); its kernels are launched apart", reason
             )
             return False
         entry.inputs, entry.recording = static, recording

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvshared.backend import BackendName, Dtype
-from mvshared.memory.plan import PLAIN, MemoryPlan
+from mvshared.memory.plan import PLAIN, MemoryPlan, vae_batch
 from mvshared.networks import Networks
 from mvshared.process_memory import reset_resident_peak, resident_peak, trim_heap
 from mvshared.shapes import check_pictures
@@ -20,6 +21,8 @@ from mvtorch.graphs import graphs_on
 from mvtorch.inference import inference, to_device
 from mvtorch.observation import Observer, OnEnd, OnStart, observe, observe_blocks
 from mvtorch.vae import AutoencoderKL
+
+_RECORDED_PIXELS = 1 << 18  # of views that are decoded by a recorded call: with more, launching takes no time beside computing
 
 
 class LatentModel:
@@ -48,6 +51,7 @@ class LatentModel:
         self.networks, self.device, self.dtype, self.weight_files = networks, device, dtype, weight_files
         self.plan, self.quantization = PLAIN, quantization
         self._graphs = graphs_on(device)
+        self._vae_graphs = graphs_on(device)  # of its own, so that one that cannot be recorded leaves the others
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -115,24 +119,35 @@ class LatentModel:
         return bool(torch.isfinite(x).all().item())
 
     def encode_latents(self, pixels: NDArray[np.float32]) -> Tensor:
-        """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], one at a time.
+        """Scaled latents (n, h, w, c), float32: the posterior's mean of pixels (n, H, W, 3) in [-1, 1], as many at a time
+        as `mvshared.memory.plan.vae_batch` says.
 
         Raises OptionError for shapes that do not fit.
         """
         with inference(self.device):
+            together = vae_batch(self.plan, self.backend, self.device, pixels=prod(pixels.shape[1:3]))
             return self.vae.scale_latents(
-                self.vae.encode(self.from_numpy(pixels), batch=1, tile=self.plan.vae_tile).mean.float()
+                self.vae.encode(self.from_numpy(pixels), batch=together, tile=self.plan.vae_tile).mean.float()
             )
 
     def decode(self, x: Tensor) -> NDArray[np.float32]:
-        """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), one view at a time.
+        """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), as many views at a time as
+        `mvshared.memory.plan.vae_batch` says.
 
         Raises OptionError for shapes that do not fit.
         """
-        check_pictures("latents", tuple(x.shape), channels=self.vae.config.latent_channels)
+        vae = self.vae
+        check_pictures("latents", tuple(x.shape), channels=vae.config.latent_channels)
+        pixels = prod(x.shape[1:3]) * vae.config.downscale**2
+        together, together_pixels = vae_batch(self.plan, self.backend, self.device, pixels=pixels), len(x) * pixels
         with inference(self.device):
-            latents, tile = self.vae.unscale_latents(x), self.plan.vae_tile
-            return self.to_numpy(self.vae.decode(latents, batch=1, tile=tile))
+            latents, tile = vae.unscale_latents(x), self.plan.vae_tile
+            if tile is not None or together < len(latents):
+                return self.to_numpy(vae.decode(latents, batch=together, tile=tile))
+            graphs = self._vae_graphs
+            if graphs is None or not self.plan.networks_at_once or together_pixels > _RECORDED_PIXELS:
+                return self.to_numpy(vae.decode(latents))
+            return self.to_numpy(graphs.call(vae, vae, vae.decode, [latents]))
 
     def _called(self, network: Any, condition: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`function(*inputs)`, recorded where device and plan allow it, see `Graphs.call`."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvshared.errors import OptionError
-from mvtorch import cpu_norms
-from mvtorch.cpu_norms import norm_silu
+from mvtorch import cpu_norms, cuda_fused
+from mvtorch.cpu_norms import is_observed, norm_silu
 
 
 class GroupNorm(nn.GroupNorm):
@@ -33,7 +33,10 @@ class GroupNorm(nn.GroupNorm):
             out = cpu_norms.normalised(x, self.num_groups, self.weight, self.bias, eps=self.eps)
             if out is not None:
                 return out
-        return super().forward(_centred(x, self.num_groups))
+        out = None
+        if not is_observed(self):
+            out = cuda_fused.group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
+        return super().forward(_centred(x, self.num_groups)) if out is None else out
 
 
 class AdaGroupNorm(nn.Module):
@@ -101,6 +104,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x (n, in_channels, h, w) and time embeddings after SiLU (n, time_embed_dim) to (n, out_channels, h, w)."""
         reuse = cpu_norms.may_overwrite(*self.children())
+        if reuse and (out := cuda_fused.resnet(self, x, emb)) is not None:
+            return out
         h = self.conv1(norm_silu(self.norm1, x))
         if emb is not None:
             shift = self.time_emb_proj(emb)[:, :, None, None]
@@ -157,7 +162,11 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to (..., hidden)."""
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        projected = self.proj(x)
+        out = None if is_observed(self.proj) else cuda_fused.gated(projected)
+        if out is not None:
+            return out
+        x, gate = projected.chunk(2, dim=-1)
         return x * gelu(gate)
 
 

@@ -15,8 +15,10 @@ from test_parity_training import STAGES, make_batch, make_trainer
 
 from mvshared.backend import load
 from mvshared.pipeline import Pipeline
+from mvtorch import cuda_fused
 from mvtorch.graphs import CudaRecorder, Graphs
 from mvtorch.inference import inference
+from mvtorch.layers import FeedForward, GroupNorm, ResnetBlock
 
 pytestmark = pytest.mark.gpu("cuda")
 
@@ -192,3 +194,68 @@ def test_a_training_on_cuda_goes_on_from_its_state(stage: str) -> None:
         [each.step(make_batch(stage, seed), learning_rate=1e-2).loss for seed in range(3, 7)] for each in (resumed, first)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+SHAPES = [
+    (8, 320, 32, 32),
+    (2, 1920, 16, 16),
+    (8, 2560, 8, 8),
+    (2, 1280, 4, 4),
+    (2, 960, 64, 64),
+    (2, 128, 255, 131),
+    (1, 64, 1, 1),
+]
+
+
+def channels_last(*shape: int, dtype: str) -> torch.Tensor:
+    x = torch.randn(shape, device="cuda").to(getattr(torch, dtype))
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch, call: Any) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_fused, "is_for", lambda *arrays: False)
+        return call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_blocks_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: str) -> None:
+    n, c = shape[:2]
+    x, emb, tokens = (channels_last(*size, dtype=dtype) for size in (shape, (n, 12), (n, 45, c)))
+    cases: list[tuple[torch.nn.Module, tuple[Any, ...]]] = [
+        (ResnetBlock(c, 64, groups=32, eps=1e-5, time_embed_dim=12), (x, emb)),
+        (ResnetBlock(c, c, groups=32, eps=1e-6), (x,)),
+        (GroupNorm(32, c, eps=1e-6), (x + 30,)),
+        (FeedForward(c), (tokens,)),
+    ]
+    before = len(cuda_fused._checked)
+    for layer, given in cases:
+        layer.to("cuda", getattr(torch, dtype)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        with inference("cuda"):
+            ours, plain = layer(*given), without_kernels(monkeypatch, lambda layer=layer, given=given: layer(*given))
+        assert ours.dtype == plain.dtype
+        assert_close(ours.float().cpu(), plain.float().cpu(), rms=max(1e-5, DTYPES[dtype]))
+    assert len(cuda_fused._checked) > before
+    assert not cuda_fused._failed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_run_with_fused_kernels_gives_what_one_without_does(
+    monkeypatch: pytest.MonkeyPatch, graphs: bool, dtype: str
+) -> None:
+    ours = generate(pipeline_of(dtype, graphs=graphs))
+    plain = without_kernels(monkeypatch, lambda: generate(pipeline_of(dtype, graphs=graphs)))
+    assert not cuda_fused._failed
+    assert_close(ours.latents, plain.latents, rms=max(1e-5, DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views_decoded_together_and_by_a_recorded_call_are_those_decoded_alone(dtype: str) -> None:
+    model = pipeline_of(dtype, graphs=True).model
+    x = model.from_numpy(np.random.default_rng(0).standard_normal((3, 8, 8, 4), np.float32))
+    alone = np.concatenate([model.decode(x[number : number + 1]) for number in range(3)])
+    for _ in range(3):
+        assert_close(model.decode(x), alone, rms=max(1e-5, DTYPES[dtype]))
+    assert sum(len(entries) for entries in model._vae_graphs._entries.values()) == 1  # pyright: ignore[reportAttributeAccessIssue]

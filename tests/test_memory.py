@@ -23,9 +23,10 @@ from mvshared.backend import load
 from mvshared.cli import run
 from mvshared.config import IMAGEDREAM, SD_VAE, CLIPImageConfig, CLIPTextConfig, CLIPVisionConfig, ModelConfig, SchedulerConfig
 from mvshared.errors import MemoryBudgetError, OptionError, TensorMismatchError
+from mvshared.memory.activations import costs_of
 from mvshared.memory.budget import MemoryOptions, fit, memory_options
 from mvshared.memory.estimate import RunSize, estimate, model_size
-from mvshared.memory.plan import PLAIN, MemoryPlan, plans
+from mvshared.memory.plan import PLAIN, MemoryPlan, plans, vae_batch
 from mvshared.networks import Networks
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.repetition import repeat
@@ -355,6 +356,23 @@ def test_every_plan_takes_less_than_the_one_before_it(public: Any, backend: Any,
     peaks = [estimate(size, run, plan).peak_bytes for plan in plans(backend, device)]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] < 0.6 * peaks[0]
+
+
+@pytest.mark.parametrize(("views", "size_px", "together"), [(4, 512, 4), (8, 512, 4), (2, 512, 2), (1, 2048, 1), (16, 256, 16)])
+def test_on_cuda_the_vae_takes_what_pictures_that_run_together_take(
+    public: Any, views: int, size_px: int, together: int
+) -> None:
+    size, run = replace(public, backend="torch", device="cuda"), replace(RUN, views=views, size_px=size_px)
+
+    def decoding(run: RunSize, plan: MemoryPlan) -> int:
+        stage = estimate(size, run, plan).stages[-1]
+        assert stage.name == "vae_decoder"
+        return stage.activations_bytes - costs_of("torch", "cuda").runtime
+
+    alone = decoding(run, MemoryPlan(networks_at_once=False))
+    assert decoding(run, PLAIN) == pytest.approx(together * alone, rel=1e-6)
+    assert vae_batch(PLAIN, "torch", "cuda", pixels=size_px**2) >= together
+    assert vae_batch(PLAIN, "torch", "cpu", pixels=64) == vae_batch(PLAIN, "mlx", "gpu", pixels=64) == 1
 
 
 def test_a_budget_takes_the_fastest_plan_that_fits(public: Any) -> None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # and kernels in the place of its slow ones.
 ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py", "graphs.py", "inference.py"}
 ONLY_TORCH |= {"onednn.py", "packed.py", "packed_convolutions.py", "winograd.py", "cpu_attention.py", "cpu_norms.py"}
+ONLY_TORCH |= {"cuda_fused.py", "cuda_kernels.py"}
 # Compilation, and what is for a Mac's GPU.
 ONLY_MLX = {"compiled.py", "group_norm.py", "metal.py"}
 

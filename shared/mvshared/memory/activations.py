@@ -140,9 +140,9 @@ def _waiting(skips: list[tuple[int, int]]) -> float:
 
 
 def vae_bytes(config: VAEConfig, sizes: Sizes, costs: Costs, *, decoder: bool, tile: int | None) -> int:
-    """The most that the VAE's encoder or decoder takes for one picture; `sizes` are those of the picture."""
+    """The most that the VAE's encoder or decoder takes for `sizes.batch` pictures that run together, in tiles for one."""
     channels = config.block_out_channels
-    pixels, number = sizes.height * sizes.width, sizes.number
+    pixels, number = sizes.pixels, sizes.number
     most = 0.0
     for level, width in enumerate(channels):
         here = pixels / 4**level
@@ -155,7 +155,8 @@ def vae_bytes(config: VAEConfig, sizes: Sizes, costs: Costs, *, decoder: bool, t
         most = max(most, whole)
     coarse = pixels // 4 ** (len(channels) - 1)
     middle = channels[-1] * coarse * number * 6.0
-    middle += attention_bytes(costs, sizes.attention, batch=1, heads=1, queries=coarse, keys=coarse, width=channels[-1])
+    each = coarse // sizes.batch
+    middle += attention_bytes(costs, sizes.attention, batch=sizes.batch, heads=1, queries=each, keys=each, width=channels[-1])
     if config.mid_block_add_attention:
         most = max(most, middle)
     return round(most)

@@ -20,7 +20,7 @@ from mvshared.memory.activations import (
     unet_bytes,
     vae_bytes,
 )
-from mvshared.memory.plan import MemoryPlan
+from mvshared.memory.plan import MemoryPlan, vae_batch
 from mvshared.precision import DTYPE_BYTES
 from mvshared.process_memory import resident
 from mvshared.quantization.plans import PRESETS, Layers, preset_layers, stored_bytes
@@ -188,8 +188,13 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
         add("image_encoder", model, "image_encoder", tower_bytes(config.image_encoder, sizes(run.pictures, 1, 1), costs))
     if config.text_encoder is not None and run.texts:
         add("text_encoder", model, "text_encoder", tower_bytes(config.text_encoder, sizes(run.texts, 1, 1), costs))
-    picture = sizes(1, 1, run.size_px, plan.vae_attention)
-    encoding = vae_bytes(config.vae, picture, costs, decoder=False, tile=plan.vae_tile)
+
+    def pictures(count: int, side: int) -> Sizes:
+        together = min(count, vae_batch(plan, model.backend, model.device, pixels=side**2))
+        return sizes(max(1, together), 1, side, plan.vae_attention)
+
+    encoded = max(run.pictures, run.views if run.normals else 0)
+    encoding = vae_bytes(config.vae, pictures(encoded, run.size_px), costs, decoder=False, tile=plan.vae_tile)
     if (config.unet.reference_frame and run.pictures) or run.normals:
         add("vae_encoder", model, "vae", encoding)
     frames = run.views + (run.pictures if config.unet.reference_frame else 0)
@@ -206,7 +211,7 @@ def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes:
         view = view_bytes(network.unet, (side, side), backend=model.backend, dtype=model.dtype)
         together = max(1, min(run.views, run.upscaler_budget_bytes // (run.upscaler_branches * view)))
         add("upscaler", run.upscaler, "unet", together * run.upscaler_branches * view)
-    decoded = sizes(1, 1, run.enlarged * run.size_px, plan.vae_attention)
+    decoded = pictures(run.views, run.enlarged * run.size_px)
     add("vae_decoder", model, "vae", vae_bytes(config.vae, decoded, costs, decoder=True, tile=plan.vae_tile))
     return Estimate(process_bytes=process_bytes, stages=tuple(stages))
 

@@ -43,6 +43,15 @@ class MemoryPlan:
 PLAIN = MemoryPlan()
 SLICED = AttentionOptions(implementation="sliced", budget_bytes=2**26)
 CACHE_BYTES = 2**28
+VAE_PIXELS = 2**20  # of pictures that the VAE computes together: four of 512 x 512
+
+
+def vae_batch(plan: MemoryPlan, backend: BackendName, device: str, *, pixels: int) -> int:
+    """How many pictures of so many pixels the VAE computes together: on CUDA, where one alone leaves much of the device idle,
+    as many as VAE_PIXELS allow, unless memory is to be spared; one elsewhere."""
+    if backend != "torch" or not device.startswith("cuda") or not plan.networks_at_once or plan.vae_tile is not None:
+        return 1
+    return max(1, VAE_PIXELS // pixels)
 
 
 def plans(backend: BackendName, device: str) -> tuple[MemoryPlan, ...]:

@@ -1,0 +1,245 @@
+"""Fused kernels without a GPU: Triton's interpreter runs them, or plain arithmetic in their place, for arrays on the CPU."""
+
+import importlib
+import logging
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from torch import Tensor
+
+from mvtorch import cuda_fused
+from mvtorch.layers import FeedForward, GroupNorm, ResnetBlock
+from mvtorch.observation import observe
+
+INTERPRETED = "triton" not in sys.modules and not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads once
+
+RMS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+def pictures(*shape: int, seed: int = 0) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+class PlainKernels:
+    """What the kernels compute, in PyTorch's arithmetic; counts its calls, and may fail or be wrong."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.error: Exception | None = None
+        self.factor = 1.0
+
+    def group_norm(self, x: Tensor, out: Tensor, groups: int, weight: Tensor, bias: Tensor, **options: Any) -> None:
+        self._called("group norm")
+        for each in (options["before"], options["shift"]):
+            x = x if each is None else x + each.view(-1, x.shape[1], 1, 1)
+        y = self.factor * F.group_norm(x, groups, weight, bias, options["eps"])
+        out.copy_(F.silu(y) if options["silu"] else y)
+
+    def is_one_tile(self, x: Tensor, groups: int) -> bool:
+        return x.shape[2] * x.shape[3] * x.shape[1] // groups <= 1 << 12
+
+    def add(self, x: Tensor, rest: Tensor, out: Tensor, first: Tensor, second: Tensor | None) -> None:
+        self._called("sum")
+        total = x + rest + first[:, None, None]
+        out.copy_(total if second is None else total + second[:, None, None])
+
+    def gate(self, x: Tensor, out: Tensor) -> None:
+        self._called("GEGLU")
+        value, gate = x.chunk(2, dim=-1)
+        out.copy_(value * F.gelu(gate))
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainKernels:
+    """Plain arithmetic in the place of kernels, for arrays on the CPU."""
+    made = PlainKernels()
+    use(monkeypatch, made)
+    return made
+
+
+def use(monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
+    monkeypatch.setattr(cuda_fused, "_kernels", lambda: kernels)
+    monkeypatch.setattr(cuda_fused, "_on_device", lambda x: True)
+    monkeypatch.setattr(cuda_fused, "_capturing", lambda: False)
+    monkeypatch.setattr(cuda_fused, "_failed", set())
+    monkeypatch.setattr(cuda_fused, "_checked", set())
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Any:
+    """The kernels, run by Triton's interpreter."""
+    if not INTERPRETED:
+        pytest.skip("tests/test_cuda.py has them compiled, or something else has imported Triton")
+    pytest.importorskip("triton")
+    return importlib.import_module("mvtorch.cuda_kernels")
+
+
+@pytest.mark.parametrize("dtype", RMS)
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((2, 16, 5, 7), 8),
+        ((2, 16, 1, 1), 8),
+        ((1, 320, 3, 5), 32),
+        ((1, 60, 30, 33), 2),
+        ((1, 8, 97, 90), 2),
+        ((2, 96, 40, 37), 2),
+    ],
+)
+def test_norms_are_those_of_the_plain_layer(
+    interpreted: Any, shape: tuple[int, ...], groups: int, mean: float, dtype: torch.dtype
+) -> None:
+    x = (mean + pictures(*shape)).to(dtype)
+    n, c = shape[:2]
+    weight, bias, before, shift = (pictures(*size, seed=3 + i).to(dtype) for i, size in enumerate([(c,), (c,), (c,), (n, c)]))
+    for silu, added in ((True, (before, shift)), (False, (None, None)), (True, (before, None))):
+        exact = x.double()
+        for each in added:
+            exact = exact if each is None else exact + each.double().view(-1, c, 1, 1)
+        exact = F.group_norm(exact, groups, weight.double(), bias.double(), 1e-5)
+        out = x.clone(memory_format=torch.channels_last)
+        interpreted.group_norm(out, out, groups, weight, bias, eps=1e-5, silu=silu, before=added[0], shift=added[1])
+        rms = 1e-4 if mean and dtype == torch.float32 else RMS[dtype]
+        assert_close(out.double(), F.silu(exact) if silu else exact, rms=rms)
+
+
+@pytest.mark.parametrize("dtype", RMS)
+def test_sums_and_gates_are_those_of_the_plain_layers(interpreted: Any, dtype: torch.dtype) -> None:
+    for shape in ((2, 16, 5, 7), (1, 72, 12, 13)):
+        x, rest = (pictures(*shape, seed=seed).to(dtype) for seed in (0, 1))
+        first, second = (pictures(shape[1], seed=seed).to(dtype) for seed in (2, 3))
+        out = torch.empty_like(x)
+        for other in (None, second):
+            interpreted.add(x, rest, out, first, other)
+            exact = x.double() + rest + first[:, None, None] + (0 if other is None else other[:, None, None])
+            assert_close(out.double(), exact, rms=RMS[dtype])
+    for rows, hidden in ((1, 64), (45, 200)):
+        projected = 3 * pictures(rows, 2 * hidden).to(dtype)
+        out = projected.new_empty((rows, hidden))
+        interpreted.gate(projected, out)
+        value, gate = projected.double().chunk(2, dim=-1)
+        assert_close(out.double(), value * F.gelu(gate), rms=RMS[dtype])
+
+
+def test_blocks_computed_by_the_kernels_are_the_plain_ones(interpreted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, interpreted)
+    blocks_are_the_plain_ones(monkeypatch)
+    assert not cuda_fused._failed
+
+
+def test_blocks_are_the_plain_ones_with_arithmetic_in_the_place_of_kernels(
+    kernels: PlainKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks_are_the_plain_ones(monkeypatch)
+    assert {"group norm", "sum", "GEGLU"} == set(kernels.calls)
+
+
+def blocks_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, emb, tokens = pictures(2, 16, 9, 8), pictures(2, 12), pictures(2, 7, 16)
+    for outputs in (16, 24):
+        for width in (None, 12):
+            block = ResnetBlock(16, outputs, groups=8, eps=1e-5, time_embed_dim=width)
+            given = None if width is None else emb
+            before = x.clone()
+            with torch.no_grad():
+                ours = block(x, given)
+            assert_close(ours, block(x, given).detach(), rms=1e-6)  # with gradients it is plain
+            assert torch.equal(x, before)
+    for layer, given in ((GroupNorm(4, 16, eps=1e-5), x), (FeedForward(16), tokens)):
+        with torch.no_grad():
+            ours = layer(given)
+        assert_close(ours, layer(given).detach(), rms=1e-6)
+
+
+def test_the_first_call_of_a_kernel_is_checked_once(kernels: PlainKernels) -> None:
+    norm, x = GroupNorm(8, 16, eps=1e-5), pictures(2, 16, 9, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            norm(x)
+        assert len(kernels.calls) == 3
+        norm(pictures(1, 16, 70, 70))
+        assert len(kernels.calls) == 5
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong", "missing"])
+def test_a_kernel_that_fails_leaves_the_plain_layers_and_one_line(
+    kernels: PlainKernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    block, x, emb = ResnetBlock(16, 24, groups=8, eps=1e-5, time_embed_dim=12), pictures(2, 16, 9, 8), pictures(2, 12)
+    expected = block(x, emb).detach()
+    if fault == "missing":
+        monkeypatch.setattr(cuda_fused, "_kernels", lambda: importlib.import_module("mvtorch.no_such_kernels"))
+    elif fault == "raises":
+        kernels.error = RuntimeError("out of resource: registers\nand more")
+    else:
+        kernels.factor = 1.5
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert_close(block(x, emb), expected, rms=1e-6)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "plain layers run" in line and "and more" not in line
+
+
+@pytest.mark.parametrize("name", ["group norm", "sum"])
+def test_a_kernel_that_fails_in_the_middle_of_a_block_changes_nothing(
+    kernels: PlainKernels, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    block, x, emb = ResnetBlock(16, 24, groups=8, eps=1e-5, time_embed_dim=12), pictures(2, 16, 9, 8), pictures(2, 12)
+    expected = block(x, emb).detach()
+
+    def fails(called: str) -> None:
+        kernels.calls.append(called)
+        if called == name and (name == "sum" or len(kernels.calls) > 2):
+            raise RuntimeError("no more")
+
+    monkeypatch.setattr(kernels, "_called", fails)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_close(block(x, emb), expected, rms=1e-6)
+    assert cuda_fused._failed == {name}
+
+
+def test_an_unchecked_kernel_is_not_recorded(kernels: PlainKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x = GroupNorm(8, 16, eps=1e-5), pictures(2, 16, 9, 8)
+    monkeypatch.setattr(cuda_fused, "_capturing", lambda: True)
+    with torch.no_grad():
+        norm(x)
+    assert not kernels.calls
+
+
+def test_blocks_that_are_observed_and_other_layouts_and_dtypes_are_plain(kernels: PlainKernels) -> None:
+    block, x, emb = ResnetBlock(16, 24, groups=8, eps=1e-5, time_embed_dim=12), pictures(2, 16, 9, 8), pictures(2, 12)
+    feed_forward, tokens = FeedForward(16), pictures(2, 7, 16)
+    with torch.no_grad():
+        with observe(block, lambda *_: None), observe(feed_forward, lambda *_: None):
+            block(x, emb)
+            feed_forward(tokens)
+        block(x.contiguous(), emb)
+        block.double()(x.double(), emb.double())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            block.float()(x, emb)
+    assert kernels.calls == []
+    with torch.no_grad():
+        block(x, emb)
+    assert kernels.calls
+
+
+def test_elsewhere_than_on_cuda_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_fused, "_kernels", lambda: SimpleNamespace())
+    with torch.no_grad():
+        assert not cuda_fused.is_for(pictures(1, 16, 2, 2))
