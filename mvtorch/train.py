@@ -30,7 +30,7 @@ from mvshared.training.optimizer import (
     updates,
 )
 from mvshared.training.upscaler_data import UpscalerBatch
-from mvtorch.graphs import CudaRecorder, Recording
+from mvtorch.graphs import CudaRecorder, Recorder, Recording
 from mvtorch.layers import AdaGroupNorm
 from mvtorch.model import _NETWORKS, choose_device, get_weights, set_weights, weight_shapes
 from mvtorch.unet import MultiViewUNet
@@ -38,6 +38,7 @@ from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
 
 _LOGGER = logging.getLogger(__name__)
+_FOREACH: Any = torch  # its functions for lists of tensors have no public names
 
 
 class Trainer:
@@ -81,7 +82,7 @@ class Trainer:
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.steps = 0
         self.loss_scale = LossScale() if self.dtype == "float16" else None
-        self._recorded = _RecordedGradients(self.device) if on_cuda else None
+        self._recorded = _RecordedGradients(CudaRecorder(self.device)) if on_cuda else None
 
     def step(self, batch: Any, *, learning_rate: float) -> StepResult:
         """Learn from one batch (a NamedTuple of float32 arrays)."""
@@ -97,7 +98,7 @@ class Trainer:
             self.optimizer.step()
             share = 1 - ema_decay(self.config, updates(self.steps, self.loss_scale))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.values()), [self.parameters[name] for name in self.ema], share)
+                _FOREACH._foreach_lerp_(list(self.ema.values()), [self.parameters[name] for name in self.ema], share)
         return result
 
     def evaluate(self, batch: Any) -> float:
@@ -148,7 +149,7 @@ class Trainer:
                 master.grad = None if computed.grad is None else computed.grad.float()
                 computed.grad = None
         if self.loss_scale is not None:
-            torch._foreach_div_([each.grad for each in self.parameters.values() if each.grad is not None], scale)
+            _FOREACH._foreach_div_([each.grad for each in self.parameters.values() if each.grad is not None], scale)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip)
         return torch.stack([loss.detach().float(), norm])
 
@@ -161,7 +162,7 @@ class Trainer:
     def _loss(self, batch: Any) -> Tensor:
         if self._half is not None:
             with torch.no_grad():
-                torch._foreach_copy_(list(self._half.parameters()), list(self.parameters.values()))
+                _FOREACH._foreach_copy_(list(self._half.parameters()), list(self.parameters.values()))
             return self.loss(self._half, batch)
         with self._autocast():
             return self.loss(self.network, batch)
@@ -197,8 +198,8 @@ class _RecordedGradients:
     is logged, all are ordinary ones.
     """
 
-    def __init__(self, device: str) -> None:
-        self._recorder = CudaRecorder(device)
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self._shapes: list[torch.Size] = []
         self._inputs: list[Tensor] = []
         self._recording: Recording | None = None

@@ -18,8 +18,7 @@ def losses_of(trainer: Any, stage: str, *, steps: int) -> list[float]:
 
 def recorded(trainer: Any, recorder: Recorder) -> Any:
     """The trainer as on CUDA, with a recorder that repeats its calls."""
-    trainer._recorded = _RecordedGradients("cpu")
-    trainer._recorded._recorder = recorder
+    trainer._recorded = _RecordedGradients(recorder)
     return trainer
 
 

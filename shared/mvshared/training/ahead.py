@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ R = TypeVar("R")
 MOST_WORKERS = 8  # more wait for each other at Python's lock
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], *, workers: int | None = None) -> Iterator[R]:
+def ahead(function: Callable[[T], R], items: Iterable[T], *, workers: int | None = None) -> Generator[R, None, None]:
     """`function` of every item, in their order; threads make the next ones meanwhile, two each at most.
 
     `workers` is by default one less than there are processors, 1 to 8. What the function raises is raised where its result was

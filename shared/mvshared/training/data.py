@@ -87,7 +87,7 @@ def read_picture(path: Path, *, background: tuple[int, int, int]) -> Picture:
             rgba = np.asarray(image.convert("RGBA"))
     except (OSError, SyntaxError, ValueError) as error:
         raise DatasetError(f"cannot be decoded: {error}", path=path) from error
-    alpha = rgba[..., 3] / np.float32(255)
+    alpha = np.divide(rgba[..., 3], 255, dtype=np.float32)
     pixels, plain = rgba[..., :3].astype(np.float32), np.asarray(background, np.float32)
     pixels -= plain
     pixels *= alpha[..., None]
