@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mvshared.backend import load
 from mvshared.camera import orbit
 from mvshared.checkpoint import find_model
+from mvshared.embedded import embedded_source
 from mvshared.evaluation import HELD_OUT, Evaluation, evaluate, held_out_subject
 from mvshared.heads import DEFAULT_RADIUS, render
 from mvshared.images import load_image
@@ -45,7 +46,7 @@ def evaluation() -> Evaluation:
 
 
 def test_the_weights_fit_into_the_package() -> None:
-    assert sum(path.stat().st_size for path in find_model("demo").rglob("*") if path.is_file()) <= MAX_BYTES
+    assert sum(path.stat().st_size for path in embedded_source("demo").rglob("*") if path.is_file()) <= MAX_BYTES
 
 
 def test_the_card_says_what_a_user_must_know() -> None:

@@ -7,7 +7,6 @@ Folders of this project name family, camera and generation defaults in `model_in
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -28,6 +27,7 @@ from mvshared.config import (
     UNetConfig,
     VAEConfig,
 )
+from mvshared.embedded import embedded_folder
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import FileError, read_json_object, write_atomic, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins, repository_of
@@ -72,9 +72,9 @@ def find_model(name: Path | str) -> Path:
 
     Raises CheckpointError if there is none of them.
     """
-    embedded, folder = EMBEDDED.get(str(name)), Path(name)
-    if embedded is not None:
-        folder = Path(str(files("mvshared"))) / embedded
+    folder = Path(name)
+    if str(name) in EMBEDDED:
+        folder = embedded_folder(str(name))
     elif not folder.is_dir():
         folder = _downloaded(str(name))
     if not (folder / "model_index.json").is_file():

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,3 +102,12 @@ def write_json(path: Path | str, document: Mapping[str, Any]) -> None:
     except (TypeError, ValueError) as cause:
         raise OutputError(f"cannot be written as JSON: {cause}", path=path) from cause
     write_atomic(path, data)
+
+
+def user_cache() -> Path:
+    """This project's folder in the user's cache, in the folder for temporary files for a user without a home."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path(tempfile.gettempdir())
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "mvmlx"

@@ -5,7 +5,6 @@ What diffusers has no code for, attention over all views, is done by its own att
 """
 
 import importlib
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from mvshared.benchmark.measure import peak_rss_bytes, timing_of
 from mvshared.benchmark.models import measured
 from mvshared.benchmark.results import Row
 from mvshared.benchmark.worker import Prepared
+from mvshared.files import user_cache
 
 EAGER = {"contiguous": "eager", "channels_last": "eager, channels_last"}
 COMPILED = "compiled"
@@ -65,7 +65,7 @@ def warm_up_of(device: str) -> int:
 
 def cache_folder() -> Path:
     """Where compiled code is kept, apart from that of other programs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mvmlx" / "inductor"
+    return user_cache() / "inductor"
 
 
 def against_group(

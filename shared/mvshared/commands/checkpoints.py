@@ -12,6 +12,7 @@ import click
 from tqdm import tqdm
 
 from mvshared.checkpoint import find_model, read_model_config
+from mvshared.embedded import embedded_source
 from mvshared.errors import CheckpointError, NumericsError, OptionError
 from mvshared.files import check_folder, make_folder
 from mvshared.inspection import Report, inspect, inspect_devices
@@ -30,7 +31,7 @@ def list_models(*, as_json: bool) -> None:
     """`mvmlx models`."""
     for name in EMBEDDED:
         folder = find_model(name)
-        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        size = sum(path.stat().st_size for path in embedded_source(name).rglob("*.safetensors"))
         defaults = read_model_config(folder).defaults
         what = f"{defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance {defaults.guidance:g}"
         if as_json:
