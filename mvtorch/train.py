@@ -156,7 +156,10 @@ class Trainer:
     def _tensors(self, batch: Any) -> Any:
         """A batch of arrays on the device."""
         return type(batch)(
-            *(None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in batch)
+            *(
+                None if array is None else torch.from_numpy(np.require(array, requirements="CW")).to(self.device)
+                for array in batch
+            )
         )
 
     def _loss(self, batch: Any) -> Tensor:

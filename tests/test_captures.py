@@ -83,11 +83,11 @@ def test_a_failure_half_way_leaves_nothing_behind(
 ) -> None:
     real_save, saved = Image.Image.save, []
 
-    def save(self: Image.Image, *args: Any) -> None:
+    def save(self: Image.Image, *args: Any, **options: Any) -> None:
         saved.append(self)
         if len(saved) == 3:
             raise failure
-        real_save(self, *args)
+        real_save(self, *args, **options)
 
     monkeypatch.setattr(Image.Image, "save", save)
     with pytest.raises(OutputError if isinstance(failure, OSError) else KeyboardInterrupt):
