@@ -157,7 +157,7 @@ class Trainer:
         """A batch of arrays on the device."""
         return type(batch)(
             *(
-                None if array is None else torch.from_numpy(np.require(array, requirements="CW")).to(self.device)
+                None if array is None else torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.device)
                 for array in batch
             )
         )
