@@ -24,7 +24,7 @@ from mvshared import cli
 from mvshared.backend import load
 from mvshared.camera import orbit
 from mvshared.captures import write_capture
-from mvshared.checkpoint import read_model_config, read_vae_config, write_component, write_model_config
+from mvshared.checkpoint import find_model, read_model_config, read_vae_config, write_component, write_model_config
 from mvshared.conversion.gaf import init_gaf
 from mvshared.errors import DatasetError
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
@@ -37,7 +37,7 @@ from mvshared.training.log import read_log
 from mvshared.training.presets import preset
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-imagedream"
-DEMO = Path(cli.__file__).parent / "demo"
+DEMO = find_model("demo")
 
 
 @pytest.fixture(scope="module")

@@ -77,10 +77,10 @@ def test_the_report_is_printed_for_people_and_for_programs(capfd: pytest.Capture
     assert run(["info", "demo"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "family demo: 4 views of 128 pixels, 10 steps of dpmpp-2m, guidance 2"
-    assert lines[1].startswith("unet: 6,104,616 parameters in 341 tensors (F16 x 341)")
+    assert lines[1].startswith("unet: 13,151,464 parameters in 398 tensors (F16 x 398)")
     assert run(["info", "demo", "--json"]) == 0
     document = json.loads(capfd.readouterr().out)
-    assert document["components"][0]["parameters"] == 6_104_616
+    assert document["components"][0]["parameters"] == 13_151_464
     assert document["memory_bytes"]["float16"] == 2 * sum(each["parameters"] for each in document["components"])
 
 

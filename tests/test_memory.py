@@ -316,7 +316,7 @@ def test_the_estimate_of_imagedream_is_within_15_percent_of_what_was_measured(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_run_takes_is_what_was_estimated(backend: Backend) -> None:
-    """The demo model at twice its size in a process of its own, whose libraries count."""
+    """The demo model at one and a half times its size in a process of its own, whose libraries count."""
     script = f"""
 import numpy as np
 from mvshared.backend import load
@@ -325,11 +325,11 @@ from mvshared.memory.estimate import RunSize, estimate, model_size, process_byte
 from mvshared.memory.plan import PLAIN
 from mvshared.process_memory import resident_peak, reset_resident_peak
 size = model_size(find_model("demo"), backend="{backend}", device="cpu", dtype="float32")
-run = RunSize(views=4, size_px=256, pictures=1, branches=2)
+run = RunSize(views=4, size_px=192, pictures=1, branches=2)
 expected = estimate(size, run, PLAIN, process_bytes=process_bytes("cpu")).peak_bytes
 reset_resident_peak()
 pipe = load("demo", backend="{backend}", device="cpu", dtype="float32")
-pipe.generate(np.zeros((64, 64, 3), np.uint8), size_px=256, steps=1)
+pipe.generate(np.zeros((64, 64, 3), np.uint8), size_px=192, steps=1)
 print(expected, resident_peak() or 0)
 """
     path = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""}
