@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import relative_rms
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -68,6 +68,7 @@ def mlx_quantized(x: NDArray[np.float32], bits: int, group_size: int) -> tuple[N
     offset=st.floats(-2, 2),
 )
 @settings(max_examples=60, deadline=None)
+@example(bits=6, group_size=32, rows=1, groups=3, seed=2, scale=2.0**-14, offset=0.0)
 def test_every_number_comes_back_within_a_step_of_its_group(
     bits: int, group_size: int, rows: int, groups: int, seed: int, scale: float, offset: float
 ) -> None:

@@ -73,7 +73,7 @@ def _scales_biases(groups: NDArray[np.float32], *, bits: int) -> tuple[NDArray[n
         rounded = exact.astype(np.float16)
         biases = np.where(zeros == 0, np.float32(0), edges).astype(np.float16)
         # Where float16 has few digits, below 6e-5, a scale that is rounded down would leave the other end out of reach.
-        lost = (np.abs(exact) - np.abs(rounded.astype(np.float32))) * ((1 << bits) - 1) > np.abs(exact) / 2
+        lost = (np.abs(exact) - np.abs(rounded.astype(np.float32))) * ((1 << bits) - 1) > np.abs(exact) / 8
         rounded = np.where(lost, np.nextafter(rounded, np.copysign(np.float16(np.inf), exact.astype(np.float16))), rounded)
     if not (np.isfinite(rounded).all() and np.isfinite(biases).all()):
         raise CheckpointError("numbers that are not finite, or beyond the range of float16, cannot be quantised")
