@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mvshared.heads.fields import Measures
 from mvshared.heads.jit import COMPILED, entry
-from mvshared.heads.layers import apply
+from mvshared.heads.layers import apply_layers
 from mvshared.heads.parts import Part
 from mvshared.heads.primitives import Array
 from mvshared.heads.shape import HeadShape
@@ -84,9 +84,7 @@ def _sample(
         by[block] = (centers[j * BLOCK] + centers[j * BLOCK + BLOCK - 1]) / 2
         bz[block] = (centers[k * BLOCK] + centers[k * BLOCK + BLOCK - 1]) / 2
     for index in range(count):
-        for layer in layers[index]:
-            if layer >= 0:
-                apply(layer, coarse[index], bx, by, bz, m)
+        apply_layers(layers[index], coarse[index], bx, by, bz, m)
     for block in range(BLOCKS**3):
         i, j, k = block // BLOCKS**2, block // BLOCKS % BLOCKS, block % BLOCKS
         first = (i * BLOCK * GRID + j * BLOCK) * GRID + k * BLOCK
@@ -103,9 +101,7 @@ def _sample(
         for index in range(count):
             if coarse[index, block] >= reach:
                 continue
-            for layer in layers[index]:
-                if layer >= 0:
-                    apply(layer, own[index], x, y, z, m)
+            apply_layers(layers[index], own[index], x, y, z, m)
             for voxel in range(size):
                 nearest[voxel] = min(nearest[voxel], own[index, voxel])
             if solid[index]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mvshared.heads.fields import Measures
 from mvshared.heads.grid import BOX, GRID
 from mvshared.heads.jit import compiled, entry
-from mvshared.heads.layers import apply
+from mvshared.heads.layers import apply_layers
 from mvshared.heads.primitives import Array
 
 BATCH = 4096
@@ -55,13 +55,6 @@ def _march(o: Array, d: Array, low: Array, high: Array, step: Array) -> tuple[An
 
 
 @compiled
-def _put_layers(layers: NDArray[np.int64], d: Array, x: Array, y: Array, z: Array, m: Measures) -> None:
-    for layer in layers:
-        if layer >= 0:
-            apply(layer, d, x, y, z, m)
-
-
-@compiled
 def _nearest(
     points: Array, candidates: NDArray[np.uint16], layers, m: Measures, distance: Array, owner, scratch, place
 ) -> None:
@@ -85,7 +78,7 @@ def _nearest(
             n += (bits[k] & bit) != 0
         for k in range(n):
             x[k], y[k], z[k] = points[0, place[k]], points[1, place[k]], points[2, place[k]]
-        _put_layers(layers[index], own[:n], x[:n], y[:n], z[:n], m)
+        apply_layers(layers[index], own[:n], x[:n], y[:n], z[:n], m)
         for k in range(n):
             if own[k] < distance[place[k]]:
                 distance[place[k]] = own[k]
@@ -177,7 +170,7 @@ def surface(
                 for k in range(n):
                     p = place[k]
                     x[k], y[k], z[k] = here[0, p] + e * corner[0], here[1, p] + e * corner[1], here[2, p] + e * corner[2]
-                _put_layers(layers[index], own[:n], x[:n], y[:n], z[:n], m)
+                apply_layers(layers[index], own[:n], x[:n], y[:n], z[:n], m)
                 for k in range(n):
                     for axis in range(3):
                         gradient[axis, place[k]] += corner[axis] * own[k]
