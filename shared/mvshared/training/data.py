@@ -4,8 +4,9 @@ The network's target is the one of the schedule's prediction type: v of arXiv 22
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -182,8 +183,8 @@ def encode_captures(
     Raises DatasetError for pictures of different sizes or captures with fewer than two views.
     """
     images, normals, cameras, azimuths, first = [], [], [], [], [0]
-
-    def add(group: list[_Views]) -> None:
+    read = ahead(partial(_read_views, config=config), folders)
+    for group in _groups(tqdm(read, total=len(folders), desc="encoding", unit="capture", disable=None)):
         latents = encode(_stack([pixels for views in group for pixels in views.pixels]))
         at = 0
         for views in group:
@@ -195,17 +196,6 @@ def encode_captures(
             cameras.append(camera_vectors(views.poses))
             azimuths.append((azimuth_elevation(views.poses).azimuths_deg + 180) % 360 - 180)
             first.append(first[-1] + count)
-
-    group: list[_Views] = []
-    read = ahead(partial(_read_views, config=config), folders)
-    for found in tqdm(read, total=len(folders), desc="encoding", unit="capture", disable=None):
-        for views in found:
-            group.append(views)
-            if sum(each.pixels[0].size // 3 * len(each.pixels) for each in group) >= ENCODED_TOGETHER:
-                add(group)
-                group = []
-    if group:
-        add(group)
     return Latents(
         np.concatenate(images),
         np.concatenate(normals),
@@ -259,6 +249,19 @@ def _read_views(folder: Path, *, config: DataConfig) -> list[_Views]:
         mirrored = [mirror_picture(picture) for picture in pictures] + [mirror_normals(each) for _, each in maps]
         views.append(_Views(mirror_poses(capture.poses), [picture.pixels for picture in mirrored], with_normals))
     return views
+
+
+def _groups(read: Iterable[list[_Views]]) -> Iterator[list[_Views]]:
+    """All of them in order, in groups of ENCODED_TOGETHER pixels at least but for the last."""
+    group, pixels = list[_Views](), 0
+    for views in chain.from_iterable(read):
+        group.append(views)
+        pixels += views.pixels[0].size // 3 * len(views.pixels)
+        if pixels >= ENCODED_TOGETHER:
+            yield group
+            group, pixels = [], 0
+    if group:
+        yield group
 
 
 class ViewBatches:
