@@ -149,6 +149,7 @@ class Suite:
             arguments={**self.arguments, "views": views, "size_px": size_px},
             row={"flops": flops, "views": views, "size_px": size_px},
             needed_bytes=self.needs.stage("vae_decoder", views=views, size_px=size_px, guided=False),
+            warm_up=warm_up_of(self.place.device),
         )
 
     def _upscaler(self) -> Iterator[Case]:
