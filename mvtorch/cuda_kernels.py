@@ -7,8 +7,8 @@ wait for the device, which a call that is being recorded must not. What varies a
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 ONE_TILE = 1 << 15  # numbers of a group that one program holds in registers
