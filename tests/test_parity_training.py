@@ -1,6 +1,7 @@
 """Training steps: MLX against PyTorch from the same weights and batches, and what a trainer promises on both."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mvshared.training.data import UNetBatch, VAEBatch
 from mvshared.training.initial import initial_weights
 from mvshared.training.optimizer import ema_decay
 from mvshared.training.upscaler_data import UpscalerBatch
+from mvtorch.vae import Moments
 
 MODULES: dict[Backend, Any] = {"torch": mvtorch.train, "mlx": mvmlx.train}
 STAGES = ("vae", "unet", "gaf", "upscaler")
@@ -32,7 +34,7 @@ GAF = replace(UNET, cross_attention_dim=16, resampler=RESAMPLER)
 UNETS = {"unet": UNET, "gaf": GAF}
 VAE = replace(TINY_VAE, block_out_channels=(8, 16), mid_block_add_attention=True)
 UPSCALER = KUNetConfig(block_out_channels=(32, 64), layers_per_block=1, attention_levels=(False, False), time_cond_proj_dim=6)
-LOSS = VAELossConfig(kl_weight=0.1)  # large enough to count in a comparison
+LOSS = VAELossConfig(kl_weight=0.1, border_weight=2.0)  # large enough to count in a comparison
 
 # Adam's first step is nearly the gradient's sign: with eps far below the gradients, rounding of those near zero decides on
 # whole steps. An eps of their size keeps the update as smooth as the gradient.
@@ -351,3 +353,23 @@ def test_frozen_weights_stay_and_the_others_learn(backend: Backend) -> None:
     trainer.load_state(state)
     run(trainer, "vae", 1)
     assert np.array_equal(trainer.weights()["encoder.conv_in.weight"], before["encoder.conv_in.weight"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_vae_gets_wrong_counts_more_at_the_border_and_most_in_a_corner(backend: Backend) -> None:
+    """With weights of 1, 1 + 3 and 1 + 6, whose mean over 8 x 8 pixels is 1 + 3 * 4 * 8 / 64."""
+    config = VAELossConfig(mse_weight=0, gradient_weight=0, coarse_weight=0, kl_weight=0, foreground_weight=0, border_weight=3)
+    zeros = np.zeros((1, 8, 8, 3), np.float32)
+    batch = on_backend(backend, VAEBatch(zeros, zeros[..., 0], np.zeros((1, 4, 4, 4), np.float32)))
+
+    def loss(row: int, column: int) -> float:
+        wrong = zeros.copy()
+        wrong[0, row, column] = 1
+        moments = Moments(batch.noise, batch.noise)
+        decoded = on_backend(backend, VAEBatch(wrong, wrong, wrong)).pixels
+        vae = SimpleNamespace(config=VAE, encode=lambda pixels: moments, decode=lambda latents: decoded)
+        return MODULES[backend].vae_loss(vae, batch, config).item()
+
+    assert loss(3, 4) == pytest.approx(1 / 64 / 2.5)
+    assert loss(0, 4) == loss(3, 7) == pytest.approx(4 / 64 / 2.5)
+    assert loss(0, 0) == loss(7, 0) == loss(7, 7) == pytest.approx(7 / 64 / 2.5)

@@ -74,7 +74,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAELossConfig:
-    """L1, L1 of the pixel differences and MSE, each weighted by 1 + `foreground_weight` * alpha; colour; KL to N(0, 1).
+    """L1, L1 of the pixel differences and MSE, each weighted; colour; KL to N(0, 1).
+
+    A pixel's weight is 1 + `foreground_weight` * alpha, and `border_weight` more for every side of the picture that it is at:
+    padding makes the outermost pixels exceptions, and the corners are too few to be learned otherwise.
 
     The colour term is the L1 of errors averaged over one latent's pixels, of luma and, `chroma_weight` times, of the channels'
     deviation from it: without it the colours of large areas, a small part of the variance, take thousands of steps to appear.
@@ -83,6 +86,7 @@ class VAELossConfig:
     mse_weight: float = 1.0
     gradient_weight: float = 1.0
     foreground_weight: float = 2.0
+    border_weight: float = 0.0
     coarse_weight: float = 4.0
     chroma_weight: float = 3.0
     kl_weight: float = 2e-4
