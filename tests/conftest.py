@@ -34,6 +34,19 @@ def preload_torch_blas() -> None:
 preload_torch_blas()
 
 
+@cache
+def cuda_is_there() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not cuda_is_there():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels on the CPU; Triton reads it once, whoever imports it first
+
+
 @pytest.fixture(autouse=True, scope="session")
 def the_same_default_dtype_on_every_processor() -> Iterator[None]:
     """Float32, so that tests compare the same numbers wherever they run; commands in other processes choose for themselves."""
@@ -42,15 +55,6 @@ def the_same_default_dtype_on_every_processor() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mvshared.precision, "bfloat16_instructions", lambda: None)
         yield
-
-
-@cache
-def cuda_is_there() -> bool:
-    if importlib.util.find_spec("torch") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @cache
