@@ -32,8 +32,8 @@ def block(results: Sequence[Results], *, chosen: Callable[[Results], Results] = 
     missing = [name for name, (backend, device) in WANTED.items() if not _measured(results, backend, device)]
     if missing:
         parts.append(
-            f"**Not measured: {'; '.join(missing)}.** On such a machine, with mvmlx installed, this measures it; the last line "
-            "puts it here, in a clone of the repository:\n\n"
+            f"**Not in these tables: {'; '.join(missing)}.** On such a machine, with mvmlx installed, this measures it; the "
+            "last line puts it here, in a clone of the repository:\n\n"
             "```sh\n"
             "mvmlx benchmark --json demo.json\n"
             "mvmlx benchmark --model sd21 --views 1,4 --sizes 256,512 --against diffusers --json sd21.json\n"

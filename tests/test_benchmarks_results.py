@@ -152,7 +152,7 @@ def test_a_readme_without_the_two_marks_in_order_is_refused(text: str) -> None:
 
 def test_the_block_says_what_was_not_measured_and_how_to() -> None:
     text = readme.block([results(MLX, TORCH)])
-    assert "**Not measured: MLX on a Mac's GPU; PyTorch on CUDA.**" in text
+    assert "**Not in these tables: MLX on a Mac's GPU; PyTorch on CUDA.**" in text
     assert "mvmlx benchmark --json demo.json" in text and "python -m benchmarks.readme demo.json" in text
 
 
@@ -163,7 +163,7 @@ def test_a_failed_case_counts_as_not_measured() -> None:
 
 def test_mlx_on_cuda_is_not_taken_for_a_mac() -> None:
     on_cuda = Row(what="step", backend="mlx", device="CUDA, Some GPU", seconds=(0.5,))
-    assert "**Not measured: MLX on a Mac's GPU; PyTorch on CUDA.**" in readme.block([results(on_cuda, TORCH)])
+    assert "**Not in these tables: MLX on a Mac's GPU; PyTorch on CUDA.**" in readme.block([results(on_cuda, TORCH)])
 
 
 def test_machines_come_one_after_another_and_nothing_is_missing_when_all_are_there() -> None:
@@ -171,7 +171,7 @@ def test_machines_come_one_after_another_and_nothing_is_missing_when_all_are_the
     text = readme.block([results(METAL), other])
     assert text.count("Some CPU") == text.count("Another CPU") == 1
     assert text.index("0.25") < text.index("CUDA, Some GPU")
-    assert "Not measured" not in text
+    assert "Not in these tables" not in text
 
 
 def test_files_of_one_machine_stand_under_it_with_their_own_settings() -> None:
