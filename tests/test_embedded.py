@@ -1,8 +1,10 @@
 """Models in the package: unpacked once, from eight bits to a checkpoint folder of float16."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors.numpy import load_file
 
 from mvshared import embedded
 from mvshared.checkpoint import find_model, read_model_config, weight_files
+from mvshared.errors import CheckpointError, OutputError
 from mvshared.quantization.folders import quantize_folder
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -57,11 +60,68 @@ def test_it_is_unpacked_once_and_anew_for_other_weights(source: Path) -> None:
     assert found() != folder
 
 
-def test_what_a_killed_process_left_half_written_is_not_taken(source: Path) -> None:
+@pytest.mark.parametrize("damage", ["a file is missing", "a file is cut off", "it is empty"])
+def test_a_folder_that_is_not_whole_is_made_anew_in_its_place(source: Path, damage: str) -> None:
     folder = found()
-    (folder / "model_index.json").unlink()
-    folder.rename(folder.with_name(f".{folder.name}.0000.tmp"))
-    assert (found() / "model_index.json").is_file()
+    if damage == "a file is missing":
+        (folder / "vae" / "config.json").unlink()
+    elif damage == "a file is cut off":
+        (folder / UNET).write_bytes((folder / UNET).read_bytes()[:100])
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    assert found() == folder
+    assert weight_files(folder, "vae") and len(load_file(folder / UNET)) > 0
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_a_killed_process_was_writing_is_not_taken_and_goes_after_a_day(source: Path) -> None:
+    folder = found()
+    left = folder.rename(folder.with_name(f".{folder.name}.0000.tmp"))
+    old = shutil.copytree(left, folder.with_name("demo-0123"))
+    assert found() == folder
+    assert left.exists() and old.exists()
+    for path, days in ((left, 2), (old, 2)):
+        os.utime(path, times=(0, time.time() - 86400 * days))
+    shutil.rmtree(folder)
+    assert found() == folder
+    assert not left.exists() and old.exists()
+    os.utime(old, times=(0, 0))
+    shutil.rmtree(folder)
+    assert found() == folder
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("error", [OutputError("no space left", path="x"), KeyboardInterrupt(), CheckpointError("damaged")])
+def test_unpacking_that_fails_leaves_nothing_in_the_cache(
+    source: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    write, written = embedded.write_atomic, list[Path]()
+
+    def fails_at_the_third(path: Path, data: bytes) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise error
+        write(path, data)
+
+    monkeypatch.setattr(embedded, "write_atomic", fails_at_the_third)
+    if isinstance(error, OutputError):
+        folder = found()
+        assert not folder.is_relative_to(source.parent / "cache")
+        assert weight_files(folder, "unet")
+    else:
+        with pytest.raises(type(error)):
+            found()
+    assert not list((source.parent / "cache" / "mvmlx").iterdir())
+
+
+def test_without_room_anywhere_the_error_says_where(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path, data: bytes) -> None:
+        raise OutputError("cannot be written: No space left on device", path=path)
+
+    monkeypatch.setattr(embedded, "write_atomic", fails)
+    with pytest.raises(OutputError, match="No space left on device"):
+        found()
 
 
 def test_a_process_that_was_slower_takes_what_the_other_made(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
