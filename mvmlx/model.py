@@ -32,6 +32,7 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights, frames_are_alike
+from mvshared.memory.plan import dataset_batch
 from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
@@ -421,8 +422,9 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     load_weights(vae, paths, dtype="float32", device=chosen)
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        batch = dataset_batch(chosen, pixels=pixels.shape[1] * pixels.shape[2])
         with _on_device(chosen):
-            return to_numpy(vae.scale_latents(vae.encode(mx.array(pixels)).mean))
+            return to_numpy(vae.scale_latents(vae.encode(mx.array(pixels), batch=batch).mean))
 
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
         with _on_device(chosen):

@@ -20,6 +20,7 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights, frames_are_alike
+from mvshared.memory.plan import dataset_batch
 from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
@@ -448,8 +449,10 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     load_weights(vae, paths, dtype="float32", device=chosen)
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        batch = dataset_batch(chosen, pixels=pixels.shape[1] * pixels.shape[2])
         with inference(chosen):
-            return to_numpy(vae.scale_latents(vae.encode(torch.tensor(np.ascontiguousarray(pixels), device=chosen)).mean))
+            moments = vae.encode(torch.tensor(np.ascontiguousarray(pixels), device=chosen), batch=batch)
+            return to_numpy(vae.scale_latents(moments.mean))
 
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
         with inference(chosen):

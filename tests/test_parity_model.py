@@ -28,6 +28,7 @@ from helpers import (
 from numpy.typing import NDArray
 
 import mvmlx.model
+import mvshared.memory.plan
 import mvshared.precision
 import mvtorch.model
 import mvtorch.train
@@ -211,6 +212,26 @@ def test_a_vae_alone_is_the_same_on_both_backends(folder: Path) -> None:
     assert_close(ours.decode(normal(2, 4, 6, 4)), twin.decode(normal(2, 4, 6, 4)), rms=FLOAT32_RMS)
     model = load("torch", folder)
     assert_close(twin.decode(normal(1, 4, 6, 4)), model.decode(model.from_numpy(normal(1, 4, 6, 4))), rms=FLOAT32_RMS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_vae_alone_encodes_no_more_pictures_together_than_stay_in_the_cache(
+    backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, kind = MODULES[backend].load_vae(VAE, weight_files(folder, "vae"), device="cpu"), type(make_vae(VAE, backend))
+    plain, together = kind._encode, list[int]()
+
+    def counted(self: Any, pixels: Any, **options: Any) -> Any:
+        together.append(len(pixels))
+        return plain(self, pixels, **options)
+
+    monkeypatch.setattr(kind, "_encode", counted)
+    monkeypatch.setattr(mvshared.memory.plan, "VAE_PIXELS_ON_CPU", 2 * 32 * 48)
+    five = np.tanh(normal(5, 32, 48, 3))
+    encoded = codec.encode(five)
+    assert together == [2, 2, 1]
+    for picture, latents in zip(five, encoded, strict=True):
+        assert_close(codec.encode(picture[None])[0], latents, rms=FLOAT32_RMS)
 
 
 # Weights

@@ -44,6 +44,7 @@ PLAIN = MemoryPlan()
 SLICED = AttentionOptions(implementation="sliced", budget_bytes=2**26)
 CACHE_BYTES = 2**28
 VAE_PIXELS = 2**20  # of pictures that the VAE computes together: four of 512 x 512
+VAE_PIXELS_ON_CPU = 2**16  # what stays in the cache: more take longer
 
 
 def vae_batch(plan: MemoryPlan, backend: BackendName, device: str, *, pixels: int) -> int:
@@ -52,6 +53,11 @@ def vae_batch(plan: MemoryPlan, backend: BackendName, device: str, *, pixels: in
     if backend != "torch" or not device.startswith("cuda") or not plan.networks_at_once or plan.vae_tile is not None:
         return 1
     return max(1, VAE_PIXELS // pixels)
+
+
+def dataset_batch(device: str, *, pixels: int) -> int:
+    """How many pictures of so many pixels are encoded together for training, where all of the memory is there for it."""
+    return max(1, (VAE_PIXELS_ON_CPU if device == "cpu" else VAE_PIXELS) // pixels)
 
 
 def plans(backend: BackendName, device: str) -> tuple[MemoryPlan, ...]:

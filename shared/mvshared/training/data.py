@@ -4,9 +4,9 @@ The network's target is the one of the schedule's prediction type: v of arXiv 22
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mvshared.camera import azimuth_elevation, camera_vectors, mirror_poses
-from mvshared.captures import load_capture
+from mvshared.captures import Capture, load_capture
 from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError
 from mvshared.files import write_atomic
@@ -25,7 +25,7 @@ from mvshared.schedule import alphas_cumprod
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
 
-ENCODED_TOGETHER = 2**20  # pixels that are encoded in one call, at least
+ENCODED_TOGETHER = 2**20  # pixels that `encode` is given in one call, at least
 VAE_STREAM, UNET_STREAM = 1, 2  # first numbers of the random seeds, so that the stages draw differently
 
 
@@ -183,8 +183,7 @@ def encode_captures(
     Raises DatasetError for pictures of different sizes or captures with fewer than two views.
     """
     images, normals, cameras, azimuths, first = [], [], [], [], [0]
-    read = ahead(partial(_read_views, config=config), folders)
-    for group in _groups(tqdm(read, total=len(folders), desc="encoding", unit="capture", disable=None)):
+    for group in _groups(_read_views([_load(folder) for folder in folders], config)):
         latents = encode(_stack([pixels for views in group for pixels in views.pixels]))
         at = 0
         for views in group:
@@ -236,25 +235,37 @@ class _Views(NamedTuple):
     with_normals: list[int]
 
 
-def _read_views(folder: Path, *, config: DataConfig) -> list[_Views]:
-    """A capture, and its mirror image if the config says so. Raises DatasetError."""
+def _load(folder: Path) -> Capture:
     capture = load_capture(folder)
     if len(capture.image_paths) < 2:
         raise DatasetError("a capture needs at least 2 views", path=folder)
-    pictures = [read_picture(path, background=config.background) for path in capture.image_paths]
-    maps = [(view, read_normals(path)) for view, path in enumerate(capture.normal_paths) if path is not None and config.normals]
-    with_normals = [view for view, _ in maps]
-    views = [_Views(capture.poses, [picture.pixels for picture in (*pictures, *(each for _, each in maps))], with_normals)]
-    if config.mirror:
-        mirrored = [mirror_picture(picture) for picture in pictures] + [mirror_normals(each) for _, each in maps]
-        views.append(_Views(mirror_poses(capture.poses), [picture.pixels for picture in mirrored], with_normals))
-    return views
+    return capture
 
 
-def _groups(read: Iterable[list[_Views]]) -> Iterator[list[_Views]]:
+def _read_views(captures: Sequence[Capture], config: DataConfig) -> Iterator[_Views]:
+    """Every capture, and its mirror image if the config says so. Raises DatasetError."""
+    pictures = ahead(lambda read: read(), (read for capture in captures for read in _reads(capture, config)))
+    for capture in tqdm(captures, desc="encoding", unit="capture", disable=None):
+        with_normals = [view for view, path in enumerate(capture.normal_paths) if path is not None and config.normals]
+        read = list(islice(pictures, len(capture.image_paths) + len(with_normals)))
+        yield _Views(capture.poses, [picture.pixels for picture in read], with_normals)
+        if config.mirror:
+            mirrored = [mirror_picture(picture) for picture in read[: len(capture.poses)]]
+            mirrored += [mirror_normals(picture) for picture in read[len(capture.poses) :]]
+            yield _Views(mirror_poses(capture.poses), [picture.pixels for picture in mirrored], with_normals)
+
+
+def _reads(capture: Capture, config: DataConfig) -> list[Callable[[], Picture]]:
+    """Functions that read a capture's pictures and then its normal maps."""
+    normals = [path for path in capture.normal_paths if path is not None and config.normals]
+    pictures = [partial(read_picture, path, background=config.background) for path in capture.image_paths]
+    return [*pictures, *(partial(read_normals, path) for path in normals)]
+
+
+def _groups(read: Iterable[_Views]) -> Iterator[list[_Views]]:
     """All of them in order, in groups of ENCODED_TOGETHER pixels at least but for the last."""
     group, pixels = list[_Views](), 0
-    for views in chain.from_iterable(read):
+    for views in read:
         group.append(views)
         pixels += views.pixels[0].size // 3 * len(views.pixels)
         if pixels >= ENCODED_TOGETHER:
