@@ -57,26 +57,22 @@ def group_norm(
     if not all(each.is_contiguous() for each in vectors) or (shift is not None and shift.shape != x.shape[:2]):
         return None
 
-    def run(kernels: Any, x: Tensor, *, out: Tensor, shift: Tensor | None) -> Tensor:
-        kernels.group_norm(x, out, groups, weight, bias, eps=eps, silu=silu, before=before, shift=shift)
-        return out
-
     def check(kernels: Any) -> tuple[Tensor, Tensor]:
         c, height, width = x.shape[1:]
         if not kernels.is_one_tile(x, groups):  # tiles of pixels, whose number changes nothing, but for one that is not full
             height, width = _large_enough(kernels, x, groups)
-        some = _waves((1, c, height, width), x)
-        first = None if shift is None else shift[:1].contiguous()
-        ours = run(kernels, some, out=torch.empty_like(some), shift=first)
-        added = some.float()
-        for each in (None if before is None else before[None], first):
-            added = added if each is None else added + each.float()[..., None, None]
-        plain = F.group_norm(added.contiguous(), groups, weight.float(), bias.float(), eps)
+        some, numbers = _waves((1, c, height, width), x), _vector(c, x)
+        first, last = None if before is None else numbers, None if shift is None else numbers[None]
+        ours = torch.empty_like(some)
+        kernels.group_norm(some, ours, groups, numbers, numbers, eps=eps, silu=silu, before=first, shift=last)
+        added = some.float() + ((first is not None) + (last is not None)) * numbers.float()[:, None, None]
+        plain = F.group_norm(added.contiguous(), groups, numbers.float(), numbers.float(), eps)
         return ours, F.silu(plain) if silu else plain
 
     def launch(kernels: Any) -> Tensor:
         out = x if overwrite else torch.empty_like(x)
-        return run(kernels, x, out=out, shift=shift)
+        kernels.group_norm(x, out, groups, weight, bias, eps=eps, silu=silu, before=before, shift=shift)
+        return out
 
     height, width = x.shape[2:]
     variant = (x.shape[1], groups, height * width, silu, before is None, shift is None)
@@ -95,10 +91,10 @@ def add(x: Tensor, rest: Tensor, first: Tensor | None, second: Tensor | None = N
 
     def check(kernels: Any) -> tuple[Tensor, Tensor]:
         some, other = _waves((1, x.shape[1], 5, 27), x), _waves((1, x.shape[1], 5, 27), x).flip(2)
-        other = other.contiguous(memory_format=torch.channels_last)
-        expected = some.float() + other.float() + given.float()[:, None, None]
-        kernels.add(some, other, some, given, second)
-        return some, expected if second is None else expected + second.float()[:, None, None]
+        other, bias = other.contiguous(memory_format=torch.channels_last), _vector(x.shape[1], x)
+        expected = some.float() + other.float() + (1 if second is None else 2) * bias.float()[:, None, None]
+        kernels.add(some, other, some, bias, None if second is None else bias)
+        return some, expected
 
     def launch(kernels: Any) -> Tensor:
         kernels.add(x, rest, x, given, second)
@@ -179,9 +175,9 @@ def _capturing() -> bool:
 
 
 def _large_enough(kernels: Any, x: Tensor, groups: int) -> tuple[int, int]:
-    """A height and a width, not more than needed, of maps whose groups one program does not hold."""
+    """A height and a width, not more than needed, of maps that take every loop of the kernels for large ones."""
     side = _LEAST_SIDE
-    while kernels.is_one_tile(x.new_empty((1, x.shape[1], side, side + 1), device="meta"), groups):
+    while not kernels.takes_all_loops(x.new_empty((1, x.shape[1], side, side + 1), device="meta"), groups):
         side *= 2
     return side, side + 1
 
@@ -192,6 +188,11 @@ def _waves(shape: tuple[int, ...], like: Tensor) -> Tensor:
     count = torch.arange(n * c * h * w, device=like.device, dtype=torch.float32)
     numbers = 1 + 2 * torch.sin(count * 0.73 + torch.sin(count * 0.011))
     return numbers.view(n, h, w, c).to(like.dtype).permute(0, 3, 1, 2)
+
+
+def _vector(count: int, like: Tensor) -> Tensor:
+    """Such numbers for every channel: a check is to depend on no model's weights, which may be zero or damaged."""
+    return _waves((1, count, 1, 1), like).reshape(count)
 
 
 def _launched(

@@ -206,8 +206,7 @@ def group_norm(
     affine = torch.empty((2, n, channels), dtype=torch.float32, device=x.device)
     grid, warps, wide = (tiles, triton.cdiv(channels, block), n), _warps(_PIXELS * block), _power(group)
     _launch(_moments, grid, x, *moments, *size, tiles, _PIXELS, block, warps=warps)
-    rows = max(1, min(4096 // wide, _power(tiles)))
-    numbers = (*size, tiles, eps, *flags, group, _PIXELS, rows, wide)
+    numbers = (*size, tiles, eps, *flags, group, _PIXELS, _tiles_together(wide), wide)
     _launch(_combine, (groups, n), *moments, weight, *given, *affine, *numbers, warps=4)
     _launch(_apply, grid, x, out, *affine, bias, *size, silu, _PIXELS, block, warps=warps)
 
@@ -216,6 +215,12 @@ def is_one_tile(x: Tensor, groups: int) -> bool:
     """Whether a group of x (n, c, h, w) is small enough to be held by one program."""
     _, channels, height, width = x.shape
     return _power(height * width) * _power(channels // groups) <= ONE_TILE
+
+
+def takes_all_loops(x: Tensor, groups: int) -> bool:
+    """Whether x (n, c, h, w) is so large that what is compiled for large maps runs all of its loops more than once."""
+    _, channels, height, width = x.shape
+    return not is_one_tile(x, groups) and height * width > _PIXELS * _tiles_together(_power(channels // groups))
 
 
 def add(x: Tensor, rest: Tensor, out: Tensor, first: Tensor, second: Tensor | None) -> None:
@@ -234,6 +239,11 @@ def gate(x: Tensor, out: Tensor) -> None:
     block = min(_HIDDEN, _power(hidden))
     grid = (triton.cdiv(rows, 32), triton.cdiv(hidden, block))
     _launch(_gate, grid, x, out, rows, hidden, 32, block, warps=_warps(32 * block))
+
+
+def _tiles_together(width: int) -> int:
+    """How many tiles' moments a program combines at once, of groups of so many channels: whatever the map, to compile once."""
+    return max(1, min(128, 4096 // width))
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int) -> None:

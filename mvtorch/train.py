@@ -142,6 +142,8 @@ class Trainer:
     def _gradients(self, batch: Any, scale: Tensor) -> Tensor:
         """Loss and norm of the gradient (2,) of a batch of tensors; the gradient stays with the parameters, clipped."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self._half is not None:
+            self._half.zero_grad(set_to_none=True)  # which a call that failed may have left
         loss = self._loss(batch)
         (loss * scale).backward()
         if self._half is not None:

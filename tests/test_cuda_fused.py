@@ -41,6 +41,9 @@ class PlainKernels:
     def is_one_tile(self, x: Tensor, groups: int) -> bool:
         return x.shape[2] * x.shape[3] * x.shape[1] // groups <= 1 << 12
 
+    def takes_all_loops(self, x: Tensor, groups: int) -> bool:
+        return not self.is_one_tile(x, groups)
+
     def add(self, x: Tensor, rest: Tensor, out: Tensor, first: Tensor, second: Tensor | None) -> None:
         self._called("sum")
         total = x + rest + first[:, None, None]
@@ -168,6 +171,36 @@ def test_the_first_call_of_a_kernel_is_checked_once(kernels: PlainKernels) -> No
         assert len(kernels.calls) == 3
         norm(pictures(1, 16, 70, 70))
         assert len(kernels.calls) == 5
+
+
+@pytest.mark.parametrize("number", [0.0, float("nan")])
+def test_a_model_s_weights_do_not_decide_whether_a_kernel_is_right(
+    interpreted: Any, monkeypatch: pytest.MonkeyPatch, number: float
+) -> None:
+    use(monkeypatch, interpreted)
+    block = ResnetBlock(16, 24, groups=8, eps=1e-5, time_embed_dim=12)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.fill_(number)
+        block(pictures(2, 16, 9, 8), pictures(2, 12))
+    assert cuda_fused._checked and not cuda_fused._failed
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_large_maps_are_computed_and_checked_in_several_passes(
+    interpreted: Any, monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    for name, number in (("ONE_TILE", 256), ("_PIXELS", 32), ("_tiles_together", lambda width: 2)):
+        monkeypatch.setattr(interpreted, name, number)  # so that the interpreter has less to do
+    use(monkeypatch, interpreted)
+    norm, x, given = GroupNorm(groups, 16, eps=1e-5), 30 + pictures(2, 16, 13, 14), list[Any]()
+    plain = interpreted.group_norm
+    monkeypatch.setattr(interpreted, "group_norm", lambda x, *rest, **options: (given.append(x), plain(x, *rest, **options)))
+    with torch.no_grad():
+        assert_close(norm(x), norm(x.contiguous()), rms=1e-5)
+    checked, launched = given
+    assert interpreted.takes_all_loops(checked, groups) and interpreted.takes_all_loops(launched, groups)
+    assert not cuda_fused._failed
 
 
 @pytest.mark.parametrize("fault", ["raises", "wrong", "missing"])

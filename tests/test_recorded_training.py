@@ -75,3 +75,19 @@ def test_after_a_recording_that_failed_steps_are_ordinary_ones_and_the_log_says_
         assert losses_of(trainer, "unet", steps=4) == losses_of(plain, "unet", steps=4)
     assert recorder.tries == 1
     assert [record.getMessage() for record in caplog.records if "could not be recorded (out of memory)" in record.getMessage()]
+
+
+def test_gradients_of_a_recording_that_failed_half_way_are_not_learned() -> None:
+    trainers = [make_trainer("torch", "unet", dtype="bfloat16") for _ in range(2)]
+    for trainer in trainers:
+        trainer._half = _copy_in("bfloat16", trainer.network)
+    plain, trainer = trainers
+
+    class RunsOutOfMemory(Recorder):
+        def record(self, function: Any) -> Any:
+            for parameter in trainer._half.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            raise RuntimeError("out of memory")
+
+    recorded(trainer, RunsOutOfMemory())
+    assert losses_of(trainer, "unet", steps=4) == losses_of(plain, "unet", steps=4)
