@@ -306,6 +306,35 @@ def test_growth_is_measured_for_every_size_in_one_process(backend: Backend, mode
     assert "verdict" in table.notes[0]
 
 
+@pytest.mark.parametrize(("warm_up", "before"), [(1, 1 + 2), (3, 0)])
+def test_where_calls_get_recorded_a_series_measures_memory_before_and_time_after_that(
+    model: str, monkeypatch: pytest.MonkeyPatch, warm_up: int, before: int
+) -> None:
+    calls, measured = list[int](), list[int]()
+
+    def memory(model: Any, call: Any) -> int:
+        measured.append(len(calls))
+        call()
+        return 7
+
+    monkeypatch.setattr(growth, "warm_up_of", lambda device: warm_up)
+    monkeypatch.setattr(growth, "step_of", lambda *_, **__: lambda: calls.append(1))
+    monkeypatch.setattr(growth, "activation_bytes", memory)
+    options: dict[str, Any] = {"backend": "torch", "device": "cpu", "dtype": "float32", "guided": False, "whole": False}
+    made = growth.series(model=model, points=[{"views": 1, "size_px": 32, "steps": 1}], repeats=2, **options)
+    made.call()
+    (row,) = made.facts()["points"]
+    assert (len(row["seconds"]), row["activation_bytes"], measured) == (2, 7, [before])
+    assert len(calls) == warm_up + 2 + (2 if warm_up == 1 else 1)  # with those for memory and for the kinds of work
+
+
+def test_every_case_that_is_recorded_on_a_gpu_has_its_calls_left_out(model: str) -> None:
+    given = suite_of(model, backend="torch")
+    given = replace(given, place=given.place._replace(device="cuda"))
+    cases = [case for name in ("step", "vae", "upscaler") for case in given.cases(name)]
+    assert {case.warm_up for case in cases} == {3}
+
+
 def test_a_size_of_a_series_that_does_not_fit_is_left_out(model: str) -> None:
     given = suite_of(model, sizes_px=(32, 1024), repeats=1)
     needed = [given.needs.stage("unet", views=2, size_px=size, guided=False) for size in (32, 1024)]

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from mvshared.backend import BackendName, Dtype, Model
+from mvshared.benchmark.against import warm_up_of
 from mvshared.benchmark.cases import facts_of, pipeline_of, step_of
 from mvshared.benchmark.compare import Case, running
 from mvshared.benchmark.flops import run_flops
@@ -56,7 +57,7 @@ def series(
     points: Sequence[Mapping[str, int]],
     repeats: int,
 ) -> Prepared:
-    """Every point in turns, `repeats` times after once that does not count: steps, or with `whole` whole runs.
+    """Every point in turns, `repeats` times after those that do not count: steps, or with `whole` whole runs.
 
     The facts are those of the device, and `points` with fields of their rows.
     """
@@ -77,22 +78,25 @@ def series(
         loaded = open_model(model, ["unet"], backend=backend, dtype=dtype, device=device)
         calls = [step_of(loaded, views=point.views, size_px=point.size_px, guided=guided) for point in given]
     rows: list[dict[str, Any]] = []
+    warm_up = warm_up_of(device)
 
     def call() -> None:
         times: list[list[tuple[float, float]]] = [[] for _ in calls]
-        for _ in range(1 + repeats):
+        # Later calls repeat a recording on CUDA, which has its memory already.
+        ordinary = [activation_bytes(loaded, each) for each in calls] if warm_up > 1 else None
+        for _ in range((warm_up if ordinary is None else warm_up - 1) + repeats):
             for each, mine in zip(calls, times, strict=True):
                 start, cpu_start = time.perf_counter(), cpu_seconds()
                 each()
                 mine.append((time.perf_counter() - start, cpu_seconds() - cpu_start))
         rows.extend(
             {
-                "seconds": [wall for wall, _ in mine[1:]],
-                "cpu_seconds": [cpu for _, cpu in mine[1:]],
-                "activation_bytes": activation_bytes(loaded, each),
+                "seconds": [wall for wall, _ in mine[-repeats:]],
+                "cpu_seconds": [cpu for _, cpu in mine[-repeats:]],
+                "activation_bytes": activation_bytes(loaded, each) if ordinary is None else ordinary[number],
                 "work": work_of(loaded, each),
             }
-            for each, mine in zip(calls, times, strict=True)
+            for number, (each, mine) in enumerate(zip(calls, times, strict=True))
         )
 
     return Prepared(call, lambda: {"facts": facts_of(loaded), "points": rows})

@@ -164,6 +164,7 @@ class Suite:
                 arguments={**self.place._asdict(), "views": views, "size_px": size_px},
                 row={"flops": flops.all, "views": views, "size_px": size_px},
                 needed_bytes=2 * PROCESS_BYTES + 4 * 373_000_000,
+                warm_up=warm_up_of(self.place.device),
             )
 
     def _run(self) -> Iterator[Case]:
