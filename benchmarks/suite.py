@@ -19,7 +19,7 @@ TITLES = {
     "quantized": "Stable Diffusion 2.1's U-Net at full size, random weights, quantised as it is loaded from float16",
 }
 # Subjects a step: MLX's CPU backend takes minutes for many.
-TRAINING = (("demo", "torch", 8), ("larger", "torch", 2), ("demo", "mlx", 2))
+TRAINING = (("small", "torch", 8), ("larger", "torch", 2), ("small", "mlx", 2))
 RENDERER_VIEWS, RENDERER_SIZES_PX = 8, (64, 128, 256)
 RENDERER_VARIANTS = ("plain", "compiled") if find_spec("numba") else ("plain",)
 

@@ -15,15 +15,21 @@ from mvshared.training.config import OptimizerConfig
 from mvshared.training.data import UNetBatch
 from mvshared.training.initial import initial_weights
 
-# The demo model's own, and one of eight times its weights and four times its pixels: channels, and the side of the latents.
-SIZES = {"demo": ((64, 96, 128), 16), "larger": ((128, 256, 384), 32)}
+# Channels, and the side of the latents: of one model with 6.1 M parameters, and of one with 46.6 M.
+SIZES = {"small": ((64, 96, 128), 16), "larger": ((128, 256, 384), 32)}
 VIEWS = 4
 
 
 def unet_config(size: str) -> UNetConfig:
-    """The demo model's structure in one of SIZES."""
-    demo, channels = read_model_config(find_model("demo")).unet, SIZES[size][0]
-    return replace(demo, block_out_channels=channels, num_attention_heads=tuple(max(1, width // 64) for width in channels))
+    """A U-Net in one of SIZES, with the demo model's inputs; none of its own changes, so that figures stay comparable."""
+    channels = SIZES[size][0]
+    return replace(
+        read_model_config(find_model("demo")).unet,
+        block_out_channels=channels,
+        layers_per_block=(1, 2, 1),
+        attention_levels=(False, True, True),
+        num_attention_heads=tuple(max(1, width // 64) for width in channels),
+    )
 
 
 def step(*, size: str, backend: str, dtype: str, batch: int, checkpointing: int) -> Prepared:
