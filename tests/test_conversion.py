@@ -454,6 +454,25 @@ def test_values_too_large_for_float16_are_refused(folders: dict[str, Path], tmp_
         convert(tmp_path / "model", tmp_path / "out", dtype="float16")
 
 
+@pytest.mark.parametrize("dest", ["model", "link", ".", "model/unet", "model/new", "model/one.safetensors"])
+def test_nothing_is_written_where_the_source_lies_not_even_by_force(
+    dest: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(folders["mvdream"], source)
+    (tmp_path / "link").symlink_to(source)
+
+    def written() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in source.rglob("*")}
+
+    before = written()
+    with pytest.raises(OptionError, match="dest must be another place than the source's"):
+        convert(source, tmp_path / dest, dtype="float16", force=True)
+    with pytest.raises(OptionError, match="dest must be another place than the source's"):
+        convert(folders["mvdream"], tmp_path / dest, like=source, force=True)
+    assert written() == before
+
+
 # Breaks
 
 

@@ -294,7 +294,7 @@ def test_options_are_checked_before_anything_is_written(
     with pytest.raises(OptionError, match=message):
         quantize_folder(tiny, tmp_path / "q", backend="torch", **options)
     assert not (tmp_path / "q").exists()
-    with pytest.raises(OptionError, match="dest must be another folder"):
+    with pytest.raises(OptionError, match="dest must be another place"):
         quantize_folder(tiny, tiny, backend="torch")
 
 

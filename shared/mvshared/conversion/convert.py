@@ -15,7 +15,7 @@ from mvshared.backend import parse_dtype
 from mvshared.checkpoint import Component, find_model, read_model_config, weight_files
 from mvshared.config import SchedulerConfig, UNetConfig
 from mvshared.conversion.configs import euler_document, scheduler_document
-from mvshared.conversion.folders import OnTensor, Progress, copy_files, fingerprint, write_weights
+from mvshared.conversion.folders import OnTensor, Progress, check_apart, copy_files, fingerprint, write_weights
 from mvshared.conversion.networks import Part, convert_network, network_shapes
 from mvshared.conversion.one_file import rewrite_file, write_one_file
 from mvshared.conversion.raw import FLOATS, STORED, RawTensor, cast, read_safetensors
@@ -79,7 +79,9 @@ def convert(
         raise OptionError("shard size", expected="above 0", got=shard_bytes)
     if not source.exists() and (str(source) in (*EMBEDDED, *REPOSITORIES) or str(source) in read_pins()):
         source = find_model(source)
+    sources = [source, *extra, *([find_model(like)] if like else [])]
     if dest.suffix == ".safetensors":
+        check_apart(dest, [path for path in sources if path.is_dir()])
         write = write_one_file if source.is_dir() else rewrite_file
         return write(source, dest, stored=stored, force=force, on_tensor=on_tensor)
     collected = _Collected()
@@ -90,7 +92,7 @@ def convert(
         read = read_upscaler_config if is_upscaler(source) else read_model_config
         family = read(source).family
     if like is not None:
-        _take_configs(collected, find_model(like))
+        _take_configs(collected, sources[-1])
     chosen = _family(collected, family)
     if like is None and chosen in SIZES_PX:
         _set_sample_size(collected, SIZES_PX[chosen])
@@ -101,9 +103,7 @@ def convert(
         family=chosen,
         stored=stored,
         shard_bytes=shard_bytes,
-        state=Progress(
-            dest, fingerprint([source, *extra, *([like] if like else [])], stored, chosen, shard_bytes), force=force
-        ),
+        state=Progress(dest, fingerprint(sources, stored, chosen, shard_bytes), sources=sources, force=force),
         index=source / "model_index.json" if source.is_dir() else None,
         on_tensor=on_tensor,
     )

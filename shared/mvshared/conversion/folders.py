@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mvshared.checkpoint import WEIGHT_STEMS, Component
 from mvshared.conversion.raw import RawTensor, shards, write_safetensors
-from mvshared.errors import OutputError
+from mvshared.errors import OptionError, OutputError
 from mvshared.files import make_folder, read_json_object, write_atomic, write_json
 
 STATE = ".conversion.json"
@@ -14,10 +14,20 @@ STATE = ".conversion.json"
 OnTensor = Callable[[str, int], None]
 
 
-class Progress:
-    """Which files of a conversion are written; kept in the folder until it is complete."""
+def check_apart(dest: Path, sources: Sequence[Path]) -> None:
+    """Raise OptionError if writing to `dest` could overwrite what is read: the same place, or one inside of the other."""
+    to = dest.resolve()
+    for source in (path.resolve() for path in sources):
+        beside = source.is_file() and source.parent == to  # a file may lie where a folder's files are written
+        if to == source or to.is_relative_to(source) or (source.is_relative_to(to) and not beside):
+            raise OptionError("dest", expected="another place than the source's", got=str(dest))
 
-    def __init__(self, dest: Path, fingerprint: str, *, force: bool) -> None:
+
+class Progress:
+    """Which files of a conversion are written; kept in the folder until it is complete. Raises OptionError, OutputError."""
+
+    def __init__(self, dest: Path, fingerprint: str, *, sources: Sequence[Path], force: bool) -> None:
+        check_apart(dest, sources)
         self.dest, self.fingerprint = dest, fingerprint
         self.done: dict[str, str] = {}
         if dest.exists() and not dest.is_dir():

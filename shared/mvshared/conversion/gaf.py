@@ -56,7 +56,8 @@ def init_gaf(
     gaf, vision_folder = _gaf_config(config, folder, image_encoder=image_encoder, cameras=cameras)
     tensors = _unet_tensors(folder, config, gaf, seed=seed)
     sources = [folder, *([vision_folder] if vision_folder else [])]
-    state = Progress(dest, fingerprint(sources, None, f"gaf {cameras} {seed}", SHARD_BYTES), force=force)
+    options = f"gaf {cameras} {seed}"
+    state = Progress(dest, fingerprint(sources, None, options, SHARD_BYTES), sources=sources, force=force)
     make_folder(dest / "unet")
     (dest / "model_index.json").unlink(missing_ok=True)
     write_json(dest / "unet" / "config.json", asdict(gaf.unet))
