@@ -499,7 +499,19 @@ def test_a_folder_that_may_not_be_written_is_refused(
     monkeypatch.chdir(world)
     (tmp_path / "locked").mkdir(mode=0o500)
     assert run(["generate", "picture.png", "--model", "tiny", "-o", str(tmp_path / "locked" / "out")]) == 7
-    check_line(capfd.readouterr().err, Call("", 7, ("Permission denied",)))
+    check_line(capfd.readouterr().err, Call("", 7, ("no permission",)))
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_any_work(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    monkeypatch.setattr(mvshared.backend, "load", lambda *_, **__: pytest.fail("loaded"))
+    for line in ("generate picture.png --model tiny -o new/out", "evaluate --model tiny -o new", "benchmark --json new/b.json"):
+        assert run(shlex.split(line)) == 7
+        check_line(capfd.readouterr().err, Call("", 7, ("no permission, or a read-only disk",)))
+    assert not (world / "new").exists()
 
 
 @pytest.mark.parametrize("call", [CALLS[0], CALLS[6], *calls(8, ("generate --config gone.json", "no such file"))])

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what the commands print, which files they leave, and how they end."""
 
+import errno
 import json
 import os
 import re
@@ -331,6 +332,24 @@ def test_a_fault_of_the_program_is_one_line_and_a_traceback_on_request(
     monkeypatch.setenv("MVMLX_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         run(["models"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "locked/model_index.json"), "locked/model_index.json: Permission"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device (the system"),
+    ],
+)
+def test_what_the_system_refuses_is_no_fault_of_the_program(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: OSError, message: str
+) -> None:
+    def refused(**options: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(mvshared.commands.checkpoints, "list_models", refused)
+    assert run(["models"]) == 7
+    assert capfd.readouterr().err.startswith(f"mvmlx: error: {message}")
 
 
 def test_warnings_of_libraries_do_not_clutter_a_good_call(desk: Path) -> None:

@@ -3,6 +3,7 @@
 Only click is imported at start-up, so that --help answers at once.
 """
 
+import errno
 import json
 import os
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 import click
 
 from mvshared import __version__
-from mvshared.errors import MvError
+from mvshared.errors import MvError, OutputError
 
 USAGE_EXIT, INTERNAL_EXIT, INTERRUPT_EXIT = 2, 70, 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class NumberList(click.ParamType):
@@ -532,6 +534,10 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get("MVMLX_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in _NO_ROOM):
+            text = error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
+            hint = "the system does not let mvmlx read or write there"
+            return _fail(f"{text} ({hint})", OutputError.exit_code, kind=type(error).__name__, as_json=as_json)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         hint = "this is a fault of mvmlx: please report it with what MVMLX_TRACEBACK=1 prints"
         return _fail(f"{text} ({hint})", INTERNAL_EXIT, kind="InternalError", as_json=as_json)

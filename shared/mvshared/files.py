@@ -47,14 +47,16 @@ def make_folder(path: Path | str) -> Path:
 
 
 def check_folder(path: Path | str) -> None:
-    """Raise OutputError if `make_folder` would fail because a file is in the way; nothing is made."""
+    """Raise OutputError if no folder can be made there, or written to: before work whose result it is for. Nothing is made."""
     path = Path(path)
     try:
-        blocked = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None)
+        there = next((part for part in (path, *path.parents) if part.exists()), None)
     except OSError as cause:
         raise OutputError(f"cannot be read: {cause.strerror or cause}", path=path) from cause
-    if blocked is not None:
-        raise _is_file(blocked)
+    if there is not None and not there.is_dir():
+        raise _is_file(there)
+    if there is not None and not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError("cannot be written: no permission, or a read-only disk", path=there, hint="name another folder")
 
 
 def _is_file(path: Path) -> OutputError:
