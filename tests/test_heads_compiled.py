@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mvshared.camera import orbit
-from mvshared.heads import DEFAULT_RADIUS, HeadViews, render
+from mvshared.errors import OutputError
+from mvshared.heads import DEFAULT_RADIUS, HeadViews, dataset, render
 from mvshared.heads.dataset import render_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,3 +118,62 @@ def test_a_data_set_is_rendered_by_processes_and_completed_later(tmp_path: Path)
     assert render_dataset(tmp_path / "heads", range(4), views=2, size_px=16, processes=1) == 1
     assert render_dataset(tmp_path / "heads", range(4), views=2, size_px=16, processes=1) == 0
     assert len(list((tmp_path / "heads").glob("head_*/view_001.png"))) == 4
+
+
+def test_heads_of_another_size_or_number_of_views_are_not_mixed_into_a_folder(tmp_path: Path) -> None:
+    render_dataset(tmp_path / "heads", range(1), views=2, size_px=16, processes=1)
+    for views, size_px in ((3, 16), (2, 24)):
+        with pytest.raises(OutputError, match=f"holds 2 views of 16 pixels, {views} of {size_px} were asked for"):
+            render_dataset(tmp_path / "heads", range(3), views=views, size_px=size_px, processes=1)
+    assert len(list((tmp_path / "heads").iterdir())) == 1
+
+
+def test_a_head_that_another_call_finished_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = dataset.write_capture
+
+    def twice(*arguments: Any) -> None:
+        write(*arguments)
+        write(*arguments)
+
+    monkeypatch.setattr(dataset, "write_capture", twice)
+    assert render_dataset(tmp_path / "heads", range(1), views=2, size_px=16, processes=1) == 1
+    assert [path.name for path in (tmp_path / "heads").iterdir()] == ["head_000000"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for child processes in /proc")
+def test_workers_end_with_the_process_that_they_work_for(tmp_path: Path) -> None:
+    command = "from pathlib import Path; from mvshared.heads.dataset import render_dataset as r; "
+    command += f"r(Path({str(tmp_path / 'heads')!r}), range(1000), views=2, size_px=64, processes=2)"
+    script = tmp_path / "script.py"
+    script.write_text(f"if __name__ == '__main__':\n    {command}\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "shared")))}
+    with subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL) as process:
+        until(lambda: len(list((tmp_path / "heads").glob("head_*/transforms.json"))) > 4)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    assert len(children) >= 2
+    until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_machine_code_that_cannot_be_kept_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core.caching import IndexDataCacheFile
+
+    from mvshared.heads import jit
+
+    def no_room(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(IndexDataCacheFile, "save", no_room)
+    monkeypatch.setattr(IndexDataCacheFile, "load", lambda *_: None)
+    assert jit.entry(twice)(21) == 42
+
+
+def twice(number: int) -> int:
+    return 2 * number

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from mvshared.processors import usable_processors
+
 PACKAGES = ("mvmlx", "numpy", "torch", "mlx", "diffusers")
 MEMINFO = Path("/proc/meminfo")
 FREE_SHARE = 0.8  # of the memory, where the system does not say what is free
@@ -39,7 +41,7 @@ def machine() -> dict[str, str | int]:
     """
     result: dict[str, str | int] = {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        "cores": usable_processors(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
         "ram_bytes": _memory_bytes(),
         "os": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",

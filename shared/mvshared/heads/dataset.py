@@ -1,9 +1,10 @@
 """A training set of heads on disk: one capture per identity, rendered by many processes."""
 
 import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from tqdm import tqdm
 
 from mvshared.camera import orbit
 from mvshared.captures import write_capture
-from mvshared.errors import OptionError
-from mvshared.files import check_folder
+from mvshared.errors import DatasetError, OptionError, OutputError
+from mvshared.files import check_folder, read_json_object
 from mvshared.heads.identity import SEED
 from mvshared.heads.render import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
+from mvshared.processors import usable_processors
 
 FRONT_DEG = 35.0  # the first quarter of the views looks at the face from within this azimuth
 ELEVATIONS_DEG = (-5.0, 30.0)
@@ -46,7 +48,8 @@ def render_dataset(
 ) -> int:
     """Render the identities that `folder` does not have yet as captures `head_000000` ...; returns how many were rendered.
 
-    Raises OptionError for numbers out of range, OutputError if the folder cannot be written.
+    Raises OptionError for numbers out of range, OutputError if the folder cannot be written, or has some of the identities in
+    another size or with another number of views.
     """
     if not 2 <= views <= MAX_VIEWS:
         raise OptionError("views", expected=f"at least 2, at most {MAX_VIEWS}", got=views)
@@ -56,14 +59,15 @@ def render_dataset(
         raise OptionError("processes", expected="at least 1", got=processes)
     folder = Path(folder)
     check_folder(folder)
-    missing = [number for number in identities if not (_capture_folder(folder, number) / "transforms.json").exists()]
+    missing = [number for number in identities if not _is_there(folder, number, views=views, size_px=size_px)]
     work = partial(_render_one, folder=folder, views=views, size_px=size_px)
     progress = tqdm(total=len(missing), desc="rendering", unit="head", disable=None)
     if missing:  # the first head here: what numba compiles for it is then on disk for all processes
         work(missing[0])
         progress.update()
-    with progress, ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(work, missing[1:], chunksize=4):
+    workers = processes or usable_processors()
+    with progress, ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+        for _ in pool.map(work, missing[1:]):
             progress.update()
     return len(missing)
 
@@ -72,7 +76,36 @@ def _capture_folder(folder: Path, number: int) -> Path:
     return folder / f"head_{number:06}"
 
 
+def _is_there(folder: Path, number: int, *, views: int, size_px: int) -> bool:
+    """Whether an identity is rendered already. Raises OutputError if it is in another way."""
+    path = _capture_folder(folder, number) / "transforms.json"
+    if not path.exists():
+        return False
+    document = read_json_object(path, error=DatasetError)
+    count, width = len(document.get("frames", ())), document.get("w")
+    if (count, width) != (views, size_px):
+        asked = f"holds {count} views of {width} pixels, {views} of {size_px} were asked for"
+        raise OutputError(asked, path=path.parent, hint="name another folder")
+    return True
+
+
 def _render_one(number: int, *, folder: Path, views: int, size_px: int) -> None:
     poses = dataset_poses(number, views=views)
     pictures = render(number, poses, size_px=size_px)
-    write_capture(_capture_folder(folder, number), pictures.rgba, pictures.normals, poses, DEFAULT_FOV_DEG)
+    try:
+        write_capture(_capture_folder(folder, number), pictures.rgba, pictures.normals, poses, DEFAULT_FOV_DEG)
+    except OutputError:
+        if not _is_there(folder, number, views=views, size_px=size_px):  # else another call was faster
+            raise
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that it works for is gone, killed for example: nobody would end it."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with parent", daemon=True).start()

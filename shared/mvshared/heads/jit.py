@@ -3,6 +3,7 @@
 NUMBA_DISABLE_JIT=1 in the environment has the same effect as no numba.
 """
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable
@@ -47,9 +48,21 @@ def entry(function: Function) -> Function:
         # numba compares the time of the function's own file alone, and the functions that it calls are in others.
         files = result._cache._cache_file
         files._source_stamp = f"{files._source_stamp} {_sources()}"
+        result._cache.save_overload = _forgiving(result._cache.save_overload)
     except (RuntimeError, AttributeError):  # no folder can be written, or this numba keeps its files in another way
         return compiled(function)
     return result
+
+
+def _forgiving(save: Callable) -> Callable:
+    """`save`, but without its error where the disk has no room: code that is not kept is compiled again."""
+
+    @functools.wraps(save)
+    def saved(*arguments: Any) -> None:
+        with contextlib.suppress(OSError):
+            save(*arguments)
+
+    return saved
 
 
 def plain(function: Function) -> Function:

@@ -1,10 +1,11 @@
 """Results that threads make before they are needed: batches and pictures, while the device computes."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from mvshared.processors import usable_processors
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -15,10 +16,10 @@ MOST_WORKERS = 8  # more wait for each other at Python's lock
 def ahead(function: Callable[[T], R], items: Iterable[T], *, workers: int | None = None) -> Generator[R, None, None]:
     """`function` of every item, in their order; threads make the next ones meanwhile, two each at most.
 
-    `workers` is by default one less than there are processors, 1 to 8. What the function raises is raised where its result was
-    due. The items that were begun are finished when the iteration is left.
+    `workers` is by default one less than there are processors to use, 1 to 8. What the function raises is raised where its
+    result was due. The items that were begun are finished when the iteration is left.
     """
-    count = workers or min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1))
+    count = workers or min(MOST_WORKERS, max(1, usable_processors() - 1))
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(count, thread_name_prefix="ahead") as pool:
         try:
