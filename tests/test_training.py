@@ -36,6 +36,7 @@ from mvshared.errors import (
     ConfigError,
     DatasetError,
     NumericsError,
+    OptionError,
     OutputError,
     TensorMismatchError,
 )
@@ -251,7 +252,10 @@ def test_a_file_gives_the_configuration_that_was_written(data: Path, tmp_path: P
         ('stage = "vae"', 'stage = "unet"', "unet must be a table of UNetConfig fields, and vae_from"),
         ("[vae]", "[voe]", "unknown field 'voe'"),
         ("[data]", "[data]\nfolders = 3", "unknown field 'data.folders'"),
-        ("held_out = 0.25", "held_out = 2", "held_out must be 0 to 1, got 2.0"),
+        ("held_out = 0.25", "held_out = 2", "held_out must be 0 to below 1, got 2.0"),
+        ("held_out = 0.25", "held_out = 1", "held_out must be 0 to below 1, got 1.0"),
+        ("seed = 0", 'seed = 0\nvae_from = "demo"', "vae_from must be left out for stage 'vae', which starts from init_from"),
+        ("seed = 0", 'seed = 0\nviews_from = "demo"', "views_from must be left out but for stage 'upscaler', got 'demo'"),
         ("held_out = 0.25", "held_out = nan", "held_out must be float, got nan"),
         ("background = [255, 255, 255]", "background = [255, 255]", "background must be"),
         ("background = [255, 255, 255]", "background = [255, 255, 256]", "background must be 0 to 255"),
@@ -318,6 +322,21 @@ def test_a_file_that_is_no_log_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("step,loss\n1,x\n")
     with pytest.raises(ConfigError, match="is no training log"):
         TrainingLog(tmp_path, last_step=3)
+
+
+@pytest.mark.parametrize("stage", ["vae", "unet"])
+def test_a_beginning_that_no_weight_s_name_has_is_refused(stage: str, data: Path, vae: Path, tmp_path: Path) -> None:
+    config = vae_config(data) if stage == "vae" else unet_config(data, vae)
+    with pytest.raises(OptionError, match=r"frozen must be beginnings of names of weights, as of \S+, got 'encodre\.'"):
+        run(replace(config, frozen=("encodre.",)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_that_the_vae_cannot_halve_so_often_are_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    deep = replace(VAE, block_out_channels=(8,) * 8)
+    with pytest.raises(DatasetError, match="width and height must be multiples of 128 for this model"):
+        run(vae_config(data, vae=deep), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_mlx_refuses_bfloat16_on_metal_before_it_encodes_anything(

@@ -1,7 +1,7 @@
-"""What captures must have for the model that learns from them, looked at before anything is loaded or encoded."""
+"""What captures and settings must have for the model that learns, looked at before anything is loaded or encoded."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,9 @@ from PIL import Image
 from mvshared.camera import azimuth_elevation
 from mvshared.captures import Capture, load_capture
 from mvshared.config import ModelConfig
-from mvshared.errors import DatasetError, MvWarning
+from mvshared.errors import DatasetError, MvWarning, OptionError
 from mvshared.training.ahead import ahead
-from mvshared.training.config import DataConfig
+from mvshared.training.config import DataConfig, TrainConfig
 
 
 def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, model: ModelConfig) -> None:
@@ -84,3 +84,11 @@ def _check_normals(captures: list[Capture], *, folder: str) -> None:
         )
     if missing:
         warnings.warn(f"{missing} of {len(views)} views have no normal map and are learned without", MvWarning, stacklevel=3)
+
+
+def check_frozen(config: TrainConfig, names: Iterable[str]) -> None:
+    """Raise OptionError for a beginning that no weight's name has: what was to stay would be trained."""
+    known = tuple(names)
+    for beginning in config.frozen:
+        if not any(name.startswith(beginning) for name in known):
+            raise OptionError("frozen", expected=f"beginnings of names of weights, as of {known[0]}", got=beginning)

@@ -35,7 +35,9 @@ class DataConfig:
     prompt: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("held_out", "reference_dropout", "normals_dropout"):
+        if not 0 <= self.held_out < 1:
+            raise OptionError("held_out", expected="0 to below 1", got=self.held_out)
+        for name in ("reference_dropout", "normals_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(name, expected="0 to 1", got=getattr(self, name))
         if not all(0 <= channel <= 255 for channel in self.background):
@@ -150,6 +152,10 @@ class TrainConfig:
             raise OptionError(
                 "upscaler", expected="a table of KUNetConfig fields, and vae_from, for stage 'upscaler'", got=None
             )
+        if self.stage == "vae" and self.vae_from is not None:
+            raise OptionError("vae_from", expected="left out for stage 'vae', which starts from init_from", got=self.vae_from)
+        if self.stage != "upscaler" and self.views_from is not None:
+            raise OptionError("views_from", expected="left out but for stage 'upscaler'", got=self.views_from)
         for name in ("first_step_share", "generated_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(name, expected="0 to 1", got=getattr(self, name))

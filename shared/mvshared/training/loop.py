@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from mvshared.backend import PACKAGES, choose_backend
+from mvshared.captures import load_capture
 from mvshared.checkpoint import (
     find_model,
     read_model_config,
@@ -34,7 +35,7 @@ from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError, NumericsError, OutputError
 from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
 from mvshared.training.ahead import ahead
-from mvshared.training.checks import check_captures
+from mvshared.training.checks import check_captures, check_frozen, check_sizes
 from mvshared.training.conditions import encode_conditions
 from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures
@@ -193,7 +194,11 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
         for folders in (training, held_out)
     )
     assert pictures is not None
-    weights = _initial(config, "vae", network_shapes(vae, backend=backend))
+    if not (folder / STATE).exists():
+        check_sizes([load_capture(each) for each in (*training, *held_out)], factor=vae.downscale)
+    shapes = network_shapes(vae, backend=backend)
+    check_frozen(config, shapes)
+    weights = _initial(config, "vae", shapes)
     trainer = module.vae_trainer(
         vae,
         config.optimizer,
@@ -226,7 +231,9 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     names = [(name, folders) for name, folders in zip(("training", "held-out"), captures, strict=True) if folders]
     if not (folder / STATE).exists():
         check_captures(names, config.data, model)
-    weights = _initial(config, "unet", network_shapes(unet, backend=backend), unet=unet)
+    shapes = network_shapes(unet, backend=backend)
+    check_frozen(config, shapes)
+    weights = _initial(config, "unet", shapes, unet=unet)
     trainer = module.unet_trainer(
         unet,
         config.optimizer,

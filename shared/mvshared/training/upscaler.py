@@ -18,7 +18,7 @@ from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError
 from mvshared.files import make_folder
 from mvshared.models import EMBEDDED
-from mvshared.training.checks import check_sizes
+from mvshared.training.checks import check_frozen, check_sizes
 from mvshared.training.config import TrainConfig
 from mvshared.training.data import find_captures
 from mvshared.training.initial import initial_upscaler_weights
@@ -65,6 +65,7 @@ def upscaler_config(config: TrainConfig) -> UpscalerConfig:
 def upscaler_trainer(config: TrainConfig, upscaler: UpscalerConfig, module: ModuleType, *, backend: str, device: str) -> Any:
     """The backend's trainer, from `init_from` or from random weights."""
     shapes = network_shapes(upscaler.unet, backend=backend)
+    check_frozen(config, shapes)
     if config.init_from is not None:
         weights = read_weights(weight_files(find_model(config.init_from), "unet"), shapes)
     else:
