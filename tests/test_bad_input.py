@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -490,6 +491,16 @@ def test_a_backend_that_is_not_installed_comes_with_the_command_that_installs_it
     assert run([*shlex.split(GENERATE), "--backend", name]) == 6
     check_line(capfd.readouterr().err, Call("", 6, ("installed", "pip install 'mvmlx")))
     assert not (world / "new").exists()
+
+
+@pytest.mark.parametrize("line", ["benchmark step --against diffusers", "validate tiny --against diffusers"])
+def test_without_diffusers_nothing_is_measured_against_it(
+    line: str, world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(mvshared.backend, "find_spec", lambda library: None if library == "diffusers" else find_spec(library))
+    assert run(shlex.split(line)) == 6
+    check_line(capfd.readouterr().err, Call("", 6, ("diffusers is not installed", "pip install 'mvmlx[validate]'")))
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")

@@ -15,6 +15,7 @@ from public_folders import stable_diffusion
 from upscalers import diffusers_pipeline, write_tiny_models
 
 import mvmlx.layers
+import mvshared.backend
 import mvshared.validation
 import mvtorch.layers
 import mvtorch.upscaler
@@ -162,7 +163,7 @@ def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     for tolerance in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(OptionError, match="tolerance must be above 0"):
             validate("demo", against="torch", tolerance=tolerance)
-    monkeypatch.setattr(mvshared.validation, "find_spec", lambda name: None if name == "transformers" else True)
+    monkeypatch.setattr(mvshared.backend, "find_spec", lambda name: None if name == "transformers" else True)
     with pytest.raises(BackendError, match=r"transformers is not installed \(pip install 'mvmlx\[validate\]'\)"):
         validate("no/folder", against="diffusers", backend="torch", device="cpu")  # before anything is loaded
 

@@ -202,6 +202,15 @@ def available_backends() -> list[BackendName]:
     return [name for name, library in (("mlx", "mlx"), ("torch", "torch")) if find_spec(library) is not None]  # type: ignore[misc]
 
 
+def check_diffusers() -> None:
+    """Raise BackendError unless what this project is compared with is installed: diffusers, transformers, PyTorch."""
+    if "torch" not in available_backends():
+        choose_backend("torch")  # raises with the hint how to install it
+    for library in ("diffusers", "transformers"):
+        if find_spec(library) is None:
+            raise BackendError(f"{library} is not installed", backend="torch", hint="pip install 'mvmlx[validate]'")
+
+
 def choose_backend(name: str = "auto") -> BackendName:
     """The backend to use: `auto` is MLX on a Mac with Apple silicon, elsewhere PyTorch, else whichever is there.
 

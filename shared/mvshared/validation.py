@@ -10,19 +10,27 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.backend import PACKAGES, BackendName, Dtype, Model, available_backends, choose_backend, parse_dtype
+from mvshared.backend import (
+    PACKAGES,
+    BackendName,
+    Dtype,
+    Model,
+    available_backends,
+    check_diffusers,
+    choose_backend,
+    parse_dtype,
+)
 from mvshared.camera import camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import find_model
 from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
-from mvshared.errors import BackendError, OptionError
+from mvshared.errors import OptionError
 from mvshared.files import make_folder
 from mvshared.framing import frame_picture
 from mvshared.guidance import ALL, Guidance
@@ -195,12 +203,10 @@ def _backend_under_test(backend: str, *, against: Against) -> BackendName:
         return choose_backend(backend)
     if backend == "auto" and against != "diffusers":
         backend = "mlx" if against == "torch" else "torch"
-    reference = "torch" if against == "diffusers" else against
-    if reference not in available_backends():
-        choose_backend(reference)  # raises with the hint how to install it
-    for library in ("diffusers", "transformers") if against == "diffusers" else ():
-        if find_spec(library) is None:
-            raise BackendError(f"{library} is not installed", backend="torch", hint="pip install 'mvmlx[validate]'")
+    if against == "diffusers":
+        check_diffusers()
+    elif against not in available_backends():
+        choose_backend(against)  # raises with the hint how to install it
     return choose_backend(backend)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from mvshared.arguments import MAX_VIEWS, picture_size, whole
-from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, choose_backend
+from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, check_diffusers, choose_backend
 from mvshared.benchmark.measure import free_memory_bytes
 from mvshared.benchmark.models import Measured, measured
 from mvshared.checkpoint import components
@@ -83,8 +83,11 @@ class Place(NamedTuple):
 def resolved(settings: Settings) -> tuple[Settings, Measured]:
     """The settings with the model's own views, sizes and steps where none are given, and the model.
 
-    Raises CheckpointError, and OptionError for a size that the model cannot make.
+    Raises CheckpointError, OptionError for a size that the model cannot make, and BackendError without diffusers to compare it
+    with.
     """
+    if settings.against == "diffusers":
+        check_diffusers()
     found = measured(settings.model)
     defaults = found.config.defaults
     names = settings.names
