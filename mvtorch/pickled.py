@@ -40,7 +40,8 @@ def read_pickled(path: Path) -> dict[str, RawTensor]:
             warnings.simplefilter("ignore")  # about protocols of pickles that may be refused: it is, or it is not
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as refused:
-        reason = str(refused).partition("\n")[0].strip()
+        # What comes before it advises to load the file without this protection.
+        reason = str(refused).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].strip()
         raise CheckpointError(
             f"is no checkpoint of tensors alone: {reason}", path=path, hint="only files of plain tensors are read"
         ) from refused

@@ -154,7 +154,7 @@ CALLS = [
         ("generate pictures/truncated.jpg --model tiny -o new", "truncated.jpg | cannot be decoded | damaged"),
         ("generate pictures/text.png --model tiny -o new", "text.png | is no picture | PNG, JPEG"),
         ("generate pictures/huge.png --model tiny -o new", "huge.png | 100,000,000 pixels | smaller"),
-        ("generate pictures/clear.png --model tiny -o new", "shows nothing | transparent"),
+        ("generate pictures/clear.png --model tiny -o new", "pictures/clear.png: the picture shows nothing | transparent"),
         (f"{GENERATE} --normals gone", "gone"),
         (f"{GENERATE} --normals maps/bad", "is no picture"),
         (f"{GENERATE} --normals maps/two --normals maps/two", "is a folder"),

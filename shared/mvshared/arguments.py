@@ -31,7 +31,8 @@ def load_latents(given: Latents | None) -> NDArray[Any] | None:
         try:
             loaded = np.load(given, allow_pickle=False)
         except (OSError, ValueError, EOFError) as cause:
-            raise OptionError("latents", expected="an .npy file of floats", got=str(given), hint=str(cause)) from cause
+            hint = (cause.strerror if isinstance(cause, OSError) else None) or "it holds no array of numbers"
+            raise OptionError("latents", expected="an .npy file of floats", got=str(given), hint=hint) from cause
         if not isinstance(loaded, np.ndarray):
             raise OptionError("latents", expected="an .npy file of floats", got=str(given), hint="it is an .npz archive")
         return loaded

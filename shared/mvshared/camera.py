@@ -260,8 +260,7 @@ def _check_pose(pose: NDArray[np.float64], index: int) -> None:
             hint="matrices are written by rows, with the position in the last column",
         )
     rotation, position = pose[:3, :3], pose[:3, 3]
-    # Entries beyond 2 cannot be those of a rotation; their products might overflow.
-    error = np.abs(rotation.T @ rotation - np.eye(3)).max() if np.abs(rotation).max() < 2 else math.inf
+    error = np.abs(rotation.T @ rotation - np.eye(3)).max()
     if error > TOLERANCE:
         raise CameraError(
             f"the rotation is not orthonormal: an entry of RᵀR is off by {error:.3g}, {TOLERANCE:g} is allowed",

@@ -62,7 +62,8 @@ def load_capture(folder: Path | str) -> Capture:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DatasetError("no such folder", path=folder)
+        reason = "is a file, and a folder with a transforms.json is needed" if folder.exists() else "no such folder"
+        raise DatasetError(reason, path=folder)
     path = folder / "transforms.json"
     document = read_json_object(path, error=DatasetError)
     if document.get("normal_space", "camera") != "camera":

@@ -1,5 +1,6 @@
 """Where the subject is in a picture, and how it is put into the frame that a model was trained on."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from mvshared.config import Framing
 from mvshared.errors import ImageError, OptionError
-from mvshared.images import composite, from_model, resize_bilinear, resize_rgba, to_model
+from mvshared.images import Source, composite, from_model, load_image, resize_bilinear, resize_rgba, to_model
 
 BORDER_TOLERANCE = 24  # of 255, for a background to count as one colour
 BORDER_SHARE = 0.75  # of the border's pixels that must have that colour; a bust may touch the lower border
@@ -34,6 +35,17 @@ class Framed(NamedTuple):
     full: NDArray[np.uint8]
     picture: NDArray[np.uint8]
     pixels: NDArray[np.float32]
+
+
+def load_framed(given: Source, *, size_px: int, framing: Framing) -> Framed:
+    """`frame_picture` of a file or of a picture in memory. Raises ImageError, with the path of a file."""
+    picture = load_image(given)
+    try:
+        return frame_picture(picture, size_px=size_px, framing=framing)
+    except ImageError as error:
+        if isinstance(given, str | Path):
+            raise ImageError(error.message, path=given, hint=error.hint) from error
+        raise
 
 
 def frame_picture(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing, background: Color = (255, 255, 255)) -> Framed:

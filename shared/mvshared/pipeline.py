@@ -36,9 +36,9 @@ from mvshared.camera import camera_vectors
 from mvshared.checkpoint import find_model, model_name
 from mvshared.clip_images import clip_pixels
 from mvshared.errors import MvWarning, OptionError
-from mvshared.framing import Framed, frame_picture
+from mvshared.framing import Framed, load_framed
 from mvshared.guidance import Branch, Call, Guidance, Mixture, check_scales
-from mvshared.images import from_model, load_image
+from mvshared.images import from_model
 from mvshared.memory.budget import MemoryOptions, fit
 from mvshared.memory.estimate import ModelSize, RunSize, model_size, process_bytes, with_upscaling
 from mvshared.memory.plan import PLAIN, MemoryPlan
@@ -471,7 +471,7 @@ class Pipeline(Generic[A]):
             return []
         if not 1 <= len(given) <= MAX_PICTURES:
             raise OptionError("image", expected=f"1 to {MAX_PICTURES} pictures for this model", got=len(given))
-        return [frame_picture(load_image(each), size_px=size_px, framing=self.model.config.framing) for each in given]
+        return [load_framed(each, size_px=size_px, framing=self.model.config.framing) for each in given]
 
     def _prompts(self, prompt: str | None, negative_prompt: str | None, *, pictures: int) -> Prompts | None:
         """Both prompts and their token ids; None for a model without text."""

@@ -173,7 +173,8 @@ def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[st
         for name, value in figures.items():
             click.echo(f"  {name:18} {_number(value)}")
         for name, view in zip(names, result.views, strict=True):
-            click.echo(f"  {name}: {_number(view.psnr_db)} dB, SSIM {_number(view.ssim)}, {view.visible_share:.0%} visible")
+            seen = f"{_number(view.psnr_db)} dB, SSIM {_number(view.ssim)}, {view.visible_share:.0%} visible"
+            click.echo(f"  {name}: {seen if view.psnr_db is not None else 'no neighbour sees the same'}")
         if result.gain_db is None or result.gain_db < SMALL_GAIN_DB:
             click.echo(
                 "note: exchanging the cameras changes little or helps: these are hardly different views of one object", err=True

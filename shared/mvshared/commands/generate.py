@@ -122,7 +122,8 @@ def _save(views: Views, folder: Path, reporter: Reporter, *, force: bool) -> Non
     views.save(folder, force=force)
     reporter.event("saved", folder=str(folder), views=len(views.images), seed=views.parameters.seed)
     if not reporter.as_json:
-        click.echo(f"{len(views.images)} views in {folder} (see grid.png)")
+        count = len(views.images)
+        click.echo(f"{count} view{'s' if count > 1 else ''} in {folder} (see grid.png)")
 
 
 @contextmanager
@@ -151,7 +152,10 @@ def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
 def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) -> Callable[[Reporter], Result]:
     clash = sorted(given - BESIDE_CONFIG)
     if clash:
-        raise OptionError(clash[0], expected="left out where --config is given", got="both")
+        options = {each.name: each.opts[0] for each in click.get_current_context().command.params}
+        option = options[clash[0]]
+        name = option.removeprefix("--")
+        raise OptionError(name, expected="left out where --config is given", got=f"--config and {option}")
     run = read_run(config)
     parameters = run.parameters
 
