@@ -334,6 +334,15 @@ def test_a_fault_of_the_program_is_one_line_and_a_traceback_on_request(
         run(["models"])
 
 
+@pytest.mark.parametrize(("file", "told"), [("b.json", False), ("-", True)])
+def test_errors_of_a_benchmark_are_json_only_where_its_results_are(
+    capfd: pytest.CaptureFixture[str], file: str, told: bool
+) -> None:
+    assert run(["benchmark", "nosuch", "--json", file]) == 2
+    captured = capfd.readouterr()
+    assert bool(captured.out) == told and "nosuch" in captured.err
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -510,7 +510,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    as_json = "--json" in arguments
+    as_json = _wants_json(arguments)
     try:
         with cli.make_context("mvmlx", list(arguments)) as context:
             cli.invoke(context)
@@ -541,6 +541,12 @@ def run(arguments: list[str]) -> int:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         hint = "this is a fault of mvmlx: please report it with what MVMLX_TRACEBACK=1 prints"
         return _fail(f"{text} ({hint})", INTERNAL_EXIT, kind="InternalError", as_json=as_json)
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    """Whether an error is told as JSON too. `mvmlx benchmark --json` names a file, or with - standard output."""
+    after = arguments[arguments.index("--json") + 1 :][:1] if "--json" in arguments else None
+    return after is not None and (arguments[0] != "benchmark" or after == ["-"])
 
 
 def _fail(message: str, code: int, *, kind: str, as_json: bool) -> int:
