@@ -277,8 +277,21 @@ def _is_required(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
+_TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}
+
+
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    """What a type hint wants, in the words of who writes such a file."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_type_name(each) for each in arguments))
+    if origin is Literal:
+        return ", ".join(map(repr, arguments[:-1])) + " or " * (len(arguments) > 1) + repr(arguments[-1])
+    if origin is tuple:
+        kinds = [_type_name(each) for each in arguments if each is not Ellipsis]
+        count = "a list" if Ellipsis in arguments else f"a list of {len(kinds)}"
+        return f"{count}, each {kinds[0]}" if len(set(kinds)) == 1 else f"{count}: {', '.join(kinds)}"
+    return _TYPE_NAMES.get(hint, "an object" if is_dataclass(hint) else str(hint).replace("typing.", ""))
 
 
 def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
