@@ -227,6 +227,7 @@ def test_whoever_needs_full_precision_says_so(tiny_q4: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(CheckpointError, match=r"is quantised.*full precision are needed here"):
             refused()
+    assert not list(tmp_path.iterdir())
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -218,27 +218,30 @@ def _write(
     index: Path | None,
     on_tensor: OnTensor,
 ) -> Report:
-    make_folder(dest)
-    (dest / "model_index.json").unlink(missing_ok=True)
-    parts, names = [], {}
-    for component in get_args(Component):
+    planned, names = {}, {}
+    for component in get_args(Component):  # nothing is written if one of them is refused
         if component in collected.parts:
             part = collected.parts[component]
-            tensors, documents, renamed = part.tensors, part.documents, part.names
+            tensors, documents, names[component] = part.tensors, part.documents, part.names
         elif component in collected.folders:
             tensors, documents = _folder_tensors(collected, component), {}
-            renamed = {name: (name,) for name in tensors}
-            copy_files(collected.folders[component], dest / component, only=("config.json",))
+            names[component] = {name: (name,) for name in tensors}
         else:
             continue
+        tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
+        _check_dtypes(tensors)
+        planned[component] = tensors, documents
+    make_folder(dest)
+    (dest / "model_index.json").unlink(missing_ok=True)
+    parts = []
+    for component, (tensors, documents) in planned.items():
+        if component in collected.folders and component not in collected.parts:
+            copy_files(collected.folders[component], dest / component, only=("config.json",))
         for name, document in documents.items():
             make_folder((dest / name).parent)
             write_json(dest / name, document)
-        tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
-        _check_dtypes(tensors)
         files = write_weights(dest, component, tensors, shard_bytes=shard_bytes, state=state, on_tensor=on_tensor)
         parts.append(written(component, tensors, files=files))
-        names[component] = renamed
     for name in PLAIN_FOLDERS:
         if name in collected.folders:
             copy_files(collected.folders[name], dest / name)
