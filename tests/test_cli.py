@@ -295,7 +295,12 @@ def test_evaluate_prints_and_writes_the_same_figures(desk: Path, capfd: pytest.C
 
 def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_half_written_file(desk: Path) -> None:
     command = [MVMLX, "generate", "picture.png", *TINY, "--steps", "500", "--json", "--stepwise", "steps", "-o", "out"]
-    with subprocess.Popen(command, cwd=desk, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def like_a_shell() -> None:  # what a shell starts in the background ignores Ctrl-C, and so do its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=desk, preexec_fn=like_a_shell, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
             if json.loads(line)["event"] == "step":

@@ -214,7 +214,7 @@ def test_a_run_that_was_killed_goes_on_by_the_same_recipe(desk: Path) -> None:
             "dtype must be one of float32, float16, bfloat16",
         ),
         ("--family gaf --from gaf --data captures --seed -1 -o new", 2, "seed must be at least 0"),
-        ("--family gaf --from gaf --data captures --held-out nan -o new", 2, "held_out must be 0 to 1"),
+        ("--family gaf --from gaf --data captures --held-out nan -o new", 2, "held_out must be 0 to below 1"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_in_one_line(
