@@ -32,9 +32,8 @@ from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
 from mvshared.errors import OptionError
 from mvshared.files import make_folder
-from mvshared.framing import frame_picture
+from mvshared.framing import load_framed
 from mvshared.guidance import ALL, Guidance
-from mvshared.images import load_image
 from mvshared.quantization.plans import check_preset
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.folder import is_upscaler
@@ -248,7 +247,7 @@ def _load(
 def _inputs(config: ModelConfig, folder: Path) -> Inputs:
     defaults, rng = config.defaults, np.random.default_rng(0)
     size = defaults.size_px // config.vae.downscale
-    framed = frame_picture(load_image(textured_picture(defaults.size_px)), size_px=defaults.size_px, framing=config.framing)
+    framed = load_framed(textured_picture(defaults.size_px), size_px=defaults.size_px, framing=config.framing)
     poses = orbit(even_azimuths(defaults.views), ELEVATION_DEG, radius=config.camera.radius)
     processor = config.image_processor
     return Inputs(

@@ -84,7 +84,7 @@ def series(
         times: list[list[tuple[float, float]]] = [[] for _ in calls]
         # Later calls repeat a recording on CUDA, which has its memory already.
         ordinary = [activation_bytes(loaded, each) for each in calls] if warm_up > 1 else None
-        for _ in range((warm_up if ordinary is None else warm_up - 1) + repeats):
+        for _ in range(max(1, warm_up - 1) + repeats):
             for each, mine in zip(calls, times, strict=True):
                 start, cpu_start = time.perf_counter(), cpu_seconds()
                 each()

@@ -21,7 +21,7 @@ from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig, UNetConfig
 from mvshared.conversion.convert import PLAIN_FOLDERS
-from mvshared.conversion.folders import Progress, check_apart, copy_files, fingerprint, remove_others, write_weights
+from mvshared.conversion.folders import Progress, copy_files, fingerprint, remove_others, write_weights
 from mvshared.conversion.raw import RawTensor, cast, read_safetensors
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import atomic_file, make_folder, write_atomic, write_json
@@ -140,7 +140,6 @@ def quantize_folder(
     else:
         QuantizedLayer(bits=bits, group_size=group_size, shape=(1, GROUP_SIZES[0]))  # refuses what is not allowed
     folder = find_model(source)
-    check_apart(dest, [folder])
     config = read_upscaler_config(folder) if is_upscaler(folder) else read_model_config(folder)
     here = _components(config, folder)
     names = _chosen(here, chosen)
