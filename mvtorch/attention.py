@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mvshared.attention import AttentionOptions, check_pooling, score_slices
 from mvtorch import cpu_attention
 from mvtorch.cpu_norms import is_observed
-from mvtorch.layers import FeedForward, GroupNorm, repeat_objects
+from mvtorch.joined import JoinedLinears
+from mvtorch.layers import FeedForward, GroupNorm, added_norm, layer_norm, repeat_objects
 
 
 class KeyValues(NamedTuple):
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, channels, bias=bias)
         self.to_v = nn.Linear(context_dim, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self._joint: Tensor | None = None  # the weights of to_q, to_k and to_v, which lie one after the other in it
+        self._joint: JoinedLinears | None = None  # to_q, to_k and to_v
 
     def keys_values(self, context: Tensor) -> KeyValues:
         """Keys and values (b, n, m, d) of a context (b, m, context_dim)."""
@@ -98,23 +99,12 @@ class Attention(nn.Module):
         return self._merge_heads(attention(q, *key_values, options=options, key_bias=key_bias))
 
     def _to_itself(self, x: Tensor, *, options: AttentionOptions, key_bias: Tensor | None) -> Tensor:
-        """Tokens (b, l, c) that attend to each other: one product for queries, keys and values if their weights are joined."""
-        joint = self._joined_weights()
-        if joint is None:
+        """Tokens (b, l, c) that attend to each other: one product for queries, keys and values if these layers are joined."""
+        projected = None if self._joint is None or is_observed(self) else self._joint(x)
+        if projected is None:
             return self(x, self.keys_values(x), options=options, key_bias=key_bias)
-        q, k, v = F.linear(x, joint).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = map(self._split_heads, projected)
         return self._merge_heads(attention(q, k, v, options=options, key_bias=key_bias))
-
-    def _joined_weights(self) -> Tensor | None:
-        """The joint weights (3 c, c); None where the layers are observed or need gradients, or have other weights by now."""
-        layers = (self.to_q, self.to_k, self.to_v)
-        if self._joint is None or torch.is_grad_enabled() or any(map(is_observed, (self, *layers))):
-            return None
-        for layer, part in zip(layers, self._joint.chunk(3), strict=True):
-            weight = layer.weight
-            if type(layer) is not nn.Linear or weight.dtype != part.dtype or weight.data_ptr() != part.data_ptr():
-                self._joint = None
-        return self._joint
 
     def _merge_heads(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.transpose(1, 2).flatten(2))
@@ -200,14 +190,16 @@ class TransformerBlock(nn.Module):
         With `pooled`, the height and width of every view, they attend to the averages of 2x2 tokens of a view. `key_bias` is
         added to the scores of the tokens, or of their averages, in the self-attention.
         """
-        h = self.norm1(x)
+        h = layer_norm(self.norm1, x)
         if pooled is None:
-            x = x + self.attn1._to_itself(h, options=options, key_bias=key_bias)
+            out = self.attn1._to_itself(h, options=options, key_bias=key_bias)
         else:
-            x = x + self.attn1(h, self.attn1.keys_values(average_squares(h, *pooled)), options=options, key_bias=key_bias)
+            out = self.attn1(h, self.attn1.keys_values(average_squares(h, *pooled)), options=options, key_bias=key_bias)
         if cross is not None:
-            x = x + self.attn2(self.norm2(x), cross, options=options)
-        return x + self.ff(self.norm3(x))
+            x, h = added_norm(self.norm2, x, out)
+            out = self.attn2(h, cross, options=options)
+        x, h = added_norm(self.norm3, x, out)
+        return x + self.ff(h)
 
 
 class SpatialTransformer(nn.Module):

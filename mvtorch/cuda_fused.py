@@ -53,8 +53,10 @@ def group_norm(
     `overwrite`; None where the kernel is not for it."""
     if x.ndim != 4 or not is_for(x, weight, bias, before, shift) or not _is_channels_last(x):
         return None
-    vectors = [each for each in (weight, bias, before, shift) if each is not None]
-    if not all(each.is_contiguous() for each in vectors) or (shift is not None and shift.shape != x.shape[:2]):
+    vectors = [each for each in (weight, bias, before) if each is not None]
+    if not all(each.is_contiguous() for each in vectors):
+        return None
+    if shift is not None and (shift.shape != x.shape[:2] or shift.stride(1) != 1):
         return None
 
     def check(kernels: Any) -> tuple[Tensor, Tensor]:
@@ -103,6 +105,44 @@ def add(x: Tensor, rest: Tensor, first: Tensor | None, second: Tensor | None = N
     return _launched("sum", (x.device, x.dtype, x.shape[1], second is None), check, launch)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor | None:
+    """Layer norm of tokens x (..., c); None where the kernel is not for it."""
+    found = _normed(x, None, weight, bias, eps=eps)
+    return None if found is None else found[1]
+
+
+def added_norm(x: Tensor, rest: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> tuple[Tensor, Tensor] | None:
+    """The sum x + rest of tokens (..., c) and its layer norm; None where the kernel is not for them."""
+    return _normed(x, rest, weight, bias, eps=eps) if x.shape == rest.shape else None
+
+
+def _normed(x: Tensor, rest: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float) -> tuple[Tensor, Tensor] | None:
+    """x, or its sum with the rest, and the layer norm of that."""
+    given = [each for each in (x, rest, weight, bias) if each is not None]
+    if not is_for(*given) or not all(each.is_contiguous() for each in given):
+        return None
+    c = x.shape[-1]
+
+    def check(kernels: Any) -> tuple[Tensor, Tensor]:
+        some, numbers = _waves((1, c, 37, 1), x).permute(0, 2, 3, 1).reshape(37, c).contiguous(), _vector(c, x)
+        other = None if rest is None else some.flip(0).contiguous()
+        total, ours = torch.empty_like(some), torch.empty_like(some)
+        kernels.layer_norm(some, other, total, ours, numbers, numbers, eps=eps)
+        exact = some.float() if other is None else some.float() + other.float()
+        plain = F.layer_norm(exact, (c,), numbers.float(), numbers.float(), eps)
+        return (ours, plain) if other is None else (torch.cat([ours, total]), torch.cat([plain, exact]))
+
+    total = x if rest is None else torch.empty_like(x)
+
+    def launch(kernels: Any) -> Tensor:
+        out = torch.empty_like(x)
+        kernels.layer_norm(x, rest, total, out, weight, bias, eps=eps)
+        return out
+
+    out = _launched("layer norm", (x.device, x.dtype, c, rest is None), check, launch)
+    return None if out is None else (total, out)
+
+
 def gated(projected: Tensor) -> Tensor | None:
     """The first half of (..., 2 hidden) times the exact GELU of its second half; None where the kernel is not for it."""
     if not is_for(projected) or not projected.is_contiguous() or projected.shape[-1] % 2:
@@ -123,7 +163,7 @@ def gated(projected: Tensor) -> Tensor | None:
     return _launched("GEGLU", variant, check, lambda kernels: run(kernels, projected))
 
 
-def resnet(block: Any, x: Tensor, emb: Tensor | None) -> Tensor | None:
+def resnet(block: Any, x: Tensor, emb: Tensor | None, shift: Tensor | None) -> Tensor | None:
     """A ResnetBlock nobody looks into: the biases of its convolutions, and the time embedding, go into the norm and the sum
     behind them. None where the kernels are not for it."""
     convolutions = (block.conv1, block.conv2, block.conv_shortcut)
@@ -133,8 +173,9 @@ def resnet(block: Any, x: Tensor, emb: Tensor | None) -> Tensor | None:
     if h is None or block.conv1.bias is None or block.conv2.bias is None:
         return None
     h = _without_bias(block.conv1, h)
-    before, shift = block.conv1.bias, None if emb is None else block.time_emb_proj(emb)
-    normed = _second_norm(block.norm2, h, before, shift)
+    if emb is not None and shift is None:
+        shift = block.time_emb_proj(emb)
+    normed = _second_norm(block.norm2, h, block.conv1.bias, shift)
     h = _without_bias(block.conv2, normed)
     shortcut = block.conv_shortcut
     rest = x if shortcut is None else _without_bias(shortcut, x)

@@ -14,7 +14,8 @@ from torch import Tensor
 ONE_TILE = 1 << 15  # numbers of a group that one program holds in registers
 _PIXELS, _CHANNELS = 128, 64
 _HIDDEN = 128
-_FLAGS = ["silu", "has_before", "has_shift", "has_second"]
+_TOKENS = 4096  # numbers of the rows that one program normalises together
+_FLAGS = ["silu", "has_before", "has_shift", "has_second", "has_rest", "shift_stride"]
 
 
 @triton.jit(do_not_specialize=_FLAGS)
@@ -31,6 +32,7 @@ def _norm_of_group(
     silu,
     has_before,
     has_shift,
+    shift_stride,
     GROUP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -45,7 +47,7 @@ def _norm_of_group(
     at = p[:, None] * channels + channel[None, :]
     base = picture.to(tl.int64) * pixels * channels
     added = tl.load(before + channel, mask=inside, other=0.0).to(tl.float32) * has_before
-    added += tl.load(shift + picture * channels * has_shift + channel, mask=inside, other=0.0).to(tl.float32) * has_shift
+    added += tl.load(shift + picture * shift_stride + channel, mask=inside, other=0.0).to(tl.float32) * has_shift
     values = tl.load(x + base + at, mask=there, other=0.0).to(tl.float32) + added[None, :]
     values = tl.where(there, values, 0.0)
     count = pixels * GROUP
@@ -91,6 +93,7 @@ def _combine(
     eps,
     has_before,
     has_shift,
+    shift_stride,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -103,7 +106,7 @@ def _combine(
     inside = c < GROUP
     channel = group * GROUP + c
     added = tl.load(before + channel, mask=inside, other=0.0).to(tl.float32) * has_before
-    added += tl.load(shift + picture * channels * has_shift + channel, mask=inside, other=0.0).to(tl.float32) * has_shift
+    added += tl.load(shift + picture * shift_stride + channel, mask=inside, other=0.0).to(tl.float32) * has_shift
     total = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
     for start in range(0, tiles, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
@@ -161,6 +164,26 @@ def _add(x, rest, out, first, second, pixels, channels, has_second, BLOCK_P: tl.
     tl.store(out + at, (total + added[None, :]).to(out.dtype.element_ty), mask=there)
 
 
+@triton.jit(do_not_specialize=_FLAGS)
+def _layer_norm(x, rest, total, out, weight, bias, rows, channels, eps, has_rest, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The norm of some rows, or of their sums with the rest, which are stored as well."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    inside = c < channels
+    there = (row < rows)[:, None] & inside[None, :]
+    at = row.to(tl.int64)[:, None] * channels + c[None, :]
+    values = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    if has_rest != 0:
+        values += tl.load(rest + at, mask=there, other=0.0).to(tl.float32)
+        tl.store(total + at, values.to(total.dtype.element_ty), mask=there)
+    mean = tl.sum(values, axis=1) / channels
+    values = tl.where(there, values - mean[:, None], 0.0)
+    deviation = tl.sqrt(tl.sum(values * values, axis=1) / channels + eps)
+    y = values / deviation[:, None] * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    y += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
+
+
 @triton.jit
 def _gate(x, out, rows, hidden, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """The first half of every row times the exact GELU of its second half."""
@@ -188,12 +211,12 @@ def group_norm(
 ) -> None:
     """Group norm of x (n, c, h, w) plus `before` (c,) and `shift` (n, c), and its SiLU if asked for; `out` may be x.
 
-    Pictures are channels_last, everything else is contiguous, statistics are float32.
+    Pictures are channels_last, everything else is contiguous but for the rows of `shift`, statistics are float32.
     """
     n, channels, height, width = x.shape
     pixels, group = height * width, channels // groups
     given = (weight if before is None else before, weight if shift is None else shift)
-    flags = (before is not None, shift is not None)
+    flags = (before is not None, shift is not None, 0 if shift is None else shift.stride(0))
     size = (pixels, channels)
     if is_one_tile(x, groups):
         sides = (_power(pixels), _power(group))
@@ -231,6 +254,16 @@ def add(x: Tensor, rest: Tensor, out: Tensor, first: Tensor, second: Tensor | No
     other = first if second is None else second
     numbers = (pixels, channels, second is not None, _PIXELS, block)
     _launch(_add, grid, x, rest, out, first, other, *numbers, warps=_warps(_PIXELS * block))
+
+
+def layer_norm(x: Tensor, rest: Tensor | None, total: Tensor, out: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> None:
+    """Layer norm of tokens x (..., c), or of x + rest, which goes into `total`, into `out`. All of them are contiguous."""
+    channels = x.shape[-1]
+    rows, width = x.numel() // channels, _power(channels)
+    together = max(1, _TOKENS // width)
+    numbers = (rows, channels, eps, rest is not None, together, width)
+    given = x if rest is None else rest
+    _launch(_layer_norm, (triton.cdiv(rows, together),), x, given, total, out, weight, bias, *numbers, warps=4)
 
 
 def gate(x: Tensor, out: Tensor) -> None:

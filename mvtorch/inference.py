@@ -8,10 +8,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvtorch.attention import TransformerBlock
+from mvtorch.joined import join_linears
+from mvtorch.unet import MultiViewUNet
 
 HOPPER = (9, 0)
 # From Hopper on cuDNN's kernel is faster than PyTorch's flash attention, which PyTorch prefers: docs/speed.md.
@@ -68,20 +70,13 @@ def fastest_attention(device: str) -> Iterator[None]:
         yield
 
 
-def join_projections(network: nn.Module) -> None:
-    """Let every self-attention of a U-Net have the weights of its queries, keys and values in one piece of memory.
-
-    They keep their names and values, and every layer its own part; layers that are quantised stay as they are.
-    """
+def join_projections(network: MultiViewUNet) -> None:
+    """Let a U-Net compute the queries, keys and values of a self-attention, and the time's projections for all of its resnets,
+    as one product each; see `JoinedLinears`."""
     for block in network.modules():
-        if not isinstance(block, TransformerBlock):
-            continue
-        layers = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
-        if all(type(layer) is nn.Linear for layer in layers):
-            joint = torch.cat([layer.weight.detach() for layer in layers])
-            for layer, part in zip(layers, joint.chunk(3), strict=True):
-                layer.weight = nn.Parameter(part)
-            block.attn1._joint = joint
+        if isinstance(block, TransformerBlock):
+            block.attn1._joint = join_linears([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
+    network._joint_times = join_linears([resnet.time_emb_proj for resnet in network._resnets()])
 
 
 def to_device(host: Tensor, device: str) -> Tensor:

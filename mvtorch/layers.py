@@ -101,15 +101,19 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """x (n, in_channels, h, w) and time embeddings after SiLU (n, time_embed_dim) to (n, out_channels, h, w)."""
+    def forward(self, x: Tensor, emb: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """x (n, in_channels, h, w) and time embeddings after SiLU (n, time_embed_dim) to (n, out_channels, h, w).
+
+        `shift` (n, out_channels) is what `time_emb_proj` gives for the embeddings, where that is known.
+        """
         reuse = cpu_norms.may_overwrite(*self.children())
-        if reuse and (out := cuda_fused.resnet(self, x, emb)) is not None:
+        if reuse and (out := cuda_fused.resnet(self, x, emb, shift)) is not None:
             return out
         h = self.conv1(norm_silu(self.norm1, x))
-        if emb is not None:
-            shift = self.time_emb_proj(emb)[:, :, None, None]
-            h = h.add_(shift) if reuse else h + shift
+        if emb is not None and shift is None:
+            shift = self.time_emb_proj(emb)
+        if shift is not None:
+            h = h.add_(shift[:, :, None, None]) if reuse else h + shift[:, :, None, None]
         h = self.conv2(norm_silu(self.norm2, h, overwrite=reuse))
         rest = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h.add_(rest) if reuse else h + rest
@@ -180,6 +184,21 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to (..., channels)."""
         return self.net[2](self.net[0](x))
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The norm of x (..., c)."""
+    out = None if is_observed(norm) else cuda_fused.layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+    return norm(x) if out is None else out
+
+
+def added_norm(norm: nn.LayerNorm, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """x + rest (..., c) and its norm."""
+    out = None if is_observed(norm) else cuda_fused.added_norm(x, rest, norm.weight, norm.bias, eps=norm.eps)
+    if out is None:
+        x = x + rest
+        return x, norm(x)
+    return out
 
 
 def gelu(x: Tensor) -> Tensor:

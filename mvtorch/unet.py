@@ -20,6 +20,7 @@ from mvshared.shapes import check_conditions, check_unet_inputs
 from mvtorch.attention import CrossKeyValues, KeyValues, SpatialTransformer
 from mvtorch.clip import Resampler
 from mvtorch.cpu_norms import norm_silu
+from mvtorch.joined import JoinedLinears
 from mvtorch.layers import (
     Downsample,
     GroupNorm,
@@ -155,6 +156,7 @@ class MultiViewUNet(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._joint_times: JoinedLinears | None = None  # what the resnets project the time with
 
     def constants(
         self,
@@ -221,9 +223,12 @@ class MultiViewUNet(nn.Module):
         frames = sample.to(dtype)
         if reference is not None:
             frames = torch.cat([frames, reference], dim=1)
+        emb = self._embed(times, camera, objects=b, frames=f)
+        shifts = None if self._joint_times is None else self._joint_times(emb)
         run = partial(
             self._run,
-            emb=self._embed(times, camera, objects=b, frames=f),
+            emb=emb,
+            shifts=repeat(None) if shifts is None else iter(shifts),
             cross=repeat(None) if cross is None else iter(cross),
             frames=f,
             frame_bias=self._frame_bias(constants, views=v),
@@ -254,6 +259,11 @@ class MultiViewUNet(nn.Module):
         """The transformers in the order in which they run."""
         for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
             yield from level.attentions
+
+    def _resnets(self) -> Iterator[Any]:
+        """The resnets in the order in which they run."""
+        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from level.resnets
 
     def _objects(self, cross: Cross | None, default: int) -> int:
         """How many objects the keys are of; a model may have no cross-attention, or no transformer at all."""
@@ -311,12 +321,13 @@ class MultiViewUNet(nn.Module):
         x: Tensor,
         *,
         emb: Tensor,
+        shifts: Iterator[Tensor | None],
         cross: Iterator[Sequence[CrossKeyValues] | None],
         frames: int,
         frame_bias: Tensor | None,
     ) -> Tensor:
-        recompute = self.gradient_checkpointing
-        x = run_block(resnet, x, emb[: len(x)], recompute=recompute)
+        recompute, shift = self.gradient_checkpointing, next(shifts)
+        x = run_block(resnet, x, emb[: len(x)], None if shift is None else shift[: len(x)], recompute=recompute)
         if transformer is None:
             return x
         static = {"views": frames, "options": self.attention_options}

@@ -4,6 +4,7 @@ import gc
 import logging
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from helpers import BFLOAT16_RMS, FLOAT16_RMS, assert_close, random_conditions
 from test_parity_training import STAGES, make_batch, make_trainer
 
+from mvshared.attention import FUSED
 from mvshared.backend import load
 from mvshared.pipeline import Pipeline
 from mvtorch import cuda_fused
+from mvtorch.attention import TransformerBlock
 from mvtorch.graphs import CudaRecorder, Graphs
 from mvtorch.inference import inference
 from mvtorch.layers import FeedForward, GroupNorm, ResnetBlock
@@ -158,11 +161,12 @@ def test_float32_has_the_digits_of_the_cpu() -> None:
     assert_close(ours, cpu, rms=1e-4)
 
 
-def test_self_attention_has_its_weights_joined() -> None:
+def test_projections_are_joined() -> None:
     unet = pipeline_of("float16", graphs=True).model.unet  # pyright: ignore[reportAttributeAccessIssue]
     blocks = [module for name, module in unet.named_modules() if name.endswith("transformer_blocks.0")]
+    joints = [unet._joint_times, *(block.attn1._joint for block in blocks)]
     with inference("cuda"):
-        assert blocks and all(block.attn1._joined_weights() is not None for block in blocks)
+        assert blocks and all(joint(joint.weight[:1]) is not None for joint in joints)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -229,15 +233,18 @@ def test_fused_blocks_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch, shape:
         (ResnetBlock(c, c, groups=32, eps=1e-6), (x,)),
         (GroupNorm(32, c, eps=1e-6), (x + 30,)),
         (FeedForward(c), (tokens,)),
+        (TransformerBlock(c, c // 8, context_dim=None, image_tokens=False), (tokens, None)),
     ]
     monkeypatch.setattr(cuda_fused, "_checked", set())
     for layer, given in cases:
         layer.to("cuda", getattr(torch, dtype)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         with inference("cuda"):
-            ours, plain = layer(*given), without_kernels(monkeypatch, lambda layer=layer, given=given: layer(*given))
+            options = {"options": FUSED} if isinstance(layer, TransformerBlock) else {}
+            ours = layer(*given, **options)
+            plain = without_kernels(monkeypatch, partial(layer, *given, **options))
         assert ours.dtype == plain.dtype
         assert_close(ours.float().cpu(), plain.float().cpu(), rms=max(1e-5, DTYPES[dtype]))
-    assert {kind for kind, *_ in cuda_fused._checked} == {"group norm", "sum", "GEGLU"}
+    assert {kind for kind, *_ in cuda_fused._checked} == {"group norm", "layer norm", "sum", "GEGLU"}
     assert not cuda_fused._failed
 
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from helpers import assert_close
 from torch import Tensor
 
+from mvshared.attention import FUSED
 from mvtorch import cuda_fused
+from mvtorch.attention import TransformerBlock
 from mvtorch.layers import FeedForward, GroupNorm, ResnetBlock
 from mvtorch.observation import observe
 
@@ -48,6 +50,14 @@ class PlainKernels:
         self._called("sum")
         total = x + rest + first[:, None, None]
         out.copy_(total if second is None else total + second[:, None, None])
+
+    def layer_norm(
+        self, x: Tensor, rest: Tensor | None, total: Tensor, out: Tensor, weight: Tensor, bias: Tensor, *, eps: float
+    ) -> None:
+        self._called("layer norm")
+        if rest is not None:
+            x = total.copy_(x + rest)
+        out.copy_(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
 
     def gate(self, x: Tensor, out: Tensor) -> None:
         self._called("GEGLU")
@@ -104,6 +114,7 @@ def test_norms_are_those_of_the_plain_layer(
     x = (mean + pictures(*shape)).to(dtype)
     n, c = shape[:2]
     weight, bias, before, shift = (pictures(*size, seed=3 + i).to(dtype) for i, size in enumerate([(c,), (c,), (c,), (n, c)]))
+    shift = F.pad(shift, (2, 3))[:, 2:-3]  # as a part of what joined layers give
     for silu, added in ((True, (before, shift)), (False, (None, None)), (True, (before, None))):
         exact = x.double()
         for each in added:
@@ -125,6 +136,16 @@ def test_sums_and_gates_are_those_of_the_plain_layers(interpreted: Any, dtype: t
             interpreted.add(x, rest, out, first, other)
             exact = x.double() + rest + first[:, None, None] + (0 if other is None else other[:, None, None])
             assert_close(out.double(), exact, rms=RMS[dtype])
+    for rows, width in ((1, 64), (45, 200), (3, 1280), (2, 5000)):
+        tokens, rest = (3 + pictures(rows, width, seed=seed).to(dtype) for seed in (4, 5))
+        weight, bias = (pictures(width, seed=seed).to(dtype) for seed in (6, 7))
+        for other in (None, rest):
+            total, out = torch.full_like(tokens, 7), torch.empty_like(tokens)
+            interpreted.layer_norm(tokens, other, total, out, weight, bias, eps=1e-5)
+            exact = tokens.double() + (0 if other is None else other.double())
+            assert_close(total.double(), torch.full_like(exact, 7) if other is None else exact, rms=RMS[dtype])
+            exact = F.layer_norm(exact, (width,), weight.double(), bias.double(), 1e-5)
+            assert_close(out.double(), exact, rms=RMS[dtype])
     for rows, hidden in ((1, 64), (45, 200)):
         projected = 3 * pictures(rows, 2 * hidden).to(dtype)
         out = projected.new_empty((rows, hidden))
@@ -143,7 +164,7 @@ def test_blocks_are_the_plain_ones_with_arithmetic_in_the_place_of_kernels(
     kernels: PlainKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks_are_the_plain_ones(monkeypatch)
-    assert {"group norm", "sum", "GEGLU"} == set(kernels.calls)
+    assert {"group norm", "layer norm", "sum", "GEGLU"} == set(kernels.calls)
 
 
 def blocks_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +178,17 @@ def blocks_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
                 ours = block(x, given)
             assert_close(ours, block(x, given).detach(), rms=1e-6)  # with gradients it is plain
             assert torch.equal(x, before)
+    for context_dim in (None, 12):
+        block = TransformerBlock(16, 2, context_dim=context_dim, image_tokens=False)
+        attended = None
+        if context_dim is not None:
+            with torch.no_grad():
+                attended = block.attn2.cross_keys_values(pictures(2, 5, 12), None, image_scale=1.0)
+        before = tokens.clone()
+        with torch.no_grad():
+            ours = block(tokens, attended, options=FUSED)
+        assert_close(ours, block(tokens, attended, options=FUSED).detach(), rms=1e-6)
+        assert torch.equal(tokens, before)
     for layer, given in ((GroupNorm(4, 16, eps=1e-5), x), (FeedForward(16), tokens)):
         with torch.no_grad():
             ours = layer(given)
@@ -251,11 +283,11 @@ def test_an_unchecked_kernel_is_not_recorded(kernels: PlainKernels, monkeypatch:
 
 def test_blocks_that_are_observed_and_other_layouts_and_dtypes_are_plain(kernels: PlainKernels) -> None:
     block, x, emb = ResnetBlock(16, 24, groups=8, eps=1e-5, time_embed_dim=12), pictures(2, 16, 9, 8), pictures(2, 12)
-    feed_forward, tokens = FeedForward(16), pictures(2, 7, 16)
+    transformer, tokens = TransformerBlock(16, 2, context_dim=None, image_tokens=False), pictures(2, 7, 16)
     with torch.no_grad():
-        with observe(block, lambda *_: None), observe(feed_forward, lambda *_: None):
+        with observe(block, lambda *_: None), observe(transformer, lambda *_: None):
             block(x, emb)
-            feed_forward(tokens)
+            transformer(tokens, None, options=FUSED)
         block(x.contiguous(), emb)
         block.double()(x.double(), emb.double())
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Settings of CUDA while a model computes, joined weights of self-attention, copies to the device: what a CPU tells."""
+"""Settings of CUDA while a model computes, joined linear layers, copies to the device: what a CPU tells."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -122,6 +122,10 @@ def joined(dtype: str = "float32") -> Any:
     return network
 
 
+def joints(network: Any) -> list[Any]:
+    return [network._joint_times, *(each._joint for each in attentions(network))]
+
+
 def attentions(network: Any) -> list[Any]:
     return [module.attn1 for name, module in network.named_modules() if name.endswith("transformer_blocks.0")]
 
@@ -132,24 +136,31 @@ def test_joined_weights_give_what_the_layers_give(dtype: str, rms: float) -> Non
     plain = set_dtype(make_unet(TINY_UNET, "torch"), dtype)
     assert_close(denoise(network, inputs), denoise(plain, inputs), rms=rms)
     with torch.no_grad():
-        assert all(each._joined_weights() is not None for each in attentions(network))
+        assert all(joint(torch.zeros(1, joint.weight.shape[1]).to(joint.weight)) is not None for joint in joints(network))
     assert network.state_dict().keys() == plain.state_dict().keys()
     for name, weight in get_weights(plain).items():
         np.testing.assert_array_equal(get_weights(network)[name], weight)
 
 
 def test_joined_weights_take_no_memory_of_their_own() -> None:
-    for each in attentions(joined()):
-        layers = (each.to_q, each.to_k, each.to_v)
-        assert {layer.weight.untyped_storage().data_ptr() for layer in layers} == {each._joint.untyped_storage().data_ptr()}
-        assert each._joint.untyped_storage().nbytes() == sum(layer.weight.nbytes for layer in layers)
+    network = joined()
+    for joint in joints(network):
+        for name in ("weight", "bias"):
+            together, parts = getattr(joint, name), [getattr(layer, name) for layer in joint.layers]
+            if together is not None:
+                assert {part.untyped_storage().data_ptr() for part in parts} == {together.untyped_storage().data_ptr()}
+                assert together.untyped_storage().nbytes() == sum(part.nbytes for part in parts)
+    assert sum(joint.bias is not None for joint in joints(network)) == 1
 
 
-def test_queries_keys_and_values_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_keys_and_values_are_one_product_and_so_are_the_times_of_all_resnets(monkeypatch: pytest.MonkeyPatch) -> None:
     network, called = joined(), []
-    for each in attentions(network):
-        for layer in (each.to_q, each.to_k, each.to_v):
-            monkeypatch.setattr(layer, "forward", lambda x: called.append(x))
+    layers = [layer for joint in joints(network) for layer in joint.layers]
+    assert len(layers) == 3 * len(attentions(network)) + sum(
+        name.endswith("time_emb_proj") for name, _ in network.named_modules()
+    )
+    for layer in layers:
+        monkeypatch.setattr(layer, "forward", lambda x: called.append(x))
     with torch.inference_mode():
         denoise(network, unet_inputs(TINY_UNET))
     assert called == []
@@ -160,8 +171,8 @@ def test_layers_that_are_observed_are_called_and_give_the_same() -> None:
     expected = denoise(network, inputs)
     with mvtorch.observe(network, lambda name, array, seconds: names.append(name)):
         assert_close(denoise(network, inputs), expected, rms=FLOAT32_RMS)
-    layers = [name for name in names if name.endswith(("attn1.to_q", "attn1.to_k", "attn1.to_v"))]
-    assert len(layers) == 3 * len(attentions(network))
+    layers = [name for name in names if name.endswith(("attn1.to_q", "attn1.to_k", "attn1.to_v", "time_emb_proj"))]
+    assert len(layers) == sum(len(joint.layers) for joint in joints(network))
 
 
 def test_gradients_reach_the_layers() -> None:
@@ -182,16 +193,18 @@ def test_new_weights_are_used_whether_they_come_in_place_or_not() -> None:
     assert_different(expected, before, rms=1e-3)
     set_weights(network, weights)
     assert_close(denoise(network, inputs), expected, rms=FLOAT32_RMS)
-    for change in ("load_state_dict", "one layer"):
-        other = joined()
-        if change == "load_state_dict":
-            other.load_state_dict(plain.state_dict(), assign=True)
-        else:
-            layer = attentions(other)[0].to_v
-            layer.weight = torch.nn.Parameter(layer.weight.detach() * 3)
-            plain = make_unet(TINY_UNET, "torch")
-            layer = attentions(plain)[0].to_v
-            layer.weight = torch.nn.Parameter(layer.weight.detach() * 3)
+    other = joined()
+    other.load_state_dict(plain.state_dict(), assign=True)
+    assert_close(denoise(other, inputs), denoise(plain, inputs), rms=FLOAT32_RMS)
+    for find, name in (
+        (lambda network: attentions(network)[0].to_v, "weight"),
+        (lambda network: list(network._resnets())[1].time_emb_proj, "weight"),
+        (lambda network: list(network._resnets())[1].time_emb_proj, "bias"),
+    ):
+        other, plain = joined(), make_unet(TINY_UNET, "torch")
+        for network in (other, plain):
+            setattr(find(network), name, torch.nn.Parameter(getattr(find(network), name).detach() * 3 + 1))
+        assert_different(denoise(plain, inputs), before, rms=1e-3)
         assert_close(denoise(other, inputs), denoise(plain, inputs), rms=FLOAT32_RMS)
     half = set_dtype(joined(), "bfloat16")
     assert_close(denoise(half, inputs), denoise(set_dtype(make_unet(TINY_UNET, "torch"), "bfloat16"), inputs), rms=BFLOAT16_RMS)
@@ -200,10 +213,10 @@ def test_new_weights_are_used_whether_they_come_in_place_or_not() -> None:
 def test_quantised_layers_are_not_joined() -> None:
     network = make_unet(TINY_UNET, "torch")
     layers = preset_layers(TINY_UNET, weight_shapes(network), "q8")
-    assert any(name.endswith("attn1.to_q") for name in layers)
+    assert all(any(name.endswith(each) for name in layers) for each in ("attn1.to_q", "time_emb_proj"))
     quantize_network(network, layers)
     join_projections(network)
-    assert all(each._joint is None for each in attentions(network))
+    assert all(joint is None for joint in joints(network))
 
 
 def test_weights_are_joined_for_cuda_as_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
