@@ -17,33 +17,30 @@ class JoinedLinears:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = tuple(layers)
-        self.weight = _one_piece(self.layers, "weight")
+        self.weight: Tensor | None = _one_piece(self.layers, "weight")
         self.bias = None if layers[0].bias is None else _one_piece(self.layers, "bias")
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """What each of them gives for x (..., inputs): (..., outputs), parts of one tensor.
 
-        None where they must be called: with gradients, when someone looks at them, and if they have other weights by now.
+        None where they must be called: with gradients, when someone looks at them, and for good once they have other weights.
         """
-        if torch.is_grad_enabled() or any(map(is_observed, self.layers)) or not self._are_in_place():
+        if torch.is_grad_enabled() or any(map(is_observed, self.layers)) or self.weight is None:
+            return None
+        if not (self._holds("weight") and (self.bias is None or self._holds("bias"))):
+            self.weight = self.bias = None  # which nobody else may need any more
             return None
         return F.linear(x, self.weight, self.bias).split([layer.out_features for layer in self.layers], dim=-1)
 
-    def _are_in_place(self) -> bool:
-        """Whether the layers still have the weights that lie here."""
-        end = self.weight.data_ptr()
+    def _holds(self, name: str) -> bool:
+        """Whether the layers' parameters of that name are still the ones that lie here."""
+        joint = getattr(self, name)
+        at = joint.data_ptr()
         for layer in self.layers:
-            weight = layer.weight
-            if type(layer) is not nn.Linear or weight.dtype != self.weight.dtype or weight.data_ptr() != end:
+            part = getattr(layer, name) if type(layer) is nn.Linear else None
+            if part is None or part.dtype != joint.dtype or part.data_ptr() != at:
                 return False
-            end += weight.nbytes
-        if self.bias is None:
-            return True
-        end = self.bias.data_ptr()
-        for layer in self.layers:
-            if layer.bias.dtype != self.bias.dtype or layer.bias.data_ptr() != end:
-                return False
-            end += layer.bias.nbytes
+            at += part.nbytes
         return True
 
 

@@ -206,6 +206,7 @@ def test_new_weights_are_used_whether_they_come_in_place_or_not() -> None:
             setattr(find(network), name, torch.nn.Parameter(getattr(find(network), name).detach() * 3 + 1))
         assert_different(denoise(plain, inputs), before, rms=1e-3)
         assert_close(denoise(other, inputs), denoise(plain, inputs), rms=FLOAT32_RMS)
+        assert sum(joint.weight is None for joint in joints(other)) == 1  # and takes no memory
     half = set_dtype(joined(), "bfloat16")
     assert_close(denoise(half, inputs), denoise(set_dtype(make_unet(TINY_UNET, "torch"), "bfloat16"), inputs), rms=BFLOAT16_RMS)
 
