@@ -54,7 +54,7 @@ CURVES = (
     _sampler("dpmpp-2s", "trailing", FEW),
     _sampler("euler", "karras", FEW),
     _sampler("euler-ancestral", "trailing", FEW),
-    *(_varied("guidance", f"guidance {scale:g}", guidance=scale) for scale in (1.0, 1.5, 2.5, 3.0, 4.0)),
+    *(_varied("guidance", f"guidance {scale:g}", guidance=scale) for scale in (1.0, 2.0, 2.5, 3.0, 4.0)),
     _varied("savings", "guidance-interval 0,0.5", guidance_interval=(0, 0.5)),
     _varied("savings", "guidance-interval 0.2,0.8", guidance_interval=(0.2, 0.8)),
     _varied("savings", "guidance-interval 0.5,1", guidance_interval=(0.5, 1)),
