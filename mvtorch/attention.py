@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvshared.attention import AttentionOptions, check_pooling, score_slices
-from mvtorch import cpu_attention
+from mvtorch import cpu_attention, cuda_fused
 from mvtorch.cpu_norms import is_observed
 from mvtorch.joined import JoinedLinears
-from mvtorch.layers import FeedForward, GroupNorm, added_norm, layer_norm, repeat_objects
+from mvtorch.layers import FeedForward, GroupNorm, repeat_objects
 
 
 class KeyValues(NamedTuple):
@@ -190,16 +190,31 @@ class TransformerBlock(nn.Module):
         With `pooled`, the height and width of every view, they attend to the averages of 2x2 tokens of a view. `key_bias` is
         added to the scores of the tokens, or of their averages, in the self-attention.
         """
-        h = layer_norm(self.norm1, x)
+        h = _layer_norm(self.norm1, x)
         if pooled is None:
             out = self.attn1._to_itself(h, options=options, key_bias=key_bias)
         else:
             out = self.attn1(h, self.attn1.keys_values(average_squares(h, *pooled)), options=options, key_bias=key_bias)
         if cross is not None:
-            x, h = added_norm(self.norm2, x, out)
+            x, h = _added_norm(self.norm2, x, out)
             out = self.attn2(h, cross, options=options)
-        x, h = added_norm(self.norm3, x, out)
+        x, h = _added_norm(self.norm3, x, out)
         return x + self.ff(h)
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The norm of tokens (b, l, c)."""
+    out = None if is_observed(norm) else cuda_fused.layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+    return norm(x) if out is None else out
+
+
+def _added_norm(norm: nn.LayerNorm, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """x + rest, tokens (b, l, c), and the norm of that. x may be of one object for all."""
+    out = None if is_observed(norm) else cuda_fused.added_norm(x, rest, norm.weight, norm.bias, eps=norm.eps)
+    if out is None:
+        x = x + rest
+        return x, norm(x)
+    return out
 
 
 class SpatialTransformer(nn.Module):

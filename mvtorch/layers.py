@@ -101,11 +101,12 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """x (n, in_channels, h, w) and time embeddings after SiLU (n, time_embed_dim) to (n, out_channels, h, w).
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """x (n, in_channels, h, w) and time embeddings after SiLU (n, time_embed_dim) to (n, out_channels, h, w)."""
+        return self._shifted(x, emb, None)
 
-        `shift` (n, out_channels) is what `time_emb_proj` gives for the embeddings, where that is known.
-        """
+    def _shifted(self, x: Tensor, emb: Tensor | None, shift: Tensor | None) -> Tensor:
+        """The same, where `shift` (n, out_channels) is what `time_emb_proj` gives for the embeddings, if that is known."""
         reuse = cpu_norms.may_overwrite(*self.children())
         if reuse and (out := cuda_fused.resnet(self, x, emb, shift)) is not None:
             return out
@@ -184,21 +185,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to (..., channels)."""
         return self.net[2](self.net[0](x))
-
-
-def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm of x (..., c)."""
-    out = None if is_observed(norm) else cuda_fused.layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
-    return norm(x) if out is None else out
-
-
-def added_norm(norm: nn.LayerNorm, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """x + rest (..., c) and its norm."""
-    out = None if is_observed(norm) else cuda_fused.added_norm(x, rest, norm.weight, norm.bias, eps=norm.eps)
-    if out is None:
-        x = x + rest
-        return x, norm(x)
-    return out
 
 
 def gelu(x: Tensor) -> Tensor:

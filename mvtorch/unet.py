@@ -19,7 +19,7 @@ from mvshared.config import UNetConfig
 from mvshared.shapes import check_conditions, check_unet_inputs
 from mvtorch.attention import CrossKeyValues, KeyValues, SpatialTransformer
 from mvtorch.clip import Resampler
-from mvtorch.cpu_norms import norm_silu
+from mvtorch.cpu_norms import is_observed, norm_silu
 from mvtorch.joined import JoinedLinears
 from mvtorch.layers import (
     Downsample,
@@ -316,7 +316,7 @@ class MultiViewUNet(nn.Module):
 
     def _run(
         self,
-        resnet: nn.Module,
+        resnet: Any,
         transformer: nn.Module | None,
         x: Tensor,
         *,
@@ -327,7 +327,10 @@ class MultiViewUNet(nn.Module):
         frame_bias: Tensor | None,
     ) -> Tensor:
         recompute, shift = self.gradient_checkpointing, next(shifts)
-        x = run_block(resnet, x, emb[: len(x)], None if shift is None else shift[: len(x)], recompute=recompute)
+        if shift is None or is_observed(resnet):
+            x = run_block(resnet, x, emb[: len(x)], recompute=recompute)
+        else:
+            x = resnet._shifted(x, emb[: len(x)], shift[: len(x)])
         if transformer is None:
             return x
         static = {"views": frames, "options": self.attention_options}
