@@ -54,7 +54,7 @@ CURVES = (
     _sampler("dpmpp-2s", "trailing", FEW),
     _sampler("euler", "karras", FEW),
     _sampler("euler-ancestral", "trailing", FEW),
-    *(_varied("guidance", f"guidance {scale:g}", guidance=scale) for scale in (1.0, 2.0, 2.5, 3.0, 4.0)),
+    *(_varied("guidance", f"guidance {scale:g}", guidance=scale) for scale in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)),
     _varied("savings", "guidance-interval 0,0.5", guidance_interval=(0, 0.5)),
     _varied("savings", "guidance-interval 0.2,0.8", guidance_interval=(0.2, 0.8)),
     _varied("savings", "guidance-interval 0.5,1", guidance_interval=(0.5, 1)),
@@ -64,7 +64,12 @@ CURVES = (
 )
 
 
-def sweep(pipeline: Pipeline[Any], heads: Sequence[int], folder: Path, *, curves: Sequence[Curve] = CURVES) -> None:
+def curves_of(guidance: float) -> list[Curve]:
+    """Those to measure of a model with that guidance, which the baseline has already."""
+    return [curve for curve in CURVES if curve.chart != "guidance" or curve.options["guidance"] != guidance]
+
+
+def sweep(pipeline: Pipeline[Any], heads: Sequence[int], folder: Path, *, curves: Sequence[Curve]) -> None:
     """Add the runs that `folder` has not yet. Raises ConfigError if it is of another model, dtype or backend."""
     path, about = folder / RUNS, _about(pipeline)
     if not path.exists():
@@ -125,9 +130,12 @@ def main() -> None:
     folder = make_folder(arguments.output)
     if not arguments.report_only:
         load_options = {name: getattr(arguments, name) for name in ("backend", "device", "dtype")}
-        sweep(load(arguments.model, **load_options), arguments.heads, folder)
+        pipeline = load(arguments.model, **load_options)
+        sweep(pipeline, arguments.heads, folder, curves=curves_of(pipeline.model.config.defaults.guidance))
     about, runs = read_runs(folder / RUNS)
-    heads = write_report(folder, runs, CURVES, guidance=about["guidance"], baseline=BASELINE, baseline_steps=BASELINE_STEPS)
+    guidance = about["guidance"]
+    baseline: dict[str, Any] = {"guidance": guidance, "baseline": BASELINE, "baseline_steps": BASELINE_STEPS}
+    heads = write_report(folder, runs, curves_of(guidance), **baseline)
     print(f"{heads} heads in {folder}/tables.md, samplers.png, guidance.png, savings.png")
 
 

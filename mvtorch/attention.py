@@ -190,31 +190,25 @@ class TransformerBlock(nn.Module):
         With `pooled`, the height and width of every view, they attend to the averages of 2x2 tokens of a view. `key_bias` is
         added to the scores of the tokens, or of their averages, in the self-attention.
         """
-        h = _layer_norm(self.norm1, x)
+        x, h = _normed(self.norm1, x)
         if pooled is None:
             out = self.attn1._to_itself(h, options=options, key_bias=key_bias)
         else:
             out = self.attn1(h, self.attn1.keys_values(average_squares(h, *pooled)), options=options, key_bias=key_bias)
         if cross is not None:
-            x, h = _added_norm(self.norm2, x, out)
+            x, h = _normed(self.norm2, x, out)
             out = self.attn2(h, cross, options=options)
-        x, h = _added_norm(self.norm3, x, out)
+        x, h = _normed(self.norm3, x, out)
         return x + self.ff(h)
 
 
-def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm of tokens (b, l, c)."""
-    out = None if is_observed(norm) else cuda_fused.layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
-    return norm(x) if out is None else out
-
-
-def _added_norm(norm: nn.LayerNorm, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """x + rest, tokens (b, l, c), and the norm of that. x may be of one object for all."""
-    out = None if is_observed(norm) else cuda_fused.added_norm(x, rest, norm.weight, norm.bias, eps=norm.eps)
-    if out is None:
-        x = x + rest
-        return x, norm(x)
-    return out
+def _normed(norm: nn.LayerNorm, x: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens x (b, l, c), or x + rest, where one of them may be of one object for all, and the norm of that."""
+    out = None if is_observed(norm) else cuda_fused.layer_norm(x, rest, norm.weight, norm.bias, eps=norm.eps)
+    if out is not None:
+        return out
+    x = x if rest is None else x + rest
+    return x, norm(x)
 
 
 class SpatialTransformer(nn.Module):

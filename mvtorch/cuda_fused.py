@@ -105,26 +105,15 @@ def add(x: Tensor, rest: Tensor, first: Tensor | None, second: Tensor | None = N
     return _launched("sum", (x.device, x.dtype, x.shape[1], second is None), check, launch)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor | None:
-    """Layer norm of tokens x (..., c); None where the kernel is not for it."""
-    found = _normed(x, None, weight, bias, eps=eps)
-    return None if found is None else found[1]
-
-
-def added_norm(x: Tensor, rest: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> tuple[Tensor, Tensor] | None:
-    """The sum x + rest of tokens (..., c) and its layer norm; None where the kernel is not for them."""
-    return _normed(x, rest, weight, bias, eps=eps) if x.shape == rest.shape else None
-
-
-def _normed(x: Tensor, rest: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float) -> tuple[Tensor, Tensor] | None:
-    """x, or its sum with the rest, and the layer norm of that."""
+def layer_norm(x: Tensor, rest: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float) -> tuple[Tensor, Tensor] | None:
+    """Tokens x (..., c), or their sum with the rest, and the layer norm of that; None where the kernel is not for them."""
     given = [each for each in (x, rest, weight, bias) if each is not None]
-    if not is_for(*given) or not all(each.is_contiguous() for each in given):
+    if not is_for(*given) or not all(each.is_contiguous() for each in given) or (rest is not None and rest.shape != x.shape):
         return None
     c = x.shape[-1]
 
     def check(kernels: Any) -> tuple[Tensor, Tensor]:
-        some, numbers = _waves((1, c, 37, 1), x).permute(0, 2, 3, 1).reshape(37, c).contiguous(), _vector(c, x)
+        some, numbers = _rows(c, x), _vector(c, x)
         other = None if rest is None else some.flip(0).contiguous()
         total, ours = torch.empty_like(some), torch.empty_like(some)
         kernels.layer_norm(some, other, total, ours, numbers, numbers, eps=eps)
@@ -155,7 +144,7 @@ def gated(projected: Tensor) -> Tensor | None:
         return out
 
     def check(kernels: Any) -> tuple[Tensor, Tensor]:
-        some = _waves((1, 2 * hidden, 37, 1), projected).permute(0, 2, 3, 1).reshape(37, 2 * hidden).contiguous()
+        some = _rows(2 * hidden, projected)
         value, gate = some.float().chunk(2, dim=-1)
         return run(kernels, some), value * F.gelu(gate)
 
@@ -229,6 +218,11 @@ def _waves(shape: tuple[int, ...], like: Tensor) -> Tensor:
     count = torch.arange(n * c * h * w, device=like.device, dtype=torch.float32)
     numbers = 1 + 2 * torch.sin(count * 0.73 + torch.sin(count * 0.011))
     return numbers.view(n, h, w, c).to(like.dtype).permute(0, 3, 1, 2)
+
+
+def _rows(width: int, like: Tensor) -> Tensor:
+    """Such numbers for some tokens, contiguous (37, width)."""
+    return _waves((1, width, 37, 1), like).permute(0, 2, 3, 1).reshape(37, width).contiguous()
 
 
 def _vector(count: int, like: Tensor) -> Tensor:

@@ -49,6 +49,12 @@ def test_a_sweep_that_was_stopped_goes_on_and_does_nothing_twice(folder: Path, t
     assert path.read_text() == whole
 
 
+@pytest.mark.parametrize(("guidance", "own"), [(1.5, 1), (2.0, 1), (7.5, 0)])
+def test_a_model_s_own_guidance_is_measured_once(guidance: float, own: int) -> None:
+    left = [curve.name for curve in samplers.CURVES if curve not in samplers.curves_of(guidance)]
+    assert left == [f"guidance {guidance:g}"] * own
+
+
 def test_runs_of_another_model_are_not_added_to(folder: Path, tmp_path: Path) -> None:
     samplers.sweep(tiny(folder), range(1), tmp_path, curves=CURVES[:1])
     other = write_tiny_model(tmp_path / "other", replace(TINY_MODEL, defaults=replace(TINY_MODEL.defaults, guidance=3.0)))
