@@ -245,11 +245,13 @@ def upscaler_trainer(
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.array:
     """The terms of VAELossConfig, as means."""
-    pixels, foreground, noise = (_array(array) for array in batch)
+    pixels, foreground, noise, detail = (_array(array) for array in batch)
     mean, logvar = (moment.astype(mx.float32) for moment in vae.encode(pixels))
     error = vae.decode(mean + mx.exp(logvar / 2) * noise) - pixels
     rows, columns = (mx.pad(mx.zeros(side - 2), 1, constant_values=config.border_weight) for side in pixels.shape[1:3])
     weight = 1 + config.foreground_weight * foreground[..., None] + (rows[:, None] + columns)[..., None]
+    if detail is not None:
+        weight = weight + config.detail_weight * detail[..., None]
     weight = weight / weight.mean()
     loss = (weight * error.abs()).mean() + config.mse_weight * (weight * error.square()).mean()
     down, right = error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1]

@@ -400,12 +400,14 @@ def upscaler_trainer(
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> Tensor:
     """The terms of VAELossConfig, as means."""
-    pixels, foreground, noise = (_tensor(array) for array in batch)
+    pixels, foreground, noise, detail = (_tensor(array) for array in batch)
     moments = vae.encode(pixels)
     mean, logvar = moments.mean.float(), moments.logvar.float()
     error = vae.decode(mean + torch.exp(logvar / 2) * noise).float() - pixels
     rows, columns = (F.pad(pixels.new_zeros(side - 2), (1, 1), value=config.border_weight) for side in pixels.shape[1:3])
     weight = 1 + config.foreground_weight * foreground[..., None] + (rows[:, None] + columns)[..., None]
+    if detail is not None:
+        weight = weight + config.detail_weight * detail[..., None]
     weight = weight / weight.mean()
     loss = (weight * error.abs()).mean() + config.mse_weight * (weight * error.square()).mean()
     down, right = error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1]

@@ -59,6 +59,23 @@ def test_normals_are_optional_and_may_have_alpha(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(path)), RGBA[2])
 
 
+def test_detail_maps_are_optional_and_read_back_exactly(tmp_path: Path) -> None:
+    captures.write_capture(tmp_path / "without", RGBA, None, POSES, 40.0)
+    assert captures.load_capture(tmp_path / "without").detail_paths == (None, None, None)
+    captures.write_capture(tmp_path / "with", RGBA, None, POSES, 40.0, detail=RGBA[..., 0])
+    for path, detail in zip(captures.load_capture(tmp_path / "with").detail_paths, RGBA[..., 0], strict=True):
+        assert path is not None
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), detail)
+
+
+@pytest.mark.parametrize("detail", [RGBA[:2, ..., 0], RGBA[..., :1], RGBA[..., 0] / np.float32(255)])
+def test_detail_maps_that_do_not_fit_the_pictures_are_refused(tmp_path: Path, detail: np.ndarray) -> None:
+    with pytest.raises(OptionError) as caught:
+        captures.write_capture(tmp_path / "head", RGBA, None, POSES, 40.0, detail=detail)
+    assert caught.value.name == "detail"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_capture_is_not_overwritten_but_an_empty_folder_is_used(folder: Path) -> None:
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(OutputError, match="exists already"):

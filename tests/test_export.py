@@ -63,11 +63,13 @@ def test_the_up_axis_is_that_of_the_poses() -> None:
     np.testing.assert_allclose(document()["up"], above, atol=1e-6)
 
 
-def test_frames_name_their_pictures_and_normal_maps() -> None:
-    plain, with_normals = document()["frames"], document(normal_names=["a.png", "b.png", "c.png"])["frames"]
+@pytest.mark.parametrize("kind", ["normal", "detail"])
+def test_frames_name_their_pictures_normal_and_detail_maps(kind: str) -> None:
+    plain, with_maps = document()["frames"], document(**{f"{kind}_names": ["a.png", "b.png", "c.png"]})["frames"]
     assert [frame["file_path"] for frame in plain] == NAMES
-    assert not any("normal_file_path" in frame for frame in plain)
-    assert [frame["normal_file_path"] for frame in with_normals] == ["a.png", "b.png", "c.png"]
+    assert all(frame.keys() == {"file_path", "transform_matrix"} for frame in plain)
+    assert all(frame.keys() == {"file_path", "transform_matrix", f"{kind}_file_path"} for frame in with_maps)
+    assert [frame[f"{kind}_file_path"] for frame in with_maps] == ["a.png", "b.png", "c.png"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,7 @@ def test_frames_name_their_pictures_and_normal_maps() -> None:
         {"fov_deg": math.nan},
         {"file_names": NAMES[:2]},
         {"normal_names": NAMES[:2]},
+        {"detail_names": NAMES[:2]},
     ],
 )
 def test_transforms_refuse_what_does_not_fit(changes: dict[str, Any]) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mvshared.camera import orbit
+from mvshared.captures import load_capture
 from mvshared.errors import OutputError
-from mvshared.heads import DEFAULT_RADIUS, HeadViews, dataset, render
-from mvshared.heads.dataset import render_dataset
+from mvshared.heads import DEFAULT_RADIUS, HeadViews, Part, dataset, render
+from mvshared.heads.dataset import DETAIL, detail_maps, render_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = "import sys; sys.modules['numba'] = None"  # importing it raises ImportError
@@ -120,6 +122,26 @@ def test_a_data_set_is_rendered_by_processes_and_completed_later(tmp_path: Path)
     assert len(list((tmp_path / "heads").glob("head_*/view_001.png"))) == 4
 
 
+def test_a_data_set_has_detail_maps_of_what_its_pictures_show(tmp_path: Path) -> None:
+    render_dataset(tmp_path / "heads", range(1), views=4, size_px=48, processes=1)
+    capture = load_capture(tmp_path / "heads" / "head_000000")
+    parts = render(0, capture.poses, size_px=48).parts
+    maps = [np.asarray(Image.open(path)) for path in capture.detail_paths if path is not None]
+    np.testing.assert_array_equal(maps, detail_maps(parts))
+    for detail, shown in zip(maps, parts, strict=True):
+        assert (detail[shown == Part.MOUTH] == DETAIL[Part.MOUTH]).all()
+        assert detail.any() == np.isin(shown, list(DETAIL)).any()
+    assert maps[0].any(), "the first view shows the face"
+
+
+def test_detail_has_a_rim_around_what_is_painted_and_the_larger_value_where_parts_meet() -> None:
+    parts = np.full((1, 5, 6), Part.SKIN, np.uint8)
+    parts[0, 1, 1], parts[0, 1, 3], parts[0, 4, 5] = Part.MOUTH, Part.GLASSES, Part.EYE
+    m, g, e = (DETAIL[part] for part in (Part.MOUTH, Part.GLASSES, Part.EYE))
+    expected = [[m, m, m, 0, 0, 0], [m, m, m, g, 0, 0], [m, m, m, 0, 0, 0], [0, 0, 0, 0, e, e], [0, 0, 0, 0, e, e]]
+    np.testing.assert_array_equal(detail_maps(parts), [expected])
+
+
 def test_heads_of_another_size_or_number_of_views_are_not_mixed_into_a_folder(tmp_path: Path) -> None:
     render_dataset(tmp_path / "heads", range(1), views=2, size_px=16, processes=1)
     for views, size_px in ((3, 16), (2, 24)):
@@ -131,9 +153,9 @@ def test_heads_of_another_size_or_number_of_views_are_not_mixed_into_a_folder(tm
 def test_a_head_that_another_call_finished_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = dataset.write_capture
 
-    def twice(*arguments: Any) -> None:
-        write(*arguments)
-        write(*arguments)
+    def twice(*arguments: Any, **options: Any) -> None:
+        write(*arguments, **options)
+        write(*arguments, **options)
 
     monkeypatch.setattr(dataset, "write_capture", twice)
     assert render_dataset(tmp_path / "heads", range(1), views=2, size_px=16, processes=1) == 1

@@ -34,7 +34,7 @@ GAF = replace(UNET, cross_attention_dim=16, resampler=RESAMPLER)
 UNETS = {"unet": UNET, "gaf": GAF}
 VAE = replace(TINY_VAE, block_out_channels=(8, 16), mid_block_add_attention=True)
 UPSCALER = KUNetConfig(block_out_channels=(32, 64), layers_per_block=1, attention_levels=(False, False), time_cond_proj_dim=6)
-LOSS = VAELossConfig(kl_weight=0.1, border_weight=2.0)  # large enough to count in a comparison
+LOSS = VAELossConfig(kl_weight=0.1, border_weight=2.0, detail_weight=3.0)  # large enough to count in a comparison
 
 # Adam's first step is nearly the gradient's sign: with eps far below the gradients, rounding of those near zero decides on
 # whole steps. An eps of their size keeps the update as smooth as the gradient.
@@ -52,7 +52,8 @@ def make_batch(stage: str, seed: int = 0) -> Any:
     if stage == "vae":
         random = np.random.default_rng(seed)
         pixels = random.uniform(-1, 1, (2, 8, 12, 3)).astype(np.float32)
-        return VAEBatch(pixels, random.random((2, 8, 12), np.float32), random.standard_normal((2, 4, 6, 4), np.float32))
+        foreground, noise = random.random((2, 8, 12), np.float32), random.standard_normal((2, 4, 6, 4), np.float32)
+        return VAEBatch(pixels, foreground, noise, detail=random.random((2, 8, 12), np.float32))
     if stage == "upscaler":
         return UpscalerBatch(
             sample=normal(2, 1, 4, 6, 8, seed=seed),
@@ -355,6 +356,13 @@ def test_frozen_weights_stay_and_the_others_learn(backend: Backend) -> None:
     assert np.array_equal(trainer.weights()["encoder.conv_in.weight"], before["encoder.conv_in.weight"])
 
 
+def loss_of_decoding(backend: Backend, batch: Any, pixels: NDArray[np.float32], config: VAELossConfig) -> float:
+    """The loss of a VAE that decodes `pixels`, whatever the batch (a VAEBatch of the backend's arrays) is."""
+    moments, decoded = Moments(batch.noise, batch.noise), on_backend(backend, VAEBatch(pixels, pixels, pixels)).pixels
+    vae = SimpleNamespace(config=VAE, encode=lambda pixels: moments, decode=lambda latents: decoded)
+    return MODULES[backend].vae_loss(vae, batch, config).item()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_the_vae_gets_wrong_counts_more_at_the_border_and_most_in_a_corner(backend: Backend) -> None:
     """With weights of 1, 1 + 3 and 1 + 6, whose mean over 8 x 8 pixels is 1 + 3 * 4 * 8 / 64."""
@@ -365,11 +373,27 @@ def test_what_the_vae_gets_wrong_counts_more_at_the_border_and_most_in_a_corner(
     def loss(row: int, column: int) -> float:
         wrong = zeros.copy()
         wrong[0, row, column] = 1
-        moments = Moments(batch.noise, batch.noise)
-        decoded = on_backend(backend, VAEBatch(wrong, wrong, wrong)).pixels
-        vae = SimpleNamespace(config=VAE, encode=lambda pixels: moments, decode=lambda latents: decoded)
-        return MODULES[backend].vae_loss(vae, batch, config).item()
+        return loss_of_decoding(backend, batch, wrong, config)
 
     assert loss(3, 4) == pytest.approx(1 / 64 / 2.5)
     assert loss(0, 4) == loss(3, 7) == pytest.approx(4 / 64 / 2.5)
     assert loss(0, 0) == loss(7, 0) == loss(7, 7) == pytest.approx(7 / 64 / 2.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_vae_gets_wrong_counts_more_where_there_is_detail(backend: Backend) -> None:
+    """With weights of 1 and, at two of 8 x 8 pixels, of 1 + 6 / 2 and 1 + 6, whose mean is 1 + 9 / 64."""
+    config = VAELossConfig(mse_weight=0, gradient_weight=0, coarse_weight=0, kl_weight=0, foreground_weight=0, detail_weight=6)
+    zeros = np.zeros((1, 8, 8, 3), np.float32)
+    detail = zeros[..., 0].copy()
+    detail[0, 2, 3], detail[0, 5, 1] = 0.5, 1
+    batch = on_backend(backend, VAEBatch(zeros, zeros[..., 0], np.zeros((1, 4, 4, 4), np.float32), detail))
+
+    def loss(row: int, column: int) -> float:
+        wrong = zeros.copy()
+        wrong[0, row, column] = 1
+        return loss_of_decoding(backend, batch, wrong, config)
+
+    assert loss(3, 2) == pytest.approx(1 / 64 / (1 + 9 / 64))
+    assert loss(2, 3) == pytest.approx(4 / 64 / (1 + 9 / 64))
+    assert loss(5, 1) == pytest.approx(7 / 64 / (1 + 9 / 64))

@@ -40,7 +40,7 @@ from mvshared.errors import (
     OutputError,
     TensorMismatchError,
 )
-from mvshared.training.config import OptimizerConfig, load_train_config, parse_train_config
+from mvshared.training.config import OptimizerConfig, VAELossConfig, load_train_config, parse_train_config
 from mvshared.training.data import VAEPictures, find_captures, read_picture
 from mvshared.training.log import LogRow, TrainingLog, read_log
 from mvshared.training.loop import learning_rate, train
@@ -95,6 +95,24 @@ def test_more_steps_continue_a_finished_run_and_fewer_are_refused(data: Path, tm
     assert [row.step for row in read_log(tmp_path / "run/log.csv")] == [1, 2, 3]
     with pytest.raises(OutputError, match="holds a run of 3 steps, 2 were asked for"):
         run(vae_config(data, steps=2), tmp_path / "run")
+
+
+def test_detail_counts_in_a_run_and_without_a_detail_map_the_run_is_refused(data: Path, tmp_path: Path) -> None:
+    losses = []
+    for weight in (0.0, 5.0):
+        run(vae_config(data, steps=1, vae_loss=VAELossConfig(detail_weight=weight)), tmp_path / f"{weight}")
+        losses.append(read_log(tmp_path / f"{weight}/log.csv")[0].loss)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    without = write_objects(tmp_path / "without")
+    for path in without.glob("*/transforms.json"):
+        document = json.loads(path.read_text())
+        for frame in document["frames"]:
+            del frame["detail_file_path"]
+        path.write_text(json.dumps(document))
+    with pytest.raises(DatasetError, match=r"without: no view has a detail map .*detail_weight"):
+        run(vae_config(without, vae_loss=VAELossConfig(detail_weight=5.0)), tmp_path / "run")
+    assert not (tmp_path / "run/state.safetensors").exists()
+    run(vae_config(without, steps=1), tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_state(

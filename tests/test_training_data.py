@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from training_cases import AZIMUTHS, SIZE, UNET, V_PREDICTION, VAE, some_latents, write_object, write_objects
 
 import mvmlx.model
@@ -208,6 +209,42 @@ def test_batches_for_the_vae_mix_pictures_and_normal_maps_and_their_mirror_image
             counts[kinds[0]] += 1
     assert 0.08 < (counts["normals"] + counts["mirrored normals"]) / 400 < 0.18
     assert min(counts.values()) > 5, counts
+
+
+def test_detail_maps_come_with_their_pictures_mirrored_like_them_and_normal_maps_have_none(data: Path) -> None:
+    capture = load_capture(data / "object_1")
+    pictures = [read_picture(path, background=(255, 255, 255)).pixels for path in capture.image_paths]
+    details = [np.asarray(Image.open(path), np.float32) / 255 for path in capture.detail_paths if path is not None]
+    known = [*zip(pictures, details, strict=True)]
+    known += [(picture[:, ::-1], detail[:, ::-1]) for picture, detail in known]
+    config = DataConfig(folder="")
+    source = VAEPictures([data / "object_1"], config, latent_channels=4, downscale=2, with_detail=True)
+    without = VAEPictures([data / "object_1"], config, latent_channels=4, downscale=2)
+    found = set()
+    for step in range(10):
+        batch, plain = source.batch(step, size=20, seed=0), without.batch(step, size=20, seed=0)
+        assert plain.detail is None
+        np.testing.assert_array_equal(batch.pixels, plain.pixels)
+        assert batch.detail is not None
+        for pixels, detail in zip(batch.pixels, batch.detail, strict=True):
+            number = next((number for number, (picture, _) in enumerate(known) if np.array_equal(pixels, picture)), None)
+            expected = np.zeros_like(detail) if number is None else known[number][1]
+            np.testing.assert_allclose(detail, expected, atol=1e-6)
+            found.add(number)
+    assert found > {None, 1, 2, 4, 5, len(AZIMUTHS) + 1}  # views 0 and 3 look the same
+
+
+def test_a_view_without_a_detail_map_has_no_detail(data: Path, tmp_path: Path) -> None:
+    rgba = np.full((2, SIZE, SIZE, 4), 255, np.uint8)
+    write_capture(tmp_path / "bare", rgba, None, orbit((0.0, 90.0), 0.0), 40.0)
+    config = DataConfig(folder="captures", normals=False)
+    both = [data / "object_0", tmp_path / "bare"]
+    batch = VAEPictures(both, config, latent_channels=4, downscale=2, with_detail=True).batch(0, size=40, seed=0)
+    bare = (batch.pixels == 1).all(axis=(1, 2, 3))
+    assert batch.detail is not None
+    assert 0 < bare.sum() < 40
+    assert not batch.detail[bare].any()
+    assert batch.detail[~bare].any(axis=(1, 2)).all()
 
 
 def test_pictures_of_different_sizes_are_refused(data: Path, tmp_path: Path) -> None:

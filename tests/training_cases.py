@@ -29,11 +29,12 @@ OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=2)
 
 
 def write_object(folder: Path, number: int) -> None:
-    """A capture of a coloured ball beside the axis, with normal maps."""
+    """A capture of a coloured ball beside the axis, with normal maps, and with detail maps of its darker spot."""
     poses = orbit(AZIMUTHS, 10.0)
     across, down = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(-1, 1, SIZE))
     rgba = np.zeros((len(AZIMUTHS), SIZE, SIZE, 4), np.uint8)
     normals = np.full((len(AZIMUTHS), SIZE, SIZE, 4), (128, 128, 128, 0), np.uint8)
+    detail = np.zeros((len(AZIMUTHS), SIZE, SIZE), np.uint8)
     colour = np.random.default_rng(number).integers(60, 255, 3)
     for view, azimuth in enumerate(np.radians(AZIMUTHS)):
         x, y = (across - 0.3 * np.sin(azimuth)) / 0.6, -down / 0.6
@@ -41,9 +42,11 @@ def write_object(folder: Path, number: int) -> None:
         inside = x**2 + y**2 < 1
         rgba[view, inside] = np.append(colour, 255)
         rgba[view, inside & (z < 0.5), :3] //= 2
-        rgba[view, inside & (x > 0.2) & (y > 0.2), view % 3] = 0  # so that it differs from its mirror image
+        spot = inside & (x > 0.2) & (y > 0.2)  # so that it differs from its mirror image
+        rgba[view, spot, view % 3] = 0
+        detail[view, spot] = 51 * (view % 3 + 1)
         normals[view, inside] = np.stack([(value[inside] + 1) / 2 * 255 for value in (x, y, z, np.ones_like(z))], axis=-1)
-    write_capture(folder, rgba, normals, poses, 40.0)
+    write_capture(folder, rgba, normals, poses, 40.0, detail=detail)
 
 
 def write_objects(folder: Path) -> Path:

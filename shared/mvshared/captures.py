@@ -1,7 +1,8 @@
 """Captures: folders of pictures with known cameras, which training and evaluation read.
 
 A capture is a folder with a transforms.json in the convention of nerfstudio and instant-ngp. A frame may also have a
-`normal_file_path`, a normal map in camera space: (n + 1) / 2 * 255 with x right, y up, z toward the camera; and a
+`normal_file_path`, a normal map in camera space: (n + 1) / 2 * 255 with x right, y up, z toward the camera; a
+`detail_file_path`, a grey picture of how much a pixel counts in the VAE's loss beside its surroundings; and a
 `depth_file_path`, a float32 .npy file (h, w) of depth along the optical axis, infinite where nothing is.
 """
 
@@ -31,8 +32,8 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 class Capture(NamedTuple):
     """Pictures of one object and their cameras, in the order of the file's frames.
 
-    `normal_paths`, `mask_paths` and `depth_paths` have None for a frame without; `poses` float32 (v, 4, 4) are those of
-    `mvshared.camera`; `fov_deg` is the vertical field of view, None if the file says none or the views differ.
+    `normal_paths`, `mask_paths`, `depth_paths` and `detail_paths` have None for a frame without; `poses` float32 (v, 4, 4) are
+    those of `mvshared.camera`; `fov_deg` is the vertical field of view, None if the file says none or the views differ.
     """
 
     image_paths: tuple[Path, ...]
@@ -41,6 +42,7 @@ class Capture(NamedTuple):
     poses: NDArray[np.float32]
     fov_deg: float | None
     depth_paths: tuple[Path | None, ...]
+    detail_paths: tuple[Path | None, ...]
 
 
 class CaptureViews(NamedTuple):
@@ -78,11 +80,12 @@ def load_capture(folder: Path | str) -> Capture:
         if image is None:
             raise DatasetError(f"frame {index} has no file_path", path=path)
         images.append(image)
-    normals = [_frame_file(folder, frame, "normal_file_path", index) for index, frame in enumerate(frames)]
-    masks = [_frame_file(folder, frame, "mask_path", index) for index, frame in enumerate(frames)]
-    depths = [_frame_file(folder, frame, "depth_file_path", index) for index, frame in enumerate(frames)]
+    normals, masks, depths, details = (
+        tuple(_frame_file(folder, frame, field, index) for index, frame in enumerate(frames))
+        for field in ("normal_file_path", "mask_path", "depth_file_path", "detail_file_path")
+    )
     cameras = read_transforms(document, path=path, size_px=_size_px(images[0]), error=DatasetError)
-    return Capture(tuple(images), tuple(normals), tuple(masks), cameras.poses, cameras.fov_deg, tuple(depths))
+    return Capture(tuple(images), normals, masks, cameras.poses, cameras.fov_deg, depths, details)
 
 
 def read_views(capture: Capture) -> CaptureViews:
@@ -121,11 +124,14 @@ def write_capture(
     normals: NDArray[np.uint8] | None,
     poses: ArrayLike,
     fov_deg: float,
+    *,
+    detail: NDArray[np.uint8] | None = None,
 ) -> None:
-    """Write pictures uint8 (v, h, w, 4) and normal maps uint8 (v, h, w, 3 or 4) as a capture, all of it or nothing.
+    """Write pictures uint8 (v, h, w, 4), normal maps uint8 (v, h, w, 3 or 4) and detail maps uint8 (v, h, w) as a capture.
 
-    The folder holds view_000.png ..., normal_000.png ... and transforms.json. It is written under a temporary name beside
-    `folder` and renamed; `folder` must not exist, or be empty. `fov_deg` is the vertical field of view.
+    All of it or nothing: the folder holds view_000.png ..., normal_000.png ..., detail_000.png ... and transforms.json. It is
+    written under a temporary name beside `folder` and renamed; `folder` must not exist, or be empty. `fov_deg` is the vertical
+    field of view.
 
     Raises OptionError and CameraError for what does not fit together, OutputError for what cannot be written.
     """
@@ -143,6 +149,12 @@ def write_capture(
             )
         normal_names = [f"normal_{index:03}.png" for index in range(views)]
         pictures |= dict(zip(normal_names, normals, strict=True))
+    detail_names = None
+    if detail is not None:
+        if detail.dtype != np.uint8 or detail.shape != rgba.shape[:3]:
+            raise OptionError("detail", expected=f"uint8 {rgba.shape[:3]}", got=(detail.dtype.name, detail.shape))
+        detail_names = [f"detail_{index:03}.png" for index in range(views)]
+        pictures |= dict(zip(detail_names, detail, strict=True))
     document = transforms(
         checked,
         width_px=width,
@@ -150,6 +162,7 @@ def write_capture(
         fov_deg=fov_deg,
         file_names=[f"view_{index:03}.png" for index in range(views)],
         normal_names=normal_names,
+        detail_names=detail_names,
     )
 
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")

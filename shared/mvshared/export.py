@@ -213,14 +213,15 @@ def transforms(
     fov_deg: float,
     file_names: Sequence[str],
     normal_names: Sequence[str] | None = None,
+    detail_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The transforms.json document of pictures `file_names`, taken from poses (v, 4, 4) with the vertical field of view.
 
     The matrices are the poses as they are: OpenGL axes, in a world whose up is +Y. Trainers read that without conversion:
     instant-ngp takes the up axis from `up` and maps the world into its unit cube by `scale` and `offset`, chosen so that what
     the cameras see at the origin fills the cube (its default suits cameras four units away); nerfstudio turns and scales the
-    world from the cameras themselves. Pixels are square and the principal point is the centre. `normal_names` become
-    `normal_file_path` of the frames, a field of this project that trainers skip.
+    world from the cameras themselves. Pixels are square and the principal point is the centre. `normal_names` and
+    `detail_names` become `normal_file_path` and `detail_file_path` of the frames, fields of this project that trainers skip.
 
     Raises CameraError for what is no pose, OptionError for everything else.
     """
@@ -230,7 +231,7 @@ def transforms(
             raise OptionError(name, expected="at least 1", got=value)
     if not 0 < fov_deg < 180:
         raise OptionError("fov_deg", expected="between 0 and 180", got=fov_deg)
-    for name, names in (("file_names", file_names), ("normal_names", normal_names)):
+    for name, names in (("file_names", file_names), ("normal_names", normal_names), ("detail_names", detail_names)):
         if names is not None and len(names) != len(checked):
             raise OptionError(name, expected=f"one name per view ({len(checked)})", got=len(names))
 
@@ -241,8 +242,9 @@ def transforms(
     frames: list[dict[str, Any]] = [
         {"file_path": name, "transform_matrix": pose.tolist()} for name, pose in zip(file_names, checked, strict=True)
     ]
-    for frame, normal_name in zip(frames, normal_names or (), strict=normal_names is not None):
-        frame["normal_file_path"] = normal_name
+    for field, names in (("normal_file_path", normal_names), ("detail_file_path", detail_names)):
+        for frame, name in zip(frames, names or (), strict=names is not None):
+            frame[field] = name
     return {
         "camera_model": "OPENCV",
         "w": int(width_px),

@@ -8,6 +8,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from mvshared.captures import write_capture
 from mvshared.errors import DatasetError, OptionError, OutputError
 from mvshared.files import check_folder, read_json_object
 from mvshared.heads.identity import SEED
+from mvshared.heads.parts import Part
 from mvshared.heads.render import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
 from mvshared.processors import usable_processors
 
@@ -23,6 +25,11 @@ FRONT_DEG = 35.0  # the first quarter of the views looks at the face from within
 ELEVATIONS_DEG = (-5.0, 30.0)
 MAX_VIEWS = 1000
 MIN_SIZE_PX, MAX_SIZE_PX = 8, 2048
+
+# How much the small parts of a face count beside the rest of it. Those that are painted on the skin have a rim of one pixel,
+# which takes in their outlines.
+DETAIL = {Part.MOUTH: 255, Part.EYE: 160, Part.BROW: 96, Part.GLASSES: 80, Part.NOSE: 64, Part.BEARD: 48}
+RIMMED = (Part.MOUTH, Part.EYE, Part.BROW, Part.NOSE)
 
 
 def dataset_poses(identity: int, *, views: int) -> NDArray[np.float32]:
@@ -72,6 +79,17 @@ def render_dataset(
     return len(missing)
 
 
+def detail_maps(parts: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Detail maps uint8 (v, h, w) of part labels (v, h, w): `DETAIL` where a small part of the face is, else 0."""
+    detail = np.zeros_like(parts)
+    for part, value in DETAIL.items():
+        covered = parts == part
+        if part in RIMMED:
+            covered = sliding_window_view(np.pad(covered, ((0, 0), (1, 1), (1, 1))), (3, 3), axis=(1, 2)).any(axis=(-2, -1))
+        np.maximum(detail, value, out=detail, where=covered)
+    return detail
+
+
 def _capture_folder(folder: Path, number: int) -> Path:
     return folder / f"head_{number:06}"
 
@@ -93,7 +111,8 @@ def _render_one(number: int, *, folder: Path, views: int, size_px: int) -> None:
     poses = dataset_poses(number, views=views)
     pictures = render(number, poses, size_px=size_px)
     try:
-        write_capture(_capture_folder(folder, number), pictures.rgba, pictures.normals, poses, DEFAULT_FOV_DEG)
+        capture, detail = _capture_folder(folder, number), detail_maps(pictures.parts)
+        write_capture(capture, pictures.rgba, pictures.normals, poses, DEFAULT_FOV_DEG, detail=detail)
     except OutputError:
         if not _is_there(folder, number, views=views, size_px=size_px):  # else another call was faster
             raise

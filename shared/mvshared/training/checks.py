@@ -42,7 +42,7 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
 
 
 def check_sizes(captures: list[Capture], *, factor: int) -> None:
-    """Raise DatasetError unless all pictures and normal maps have one size, a multiple of `factor` pixels."""
+    """Raise DatasetError unless all pictures, normal and detail maps have one size, a multiple of `factor` pixels."""
     expected = None
     for sizes in ahead(_sizes_px, captures):
         for path, size in sizes:
@@ -55,8 +55,19 @@ def check_sizes(captures: list[Capture], *, factor: int) -> None:
                 raise DatasetError(reason, path=path)
 
 
+def check_details(captures: list[Capture], *, folder: str) -> None:
+    """Raise DatasetError if no view has a detail map."""
+    if not any(path for capture in captures for path in capture.detail_paths):
+        raise DatasetError(
+            "no view has a detail map (detail_file_path in transforms.json), and detail_weight is not 0",
+            path=folder,
+            hint="heads rendered into a new folder have them",
+        )
+
+
 def _sizes_px(capture: Capture) -> list[tuple[Path, tuple[int, int]]]:
-    paths = [*capture.image_paths, *(path for path in capture.normal_paths if path is not None)]
+    maps = (*capture.normal_paths, *capture.detail_paths)
+    paths = [*capture.image_paths, *(path for path in maps if path is not None)]
     return [(path, _size_px(path)) for path in paths]
 
 

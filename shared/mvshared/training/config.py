@@ -78,8 +78,10 @@ class OptimizerConfig:
 class VAELossConfig:
     """L1, L1 of the pixel differences and MSE, each weighted; colour; KL to N(0, 1).
 
-    A pixel's weight is 1 + `foreground_weight` * alpha, and `border_weight` more for every side of the picture that it is at:
-    padding makes the outermost pixels exceptions, and the corners are too few to be learned otherwise.
+    A pixel's weight is 1 + `foreground_weight` * alpha + `detail_weight` * detail, and `border_weight` more for every side of
+    the picture that it is at. Detail, 0 to 1, is the capture's `detail_file_path`, 0 without: what is small and matters, such
+    as a mouth, is lost otherwise. As to the border, padding makes the outermost pixels exceptions, and the corners are too few
+    to be learned otherwise.
 
     The colour term is the L1 of errors averaged over one latent's pixels, of luma and, `chroma_weight` times, of the channels'
     deviation from it: without it the colours of large areas, a small part of the variance, take thousands of steps to appear.
@@ -89,6 +91,7 @@ class VAELossConfig:
     gradient_weight: float = 1.0
     foreground_weight: float = 2.0
     border_weight: float = 0.0
+    detail_weight: float = 0.0
     coarse_weight: float = 4.0
     chroma_weight: float = 3.0
     kl_weight: float = 2e-4

@@ -37,11 +37,13 @@ class Picture(NamedTuple):
 
 
 class VAEBatch(NamedTuple):
-    """Pixels (n, h, w, 3) in [-1, 1], foreground (n, h, w) in [0, 1], noise (n, h / f, w / f, c) of the posterior."""
+    """Pixels (n, h, w, 3) in [-1, 1], foreground (n, h, w) in [0, 1], noise (n, h / f, w / f, c) of the posterior; detail
+    (n, h, w) in [0, 1] if the loss weighs it."""
 
     pixels: NDArray[np.float32]
     foreground: NDArray[np.float32]
     noise: NDArray[np.float32]
+    detail: NDArray[np.float32] | None = None
 
 
 class UNetBatch(NamedTuple):
@@ -103,6 +105,13 @@ def read_normals(path: Path) -> Picture:
     return read_picture(path, background=(128, 128, 128))
 
 
+def _read_detail(path: Path) -> NDArray[np.float32]:
+    """A detail map (h, w) in [0, 1]."""
+    detail = read_picture(path, background=(0, 0, 0)).pixels[..., 0] + 1
+    detail /= 2
+    return detail
+
+
 def mirror_picture(picture: Picture) -> Picture:
     return Picture(picture.pixels[:, ::-1], picture.alpha[:, ::-1])
 
@@ -115,28 +124,37 @@ def mirror_normals(picture: Picture) -> Picture:
 class VAEPictures:
     """Random pictures, and normal maps among them, for the VAE stage."""
 
-    def __init__(self, folders: list[Path], config: DataConfig, *, latent_channels: int, downscale: int) -> None:
+    def __init__(
+        self, folders: list[Path], config: DataConfig, *, latent_channels: int, downscale: int, with_detail: bool = False
+    ) -> None:
+        """With `with_detail` batches have the captures' detail maps, 0 for a view without."""
         captures = [load_capture(folder) for folder in folders]
         self.config, self.latent_channels, self.downscale = config, latent_channels, downscale
         self.images = [path for capture in captures for path in capture.image_paths]
+        self.details = [path for capture in captures for path in capture.detail_paths] if with_detail else None
         self.normals = [path for capture in captures for path in capture.normal_paths if path] if config.normals else []
 
     def batch(self, step: int, *, size: int, seed: int) -> VAEBatch:
         """The batch of a step: one picture in eight is a normal map, every second one is mirrored if the config says so."""
         random = np.random.default_rng([VAE_STREAM, seed, step])
-        pictures = []
+        pictures, details = [], []
         for _ in range(size):
             is_normal = bool(self.normals) and random.random() < 1 / 8
             paths = self.normals if is_normal else self.images
-            path = paths[int(random.integers(len(paths)))]
+            number = int(random.integers(len(paths)))
+            path, detail_path = paths[number], None if is_normal or self.details is None else self.details[number]
             picture = read_normals(path) if is_normal else read_picture(path, background=self.config.background)
+            detail = np.zeros_like(picture.alpha) if detail_path is None else _read_detail(detail_path)
             if random.random() < 0.5 and self.config.mirror:
                 picture = mirror_normals(picture) if is_normal else mirror_picture(picture)
+                detail = detail[:, ::-1]
             pictures.append(picture)
+            details.append(detail)
         pixels = _stack([picture.pixels for picture in pictures])
         height, width = pixels.shape[1] // self.downscale, pixels.shape[2] // self.downscale
         noise = random.standard_normal((size, height, width, self.latent_channels), np.float32)
-        return VAEBatch(pixels, _stack([picture.alpha for picture in pictures]), noise)
+        foreground = _stack([picture.alpha for picture in pictures])
+        return VAEBatch(pixels, foreground, noise, None if self.details is None else _stack(details))
 
 
 def _stack(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:

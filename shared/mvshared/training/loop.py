@@ -35,7 +35,7 @@ from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError, NumericsError, OutputError
 from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
 from mvshared.training.ahead import ahead
-from mvshared.training.checks import check_captures, check_frozen, check_sizes
+from mvshared.training.checks import check_captures, check_details, check_frozen, check_sizes
 from mvshared.training.conditions import encode_conditions
 from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures
@@ -190,12 +190,23 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
     vae = config.vae
     training, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
     pictures, held_out_pictures = (
-        VAEPictures(folders, config.data, latent_channels=vae.latent_channels, downscale=vae.downscale) if folders else None
+        VAEPictures(
+            folders,
+            config.data,
+            latent_channels=vae.latent_channels,
+            downscale=vae.downscale,
+            with_detail=config.vae_loss.detail_weight != 0,
+        )
+        if folders
+        else None
         for folders in (training, held_out)
     )
     assert pictures is not None
     if not (folder / STATE).exists():
-        check_sizes([load_capture(each) for each in (*training, *held_out)], factor=vae.downscale)
+        captures = [load_capture(each) for each in (*training, *held_out)]
+        check_sizes(captures, factor=vae.downscale)
+        if config.vae_loss.detail_weight:
+            check_details(captures, folder=config.data.folder)
     shapes = network_shapes(vae, backend=backend)
     check_frozen(config, shapes)
     weights = _initial(config, "vae", shapes)
