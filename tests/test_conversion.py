@@ -523,6 +523,83 @@ convert(Path({str(originals["mvdream"])!r}), Path("out"), extra=[Path({str(TOKEN
     assert (tmp_path / "again.safetensors").read_bytes() == originals["mvdream"].read_bytes()
 
 
+WRITERS = {
+    "convert": "convert(Path({source!r}), Path('out'), dtype='float16', on_tensor=at_first)",
+    "quantize": "quantize_folder({source!r}, Path('out'), backend='torch', on_layer=at_first)",
+    "init gaf": "init_gaf({source!r}, Path('out'), on_tensor=at_first)",
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_run_killed_in_its_first_file_goes_on(folders: dict[str, Path], tmp_path: Path, writer: str) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+from mvshared.conversion.convert import convert
+from mvshared.conversion.gaf import init_gaf
+from mvshared.quantization.folders import quantize_folder
+def at_first(name, size):
+    if sys.argv[1] == "die" and (not name.startswith("measuring") or {writer!r} != "quantize"):
+        os.kill(os.getpid(), 9)
+{WRITERS[writer].format(source=str(folders["sd21"]))}
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for argument, returned in (("die", -9), ("live", 0)):
+        done = subprocess.run([sys.executable, "-c", code, argument], cwd=tmp_path, env=environment)
+        assert done.returncode == returned
+        if argument == "die":
+            assert list((tmp_path / "out").rglob("*.tmp")) and not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not inspect(tmp_path / "out").faults
+    assert not list((tmp_path / "out").rglob("*.tmp")) and not (tmp_path / "out" / STATE).exists()
+
+
+def _add(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lora.weight"] = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda tensors: tensors.pop("conv_in.bias"), TensorMismatchError, "1 missing: conv_in.bias"),
+        (_add, TensorMismatchError, "1 unexpected: lora.weight"),
+        (lambda tensors: tensors.update({"conv_in.bias": tensors["conv_in.bias"].double()}), CheckpointError, "got F64"),
+        (lambda tensors: tensors.update({"conv_in.bias": tensors["conv_in.bias"].long()}), CheckpointError, "got I64"),
+        (
+            lambda tensors: tensors.update({"conv_in.bias": tensors["conv_in.bias"].to(torch.float8_e4m3fn)}),
+            CheckpointError,
+            "got F8_E4M3",
+        ),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"family": "sd21"}])
+def test_a_folder_whose_tensors_are_not_those_of_its_configs_is_refused(
+    folders: dict[str, Path], tmp_path: Path, change: Any, error: type[MvError], message: str, options: dict[str, Any]
+) -> None:
+    shutil.copytree(folders["sd21"], tmp_path / "source")
+    file = weight_files(tmp_path / "source", "unet")[0]
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(error, match=message):
+        convert(tmp_path / "source", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_earlier_model_had_and_the_new_one_has_not_is_removed_with_force(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    convert(folders["imagedream"], out)
+    (out / "text_encoder" / "notes.md").write_text("mine")
+    convert(Path("demo"), out, force=True)
+    assert (out / "text_encoder" / "notes.md").read_text() == "mine"
+    (out / "text_encoder" / "notes.md").unlink()
+    (out / "text_encoder").rmdir()
+    convert(Path("demo"), out, force=True)
+    assert not (out / "image_encoder").exists()
+    assert not inspect(out).faults
+
+
 def test_what_is_there_is_not_overwritten(originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(originals["mvdream"], out, extra=[TOKENIZER])

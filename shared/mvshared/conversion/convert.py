@@ -12,8 +12,8 @@ from typing import Any, get_args
 import numpy as np
 
 from mvshared.backend import parse_dtype
-from mvshared.checkpoint import Component, find_model, read_model_config, weight_files
-from mvshared.config import SchedulerConfig, UNetConfig
+from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
+from mvshared.config import ModelConfig, SchedulerConfig, UNetConfig
 from mvshared.conversion.configs import euler_document, scheduler_document
 from mvshared.conversion.folders import OnTensor, Progress, check_apart, copy_files, fingerprint, write_weights
 from mvshared.conversion.networks import Part, convert_network, network_shapes
@@ -24,9 +24,11 @@ from mvshared.conversion.sources import read_file, sort_tensors
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import make_folder, read_json_object, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
+from mvshared.names import BUFFERS
 from mvshared.schedule import alphas_cumprod
 from mvshared.upscaling.config import SigmaConfig
-from mvshared.upscaling.folder import is_upscaler, read_upscaler_config
+from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
+from mvshared.weights import match_network
 
 UPSCALER = "sd-x2-latent-upscaler"
 FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-768", UPSCALER)
@@ -88,9 +90,9 @@ def convert(
     _collect(collected, source, local=family == "imagedream-local")
     for each in extra:
         _collect(collected, each, local=family == "imagedream-local")
-    if source.is_dir() and family is None:
-        read = read_upscaler_config if is_upscaler(source) else read_model_config
-        family = read(source).family
+    if source.is_dir() and (family is None or (source / "model_index.json").is_file()):
+        own_family = _check_model(source)
+        family = family or own_family
     if like is not None:
         _take_configs(collected, sources[-1])
     chosen = _family(collected, family)
@@ -110,6 +112,17 @@ def convert(
 
 
 # Reading
+
+
+def _check_model(folder: Path) -> str:
+    """The family of a model or an upscaler whose tensors are all that it needs. Raises CheckpointError, TensorMismatchError."""
+    config = read_upscaler_config(folder) if is_upscaler(folder) else read_model_config(folder)
+    named = components(config) if isinstance(config, ModelConfig) else component_folders(folder, config)
+    for component in named:
+        if (folder / component).is_dir():  # an upscaler's VAE may be another model's
+            network = getattr(config, component)
+            match_network(network, network_shapes(network), weight_files(folder, component), layers={})
+    return config.family
 
 
 def _collect(collected: _Collected, path: Path, *, local: bool) -> None:
@@ -228,11 +241,10 @@ def _write(
             names[component] = {name: (name,) for name in tensors}
         else:
             continue
-        tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
         _check_dtypes(tensors)
+        tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
         planned[component] = tensors, documents
-    make_folder(dest)
-    (dest / "model_index.json").unlink(missing_ok=True)
+    state.begin(planned)
     parts = []
     for component, (tensors, documents) in planned.items():
         if component in collected.folders and component not in collected.parts:
@@ -271,13 +283,13 @@ def _set_sample_size(collected: _Collected, size_px: int) -> None:
 
 
 def _folder_tensors(collected: _Collected, component: Component) -> dict[str, RawTensor]:
-    """The weights in a component's folder; buffers of whole numbers are left out."""
+    """The weights in a component's folder; buffers are left out."""
     folder = collected.folders[component]
     files = weight_files(folder.parent, component) if folder.name == component else sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError("holds no .safetensors weights", path=folder)
     tensors = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
-    for name in [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]:
+    for name in [name for name in tensors if name.endswith(BUFFERS)]:
         del tensors[name]
         collected.left_out[name] = "numbers that every model knows by itself"
     return tensors

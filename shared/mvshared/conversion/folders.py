@@ -24,7 +24,10 @@ def check_apart(dest: Path, sources: Sequence[Path]) -> None:
 
 
 class Progress:
-    """Which files of a conversion are written; kept in the folder until it is complete. Raises OptionError, OutputError."""
+    """Which files of a conversion are written; kept in the folder until it is complete. Raises OptionError, OutputError.
+
+    Nothing is written before `begin`.
+    """
 
     def __init__(self, dest: Path, fingerprint: str, *, sources: Sequence[Path], force: bool) -> None:
         check_apart(dest, sources)
@@ -37,7 +40,7 @@ class Progress:
             document = read_json_object(state)
             if document.get("fingerprint") == fingerprint:
                 self.done = {name: sha for name, sha in dict(document.get("files", {})).items() if self._kept(name, sha)}
-        elif dest.is_dir() and any(dest.iterdir()) and not force:
+        elif dest.is_dir() and any(not file.match(f".{STATE}.*.tmp") for file in dest.iterdir()) and not force:
             raise OutputError("is not empty", path=dest, hint="name another folder, or use --force")
 
     def _kept(self, name: str, sha256: str) -> bool:
@@ -47,8 +50,26 @@ class Progress:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
+    def begin(self, components: Collection[str]) -> None:
+        """Make the folder one that a run can go on with, and no checkpoint; it will have these components, and no others."""
+        make_folder(self.dest)
+        self._save()
+        for leftover in self.dest.glob(f".{STATE}.*.tmp"):
+            leftover.unlink()
+        (self.dest / "model_index.json").unlink(missing_ok=True)
+        for component in WEIGHT_STEMS.keys() - set(components):
+            folder = self.dest / component
+            if folder.is_dir():
+                remove_others(folder, keep=())
+                (folder / "config.json").unlink(missing_ok=True)
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+
     def add(self, name: str, sha256: str) -> None:
         self.done[name] = sha256
+        self._save()
+
+    def _save(self) -> None:
         write_json(self.dest / STATE, {"fingerprint": self.fingerprint, "files": self.done})
 
     def finish(self) -> None:

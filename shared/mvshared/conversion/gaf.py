@@ -58,14 +58,14 @@ def init_gaf(
     sources = [folder, *([vision_folder] if vision_folder else [])]
     options = f"gaf {cameras} {seed}"
     state = Progress(dest, fingerprint(sources, None, options, SHARD_BYTES), sources=sources, force=force)
-    make_folder(dest / "unet")
-    (dest / "model_index.json").unlink(missing_ok=True)
-    write_json(dest / "unet" / "config.json", asdict(gaf.unet))
-    parts = [written("unet", tensors, files=_write(dest, "unet", tensors, state, on_tensor))]
-    names = {"unet": {name: (name,) for name in tensors}}
     folders = {"vae": folder / "vae", "text_encoder": folder / "text_encoder"}
     if vision_folder is not None:
         folders["image_encoder"] = vision_folder
+    state.begin(("unet", *folders))
+    make_folder(dest / "unet")
+    write_json(dest / "unet" / "config.json", asdict(gaf.unet))
+    parts = [written("unet", tensors, files=_write(dest, "unet", tensors, state, on_tensor))]
+    names = {"unet": {name: (name,) for name in tensors}}
     for component, place in folders.items():
         files = weight_files(folder, component) if place.parent == folder else sorted(place.glob("*.safetensors"))  # type: ignore[arg-type]
         copied = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}

@@ -148,8 +148,7 @@ def quantize_folder(
     options = f"{preset} {bits} {group_size} {measure} {' '.join(names)}"
     state = Progress(dest, fingerprint([folder], options, config.family, 0), sources=[folder], force=force)
     sources = [_source(folder, name, getattr(config, name), module.network_shapes) for name in names]
-    make_folder(dest)
-    (dest / "model_index.json").unlink(missing_ok=True)
+    state.begin(here)
     layer_reports: list[LayerReport] = []
     component_reports = []
     for each in sources:
