@@ -54,12 +54,12 @@ def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None =
 
     def attach(prefix: str, network: nn.Module) -> Callable[[], None]:
         stack = ExitStack()
-        _observed[id(network)] += 1
-        stack.callback(_observed.subtract, [id(network)])
         for path, module in network.named_modules():
             name = ".".join(part for part in (prefix, path) if part)
             kind = type(module)
             if name and hasattr(kind, "__call__"):  # noqa: B004 - a list of modules has none
+                _observed[id(module)] += 1
+                stack.callback(_let_go, id(module))
                 stack.callback(_set_class, module, kind)
                 _set_class(module, watch.watched(kind, name))
         return stack.close
@@ -68,12 +68,18 @@ def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None =
         yield watch.clock
 
 
-_observed: Counter[int] = Counter()  # how many look at a network, by its id
+_observed: Counter[int] = Counter()  # how many look at a module, by its id; none that nobody looks at
+
+
+def _let_go(module: int) -> None:
+    _observed[module] -= 1
+    if not _observed[module]:
+        del _observed[module]
 
 
 def _is_observed(network: nn.Module) -> bool:
-    """Whether somebody looks at the blocks of a network now."""
-    return _observed[id(network)] > 0
+    """Whether somebody looks at a network now, or at a part of it."""
+    return bool(_observed) and any(id(module) in _observed for module in network.modules())
 
 
 class _Watch:

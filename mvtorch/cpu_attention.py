@@ -6,6 +6,7 @@ taken away inside of the product, and where that proves far too low, the query's
 depend on it, and what is left is small wherever it weighs. docs/speed.md has the errors and the times.
 """
 
+import math
 from itertools import product
 
 import torch
@@ -31,21 +32,28 @@ def shifted_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
     Scores less their estimated maximum, and weights, are rounded to bfloat16; the softmax itself is in float32.
     """
     b, n, queries, width = q.shape
+    # Only a power of two leaves the digits of bfloat16 what they are; the rest of the factor comes after the estimate is away.
+    scale = width**-0.5
+    exact = 2.0 ** round(math.log2(scale))
+    rest = scale / exact
     keys = k.shape[2]
     numbers = torch.get_num_threads() * _SCORES_BYTES // q.element_size()  # of scores
     heads = min(n, max(1, numbers // (queries * keys)))
     rows = queries if heads > 1 else min(queries, max(64, numbers // keys))
     out = q.new_empty(b, queries, n, width)
+    bias = None if key_bias is None else key_bias.float() / rest
+    more = 2 if bias is None else 3
     for number, first in product(range(b), range(0, n, heads)):
         some = slice(first, first + heads)
         count = len(k[number, some])
-        # Behind the queries their estimate and a one, behind the keys minus one and the bias.
-        wide_q, wide_k = q.new_ones(count, queries, width + 2), k.new_zeros(count, keys, width + 2)
-        torch.mul(q[number, some], width**-0.5, out=wide_q[:, :, :width])
+        # Behind the queries their estimate and ones, behind the keys minus one and the bias, which is two numbers of bfloat16.
+        wide_q, wide_k = (x.new_full((count, x.shape[2], width + more), value) for x, value in ((q, 1), (k, 0)))
+        torch.mul(q[number, some], exact, out=wide_q[:, :, :width])
         wide_k[:, :, :width] = k[number, some]
         wide_k[:, :, width] = -1
-        if key_bias is not None:
-            wide_k[:, :, width + 1] = key_bias
+        if bias is not None:
+            wide_k[:, :, width + 1] = bias
+            wide_k[:, :, width + 2] = bias - wide_k[:, :, width + 1]
         wide_q[:, :, width] = 0
         values, transposed = v[number, some].contiguous(), wide_k.transpose(1, 2)
         estimated = transposed[:, :, ::_STRIDE]
@@ -55,12 +63,14 @@ def shifted_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
             weights = piece @ transposed
             # Positive numbers have the order of their bits, whose maximum takes an eighth of the time.
             largest = weights.view(torch.int16).amax(dim=-1).view(torch.bfloat16)
-            above = largest > _LARGEST_SCORE
+            above = largest > _LARGEST_SCORE / rest
             for head in above.any(dim=1).nonzero()[:, 0].tolist():
                 low = above[head].nonzero()[:, 0]
                 again = piece[head, low]
                 again[:, width] += largest[head, low]
                 weights[head, low] = again @ transposed[head]
+            if rest != 1:
+                weights *= rest
             torch.softmax(weights, dim=-1, out=weights)
             out[number, start : start + rows, some] = (weights @ values).transpose(0, 1)
     return out.transpose(1, 2)

@@ -82,8 +82,18 @@ class Graphs:
         self._entries: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, _Entry]] = WeakKeyDictionary()
         self._failed = False
 
-    def call(self, network: Any, condition: Any, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    def call(
+        self,
+        network: Any,
+        condition: Any,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        *,
+        depends_on: object = None,
+    ) -> Tensor:
         """`function(*inputs)`, which calls the network with the inputs and with what the condition holds, and nothing else.
+
+        With another value of `depends_on` than before, what was recorded is of no use.
 
         The first call for a condition and for shapes is an ordinary one, the second is recorded, others are replayed. Blocks
         that are observed, gradients, and recordings of the program around this need the ordinary call. So does everything after
@@ -92,7 +102,7 @@ class Graphs:
         if self._failed or torch.is_grad_enabled() or self._recorder.busy():
             return function(*inputs)
         entries = self._entries.setdefault(network, WeakKeyDictionary())
-        key = (network.attention_options, tuple((each.shape, each.dtype) for each in inputs))
+        key = (network.attention_options, tuple((each.shape, each.dtype) for each in inputs), depends_on)
         entry = entries.get(condition)
         if entry is None or entry.key != key:
             entry = entries[condition] = _Entry(key, _hooks(network))

@@ -147,7 +147,9 @@ class LatentModel:
             graphs = self._vae_graphs
             if graphs is None or not self.plan.networks_at_once or together_pixels > _RECORDED_PIXELS:
                 return self.to_numpy(vae.decode(latents))
-            return self.to_numpy(graphs.call(vae, vae, vae.decode, [latents]))
+            # Its recording outlives runs, between which the weights may be replaced.
+            places = tuple(parameter.data_ptr() for parameter in vae.parameters())
+            return self.to_numpy(graphs.call(vae, vae, vae.decode, [latents], depends_on=places))
 
     def _called(self, network: Any, condition: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`function(*inputs)`, recorded where device and plan allow it, see `Graphs.call`."""

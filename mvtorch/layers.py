@@ -218,4 +218,5 @@ def run_block(block: nn.Module, *inputs: Any, recompute: bool, **static: Any) ->
     """
     if not (recompute and torch.is_grad_enabled()):
         return block(*inputs, **static)
-    return checkpoint(block, *inputs, use_reentrant=False, **static)
+    # Nothing in a block is random, so the generators' states, which a CUDA graph could not read, need not be kept.
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **static)

@@ -51,6 +51,7 @@ def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None =
 
     def attach(prefix: str, network: nn.Module) -> Callable[[], None]:
         stack = ExitStack()
+        watch.devices |= {parameter.device for parameter in network.parameters() if parameter.is_cuda}
         for path, module in network.named_modules():
             name = ".".join(part for part in (prefix, path) if part)
             if name:
@@ -70,42 +71,43 @@ class _Watch:
         self.on_end, self.on_start = on_end, on_start
         self.calls: list[Call[Tensor]] = []  # those that run now, the innermost last
         self.spent = 0.0  # in the observers
+        self.devices: set[torch.device] = set()  # those that work while Python goes on
 
     def clock(self) -> float:
         """Seconds without those of the observers."""
-        return _now() - self.spent
+        return self.now() - self.spent
+
+    def now(self) -> float:
+        """The time when all that was launched is done."""
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def start(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            now = _now()
+            now = self.now()
             inputs = dict(_inputs(type(module), args, kwargs))
             kind = getattr(module, "kind", type(module).__name__)  # what a packed layer stands for
             call = Call(name=name, kind=kind, depth=len(self.calls), inputs=inputs, start=now - self.spent)
             self.calls.append(call)
             if self.on_start is not None:
                 self.on_start(call)
-            self.spent += _now() - now
+            self.spent += self.now() - now
 
         return hook
 
     def finish(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any | None) -> None:
-            now, call = _now(), self.calls.pop()
+            now, call = self.now(), self.calls.pop()
             if out is None:  # it failed
                 return
             outputs = {field: array.detach() for field, array in _outputs(name, out)}
             seconds = now - self.spent - call.start
             flops = own_flops(call.kind, module, call.inputs, outputs)
             self.on_end(Block(**vars(call), outputs=outputs, seconds=seconds, flops=flops))
-            self.spent += _now() - now
+            self.spent += self.now() - now
 
         return hook
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _outputs(name: str, out: Any) -> Iterator[tuple[str, Tensor]]:

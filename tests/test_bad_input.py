@@ -107,6 +107,7 @@ CALLS = [
         (f"{GENERATE} --seed -1", "seed | 0 to | -1"),
         (f"{GENERATE} --seed 18446744073709551616", "seed | 0 to"),
         (f"{GENERATE} --seed 3 --seed 3", "seed | different for every result"),
+        (f"{GENERATE} --seed 1 --seed -1", "seed | 0 to | -1"),
         (f"{GENERATE} --seed lucky", "--seed | lucky"),
         (f"{GENERATE} --size 0", "size | 16 to 2048 | 0"),
         (f"{GENERATE} --size 99999", "size | 16 to 2048 | 99999"),

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+import torch
 from helpers import BACKENDS, Backend, write_tiny_model
 from PIL import Image
 
@@ -244,7 +246,7 @@ def test_render_heads_writes_captures_and_keeps_those_that_are_there(desk: Path,
     command = ["render-heads", "heads", "--identities", "100000:100002", "--views", "2", "--size", "32", "--processes", "1"]
     assert run(command) == 0
     before = {path: path.read_bytes() for path in (desk / "heads").rglob("*.png")}
-    assert len(before) == 2 * 2 * 2
+    assert len(before) == 2 * 2 * 3  # heads, views, and pictures, normal maps and detail maps
     assert run(command) == 0
     assert {path: path.read_bytes() for path in (desk / "heads").rglob("*.png")} == before
     assert capfd.readouterr().out.splitlines() == ["2 heads rendered, 2 in heads", "0 heads rendered, 2 in heads"]
@@ -337,6 +339,36 @@ def test_a_fault_of_the_program_is_one_line_and_a_traceback_on_request(
     monkeypatch.setenv("MVMLX_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         run(["models"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 72.7 TiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum"),
+    ],
+)
+def test_memory_that_runs_out_is_no_fault_of_the_program(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def full(**options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(mvshared.commands.checkpoints, "list_models", full)
+    assert run(["models"]) == 13
+    printed = capfd.readouterr().err
+    assert "memory ran out" in printed and "--low-memory" in printed and "fault of mvmlx" not in printed
+
+
+def test_a_file_name_that_the_terminal_cannot_show_is_shown_in_another_way(desk: Path) -> None:
+    name = os.fsdecode(b"p\xff.png")
+    shutil.copyfile(desk / "picture.png", desk / name)
+    command = [MVMLX, "generate", name, "--model", "tiny", "--backend", "torch", "--device", "cpu", "--steps", "1"]
+    result = subprocess.run(command, cwd=desk, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert b"p\\udcff-views" in result.stdout
 
 
 @pytest.mark.parametrize(("file", "told"), [("b.json", False), ("-", True)])

@@ -73,15 +73,20 @@ def test_what_is_observed_or_trained_or_not_worth_it_runs_as_it_is(network: Netw
         for _ in range(2):
             compiled(network)(X)
     assert (network.calls, seen) == (3, ["linear"] * 2)
+    with observe({"part": network.linear}, lambda name, *_: seen.append(name)), observe(network, lambda *_: None):
+        compiled(network)(X)
+    assert (network.calls, seen.pop()) == (4, "part")
+    compiled(network)(X)
+    assert network.calls == 4
     network.train()
     for _ in range(2):
         compiled(network)(X)
-    assert network.calls == 5
+    assert network.calls == 6
     network.eval()
     plain = CompiledCalls(worthwhile=False)
     for _ in range(2):
         plain(network)(X)
-    assert network.calls == 7
+    assert network.calls == 8
 
 
 def test_a_network_that_is_forgotten_leaves_memory() -> None:

@@ -14,7 +14,7 @@ from mvshared import download as download_module
 from mvshared.backend import load
 from mvshared.checkpoint import find_model, model_name
 from mvshared.cli import run
-from mvshared.download import Plan, download
+from mvshared.download import Plan, _wanted, download
 from mvshared.errors import CheckpointError, ConfigError, DownloadError, OptionError
 from mvshared.models import REPOSITORIES, pins_path, read_pins, repository_of
 
@@ -237,3 +237,23 @@ def test_names_that_are_none_say_which_there_are(hub: Hub) -> None:
         find_model("sd3")
     with pytest.raises(CheckpointError, match="no such model"):
         find_model("no/folder")
+
+
+@pytest.mark.parametrize(
+    ("files", "kept"),
+    [
+        (
+            ["m.safetensors.index.fp16.json", "m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors"],
+            ["m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors", "m.safetensors.index.fp16.json"],
+        ),
+        (
+            ["m.safetensors.index.json", "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.fp16.safetensors"],
+            ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json"],
+        ),
+        (["m.safetensors", "m.fp16-00001-of-00002.safetensors", "m.safetensors.index.fp16.json"], ["m.safetensors"]),
+        (["m.fp16.safetensors", "m.non_ema.safetensors", "m.bin"], ["m.fp16.safetensors"]),
+    ],
+)
+def test_each_component_s_weights_are_fetched_once_and_whole(files: list[str], kept: list[str]) -> None:
+    names = {"model_index.json": 1, "unet/config.json": 1} | {f"unet/{file}": 1 for file in files}
+    assert _wanted(names) == ["model_index.json", *sorted(["unet/config.json", *(f"unet/{file}" for file in kept)])]

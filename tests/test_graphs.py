@@ -221,6 +221,19 @@ def test_another_shape_and_another_way_of_attention_are_recorded_anew() -> None:
     assert recorder.replayed == 8
 
 
+def test_decoding_is_recorded_anew_when_the_vae_has_other_weights() -> None:
+    recorder, latents = Recorder(keeps=False), torch.zeros(1, 4, 4, 4)
+    model: Any = pipeline_of(None).model
+    model._vae_graphs = Graphs(recorder)
+    for recorded in (1, 2):
+        for _ in range(3):
+            model.decode(latents)
+        assert recorder.recorded == recorded
+        for parameter in model.vae.parameters():
+            parameter.data = 1.5 * parameter
+    assert recorder.replayed == 4
+
+
 def test_gradients_and_recordings_of_the_program_around_get_an_ordinary_call() -> None:
     recorder, network, condition = Recorder(), Network(), Condition()
     graphs = Graphs(recorder)

@@ -22,6 +22,7 @@ from mvshared.images import (
     from_model,
     grid,
     load_image,
+    resize_bilinear,
     resize_rgba,
     save_png,
     save_turntable,
@@ -445,3 +446,17 @@ def test_a_turntable_loops_forever_with_one_palette_and_the_exact_background(tmp
 def test_a_turntable_of_no_duration_is_refused(tmp_path: Path, seconds: float) -> None:
     with pytest.raises(OptionError, match="seconds"):
         save_turntable(tmp_path / "turn.gif", smooth()[None], seconds=seconds)
+
+
+def test_pictures_are_composited_in_bands_and_pixels_looked_at_are_put_into_the_model_s_range_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rgba = np.random.default_rng(0).integers(0, 256, (2, 9, 7, 4), np.uint8)
+    whole = composite(rgba, (10, 200, 3))
+    monkeypatch.setattr(images, "BAND", 5)
+    np.testing.assert_array_equal(composite(rgba, (10, 200, 3)), whole)
+    assert composite(rgba[:0], (0, 0, 0)).shape == (0, 9, 7, 3)
+    for size in ((4, 4), (20, 3), (9, 7)):
+        resized = resize_bilinear(whole[0], size)
+        np.testing.assert_array_equal(resized, resize_bilinear(to_model(whole[0]), size))
+        assert resized.dtype == np.float32

@@ -156,6 +156,9 @@ def test_all_16_bits_of_a_png_are_read(tmp_path: Path, channels: int) -> None:
     np.testing.assert_allclose(loaded[..., :channels] * 257, values, atol=0.01)
     np.testing.assert_array_equal(loaded[..., 3] if channels == 3 else 255, 255)
     np.testing.assert_array_equal(load_image(path)[..., :channels], values >> 8)
+    with path.open("rb") as file:
+        for opened in (Image.open(path), Image.open(file)):  # whose file Pillow closes, and one that it does not
+            np.testing.assert_array_equal(load_values(opened), loaded)
 
 
 def test_a_damaged_png_of_16_bits_is_refused(tmp_path: Path) -> None:

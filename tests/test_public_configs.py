@@ -222,6 +222,23 @@ def test_a_model_without_cameras_makes_one_view(tmp_path: Path) -> None:
     pipe = load(stable_diffusion(tmp_path), backend="torch", device="cpu")
     with pytest.raises(OptionError, match="views must be 1: this model knows no cameras, got 2"):
         pipe.generate(prompt="owl", views=2)
+    for name, options in {
+        "elevation_deg": {"elevation_deg": 40.0},
+        "azimuths_deg": {"azimuths_deg": [90.0]},
+        "cameras": {"cameras": [[0.0, 40.0]]},
+    }.items():
+        with pytest.raises(OptionError, match=f"{name} must be left out: this model knows no cameras"):
+            pipe.generate(prompt="owl", **options)
+    views = pipe.generate(prompt="owl", steps=1, size_px=16)
+    again = pipe.generate(prompt="owl", steps=1, size_px=16, cameras=views.cameras)  # as a run that is repeated does
+    np.testing.assert_array_equal(views.images, again.images)
+
+
+def test_models_that_edit_pictures_are_no_models_with_normal_maps(tmp_path: Path) -> None:
+    for channels in (8, 9):
+        folder = stable_diffusion(tmp_path / f"{channels}", unet={"in_channels": channels})
+        with pytest.raises(CheckpointError, match=f"in_channels must be as many as out_channels .*got {channels} and 4"):
+            read_model_config(folder)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

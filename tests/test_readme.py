@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,9 @@ def test_the_file_map_names_what_is_there() -> None:
     rows = re.findall(r"^\| `([^`]+/)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert "mvmlx/" in rows
     assert not [row for row in rows if not (ROOT / row).is_dir()]
+
+
+def test_the_pytorch_that_comes_first_is_one_that_the_package_takes() -> None:
+    """Else pip replaces the build without CUDA by one with it."""
+    (first,) = re.findall(r'pip install "(torch[^"]+)" --index-url', (ROOT / "README.md").read_text())
+    assert first in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["torch"]

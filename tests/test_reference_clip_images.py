@@ -11,6 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from mvshared.clip_images import clip_pixels, read_clip_image_config
 from mvshared.config import CLIPImageConfig
+from mvshared.conversion.configs import image_processor_document
 from mvshared.errors import CheckpointError, OptionError
 
 # Smaller and larger than the crop, square and not, one pixel, and sides whose quotient rounds badly.
@@ -26,9 +27,10 @@ def write(path: Path, document: Any) -> Path:
     return path
 
 
-def oracle(image: NDArray[np.uint8], *, edge: int, crop: int) -> NDArray[np.float32]:
+def oracle(image: NDArray[np.uint8], *, edge: int, crop: int, squeeze: bool = False) -> NDArray[np.float32]:
     make: Any = CLIPImageProcessorPil
-    processor = make(size={"shortest_edge": edge}, crop_size={"height": crop, "width": crop})
+    size = {"height": edge, "width": edge} if squeeze else {"shortest_edge": edge}
+    processor = make(size=size, crop_size={"height": crop, "width": crop})
     return processor(image, return_tensors="np", input_data_format="channels_last").pixel_values[0].transpose(1, 2, 0)
 
 
@@ -54,13 +56,23 @@ def test_a_crop_is_taken_from_the_middle() -> None:
     [
         {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}},
         {"size": 56, "crop_size": 56},
-        {"size": {"height": 56, "width": 56}, "crop_size": 56},
     ],
 )
 def test_sizes_are_read_however_they_are_written(sizes: dict[str, Any], tmp_path: Path) -> None:
     mean = [0.5, 0.25, 0.125]
     config = read_clip_image_config(write(tmp_path / "config.json", sizes | {"image_mean": mean, "resample": 2}))
     assert config == CLIPImageConfig(shortest_edge=56, crop_size=56, image_mean=(0.5, 0.25, 0.125), resample=2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_of_height_and_width_squeezes_the_picture(size: tuple[int, int], tmp_path: Path) -> None:
+    document = {"size": {"height": 56, "width": 56}, "crop_size": 56}
+    config = read_clip_image_config(write(tmp_path / "config.json", document))
+    assert config == CLIPImageConfig(shortest_edge=56, crop_size=56, squeeze=True)
+    assert read_clip_image_config(write(tmp_path / "again.json", image_processor_document(config))) == config
+    pixels = clip_pixels(picture(size), config)
+    levels = np.abs(pixels - oracle(picture(size), edge=56, crop=56, squeeze=True)) * np.asarray(config.image_std) * 255
+    assert levels.max() <= 1e-3
 
 
 def test_what_is_not_said_is_clip_s_own(tmp_path: Path) -> None:

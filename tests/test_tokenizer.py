@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import transformers
 
+from mvshared.config import CLIPTextConfig
 from mvshared.errors import CheckpointError, OptionError
-from mvshared.tokenizer import CLIPTokenizer
+from mvshared.tokenizer import CLIPTokenizer, load_tokenizer
 
 FOLDER = Path(__file__).parent / "fixtures" / "tiny-mvdream" / "tokenizer"
 COUNT = 2000
@@ -21,7 +23,7 @@ PIECES = [
     *"abc ABC  xyz", *"éñüßİ\u0131\u017fKÅ", "A\u030a", "e\u0301\u0323", *"🙂🏽", "👩\u200d👩\u200d👧", *"!!!??..,,''\"",
     *"0129½²٣", *"漢字かな한국어", *"عربहिไทย", "\x00", "\x01", "\x1f", "\x7f", "\x85", "\u2028", "\u200b", "\u00a0", "\ufeff",
     "\t", "\r\n", "\ud7ff", "\U0010ffff", "'s", "'T", "'re", "'ve ", "'m", "'ll", "'d",
-    "<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>", "<|", "|>", "</w>", "owl",
+    "<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>", "<|", "|>", "</w>", "owl", "<owl>", "kåt", " <owl> ", "KÅT",
 ]  # fmt: skip
 
 
@@ -52,9 +54,11 @@ def stable_diffusion(pad_token: str) -> dict[str, Any]:
     return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad_token}
 
 
-def one_file(folder: Path) -> Path:
+def one_file(folder: Path, *, added: Sequence[str] = ()) -> Path:
     """The folder as transformers saves it: one tokenizer.json."""
-    transformers.CLIPTokenizer.from_pretrained(FOLDER).save_pretrained(folder)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(FOLDER)
+    tokenizer.add_tokens(list(added))
+    tokenizer.save_pretrained(folder)
     assert not (folder / "merges.txt").exists()
     return folder
 
@@ -65,6 +69,8 @@ FOLDERS = {
     "Stable Diffusion 1.5": lambda path: variant(path, special_tokens_map=stable_diffusion("<|endoftext|>")),
     "no settings": lambda path: variant(path, special_tokens_map=None, tokenizer_config=None),
     "one file": one_file,
+    "added tokens": lambda path: variant(path, added_tokens={"<owl>": 525, "kåt": 526}),
+    "one file with added tokens": lambda path: one_file(path, added=["<owl>", "kåt"]),
 }
 
 
@@ -125,6 +131,9 @@ def test_what_is_no_text_is_refused() -> None:
         ({"special_tokens_map": {"pad_token": {"text": "!"}}}, "must be a text or an object with content"),
         ({"special_tokens_map": {"pad_token": token("!") | {"lstrip": 1}}}, "must be a text or an object with content"),
         ({"special_tokens_map": ["!"]}, "must hold a JSON object"),
+        ({"added_tokens": {"<owl>": 527}}, "the added token '<owl>' must have the next id, 525, got 527"),
+        ({"added_tokens": {"<owl>": "525"}}, "an added token's id must be a whole number"),
+        ({"tokenizer_config": {"added_tokens_decoder": ["<owl>"]}}, "added_tokens_decoder must map ids to objects"),
         ({"tokenizer_config": {"model_max_length": 2}}, "model_max_length must be a number of at least 3, got 2"),
         ({"tokenizer_config": {"model_max_length": "77"}}, "model_max_length must be a number"),
     ],
@@ -132,3 +141,21 @@ def test_what_is_no_text_is_refused() -> None:
 def test_broken_folders_are_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         CLIPTokenizer(variant(tmp_path / "broken", **files))
+
+
+def test_tokens_added_by_the_config_are_those_of_the_older_file(tmp_path: Path) -> None:
+    """In one folder of plain files; transformers' own class takes them from there where it saved them as one file."""
+    older = CLIPTokenizer(variant(tmp_path / "older", added_tokens={"<owl>": 525}))
+    config = json.loads((FOLDER / "tokenizer_config.json").read_text())
+    decoder = {"525": {"content": "<owl>", "lstrip": False, "rstrip": False, "normalized": True, "single_word": False}}
+    newer = CLIPTokenizer(variant(tmp_path / "newer", tokenizer_config=config | {"added_tokens_decoder": decoder}))
+    assert newer.largest_id == older.largest_id == 525
+    np.testing.assert_array_equal(newer(texts()).ids, older(texts()).ids)
+
+
+def test_a_tokenizer_with_tokens_that_the_text_encoder_does_not_know_is_refused(tmp_path: Path) -> None:
+    text = CLIPTextConfig(vocab_size=525, eos_token_id=524)
+    assert load_tokenizer(FOLDER.parent, text).largest_id == 524
+    variant(tmp_path / "tokenizer", added_tokens={"<owl>": 525})
+    with pytest.raises(CheckpointError, match="has token ids up to 525, the text encoder knows 525 tokens"):
+        load_tokenizer(tmp_path, text)

@@ -1,6 +1,7 @@
 """The training loop and its configuration, on tiny data; on PyTorch unless the backend matters."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import BACKENDS, assert_close
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from training_cases import (
     OPTIMIZER,
@@ -30,7 +32,7 @@ import mvshared.training.loop
 import mvtorch.model
 import mvtorch.train
 from mvshared.captures import load_capture
-from mvshared.checkpoint import read_model_config, weight_files
+from mvshared.checkpoint import find_model, read_model_config, weight_files
 from mvshared.errors import (
     BackendError,
     ConfigError,
@@ -40,8 +42,9 @@ from mvshared.errors import (
     OutputError,
     TensorMismatchError,
 )
+from mvshared.heads.dataset import render_dataset
 from mvshared.training.config import OptimizerConfig, VAELossConfig, load_train_config, parse_train_config
-from mvshared.training.data import VAEPictures, find_captures, read_picture
+from mvshared.training.data import Latents, VAEPictures, find_captures, read_picture
 from mvshared.training.log import LogRow, TrainingLog, read_log
 from mvshared.training.loop import learning_rate, train
 
@@ -57,6 +60,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vae(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint folder of a VAE after a few steps."""
     return run(vae_config(data, steps=2), tmp_path_factory.mktemp("vae") / "run")
+
+
+def test_the_loss_is_plotted_below_zero_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scales = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: scales.append(figure.axes[0].get_yscale()))
+    for last in (0.1, -0.2):
+        log = TrainingLog(tmp_path, last_step=0)
+        for step, loss in ((1, 0.5), (2, last)):
+            log.add(LogRow(step, loss, loss, 1.0, 1e-3, 0.1, None, 0))
+        assert log.plot()
+    assert scales == ["log", "linear"]
 
 
 # Runs that are interrupted
@@ -134,6 +148,26 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_state(
     assert (tmp_path / "run/state.safetensors").read_bytes() == (tmp_path / "whole/state.safetensors").read_bytes()
     steps = [row.step for row in read_log(tmp_path / "run/log.csv")]
     assert steps == [1, 2, 3, 4]
+
+
+def test_captures_that_are_added_to_a_run_are_learned_from(data: Path, vae: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    run(unet_config(tmp_path / "data", vae, steps=1), tmp_path / "run")
+    before = {path.name.split("-")[1]: path for path in (tmp_path / "run").glob("latents-*.npz")}
+    shutil.copytree(data / "object_0", tmp_path / "data" / "added")
+    run(unet_config(tmp_path / "data", vae, steps=2), tmp_path / "run")
+    after = {path.name.split("-")[1]: path for path in (tmp_path / "run").glob("latents-*.npz")}
+    assert len(list((tmp_path / "run").glob("latents-*.npz"))) == 2
+    assert before["training"] != after["training"] and before["held"] == after["held"]
+    assert len(Latents.load(after["training"]).first) - 1 == 4 * 2  # mirrored, too
+
+
+def test_the_vae_and_the_start_may_be_those_of_a_named_model(tmp_path: Path) -> None:
+    render_dataset(tmp_path / "heads", range(100_000, 100_002), views=4, size_px=128, processes=1)
+    demo = read_model_config(find_model("demo"))
+    options = {"init_from": "demo", "unet": demo.unet, "batch_size": 1, "steps": 1}
+    model = run(unet_config(tmp_path / "heads", Path("demo"), **options), tmp_path / "run")
+    assert read_model_config(model).vae == demo.vae
 
 
 def test_a_run_of_another_config_is_refused_by_the_name_of_the_field(data: Path, tmp_path: Path) -> None:

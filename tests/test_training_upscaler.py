@@ -11,6 +11,7 @@ from training_cases import SIZE, run, toml, vae_config, write_objects
 
 import mvshared.training.loop
 from mvshared.backend import load, load_upscaler
+from mvshared.camera import orbit
 from mvshared.captures import load_capture, write_capture
 from mvshared.checkpoint import read_vae_config
 from mvshared.config import KUNetConfig
@@ -153,6 +154,11 @@ def test_wrong_configurations_are_refused(data: Path, model: Path, tmp_path: Pat
     with pytest.raises(DatasetError):
         run(config(tmp_path / "nowhere", model), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    small = np.full((2, 4, 4, 4), 255, np.uint8)
+    for number in range(2):
+        write_capture(tmp_path / "small" / f"{number}", small, None, orbit((0.0, 90.0), 0.0), 40.0)
+    with pytest.raises(DatasetError, match=r"view_000.png: width and height must be at least 8 for this model, got 4 x 4"):
+        run(config(tmp_path / "small", model), tmp_path / "run")
     scaled = write_tiny_model(tmp_path / "scaled", replace(MODEL, vae=replace(MODEL.vae, scaling_factor=0.5)))
     with pytest.raises(OptionError, match="views_from must be of the same latents"):
         run(config(data, model, views_from=str(scaled)), tmp_path / "run")

@@ -22,7 +22,7 @@ from mvshared.backend import load, load_upscaler
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import WEIGHT_FILE
 from mvshared.cli import run
-from mvshared.errors import CheckpointError, NumericsError, OptionError
+from mvshared.errors import CheckpointError, NumericsError, OptionError, OutputError
 from mvshared.images import from_model, load_image
 from mvshared.inspection import inspect
 from mvshared.pipeline import Pipeline
@@ -74,6 +74,24 @@ def test_lanczos_is_pillows(pipeline: Pipeline[Any]) -> None:
         expected = Image.fromarray(source).resize((64, 64), Image.Resampling.LANCZOS)
         np.testing.assert_array_equal(image, np.asarray(expected))
     np.testing.assert_array_equal(large.latents, views.latents)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "bilinear"])
+def test_views_are_upscaled_once(pipeline: Pipeline[Any], method: Any) -> None:
+    large = pipeline.upscale(pipeline.generate(PIXELS), method="lanczos")
+    with pytest.raises(OptionError, match="views must be of 32 pixels, not upscaled yet, got '64 x 64 pixels'"):
+        pipeline.upscale(large, method=method)
+
+
+def test_what_was_upscaled_of_another_run_goes_when_it_is_overwritten(pipeline: Pipeline[Any], tmp_path: Path) -> None:
+    views = pipeline.generate(PIXELS)
+    views.save(tmp_path / "out")
+    pipeline.upscale(views, method="lanczos").save(tmp_path / "out" / "upscaled")
+    with pytest.raises(OutputError, match="holds a finished run"):
+        views.save(tmp_path / "out")
+    assert (tmp_path / "out" / "upscaled" / "metadata.json").exists()
+    views.save(tmp_path / "out", force=True)
+    assert not (tmp_path / "out" / "upscaled").exists()
 
 
 def test_bilinear_is_that_of_pytorch_on_the_latents(pipeline: Pipeline[Any]) -> None:

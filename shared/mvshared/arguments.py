@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,7 @@ from mvshared.normals import Normals
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
 Pictures: TypeAlias = Picture | Sequence[Picture]
 MAX_VIEWS = 64
+MAX_SEED = 2**63 - 1
 SIZE_RANGE_PX = (16, 2048)
 
 Latents: TypeAlias = str | Path | NDArray[np.floating[Any]]
@@ -30,7 +32,7 @@ def load_latents(given: Latents | None) -> NDArray[Any] | None:
     if isinstance(given, str | Path):
         try:
             loaded = np.load(given, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as cause:
+        except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as cause:
             hint = (cause.strerror if isinstance(cause, OSError) else None) or "it holds no array of numbers"
             raise OptionError("latents", expected="an .npy file of floats", got=str(given), hint=hint) from cause
         if not isinstance(loaded, np.ndarray):
@@ -111,6 +113,11 @@ def view_poses(
     joined = unet.reference_frame or bool(unet.normal_channels) or unet.cross_attention_dim is None
     if not (unet.camera_dim or joined) and len(poses) != 1:
         raise OptionError(named[0] if named else "views", expected="1: this model knows no cameras", got=len(poses))
+    if not (unet.camera_dim or joined):
+        usual = orbit(even_azimuths(1, start_deg=defaults.azimuth_start_deg), defaults.elevation_deg, radius=camera.radius)
+        if not np.allclose(poses, usual):  # a run that is repeated gives those that it had
+            name = "elevation_deg" if elevation_deg is not None else named[0]
+            raise OptionError(name, expected="left out: this model knows no cameras", got=given.get(name, elevation_deg))
     if len(poses) > MAX_VIEWS:
         raise OptionError(named[0], expected=f"at most {MAX_VIEWS} views", got=len(poses))
     return poses

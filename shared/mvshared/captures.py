@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -208,7 +209,7 @@ def _check_size(path: Path, picture: NDArray[np.uint8], shape: tuple[int, ...]) 
 def _load_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     try:
         depth = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as cause:
+    except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as cause:
         raise DatasetError(f"is no .npy file: {cause}", path=path) from cause
     if not isinstance(depth, np.ndarray) or not np.issubdtype(depth.dtype, np.floating) or depth.shape != shape[:2]:
         raise DatasetError(f"must hold floats of shape {shape[:2]}", path=path)

@@ -4,8 +4,10 @@ Only click is imported at start-up, so that --help answers at once.
 """
 
 import errno
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import Any
 import click
 
 from mvshared import __version__
-from mvshared.errors import MvError, OutputError
+from mvshared.errors import MemoryBudgetError, MvError, OutputError
 
 USAGE_EXIT, INTERNAL_EXIT, INTERRUPT_EXIT = 2, 70, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What the allocators of PyTorch and MLX say, in errors that have no class of their own but for CUDA's.
+_NO_MEMORY = re.compile(r"out ?of ?memory|can't allocate memory|not enough memory|(unable|attempting) to allocate", re.I)
 
 
 class NumberList(click.ParamType):
@@ -505,6 +509,9 @@ def main() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be what the terminal can show
     sys.exit(run(sys.argv[1:]))
 
 
@@ -539,6 +546,9 @@ def run(arguments: list[str]) -> int:
             hint = "the system does not let mvmlx read or write there"
             return _fail(f"{text} ({hint})", OutputError.exit_code, kind=type(error).__name__, as_json=as_json)
         text = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+            hint = "memory ran out; smaller runs are those with --low-memory, --memory-budget, --size, --views or --dtype"
+            return _fail(f"{text} ({hint})", MemoryBudgetError.exit_code, kind="OutOfMemory", as_json=as_json)
         hint = "this is a fault of mvmlx: please report it with what MVMLX_TRACEBACK=1 prints"
         return _fail(f"{text} ({hint})", INTERNAL_EXIT, kind="InternalError", as_json=as_json)
 

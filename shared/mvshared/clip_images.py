@@ -1,6 +1,6 @@
-"""Pictures for CLIP's vision tower: shortest side to a size, centre crop, normalised; as transformers' CLIPImageProcessor.
+"""Pictures for CLIP's vision tower: shortest side (or both) to a size, centre crop, normalised; as CLIPImageProcessor.
 
-The numbers come from a checkpoint's preprocessor_config.json.
+That is transformers'; the numbers come from a checkpoint's preprocessor_config.json.
 """
 
 from pathlib import Path
@@ -27,6 +27,7 @@ def read_clip_image_config(path: Path) -> CLIPImageConfig:
     values: dict[str, Any] = {
         "shortest_edge": _side(document.get("size", defaults.shortest_edge), path),
         "crop_size": _side(document.get("crop_size", defaults.crop_size), path),
+        "squeeze": isinstance(document.get("size"), dict) and "height" in document["size"],
     }
     for name in ("resample", "rescale_factor", "image_mean", "image_std"):
         value = document.get(name, getattr(defaults, name))
@@ -44,7 +45,7 @@ def read_clip_image_config(path: Path) -> CLIPImageConfig:
 def clip_pixels(image: NDArray[np.uint8], config: CLIPImageConfig) -> NDArray[np.float32]:
     """Normalised pixels float32 (crop_size, crop_size, 3) of a picture uint8 (h, w, 3) of any size."""
     height, width = image.shape[:2]
-    long = int(config.shortest_edge * max(height, width) / min(height, width))
+    long = config.shortest_edge if config.squeeze else int(config.shortest_edge * max(height, width) / min(height, width))
     size = (config.shortest_edge, long) if width <= height else (long, config.shortest_edge)
     resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling(config.resample)))
     top, left = ((side - config.crop_size) // 2 for side in resized.shape[:2])

@@ -47,10 +47,14 @@ def _check_transformer(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPImageConfig:
-    """How a picture is prepared: `resample` is Pillow's number of the filter, 3 the bicubic one."""
+    """How a picture is prepared: `resample` is Pillow's number of the filter, 3 the bicubic one.
+
+    With `squeeze` both of its sides become `shortest_edge`, whatever its shape.
+    """
 
     shortest_edge: int = 224
     crop_size: int = 224
+    squeeze: bool = False
     resample: int = 3
     rescale_factor: float = 1 / 255
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)

@@ -6,6 +6,7 @@ What is there needs no network. Broken downloads go on where they stopped.
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,17 +126,21 @@ def _wanted(names: Mapping[str, Any]) -> list[str]:
             continue
         if not folder and file != "model_index.json":
             continue  # single-file checkpoints beside the folders
-        variant = [part for part in file.split(".")[1:-1] if part not in ("safetensors", "index")]
-        if file.endswith((".safetensors", ".index.json")) and variant:
-            plain = file
-            for part in variant:
-                plain = plain.replace(f".{part}", "", 1)
-            if f"{folder}/{plain}" in names or variant != ["fp16"]:
-                continue
+        unnumbered = re.sub(r"-\d{5}-of-\d{5}(?=\.)", "", file)
+        variant = [part for part in unnumbered.split(".")[1:-1] if part not in ("safetensors", "index")]
+        other = bool(variant) and (variant != ["fp16"] or _plain_weights(folder, names))
+        if other and ".safetensors" in file:
+            continue
         if file.endswith(".index.json") and ".safetensors" not in file:
             continue  # of pickled shards
         kept.append(name)
     return kept
+
+
+def _plain_weights(folder: str, names: Mapping[str, Any]) -> bool:
+    """Whether a component has safetensors of no variant, in one file or in several."""
+    files = (name.rpartition("/")[2] for name in names if name.startswith(f"{folder}/") and name.endswith(".safetensors"))
+    return any(file.count(".") == 1 for file in files)
 
 
 def _get(plan: Plan, name: str, remote: RemoteFile, pinned: PinnedFile | None) -> Path:

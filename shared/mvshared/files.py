@@ -108,8 +108,12 @@ def write_json(path: Path | str, document: Mapping[str, Any]) -> None:
 
 def user_cache() -> Path:
     """This project's folder in the user's cache, in the folder for temporary files for a user without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or user_home() / ".cache") / "mvmlx"
+
+
+def user_home() -> Path:
+    """The user's home, or the folder for temporary files for a user without one."""
     try:
-        home = Path.home()
+        return Path.home()
     except RuntimeError:
-        home = Path(tempfile.gettempdir())
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "mvmlx"
+        return Path(tempfile.gettempdir())

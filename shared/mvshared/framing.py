@@ -55,7 +55,7 @@ def frame_picture(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing, ba
         return Framed(picture, picture, to_model(picture))
     _check_visible(rgba)
     full = composite(_squared(rgba) if framing.mode == "pad" else rgba, background)
-    pixels = resize_bilinear(to_model(full), (size_px, size_px))
+    pixels = resize_bilinear(full, (size_px, size_px))
     return Framed(full, from_model(pixels), pixels)
 
 

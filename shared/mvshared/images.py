@@ -19,6 +19,7 @@ from mvshared.errors import ImageError, NumericsError, OptionError
 from mvshared.files import write_atomic
 
 MAX_PIXELS = 100_000_000
+BAND = 2**20  # pixels that are mixed at once
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PALETTE_SAMPLES = 20_000  # pixels of a turntable that its palette is made from
 
@@ -126,16 +127,15 @@ def _colors(image: Image.Image, path: Path | None) -> NDArray[np.uint8]:
 
 
 def _stored(image: Image.Image, path: Path | None) -> NDArray[np.float32]:
-    file, raw_mode = _png_of_16_bits(image)
+    encoded, raw_mode = _png_of_16_bits(image)
     image.load()
     upper = _upright(image)
     if upper.mode in GREY_PEAKS:
         return _scaled(_grey(upper, path)).astype(np.float32)
     values = np.asarray(upper.convert("RGBA")).astype(np.float32)
-    if file is not None:
+    if encoded:
         # Pillow keeps the first byte of every number. Read as little-endian numbers, the file yields the second ones.
-        file.seek(0)
-        second: Any = Image.open(file, formats=("PNG",))
+        second: Any = Image.open(io.BytesIO(encoded), formats=("PNG",))
         second.tile = [(codec, box, offset, raw_mode.replace("16B", "16L")) for codec, box, offset, _ in second.tile]
         second.load()
         lower = np.asarray(_upright(second), dtype=np.float32)
@@ -144,11 +144,20 @@ def _stored(image: Image.Image, path: Path | None) -> NDArray[np.float32]:
     return values
 
 
-def _png_of_16_bits(image: Image.Image) -> tuple[Any, str]:
-    """The open file and the raw mode of a coloured PNG with 16 bits per channel that is not decoded yet; else None and ""."""
+def _png_of_16_bits(image: Image.Image) -> tuple[bytes, str]:
+    """The bytes and the raw mode of a coloured PNG with 16 bits per channel that is not decoded yet; else both empty.
+
+    Pillow closes a file that it has opened itself as soon as it has decoded it, so this is before that.
+    """
     tile, file = getattr(image, "tile", None), getattr(image, "fp", None)
     raw_mode = tile[0][3] if image.format == "PNG" and tile and file is not None else ""
-    return (file, raw_mode) if raw_mode in ("RGB;16B", "RGBA;16B") else (None, "")
+    if file is None or raw_mode not in ("RGB;16B", "RGBA;16B"):
+        return b"", ""
+    place = file.tell()
+    file.seek(0)
+    encoded = file.read()
+    file.seek(place)
+    return encoded, raw_mode
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -214,8 +223,14 @@ def _scaled(array: NDArray[Any]) -> NDArray[Any]:
 
 def composite(rgba: NDArray[np.uint8], background: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Pictures uint8 (..., 3) of straight-alpha pictures (..., 4) over a plain background."""
-    alpha = rgba[..., 3:].astype(np.float32) / 255
-    return np.rint(rgba[..., :3] * alpha + np.asarray(background, np.float32) * (1 - alpha)).astype(np.uint8)
+    pixels = rgba.reshape(-1, 4)
+    result = np.empty((len(pixels), 3), np.uint8)
+    for start in range(0, len(pixels), BAND):  # a photograph in float would be a gigabyte
+        band = pixels[start : start + BAND]
+        alpha = band[:, 3:].astype(np.float32) / 255
+        mixed = band[:, :3] * alpha + np.asarray(background, np.float32) * (1 - alpha)
+        result[start : start + BAND] = np.rint(mixed, out=mixed)
+    return result.reshape(*rgba.shape[:-1], 3)
 
 
 def to_model(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -247,15 +262,21 @@ def resize_plane(plane: NDArray[np.float32], size_px: int) -> NDArray[np.float32
     return np.asarray(Image.fromarray(plane).resize((size_px, size_px), Image.Resampling.LANCZOS))
 
 
-def resize_bilinear(pixels: NDArray[np.float32], size_px: tuple[int, int]) -> NDArray[np.float32]:
-    """Pixels (h, w, c) at `size_px` (height, width), bilinear, not antialiased: PyTorch's interpolate, corners not aligned."""
+def resize_bilinear(pixels: NDArray[Any], size_px: tuple[int, int]) -> NDArray[np.float32]:
+    """Pixels (h, w, c) at `size_px` (height, width), bilinear, not antialiased: PyTorch's interpolate, corners not aligned.
+
+    Pixels of uint8 are put into [-1, 1] as `to_model` does, as many of them as are looked at.
+    """
     for axis, size in enumerate(size_px):
         length = pixels.shape[axis]
         position = np.maximum((np.arange(size) + 0.5) * (length / size) - 0.5, 0)
         low = position.astype(np.int64)
         share = (position - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
         high = np.minimum(low + 1, length - 1)
-        pixels = pixels.take(low, axis) * (1 - share) + pixels.take(high, axis) * share
+        near, far = pixels.take(low, axis), pixels.take(high, axis)
+        if near.dtype == np.uint8:
+            near, far = to_model(near), to_model(far)
+        pixels = near * (1 - share) + far * share
     return pixels
 
 

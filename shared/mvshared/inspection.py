@@ -11,7 +11,7 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import ModelConfig
 from mvshared.errors import MvError
 from mvshared.precision import DTYPE_BYTES
-from mvshared.tokenizer import CLIPTokenizer
+from mvshared.tokenizer import load_tokenizer
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
 from mvshared.weights import match_network, stored_quantization
@@ -115,7 +115,7 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
         )
     if config.text_encoder is not None:
         try:
-            CLIPTokenizer(folder / "tokenizer")
+            load_tokenizer(folder, config.text_encoder)
         except MvError as fault:
             faults.append(str(fault))
     return Report(folder=folder, config=config, components=tuple(reports), faults=tuple(faults))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mvshared.arguments import (
+    MAX_SEED,
     Latents,
     Pictures,
     array_sha256,
@@ -164,7 +165,7 @@ class Pipeline(Generic[A]):
             guidance_every=guidance_every,
             guidance_rescale=guidance_rescale,
         )
-        seed = whole("seed", seed, 0, 2**63 - 1)
+        seed = whole("seed", seed, 0, MAX_SEED)
         eta = number("eta", eta, 0, 1)
         scheduler = defaults.scheduler if scheduler is None else scheduler
         schedule = with_spacing(config.scheduler, spacing)
@@ -310,6 +311,9 @@ class Pipeline(Generic[A]):
     ) -> Views:
         """The views at twice their size, as the parameters say. Raises as `upscale` does."""
         model = self.model
+        if views.images.shape[1] != views.parameters.size_px:
+            size = f"{views.images.shape[2]} x {views.images.shape[1]} pixels"
+            raise OptionError("views", expected=f"of {views.parameters.size_px} pixels, not upscaled yet", got=size)
         if self._upscaler is None or self._upscaler[0] != parameters.upscaler:
             loaded = load_planned(parameters, **self._loading, at_once=self._at_once)
             self._upscaler = parameters.upscaler, loaded

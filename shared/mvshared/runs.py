@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 from mvshared.checkpoint import config_from_json
 from mvshared.config import TimestepSpacing
 from mvshared.errors import ConfigError, OptionError
-from mvshared.export import metadata, parameters_from_metadata, transforms, view_names, weights_from_metadata, write_views
+from mvshared.export import (
+    check_free,
+    discard,
+    metadata,
+    parameters_from_metadata,
+    transforms,
+    view_names,
+    weights_from_metadata,
+    write_views,
+)
 from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.normals import NormalSpace
 from mvshared.weights import sha256_of_files
@@ -117,7 +126,7 @@ class Views:
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write view_000.png ..., grid.png, turntable.gif, latents.npy, transforms.json and, last, metadata.json; returns the
-        folder.
+        folder. What was upscaled of an earlier run there is removed.
 
         Raises OutputError if the folder holds a finished run and no `force` is given, or cannot be written; CheckpointError if
         the weight files are gone, whose hashes belong to the metadata.
@@ -128,6 +137,8 @@ class Views:
         weights = sha256_of_files(self.weight_files)
         weights |= {f"upscaler/{name}": sha256 for name, sha256 in sha256_of_files(self.upscaler_files).items()}
         document = metadata(asdict(self.parameters), weights=weights, details={"width_px": width, "height_px": height})
+        check_free(folder, force=force)
+        discard(Path(folder) / UPSCALED)
         return write_views(folder, self.images, latents=self.latents, cameras=cameras, document=document, force=force)
 
 

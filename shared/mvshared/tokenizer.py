@@ -38,7 +38,9 @@ class Tokens(NamedTuple):
 class CLIPTokenizer:
     """The tokenizer of a folder with vocab.json and merges.txt, or tokenizer.json.
 
-    Fields: `max_length`, the tokens per text, start and end included; `bos_token_id`, `eos_token_id`, `pad_token_id`.
+    Tokens that were added to the vocabulary are read too: added_tokens.json, `added_tokens_decoder` in tokenizer_config.json.
+    Fields: `max_length`, the tokens per text, start and end included; `bos_token_id`, `eos_token_id`, `pad_token_id`;
+    `largest_id`, the largest of all tokens.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -48,6 +50,7 @@ class CLIPTokenizer:
         special = {name: _token(folder, settings.get(name, content)) for name, content in SPECIAL_TOKENS.items()}
         self.max_length = _max_length(folder, settings)
         self._tokenizer = _bpe(folder, unk_token=special["unk_token"].content)
+        _add_tokens(self._tokenizer, folder, settings)
         vocabulary = self._tokenizer.get_vocab()
         for name, token in special.items():
             if token.content not in vocabulary:
@@ -55,6 +58,7 @@ class CLIPTokenizer:
         self._tokenizer.add_special_tokens(list(special.values()))
         ids = {name: vocabulary[token.content] for name, token in special.items()}
         self.bos_token_id, self.eos_token_id, self.pad_token_id = ids["bos_token"], ids["eos_token"], ids["pad_token"]
+        self.largest_id = max(vocabulary.values())
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Start token, the text's tokens as far as they fit, end token, padding. Raises OptionError for what is no text."""
@@ -80,6 +84,9 @@ def load_tokenizer(folder: Path, text: CLIPTextConfig | None) -> CLIPTokenizer:
         places = text.max_position_embeddings
         reason = f"has {tokenizer.max_length} tokens, the text encoder has {places} positions"
         raise CheckpointError(reason, path=folder / "tokenizer")
+    if text is not None and tokenizer.largest_id >= text.vocab_size:
+        reason = f"has token ids up to {tokenizer.largest_id}, the text encoder knows {text.vocab_size} tokens"
+        raise CheckpointError(reason, path=folder / "tokenizer")
     return tokenizer
 
 
@@ -100,6 +107,31 @@ def _token(folder: Path, value: Any) -> AddedToken:
     if not isinstance(content, str) or not content or not all(isinstance(option, bool) for option in options.values()):
         raise CheckpointError(f"a special token must be a text or an object with content, got {value!r}", path=folder)
     return AddedToken(content, special=True, **({"normalized": False} | options))
+
+
+def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
+    """Add the tokens that are not in the vocabulary, whose ids must be the next ones."""
+    path = folder / "added_tokens.json"
+    plain = read_json_object(path, error=CheckpointError) if path.exists() else {}
+    decoder = settings.get("added_tokens_decoder", {})
+    if not isinstance(decoder, dict) or not all(isinstance(each, dict) for each in decoder.values()):
+        raise CheckpointError(f"added_tokens_decoder must map ids to objects, got {decoder!r}", path=folder)
+    added = {text: (number, AddedToken(text)) for text, number in plain.items()}
+    for number, fields in decoder.items():
+        token = _token(folder, fields)
+        token.special = bool(fields.get("special", False))
+        added[token.content] = (int(number) if number.isdecimal() else number, token)
+    known = tokenizer.get_vocab()
+    new = [pair for text, pair in added.items() if text not in known]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number, _ in new):
+        raise CheckpointError("an added token's id must be a whole number", path=folder)
+    for number, token in sorted(new, key=lambda pair: pair[0]):
+        tokenizer.add_tokens([token])
+        given = tokenizer.token_to_id(token.content)
+        if given != number:
+            raise CheckpointError(
+                f"the added token {token.content!r} must have the next id, {given}, got {number}", path=folder
+            )
 
 
 def _max_length(folder: Path, settings: dict[str, Any]) -> int:

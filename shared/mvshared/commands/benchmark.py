@@ -57,6 +57,6 @@ def run_benchmark(names: tuple[str, ...], options: dict[str, Any]) -> None:
 def _whole(name: str, given: list[float] | None) -> tuple[int, ...]:
     """Numbers of the command line as whole ones."""
     for value in given or ():
-        if value != int(value):
+        if not value.is_integer():
             raise OptionError(name, expected="whole numbers with commas between them", got=value)
     return tuple(int(value) for value in given or ())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
+from mvshared.arguments import number
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.embedded import embedded_source
 from mvshared.errors import CheckpointError, NumericsError, OptionError
@@ -123,15 +124,15 @@ def convert_checkpoint(source: Path, dest: Path, options: dict[str, Any]) -> Non
     """`mvmlx convert`."""
     from mvshared.conversion.convert import convert
 
-    as_json, shard_gb = options.pop("as_json"), options.pop("shard_gb")
+    as_json, shard_gb = options.pop("as_json"), number("shard size", options.pop("shard_gb"), 0, 1e9)
     with _counting("converting") as count:
         report = convert(source, dest, shard_bytes=round(shard_gb * 1e9), on_tensor=count, **options)
     if as_json:
         click.echo(json.dumps(asdict(report) | {"folder": str(report.folder)}, default=dict))
         return
     _print_conversion(report)
-    for reason, number in Counter(report.left_out.values()).items():
-        click.echo(f"  left out: {number} tensor{'s' if number > 1 else ''}, {reason}")
+    for reason, tensors in Counter(report.left_out.values()).items():
+        click.echo(f"  left out: {tensors} tensor{'s' if tensors > 1 else ''}, {reason}")
     if report.missing:
         click.echo(f"mvmlx: warning: not a whole model yet; add with --with: {', '.join(report.missing)}", err=True)
 

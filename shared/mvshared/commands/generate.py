@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import click
 from tqdm import tqdm
 
-from mvshared.arguments import number
-from mvshared.backend import choose_backend, chosen_dtype, load
+from mvshared.arguments import MAX_SEED, number, whole
+from mvshared.backend import Model, choose_backend, chosen_dtype, load
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.config import ModelConfig
 from mvshared.errors import MvError, MvWarning, OptionError
-from mvshared.export import check_free, discard
+from mvshared.export import check_free
 from mvshared.files import check_folder, make_folder, write_atomic
 from mvshared.images import encode_png, grid
 from mvshared.pipeline import Pipeline, Progress
@@ -58,6 +58,11 @@ class Reporter:
         self.event("step", step=progress.step, steps=progress.steps, timestep=progress.timestep)
         self._advance("sampling", progress.step, progress.steps)
 
+    def loaded(self, name: str, model: Model[Any]) -> None:
+        """Say what a model is loaded as."""
+        facts = {field: getattr(model, field) for field in ("backend", "device", "dtype", "quantization")}
+        self.event("loaded", model=name, **facts)
+
     def upscale_step(self, progress: UpscaleProgress) -> None:
         """Show a step of the upscaling."""
         self.event("upscale_step", step=progress.step, steps=progress.steps)
@@ -96,7 +101,6 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
         with shown_warnings(reporter):
             result = run(reporter)
         views = result.views
-        discard(folder / UPSCALED)
         _save(views, folder, reporter, force=options["force"])
         if views.parameters.upscale is not None:
             _upscale(result, folder, reporter, check_numerics=options["check_numerics"])
@@ -144,7 +148,10 @@ def shown_warnings(reporter: Reporter) -> Iterator[None]:
 def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
     output, image = options["output"], options["image"][0] if options["image"] else None
     if output is None:
-        source = options["config"].resolve().parent if options["config"] is not None else image
+        source = image
+        if options["config"] is not None:
+            config = options["config"].resolve()
+            source = config if config.is_dir() else config.parent
         output = Path(f"{source.stem}-views") if source is not None else Path("views")
     return [output] if len(seeds) == 1 else [output / f"seed_{seed}" for seed in seeds]
 
@@ -168,6 +175,7 @@ def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) ->
             quantize=preset_of(parameters.quantization),
             low_memory=not parameters.memory.networks_at_once,
         )
+        reporter.loaded(parameters.model, pipeline.model)
         return Result(pipeline, repeat(pipeline, run, check_numerics=check_numerics, on_step=reporter.step))
 
     return repeated
@@ -182,6 +190,8 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
         raise OptionError("stepwise", expected=expected, got=str(options["stepwise"]))
     if len(set(seeds)) != len(seeds):
         raise OptionError("seed", expected="different for every result", got=seeds)
+    for seed in seeds:
+        whole("seed", seed, 0, MAX_SEED)
     config = read_model_config(find_model(options["model"]))
     cameras = None if options["cameras"] is None else load_cameras(options["cameras"], radius=config.camera.radius).poses
     upscale = upscale_parameters(options, config)
@@ -191,9 +201,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
     def run(reporter: Reporter, seed: int) -> Result:
         if not loaded:
             loaded.append(load(options["model"], **{name: options[name] for name in LOAD_OPTIONS}))
-            model = loaded[0].model
-            facts = {name: getattr(model, name) for name in ("backend", "device", "dtype", "quantization")}
-            reporter.event("loaded", model=options["model"], **facts)
+            reporter.loaded(options["model"], loaded[0].model)
         views = loaded[0].generate(
             list(options["image"]) or None,
             prompt=options["prompt"],

@@ -288,7 +288,7 @@ def image_processor_document(config: CLIPImageConfig) -> dict[str, Any]:
         "image_std": list(config.image_std),
         "resample": config.resample,
         "rescale_factor": config.rescale_factor,
-        "size": {"shortest_edge": config.shortest_edge},
+        "size": dict.fromkeys(("height", "width") if config.squeeze else ("shortest_edge",), config.shortest_edge),
     }
 
 

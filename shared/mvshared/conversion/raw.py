@@ -63,6 +63,15 @@ def read_safetensors(path: Path) -> dict[str, RawTensor]:
     }
 
 
+def raw_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, RawTensor]:
+    """Arrays of float32 as tensors to write."""
+
+    def bits(array: NDArray[Any]) -> Callable[[], NDArray[Any]]:
+        return lambda: np.ascontiguousarray(array).view(np.uint32)
+
+    return {name: RawTensor(dtype="F32", shape=array.shape, read=bits(array)) for name, array in arrays.items()}
+
+
 def cast(tensor: RawTensor, dtype: str, *, name: str) -> RawTensor:
     """The tensor in another of the FLOATS, rounded to the nearest. Raises CheckpointError for a value that leaves its range."""
     if tensor.dtype == dtype:
@@ -112,7 +121,7 @@ def write_safetensors(
     path: Path,
     tensors: Mapping[str, RawTensor],
     *,
-    on_tensor: Callable[[str, int], None],
+    on_tensor: Callable[[str, int], None] = lambda name, size: None,
     metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Write a safetensors file, tensor by tensor, as `write_atomic` does; returns its SHA-256.

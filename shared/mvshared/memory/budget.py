@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mvshared.backend import Dtype
 from mvshared.errors import MemoryBudgetError, OptionError
 from mvshared.memory.estimate import Estimate, ModelSize, RunSize, estimate
 from mvshared.memory.plan import MemoryPlan, plans
@@ -83,7 +84,8 @@ def _changes(model: ModelSize, run: RunSize) -> Iterator[tuple[str, ModelSize, R
     """Options of the command line that save memory, and what they make of the sizes."""
     if model.dtype == "float32":
         weights, packing = ({name: size // 2 for name, size in sizes.items()} for sizes in (model.weights, model.packing))
-        yield "--dtype bfloat16", replace(model, dtype="bfloat16", weights=weights, packing=packing), run
+        half: Dtype = "float16" if model.backend == "mlx" else "bfloat16"  # which Metal has no exact convolutions in
+        yield f"--dtype {half}", replace(model, dtype=half, weights=weights, packing=packing), run
     for preset, smaller in model.quantized_sizes.items():
         yield f"--quantize {preset}", smaller, run
     for size_px in SMALLER_SIZES_PX:

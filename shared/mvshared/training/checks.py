@@ -41,13 +41,17 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
         _check_normals([capture for *_, capture in captures], folder=config.folder)
 
 
-def check_sizes(captures: list[Capture], *, factor: int) -> None:
-    """Raise DatasetError unless all pictures, normal and detail maps have one size, a multiple of `factor` pixels."""
+def check_sizes(captures: list[Capture], *, factor: int, smallest: int = 0) -> None:
+    """Raise DatasetError unless all pictures, normal and detail maps have one size, a multiple of `factor` pixels, and no side
+    below `smallest`."""
     expected = None
     for sizes in ahead(_sizes_px, captures):
         for path, size in sizes:
             if expected is None and (size[0] % factor or size[1] % factor):
                 reason = f"width and height must be multiples of {factor} for this model, got {size[0]} x {size[1]} pixels"
+                raise DatasetError(reason, path=path)
+            if expected is None and min(size) < smallest:
+                reason = f"width and height must be at least {smallest} for this model, got {size[0]} x {size[1]} pixels"
                 raise DatasetError(reason, path=path)
             expected = expected or size
             if size != expected:

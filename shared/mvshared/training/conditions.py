@@ -19,7 +19,7 @@ from mvshared.config import ModelConfig
 from mvshared.files import make_folder
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.training.config import DataConfig
-from mvshared.training.data import reference_pictures
+from mvshared.training.data import captures_digest, reference_pictures, remove_others
 from mvshared.weights import sha256_of_files
 
 
@@ -45,7 +45,8 @@ def encode_conditions(
 ) -> list[Conditions]:
     """Conditions for each of the named lists of captures, from the encoders in the folder `source`.
 
-    Image states are kept in `folder` under the hash of the encoder's weights. Raises CheckpointError and DatasetError.
+    Image states are kept in `folder` under the hashes of the encoder's weights and of the captures. Raises CheckpointError and
+    DatasetError.
     """
     if model.text_encoder is None:
         return [Conditions() for _ in captures]
@@ -62,10 +63,12 @@ def encode_conditions(
         return encoders.to_numpy(encoders.encode_image(clip_pixels(picture, processor)[None]))[0]
 
     shape = (vision.tokens, vision.hidden_size)
-    return [
-        Conditions(text, _image_states(make_folder(folder) / f"image-states-{name}-{key}.npy", folders, data, shape, encode))
-        for name, folders in captures
-    ]
+    conditions = []
+    for name, folders in captures:
+        path = make_folder(folder) / f"image-states-{name}-{key}-{captures_digest(folders)}.npy"
+        conditions.append(Conditions(text, _image_states(path, folders, data, shape, encode)))
+        remove_others(path, f"image-states-{name}-*.npy")
+    return conditions
 
 
 def _image_states(

@@ -3,7 +3,9 @@
 The network's target is the one of the schedule's prediction type: v of arXiv 2202.00512, or the noise.
 """
 
+import hashlib
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -81,6 +83,23 @@ def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], l
         return found, []
     count = min(max(1, round(held_out * len(found))), len(found) - 1)
     return found[:-count], found[-count:]
+
+
+def captures_digest(folders: list[Path]) -> str:
+    """Of captures, as far as the names, sizes and times of their files tell: what was made of them belongs to it."""
+    lines = []
+    for folder in folders:
+        for file in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            status = file.stat()
+            lines.append(f"{folder.name}/{file.name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
+
+
+def remove_others(path: Path, pattern: str) -> None:
+    """Remove the files beside `path` that match: what was made of other captures, or by other weights."""
+    for other in path.parent.glob(pattern):
+        if other != path:
+            other.unlink()
 
 
 def read_picture(path: Path, *, background: tuple[int, int, int]) -> Picture:

@@ -53,7 +53,10 @@ class TrainingLog:
         held_out = [(row.step, row.held_out_loss) for row in self.rows if row.held_out_loss is not None]
         if held_out:
             axes.plot(*zip(*held_out, strict=True), marker="o", label="held out, EMA weights")
-        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        positive = all(row.loss > 0 and (row.held_out_loss is None or row.held_out_loss > 0) for row in self.rows)
+        axes.set(
+            xlabel="step", ylabel="loss", yscale="log" if positive else "linear"
+        )  # a likelihood's logarithm may be negative
         axes.legend()
         axes.grid(alpha=0.3)
         encoded = io.BytesIO()

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from mvshared.backend import PACKAGES, choose_backend
@@ -32,13 +32,22 @@ from mvshared.checkpoint import (
 )
 from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConfig
 from mvshared.conversion.networks import network_shapes
+from mvshared.conversion.raw import raw_tensors, write_safetensors
 from mvshared.errors import ConfigError, NumericsError, OutputError
-from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
+from mvshared.files import check_folder, make_folder, read_json_object, write_json
 from mvshared.training.ahead import ahead
 from mvshared.training.checks import check_captures, check_details, check_frozen, check_sizes
 from mvshared.training.conditions import encode_conditions
 from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
-from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures
+from mvshared.training.data import (
+    Latents,
+    VAEPictures,
+    ViewBatches,
+    captures_digest,
+    encode_captures,
+    find_captures,
+    remove_others,
+)
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.log import LogRow, TrainingLog
 from mvshared.training.optimizer import Weights, steps_of
@@ -95,6 +104,7 @@ def train(
     stage = make[config.stage](config, folder, module, backend=backend, device=device)
     if state is not None:
         stage.trainer.load_state(state)
+        del state  # as large as the weights and the optimiser together
     first = stage.trainer.steps
     _prepare(folder, config)
     log = TrainingLog(folder, last_step=first)
@@ -128,7 +138,7 @@ def train(
                 progress.set_postfix(loss=f"{np.mean(losses):.4f}")
                 losses, norms = [], []
             if saves:
-                write_atomic(folder / STATE, save(stage.trainer.state()))
+                write_safetensors(folder / STATE, raw_tensors(stage.trainer.state()))
                 stage.save_model()
                 log.plot()
             if on_sample is not None and (last or done % config.sample_every == 0):
@@ -234,7 +244,7 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
 
 def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
     source = _model_source(config)
-    vae_source = Path(config.vae_from) if config.vae_from is not None else source
+    vae_source = source if config.vae_from is None else _folder_of(config.vae_from)
     assert vae_source is not None
     model = _base_model(config, source, vae_source)
     unet = model.unet
@@ -343,25 +353,32 @@ def _latents(
 ) -> tuple[VAEConfig, Latents, Latents | None]:
     """The VAE's config with the statistics of its latents, and the encoded captures for training and validation, if any are.
 
-    They are kept in the run folder under the hash of the VAE's weights.
+    They are kept in the run folder under the hashes of the VAE's weights and of the captures.
     """
     files = weight_files(source, "vae")
     key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     captures = [found for found in find_captures(config.data.folder, held_out=config.data.held_out) if found]
-    paths = [folder / f"latents-{name}-{key}.npz" for name in ("training", "held-out")[: len(captures)]]
+    names = ("training", "held-out")[: len(captures)]
+    paths = [folder / f"latents-{name}-{key}-{captures_digest(found)}.npz" for name, found in zip(names, captures, strict=True)]
     vae = read_vae_config(source)
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
     if not all(path.exists() for path in paths):
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
         encode = package.load_vae(raw, files, device=device).encode
         _prepare(folder, config)
-        for path, folders in zip(paths, captures, strict=True):
+        for name, path, folders in zip(names, paths, captures, strict=True):
             encode_captures(folders, config.data, encode).save(path)
+            remove_others(path, f"latents-{name}-*.npz")
     training, *held_out = (Latents.load(path) for path in paths)
     if vae.latents_mean is None and config.unet is not None:
         sample = training.images.reshape(-1, vae.latent_channels).astype(np.float64)
         vae = replace(vae, scaling_factor=1.0, latents_mean=_rounded(sample.mean(0)), latents_std=_rounded(sample.std(0)))
     return vae, _scaled(training, vae), _scaled(held_out[0], vae) if held_out else None
+
+
+def _folder_of(named: str) -> Path:
+    """The folder with a component to start from: the model of a run of the VAE's stage, which is no whole one, or a model."""
+    return Path(named) if Path(named).is_dir() else find_model(named)
 
 
 def _cast(weights: Mapping[str, NDArray[Any]], dtype: str) -> dict[str, NDArray[Any]]:
@@ -391,9 +408,7 @@ def _initial(
 ) -> dict[str, NDArray[np.float32]]:
     """Weights to start from: those of `init_from`, or random ones."""
     if config.init_from is not None:
-        source = Path(config.init_from)  # a run of the VAE's stage is no whole model
-        source = source if source.is_dir() else find_model(config.init_from)
-        return read_weights(weight_files(source, component), shapes, unet=unet)
+        return read_weights(weight_files(_folder_of(config.init_from), component), shapes, unet=unet)
     if component == "vae":
         return initial_vae_weights(shapes, seed=config.seed)
     return initial_weights(shapes, seed=config.seed, zeros=UNET_ZEROS)

@@ -20,7 +20,7 @@ from mvshared.files import make_folder
 from mvshared.models import EMBEDDED
 from mvshared.training.checks import check_frozen, check_sizes
 from mvshared.training.config import TrainConfig
-from mvshared.training.data import find_captures
+from mvshared.training.data import captures_digest, find_captures, remove_others
 from mvshared.training.initial import initial_upscaler_weights
 from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs, generated_pairs
 from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
@@ -84,7 +84,9 @@ def upscaler_trainer(config: TrainConfig, upscaler: UpscalerConfig, module: Modu
 def check_pictures_of(config: TrainConfig, upscaler: UpscalerConfig) -> None:
     """Raise DatasetError for captures that cannot be learned from, before anything is written."""
     captures = find_captures(config.data.folder, held_out=config.data.held_out)
-    check_sizes([load_capture(folder) for folders in captures for folder in folders], factor=_multiple(upscaler))
+    smallest = 2 * upscaler.vae.downscale * upscaler.unet.downscale
+    loaded = [load_capture(folder) for folders in captures for folder in folders]
+    check_sizes(loaded, factor=_multiple(upscaler), smallest=smallest)
 
 
 def _multiple(upscaler: UpscalerConfig) -> int:
@@ -96,7 +98,7 @@ def upscaler_batches(
     config: TrainConfig, upscaler: UpscalerConfig, folder: Path, *, backend: str, device: str
 ) -> tuple[UpscalerBatches, UpscalerBatches | None]:
     """Batches for training and for validation, None if nothing is held out; the latents are kept in the run folder under the
-    hash of the VAE's weights."""
+    hashes of the weights and of the captures."""
     assert config.vae_from is not None
     files = weight_files(find_model(config.vae_from), "vae")
     key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
@@ -112,19 +114,21 @@ def upscaler_batches(
     if config.views_from is not None:
         denoiser = sha256_of_files(weight_files(find_model(config.views_from), "unet"))
         own = "-".join(digest[:12] for digest in denoiser.values())
-        path = folder / f"pairs-generated-{key}-{own}.npz"
+        chosen = captures[0][: config.generated_captures]
+        path = folder / f"pairs-generated-{key}-{own}-{captures_digest(chosen)}.npz"
         if not path.exists():
-            chosen = captures[0][: config.generated_captures]
             make = _view_maker(config, backend=backend, device=device)
             generated_pairs(chosen, config.data, make, encode(), multiple=multiple).save(path)
+            remove_others(path, "pairs-generated-*.npz")
         generated = LatentPairs.load(path)
     batches = []
     for name, folders in zip(("training", "held-out"), captures, strict=True):
         if not folders:
             continue
-        path = folder / f"pairs-{name}-{key}.npz"
+        path = folder / f"pairs-{name}-{key}-{captures_digest(folders)}.npz"
         if not path.exists():
             encode_pairs(folders, config.data, encode(), multiple=multiple).save(path)
+            remove_others(path, f"pairs-{name}-*.npz")
         frequencies = upscaler.noise_frequencies
         assert frequencies is not None
         batches.append(
