@@ -7,12 +7,14 @@ depend on it, and what is left is small wherever it weighs. docs/speed.md has th
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from mvtorch.onednn import computes_bfloat16_in_avx512
+from mvtorch.onednn import computes_bfloat16_in_avx512, has_packed_linear, linear, packed_matrix
 
 _LEAST_KEYS = 256
 _STRIDE = 8  # of the keys that the estimate is taken from
@@ -56,11 +58,11 @@ def shifted_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
             wide_k[:, :, width + 2] = bias - wide_k[:, :, width + 1]
         wide_q[:, :, width] = 0
         values, transposed = v[number, some].contiguous(), wide_k.transpose(1, 2)
-        estimated = transposed[:, :, ::_STRIDE]
+        of_keys, of_some_keys = _products(wide_k, repeated=rows < queries)
         for start in range(0, queries, rows):
             piece = wide_q[:, start : start + rows]
-            piece[:, :, width] = (piece @ estimated).amax(dim=-1)
-            weights = piece @ transposed
+            piece[:, :, width] = of_some_keys(piece).amax(dim=-1)
+            weights = of_keys(piece)
             # Positive numbers have the order of their bits, whose maximum takes an eighth of the time.
             largest = weights.view(torch.int16).amax(dim=-1).view(torch.bfloat16)
             above = largest > _LARGEST_SCORE / rest
@@ -74,3 +76,16 @@ def shifted_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
             torch.softmax(weights, dim=-1, out=weights)
             out[number, start : start + rows, some] = (weights @ values).transpose(0, 1)
     return out.transpose(1, 2)
+
+
+def _products(keys: Tensor, *, repeated: bool) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """The products of queries (h, r, d) with keys (h, m, d), and with one in `_STRIDE` of them.
+
+    If they are `repeated`, for one head, its keys are laid out for oneDNN once: in every product anew, that is work which grows
+    with the square of the keys and has come to be most of it for 16 views.
+    """
+    some = keys[:, ::_STRIDE]
+    if not repeated or not has_packed_linear():
+        return partial(torch.matmul, other=keys.transpose(1, 2)), partial(torch.matmul, other=some.transpose(1, 2))
+    packed, packed_some = packed_matrix(keys[0]), packed_matrix(some[0])
+    return lambda x: linear(x[0], packed, None)[None], lambda x: linear(x[0], packed_some, None)[None]

@@ -42,6 +42,12 @@ class Packed(nn.Module):
         )
 
 
+@cache
+def has_packed_linear() -> bool:
+    """Whether this PyTorch has the operators of `packed_matrix` and `linear`."""
+    return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+
+
 def packed_matrix(matrix: Tensor) -> Tensor:
     """A matrix (o, i) for `linear`."""
     return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous())

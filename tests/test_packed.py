@@ -158,7 +158,9 @@ def test_norms_and_blocks_leave_what_is_observed_and_their_input_alone() -> None
     ("queries", "keys", "width"),
     [(300, 300, 64), (70, 1000, 40), (1, 256, 16), (1100, 1500, 8), (300, 300, 32), (64, 400, 160)],
 )
-def test_shifted_attention_is_as_exact_as_its_weights(queries: int, keys: int, width: int, spread: float) -> None:
+def test_shifted_attention_is_as_exact_as_its_weights(
+    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, width: int, spread: float
+) -> None:
     q, k, v = (normal(2, 3, count, width, seed=count).bfloat16() for count in (queries, keys, keys))
     q = q * spread
     bias = normal(keys)
@@ -166,9 +168,11 @@ def test_shifted_attention_is_as_exact_as_its_weights(queries: int, keys: int, w
         scores = q.double() @ k.double().transpose(-1, -2) * width**-0.5
         scores = scores if key_bias is None else scores + key_bias.double()
         expected = scores.softmax(-1) @ v.double()
-        found = cpu_attention.shifted_attention(q, k, v, key_bias=key_bias)
-        assert found.shape == q.shape
-        assert_close(found, expected, rms=4.5e-3)
+        for packs in (True, False):  # a PyTorch without those operators multiplies plain matrices
+            monkeypatch.setattr(cpu_attention, "has_packed_linear", lambda packs=packs: packs)
+            found = cpu_attention.shifted_attention(q, k, v, key_bias=key_bias)
+            assert found.shape == q.shape
+            assert_close(found, expected, rms=4.5e-3)
 
 
 @pytest.mark.parametrize("spread", [1.0, 8.0])
