@@ -211,12 +211,18 @@ def test_stepwise_writes_a_picture_a_step_and_ends_at_the_result(desk: Path) -> 
 
 
 @pytest.mark.parametrize("named", ["out", "out/metadata.json"])
-def test_config_repeats_a_run_bit_for_bit_from_any_folder(named: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_repeats_a_run_bit_for_bit_from_any_folder(
+    named: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--steps", "3", "--guidance", "2.5", "--eta", "0.3", "--seed", "8", "--views", "3"]
     assert run(["generate", "picture.png", *TINY, *arguments, "-o", "out"]) == 0
     (desk / "elsewhere").mkdir()
     monkeypatch.chdir(desk / "elsewhere")
     assert run(["generate", "--config", f"../{named}", "-o", "again"]) == 0
+    capfd.readouterr()
+    assert run(["generate", "--config", f"../{named}", "--json"]) == 0
+    assert [event["event"] for event in events(capfd.readouterr().out)][:2] == ["loaded", "step"]
+    assert pictures(desk / "elsewhere" / "out-views") == pictures(desk / "out")
     assert pictures(desk / "elsewhere" / "again") == pictures(desk / "out")
     first, again = (
         json.loads((folder / "metadata.json").read_text()) for folder in (desk / "out", desk / "elsewhere" / "again")

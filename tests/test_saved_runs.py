@@ -262,7 +262,10 @@ def test_a_run_from_latents_in_a_file_is_repeated_unless_they_changed(
         repeat(pipeline, run)
 
 
-@pytest.mark.parametrize("content", [b"", b"text", None])
+HUGE = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}".ljust(117) + b"\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 an archive that is cut off", HUGE, None])
 def test_latents_that_are_no_file_of_floats_are_refused(
     recorded: Recorded, picture: Path, tmp_path: Path, content: bytes | None
 ) -> None:

@@ -31,7 +31,8 @@ def load_latents(given: Latents | None) -> NDArray[Any] | None:
     """Latents as an array, from an .npy file if a path was given. Raises OptionError for what is neither."""
     if isinstance(given, str | Path):
         try:
-            loaded = np.load(given, allow_pickle=False)
+            with Path(given).open("rb") as file:
+                loaded = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as cause:
             hint = (cause.strerror if isinstance(cause, OSError) else None) or "it holds no array of numbers"
             raise OptionError("latents", expected="an .npy file of floats", got=str(given), hint=hint) from cause

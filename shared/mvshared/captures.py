@@ -208,7 +208,8 @@ def _check_size(path: Path, picture: NDArray[np.uint8], shape: tuple[int, ...]) 
 
 def _load_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     try:
-        depth = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            depth = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as cause:
         raise DatasetError(f"is no .npy file: {cause}", path=path) from cause
     if not isinstance(depth, np.ndarray) or not np.issubdtype(depth.dtype, np.floating) or depth.shape != shape[:2]:
