@@ -89,9 +89,9 @@ def captures_digest(folders: list[Path]) -> str:
     """Of captures, as far as the names, sizes and times of their files tell: what was made of them belongs to it."""
     lines = []
     for folder in folders:
-        for file in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            status = file.stat()
-            lines.append(f"{folder.name}/{file.name} {status.st_size} {status.st_mtime_ns}")
+        files = sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+        for file, status in zip(files, map(os.stat, files), strict=True):
+            lines.append(f"{os.path.relpath(file, folder.parent)} {status.st_size} {status.st_mtime_ns}")
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
 
 

@@ -54,9 +54,8 @@ class TrainingLog:
         if held_out:
             axes.plot(*zip(*held_out, strict=True), marker="o", label="held out, EMA weights")
         positive = all(row.loss > 0 and (row.held_out_loss is None or row.held_out_loss > 0) for row in self.rows)
-        axes.set(
-            xlabel="step", ylabel="loss", yscale="log" if positive else "linear"
-        )  # a likelihood's logarithm may be negative
+        # The upscaler's loss, a negative logarithm of a likelihood, falls below zero.
+        axes.set(xlabel="step", ylabel="loss", yscale="log" if positive else "linear")
         axes.legend()
         axes.grid(alpha=0.3)
         encoded = io.BytesIO()
