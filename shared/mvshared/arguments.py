@@ -112,9 +112,9 @@ def view_poses(
         poses = orbit(azimuths, defaults.elevation_deg if elevation_deg is None else elevation_deg, radius=camera.radius)
     unet = config.unet
     joined = unet.reference_frame or bool(unet.normal_channels) or unet.cross_attention_dim is None
-    if not (unet.camera_dim or joined) and len(poses) != 1:
-        raise OptionError(named[0] if named else "views", expected="1: this model knows no cameras", got=len(poses))
     if not (unet.camera_dim or joined):
+        if len(poses) != 1:
+            raise OptionError(named[0] if named else "views", expected="1: this model knows no cameras", got=len(poses))
         usual = orbit(even_azimuths(1, start_deg=defaults.azimuth_start_deg), defaults.elevation_deg, radius=camera.radius)
         if not np.allclose(poses, usual):  # a run that is repeated gives those that it had
             name = "elevation_deg" if elevation_deg is not None else named[0]

@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,6 +90,22 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
             raise
     except OSError as cause:
         raise OutputError(f"cannot be written: {cause.strerror or cause}", path=path) from cause
+
+
+def file_stamps(path: Path) -> list[str]:
+    """Path, size and time of a file, or of every file in a folder in the order of their names."""
+    files = [str(path)]
+    if path.is_dir():
+        files = sorted(os.path.join(place, name) for place, _, names in os.walk(path) for name in names)
+    present = [(file, os.stat(file)) for file in files if os.path.isfile(file)]
+    return [f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in present]
+
+
+def remove_others(folder: Path, pattern: str, *, keep: Collection[str]) -> None:
+    """Remove the files in a folder that match, but for those names."""
+    for file in folder.glob(pattern):
+        if file.name not in keep:
+            file.unlink()
 
 
 def write_json(path: Path | str, document: Mapping[str, Any]) -> None:

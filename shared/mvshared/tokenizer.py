@@ -99,14 +99,14 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _token(folder: Path, value: Any) -> AddedToken:
-    """A special token: its text, or an object with `content` and how it is matched."""
+def _token(folder: Path, value: Any, *, special: bool = True) -> AddedToken:
+    """A special token, or another one that was added: its text, or an object with `content` and how it is matched."""
     fields = value if isinstance(value, dict) else {"content": value}
     options = {name: fields[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in fields}
     content = fields.get("content")
     if not isinstance(content, str) or not content or not all(isinstance(option, bool) for option in options.values()):
         raise CheckpointError(f"a special token must be a text or an object with content, got {value!r}", path=folder)
-    return AddedToken(content, special=True, **({"normalized": False} | options))
+    return AddedToken(content, special=special, **({"normalized": False} | options))
 
 
 def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
@@ -118,8 +118,7 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) ->
         raise CheckpointError(f"added_tokens_decoder must map ids to objects, got {decoder!r}", path=folder)
     added = {text: (number, AddedToken(text)) for text, number in plain.items()}
     for number, fields in decoder.items():
-        token = _token(folder, fields)
-        token.special = bool(fields.get("special", False))
+        token = _token(folder, fields, special=bool(fields.get("special", False)))
         added[token.content] = (int(number) if number.isdecimal() else number, token)
     known = tokenizer.get_vocab()
     new = [pair for text, pair in added.items() if text not in known]

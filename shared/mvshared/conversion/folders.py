@@ -7,9 +7,10 @@ from pathlib import Path
 from mvshared.checkpoint import WEIGHT_STEMS, Component
 from mvshared.conversion.raw import RawTensor, shards, write_safetensors
 from mvshared.errors import OptionError, OutputError
-from mvshared.files import make_folder, read_json_object, write_atomic, write_json
+from mvshared.files import file_stamps, make_folder, read_json_object, remove_others, write_atomic, write_json
 
 STATE = ".conversion.json"
+WEIGHTS = "*.safetensors*"  # files of weights and their indices
 
 OnTensor = Callable[[str, int], None]
 
@@ -60,7 +61,7 @@ class Progress:
         for component in WEIGHT_STEMS.keys() - set(components):
             folder = self.dest / component
             if folder.is_dir():
-                remove_others(folder, keep=())
+                remove_others(folder, WEIGHTS, keep=())
                 (folder / "config.json").unlink(missing_ok=True)
                 if not any(folder.iterdir()):
                     folder.rmdir()
@@ -80,8 +81,7 @@ def fingerprint(paths: Sequence[Path], stored: str | None, family: str, shard_by
     """Of the sources, as far as their sizes and times tell, and of the options."""
     lines = [f"{stored} {family} {shard_bytes}"]
     for path in paths:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        lines += [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+        lines += file_stamps(path)
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -114,15 +114,9 @@ def write_weights(
         size = sum(tensor.bytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": places}
         write_json(dest / component / index_name, index)
-    remove_others(dest / component, keep={*places.values(), index_name if len(groups) > 1 else ""})
+    # Those of an earlier conversion, which a reader would find first.
+    remove_others(dest / component, WEIGHTS, keep={*places.values(), index_name if len(groups) > 1 else ""})
     return len(groups)
-
-
-def remove_others(folder: Path, *, keep: Collection[str]) -> None:
-    """Weight files of an earlier conversion, which a reader would find first."""
-    for file in folder.glob("*.safetensors*"):
-        if file.name not in keep:
-            file.unlink()
 
 
 def copy_files(source: Path, dest: Path, *, only: Sequence[str] | None = None) -> None:

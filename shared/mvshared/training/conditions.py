@@ -16,10 +16,10 @@ from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import weight_files
 from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
-from mvshared.files import make_folder
+from mvshared.files import make_folder, remove_others
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.training.config import DataConfig
-from mvshared.training.data import captures_digest, reference_pictures, remove_others
+from mvshared.training.data import captures_digest, reference_pictures
 from mvshared.weights import sha256_of_files
 
 
@@ -67,7 +67,7 @@ def encode_conditions(
     for name, folders in captures:
         path = make_folder(folder) / f"image-states-{name}-{key}-{captures_digest(folders)}.npy"
         conditions.append(Conditions(text, _image_states(path, folders, data, shape, encode)))
-        remove_others(path, f"image-states-{name}-*.npy")
+        remove_others(folder, f"image-states-{name}-*.npy", keep=[path.name])
     return conditions
 
 

@@ -5,7 +5,6 @@ The network's target is the one of the schedule's prediction type: v of arXiv 22
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -22,7 +21,7 @@ from mvshared.camera import azimuth_elevation, camera_vectors, mirror_poses
 from mvshared.captures import Capture, load_capture
 from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError
-from mvshared.files import write_atomic
+from mvshared.files import file_stamps, write_atomic
 from mvshared.schedule import alphas_cumprod
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
@@ -87,19 +86,8 @@ def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], l
 
 def captures_digest(folders: list[Path]) -> str:
     """Of captures, as far as the names, sizes and times of their files tell: what was made of them belongs to it."""
-    lines = []
-    for folder in folders:
-        files = sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
-        for file, status in zip(files, map(os.stat, files), strict=True):
-            lines.append(f"{os.path.relpath(file, folder.parent)} {status.st_size} {status.st_mtime_ns}")
+    lines = [line for folder in folders for line in file_stamps(folder)]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
-
-
-def remove_others(path: Path, pattern: str) -> None:
-    """Remove the files beside `path` that match: what was made of other captures, or by other weights."""
-    for other in path.parent.glob(pattern):
-        if other != path:
-            other.unlink()
 
 
 def read_picture(path: Path, *, background: tuple[int, int, int]) -> Picture:
@@ -161,14 +149,16 @@ class VAEPictures:
             is_normal = bool(self.normals) and random.random() < 1 / 8
             paths = self.normals if is_normal else self.images
             number = int(random.integers(len(paths)))
-            path, detail_path = paths[number], None if is_normal or self.details is None else self.details[number]
+            path = paths[number]
             picture = read_normals(path) if is_normal else read_picture(path, background=self.config.background)
-            detail = np.zeros_like(picture.alpha) if detail_path is None else _read_detail(detail_path)
-            if random.random() < 0.5 and self.config.mirror:
+            mirrored = random.random() < 0.5 and self.config.mirror
+            if mirrored:
                 picture = mirror_normals(picture) if is_normal else mirror_picture(picture)
-                detail = detail[:, ::-1]
             pictures.append(picture)
-            details.append(detail)
+            if self.details is not None:
+                detail_path = None if is_normal else self.details[number]
+                detail = np.zeros_like(picture.alpha) if detail_path is None else _read_detail(detail_path)
+                details.append(detail[:, ::-1] if mirrored else detail)
         pixels = _stack([picture.pixels for picture in pictures])
         height, width = pixels.shape[1] // self.downscale, pixels.shape[2] // self.downscale
         noise = random.standard_normal((size, height, width, self.latent_channels), np.float32)

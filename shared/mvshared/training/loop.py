@@ -34,7 +34,7 @@ from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConf
 from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.raw import raw_tensors, write_safetensors
 from mvshared.errors import ConfigError, NumericsError, OutputError
-from mvshared.files import check_folder, make_folder, read_json_object, write_json
+from mvshared.files import check_folder, make_folder, read_json_object, remove_others, write_json
 from mvshared.training.ahead import ahead
 from mvshared.training.checks import check_captures, check_details, check_frozen, check_sizes
 from mvshared.training.conditions import encode_conditions
@@ -46,7 +46,6 @@ from mvshared.training.data import (
     captures_digest,
     encode_captures,
     find_captures,
-    remove_others,
 )
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.log import LogRow, TrainingLog
@@ -368,7 +367,7 @@ def _latents(
         _prepare(folder, config)
         for name, path, folders in zip(names, paths, captures, strict=True):
             encode_captures(folders, config.data, encode).save(path)
-            remove_others(path, f"latents-{name}-*.npz")
+            remove_others(folder, f"latents-{name}-*.npz", keep=[path.name])
     training, *held_out = (Latents.load(path) for path in paths)
     if vae.latents_mean is None and config.unet is not None:
         sample = training.images.reshape(-1, vae.latent_channels).astype(np.float64)

@@ -16,11 +16,11 @@ from mvshared.captures import load_capture
 from mvshared.checkpoint import find_model, read_model_config, read_vae_config, weight_files
 from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError
-from mvshared.files import make_folder
+from mvshared.files import make_folder, remove_others
 from mvshared.models import EMBEDDED
 from mvshared.training.checks import check_frozen, check_sizes
 from mvshared.training.config import TrainConfig
-from mvshared.training.data import captures_digest, find_captures, remove_others
+from mvshared.training.data import captures_digest, find_captures
 from mvshared.training.initial import initial_upscaler_weights
 from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs, generated_pairs
 from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
@@ -119,7 +119,7 @@ def upscaler_batches(
         if not path.exists():
             make = _view_maker(config, backend=backend, device=device)
             generated_pairs(chosen, config.data, make, encode(), multiple=multiple).save(path)
-            remove_others(path, "pairs-generated-*.npz")
+            remove_others(folder, "pairs-generated-*.npz", keep=[path.name])
         generated = LatentPairs.load(path)
     batches = []
     for name, folders in zip(("training", "held-out"), captures, strict=True):
@@ -128,7 +128,7 @@ def upscaler_batches(
         path = folder / f"pairs-{name}-{key}-{captures_digest(folders)}.npz"
         if not path.exists():
             encode_pairs(folders, config.data, encode(), multiple=multiple).save(path)
-            remove_others(path, f"pairs-{name}-*.npz")
+            remove_others(folder, f"pairs-{name}-*.npz", keep=[path.name])
         frequencies = upscaler.noise_frequencies
         assert frequencies is not None
         batches.append(
