@@ -129,12 +129,11 @@ class Trainer:
         unpacked = unpack_state(state, weight_shapes(self.network), scaled=self.loss_scale is not None)
         set_weights(self.network, unpacked.model)
         self.steps, self.loss_scale = unpacked.steps, unpacked.loss_scale
+        device = self.device if self.optimizer.defaults["fused"] else "cpu"
         for name, parameter in self.parameters.items():
             self.ema[name].copy_(torch.tensor(unpacked.ema[name]))
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(
-                    float(updates(self.steps, self.loss_scale)), device=self.device if self._recorded else "cpu"
-                ),
+                "step": torch.tensor(float(updates(self.steps, self.loss_scale)), device=device),
                 "exp_avg": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg[name])),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg_sq[name])),
             }
