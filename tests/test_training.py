@@ -319,6 +319,7 @@ def test_a_file_gives_the_configuration_that_was_written(data: Path, tmp_path: P
         ("learning_rate = 0.002", "learning_rate = 0", "learning_rate must be above 0, got 0"),
         ("eps = 1e-08", "eps = -1.0", "eps must be above 0"),
         ("ema_decay = 0.999", "ema_decay = 1.0", "ema_decay must be 0 to below 1"),
+        ("border_weight = 0.0", "border_weight = -1.0", "vae_loss.border_weight must be a finite number, at least 0, got -1.0"),
         ("norm_num_groups = 8", "norm_num_groups = 3", "block_out_channels must be multiples of norm_num_groups"),
         ("batch_size = 2", "batch_size = ", "is no valid TOML"),
     ],
@@ -334,6 +335,12 @@ def test_a_wrong_configuration_is_refused_with_the_field_and_the_file(
         load_train_config(path)
     assert message in str(raised.value)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
+def test_a_loss_takes_no_weight_that_is_negative_or_no_finite_number(weight: float) -> None:
+    with pytest.raises(OptionError, match="detail_weight must be a finite number, at least 0"):
+        VAELossConfig(detail_weight=weight)
 
 
 def test_a_missing_table_and_a_missing_file_are_refused(tmp_path: Path) -> None:

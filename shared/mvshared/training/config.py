@@ -1,7 +1,8 @@
 """The training configuration: a TOML file, read strictly into frozen dataclasses."""
 
+import math
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +75,13 @@ class OptimizerConfig:
             raise OptionError("ema_decay", expected="0 to below 1", got=self.ema_decay)
 
 
+def _check_weights(loss: "VAELossConfig") -> None:
+    """Raise OptionError for a weight that is negative or not finite."""
+    for name, weight in asdict(loss).items():
+        if not 0 <= weight < math.inf:
+            raise OptionError(name, expected="a finite number, at least 0", got=weight)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VAELossConfig:
     """L1, L1 of the pixel differences and MSE, each weighted; colour; KL to N(0, 1).
@@ -95,6 +103,9 @@ class VAELossConfig:
     coarse_weight: float = 4.0
     chroma_weight: float = 3.0
     kl_weight: float = 2e-4
+
+    def __post_init__(self) -> None:
+        _check_weights(self)
 
 
 @dataclass(frozen=True, kw_only=True)
