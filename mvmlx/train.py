@@ -20,7 +20,7 @@ from mvshared.attention import FUSED, AttentionOptions
 from mvshared.backend import Dtype
 from mvshared.config import KUNetConfig, UNetConfig, VAEConfig
 from mvshared.precision import tensor_dtype
-from mvshared.training.config import OptimizerConfig, VAELossConfig
+from mvshared.training.config import PLAIN_UNET_LOSS, OptimizerConfig, UNetLossConfig, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
 from mvshared.training.loss_scale import LossScale
 from mvshared.training.optimizer import (
@@ -196,6 +196,7 @@ def unet_trainer(
     optimizer: OptimizerConfig,
     weights: Mapping[str, NDArray[np.float32]],
     *,
+    loss: UNetLossConfig = PLAIN_UNET_LOSS,
     frozen: Sequence[str] = (),
     dtype: str = "float32",
     device: str = "auto",
@@ -208,7 +209,7 @@ def unet_trainer(
     return _trainer(
         config,
         optimizer,
-        unet_loss,
+        partial(unet_loss, config=loss),
         weights,
         frozen=frozen,
         dtype=dtype,
@@ -265,19 +266,21 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.a
     return loss + config.gradient_weight * edges + config.coarse_weight * color + config.kl_weight * kl
 
 
-def unet_loss(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:
-    """Mean squared error of the network's output."""
-    sample, timesteps, camera, reference, target, text, image_states = (_array(array) for array in batch)
-    config = unet.config
+def unet_loss(unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig) -> mx.array:
+    """Mean squared error of the network's output, weighted as UNetLossConfig says."""
+    sample, timesteps, camera, reference, target, text, image_states, detail = (_array(array) for array in batch)
     states = None if image_states is None else image_states[:, None]
     constants = unet.constants(
         text,
         image_states=states,
-        camera=camera if config.camera_dim else None,
-        reference=reference[:, None] if config.reference_frame else None,
+        camera=camera if unet.config.camera_dim else None,
+        reference=reference[:, None] if unet.config.reference_frame else None,
     )
-    out = unet(sample, unet.time_embeddings(timesteps), constants)
-    return (out.astype(mx.float32) - target).square().mean()
+    out = unet(sample, unet.time_embeddings(timesteps), constants).astype(mx.float32)
+    if detail is None:
+        return (out - target).square().mean()
+    weight = 1 + config.detail_weight * detail[..., None]
+    return (weight / weight.mean() * (out - target).square()).mean()
 
 
 def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> mx.array:

@@ -8,18 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from helpers import BACKENDS, Backend
 from PIL import Image
-from training_cases import SIZE, UNET, V_PREDICTION, run, some_latents, vae_config, write_object, write_objects
+from test_parity_training import loss_of_output
+from training_cases import SIZE, V_PREDICTION, run, some_latents, vae_config, write_object, write_objects
 
-import mvmlx.train
 import mvshared.training.loop
 import mvtorch.model
-import mvtorch.train
 from mvshared import cli
 from mvshared.backend import load
 from mvshared.camera import orbit
@@ -30,8 +27,8 @@ from mvshared.errors import DatasetError
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
 from mvshared.images import load_image
 from mvshared.metrics import psnr
-from mvshared.training.config import DataConfig
-from mvshared.training.data import UNetBatch, ViewBatches
+from mvshared.training.config import PLAIN_UNET_LOSS, DataConfig
+from mvshared.training.data import ViewBatches
 from mvshared.training.initial import UNET_ZEROS, initial_weights
 from mvshared.training.log import read_log
 from mvshared.training.presets import preset
@@ -118,26 +115,8 @@ def test_images_are_dropped_whole_and_normal_maps_apart_from_them(desk: Path) ->
 def test_every_latent_of_every_view_counts_the_same_in_the_loss(backend: Backend) -> None:
     random = np.random.default_rng(0)
     target, out = (random.standard_normal((2, 3, 4, 4, 4), dtype=np.float32) for _ in range(2))
-    zeros = np.zeros((2, 3, 4, 4, 8), np.float32)
-    batch = UNetBatch(zeros, zeros[:, 0, 0, 0, 0], zeros[..., 0, 0, :4], zeros[:, 0, ..., :4], target)
-    make = torch.from_numpy if backend == "torch" else mx.array
-
-    class Network:
-        config = UNET
-
-        def constants(self, *_: Any, **__: Any) -> None:
-            return None
-
-        def time_embeddings(self, timesteps: Any) -> Any:
-            return timesteps
-
-        def __call__(self, *_: Any, **__: Any) -> Any:
-            return make(out)
-
-    module: Any = mvtorch.train if backend == "torch" else mvmlx.train
-    tensors: list[Any] = [None if array is None else make(array.copy()) for array in batch]
-    loss = module.unet_loss(Network(), UNetBatch(*tensors))
-    assert float(loss) == pytest.approx(float(np.mean((out - target) ** 2)), rel=1e-6)
+    loss = loss_of_output(backend, out, target, PLAIN_UNET_LOSS)
+    assert loss == pytest.approx(float(np.mean((out - target) ** 2)), rel=1e-6)
 
 
 # The command

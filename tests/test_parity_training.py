@@ -17,7 +17,7 @@ import mvtorch.model
 import mvtorch.train
 from mvshared.config import KUNetConfig, ResamplerConfig
 from mvshared.errors import BackendError, OptionError, TensorMismatchError
-from mvshared.training.config import OptimizerConfig, VAELossConfig
+from mvshared.training.config import OptimizerConfig, UNetLossConfig, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
 from mvshared.training.initial import initial_weights
 from mvshared.training.optimizer import ema_decay
@@ -35,6 +35,7 @@ UNETS = {"unet": UNET, "gaf": GAF}
 VAE = replace(TINY_VAE, block_out_channels=(8, 16), mid_block_add_attention=True)
 UPSCALER = KUNetConfig(block_out_channels=(32, 64), layers_per_block=1, attention_levels=(False, False), time_cond_proj_dim=6)
 LOSS = VAELossConfig(kl_weight=0.1, border_weight=2.0, detail_weight=3.0)  # large enough to count in a comparison
+UNET_LOSSES = {"unet": UNetLossConfig(), "gaf": UNetLossConfig(detail_weight=3.0)}  # one of them weighs detail
 
 # Adam's first step is nearly the gradient's sign: with eps far below the gradients, rounding of those near zero decides on
 # whole steps. An eps of their size keeps the update as smooth as the gradient.
@@ -69,6 +70,7 @@ def make_batch(stage: str, seed: int = 0) -> Any:
         target=normal(2, 2, 4, 6, 4, seed=seed + 3),
         text=normal(2, 5, 16, seed=seed + 4) if stage == "gaf" else None,
         image_states=normal(2, 7, 12, seed=seed + 5) if stage == "gaf" else None,
+        detail=np.random.default_rng(seed + 6).random((2, 2, 4, 6), np.float32) if stage == "gaf" else None,
     )
 
 
@@ -86,7 +88,7 @@ def make_trainer(backend: Backend, stage: str, config: OptimizerConfig = SMOOTH,
         return module.vae_trainer(VAE, config, LOSS, weights, **options)
     if stage == "upscaler":
         return module.upscaler_trainer(UPSCALER, config, weights, **options)
-    return module.unet_trainer(UNETS[stage], config, weights, **options)
+    return module.unet_trainer(UNETS[stage], config, weights, loss=UNET_LOSSES[stage], **options)
 
 
 def on_backend(backend: Backend, batch: Any) -> Any:
@@ -397,3 +399,40 @@ def test_what_the_vae_gets_wrong_counts_more_where_there_is_detail(backend: Back
     assert loss(3, 2) == pytest.approx(1 / 64 / (1 + 9 / 64))
     assert loss(2, 3) == pytest.approx(4 / 64 / (1 + 9 / 64))
     assert loss(5, 1) == pytest.approx(7 / 64 / (1 + 9 / 64))
+
+
+class Outputs:
+    """A U-Net with this output, whatever it is given."""
+
+    def __init__(self, out: Any) -> None:
+        self.config, self.out = UNET, out
+
+    def constants(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def time_embeddings(self, timesteps: Any) -> Any:
+        return timesteps
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self.out
+
+
+def loss_of_output(
+    backend: Backend, out: NDArray[np.float32], target: NDArray[np.float32], config: UNetLossConfig, **fields: Any
+) -> float:
+    """The loss of a U-Net with the output `out`; `fields` are further ones of the batch."""
+    batch = make_batch("unet")._replace(target=target, **fields)
+    outputs = Outputs(on_backend(backend, batch._replace(sample=out)).sample)
+    return MODULES[backend].unet_loss(outputs, on_backend(backend, batch), config).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_unet_gets_wrong_counts_more_where_there_is_detail(backend: Backend) -> None:
+    out, target = normal(2, 3, 4, 6, 4, seed=0), normal(2, 3, 4, 6, 4, seed=1)
+    detail = np.random.default_rng(2).random((2, 3, 4, 6), np.float32) ** 4
+    loss = loss_of_output(backend, out, target, UNetLossConfig(detail_weight=6.0), detail=detail)
+    weight = (1 + 6 * detail.astype(np.float64))[..., None]
+    square = (out.astype(np.float64) - target) ** 2
+    expected = (weight * square).sum() / (4 * weight.sum())  # four channels of each weight
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert loss != pytest.approx(square.mean(), rel=1e-3)

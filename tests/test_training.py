@@ -43,7 +43,7 @@ from mvshared.errors import (
     TensorMismatchError,
 )
 from mvshared.heads.dataset import render_dataset
-from mvshared.training.config import OptimizerConfig, VAELossConfig, load_train_config, parse_train_config
+from mvshared.training.config import OptimizerConfig, UNetLossConfig, VAELossConfig, load_train_config, parse_train_config
 from mvshared.training.data import Latents, VAEPictures, find_captures, read_picture
 from mvshared.training.log import LogRow, TrainingLog, read_log
 from mvshared.training.loop import learning_rate, train
@@ -338,9 +338,10 @@ def test_a_wrong_configuration_is_refused_with_the_field_and_the_file(
 
 
 @pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
-def test_a_loss_takes_no_weight_that_is_negative_or_no_finite_number(weight: float) -> None:
+@pytest.mark.parametrize("loss", [VAELossConfig, UNetLossConfig])
+def test_a_loss_takes_no_weight_that_is_negative_or_no_finite_number(loss: Any, weight: float) -> None:
     with pytest.raises(OptionError, match="detail_weight must be a finite number, at least 0"):
-        VAELossConfig(detail_weight=weight)
+        loss(detail_weight=weight)
 
 
 def test_a_missing_table_and_a_missing_file_are_refused(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class OptimizerConfig:
             raise OptionError("ema_decay", expected="0 to below 1", got=self.ema_decay)
 
 
-def _check_weights(loss: "VAELossConfig") -> None:
+def _check_weights(loss: "VAELossConfig | UNetLossConfig") -> None:
     """Raise OptionError for a weight that is negative or not finite."""
     for name, weight in asdict(loss).items():
         if not 0 <= weight < math.inf:
@@ -106,6 +106,23 @@ class VAELossConfig:
 
     def __post_init__(self) -> None:
         _check_weights(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetLossConfig:
+    """Squared error of the network's output.
+
+    A latent's weight is 1 + `detail_weight` * the mean of the capture's detail map over the latent's pixels, divided by the
+    batch's mean weight: what is small and matters, such as a mouth, is a small part of the latents otherwise.
+    """
+
+    detail_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_weights(self)
+
+
+PLAIN_UNET_LOSS = UNetLossConfig()
 
 
 @dataclass(frozen=True, kw_only=True)

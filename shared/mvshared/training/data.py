@@ -52,7 +52,7 @@ class UNetBatch(NamedTuple):
 
     Noisy latents and normal latents (b, v, h, w, in_channels), timesteps (b,), camera vectors (b, v, 16), the clean reference
     latent (b, h, w, c), and the target (b, v, h, w, c). For a network with cross-attention, text states (b, l, c); with image
-    tokens, states of the reference picture (b, m, e).
+    tokens, states of the reference picture (b, m, e). Detail (b, v, h, w) in [0, 1] if the loss weighs it.
     """
 
     sample: NDArray[np.float32]
@@ -62,6 +62,7 @@ class UNetBatch(NamedTuple):
     target: NDArray[np.float32]
     text: NDArray[np.float32] | None = None
     image_states: NDArray[np.float32] | None = None
+    detail: NDArray[np.float32] | None = None
 
 
 def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], list[Path]]:
