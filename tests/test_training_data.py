@@ -1,5 +1,6 @@
 """What training starts from: captures, the batches that are drawn of them, and the initial weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,10 @@ def test_captures_that_are_encoded_together_give_what_each_of_them_alone_does(
         return pixels[:, ::2, ::2]
 
     monkeypatch.setattr(mvshared.training.data, "ENCODED_TOGETHER", 2 * 2 * len(AZIMUTHS) * SIZE * SIZE)  # two captures
-    together = encode_captures(folders, config, encode)
+    together = encode_captures(folders, config, encode, with_detail=True)
     assert calls == [4 * len(AZIMUTHS)] * 4
     monkeypatch.setattr(mvshared.training.data, "ENCODED_TOGETHER", 1)
-    for ours, alone in zip(together, encode_captures(folders, config, encode), strict=True):
+    for ours, alone in zip(together, encode_captures(folders, config, encode, with_detail=True), strict=True):
         np.testing.assert_array_equal(ours, alone)
 
 
@@ -107,6 +108,44 @@ def test_without_mirror_images_every_capture_is_encoded_once(data: Path) -> None
 def test_views_without_a_normal_map_have_zero_normals(data: Path) -> None:
     latents = encode_captures([data / "object_0"], DataConfig(folder="", normals=False), lambda pixels: pixels)
     assert not latents.normals.any()
+
+
+def test_latents_have_the_mean_detail_of_their_pixels_mirrored_like_them_and_0_without_a_map(tmp_path: Path) -> None:
+    random, views = np.random.default_rng(0), 3
+    rgba, detail = np.full((views, 8, 12, 4), 255, np.uint8), random.integers(0, 256, (views, 8, 12), np.uint8)
+    for name in ("a", "b"):
+        write_capture(tmp_path / name, rgba, None, orbit((0.0, 90.0, 180.0), 0.0), 40.0, detail=detail)
+    document = json.loads((tmp_path / "b/transforms.json").read_text())
+    del document["frames"][1]["detail_file_path"]
+    (tmp_path / "b/transforms.json").write_text(json.dumps(document))
+    expected = np.zeros((4, views, 2, 3))  # of a, its mirror image, b and its mirror image
+    for view in range(views):
+        for row in range(2):
+            for column in range(3):
+                mean = detail[view, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].mean() / 255
+                expected[0, view, row, column] = expected[1, view, row, 2 - column] = mean
+    expected[2:] = expected[:2]
+    expected[2:, 1] = 0
+    folders = [tmp_path / "a", tmp_path / "b"]
+    latents = encode_captures(folders, DataConfig(folder=""), lambda pixels: pixels[:, ::4, ::4], with_detail=True)
+    assert latents.detail is not None
+    assert latents.detail.dtype == np.float16
+    np.testing.assert_allclose(latents.detail, expected.reshape(-1, 2, 3), atol=5e-4)
+    plain = encode_captures(folders, DataConfig(folder=""), lambda pixels: pixels[:, ::4, ::4])
+    assert plain.detail is None
+    for with_detail, without in zip(latents[:-1], plain[:-1], strict=True):
+        np.testing.assert_array_equal(with_detail, without)
+
+
+def test_latents_without_detail_are_files_without_it_and_those_with_it_come_back(tmp_path: Path) -> None:
+    latents, path = some_latents(), tmp_path / "latents.npz"
+    latents.save(path)
+    with np.load(path) as arrays:
+        assert arrays.files == ["images", "normals", "cameras", "azimuths_deg", "first"]
+    assert Latents.load(path).detail is None
+    detail = np.random.default_rng(1).random((len(latents.images), 4, 4)).astype(np.float16)
+    latents._replace(detail=detail).save(path)
+    np.testing.assert_array_equal(Latents.load(path).detail, detail, strict=True)
 
 
 def test_latents_come_back_from_their_file_and_other_files_are_refused(tmp_path: Path) -> None:
@@ -137,7 +176,7 @@ def test_sample_and_target_of_a_batch_give_back_the_latents_of_its_views(predict
     config = DataConfig(folder="", targets=3, reference_dropout=0.0, normals_dropout=0.0)
     batch = ViewBatches(latents, config, scheduler, normal_channels=4).batch(5, size=8, seed=1)
     assert {array.dtype for array in batch if array is not None} == {np.dtype(np.float32)}
-    assert (batch.text, batch.image_states) == (None, None)
+    assert (batch.text, batch.image_states, batch.detail) == (None, None, None)
     alphas = alphas_cumprod(scheduler)[batch.timesteps.astype(int)][:, None, None, None, None]
     noisy = batch.sample[..., :4]
     if prediction_type == "epsilon":
@@ -156,6 +195,22 @@ def test_sample_and_target_of_a_batch_give_back_the_latents_of_its_views(predict
         np.testing.assert_array_equal(batch.camera[number], latents.cameras[rows])
         objects.add(rows[0] // 6)
     assert objects == {0, 1, 2}
+
+
+def test_detail_in_a_batch_is_that_of_its_target_views_and_changes_nothing_else() -> None:
+    latents, config = some_latents(), DataConfig(folder="", targets=3)
+    detail = np.random.default_rng(1).random((len(latents.images), 4, 4)).astype(np.float16)
+    batch, plain = (
+        ViewBatches(each, config, V_PREDICTION, normal_channels=4).batch(5, size=8, seed=1)
+        for each in (latents._replace(detail=detail), latents)
+    )
+    assert batch.detail is not None
+    assert (batch.detail.shape, batch.detail.dtype) == ((8, 3, 4, 4), np.float32)
+    for number in range(8):
+        rows = [int(np.flatnonzero((latents.cameras == camera).all(1))[0]) for camera in batch.camera[number]]
+        np.testing.assert_array_equal(batch.detail[number], detail[rows])
+    for ours, expected in zip(batch._replace(detail=None), plain, strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_references_and_normals_are_dropped_as_often_as_configured_and_independently() -> None:

@@ -175,10 +175,11 @@ def _stack(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 
 class Latents(NamedTuple):
-    """Encoded captures: object o has the views `first[o]` to `first[o + 1]` of `images`, `normals` and `cameras`.
+    """Encoded captures: object o has the views `first[o]` to `first[o + 1]` of all other fields.
 
     `images` and `normals` are float16 (n, h, w, c) in the U-Net's scale (`normals` zero where a view has none), `cameras`
-    float32 (n, 16), `azimuths_deg` float32 (n,) in [-180, 180).
+    float32 (n, 16), `azimuths_deg` float32 (n,) in [-180, 180). `detail`, if the loss weighs it, is float16 (n, h, w): the mean
+    of the detail map over each latent's pixels, 0 where a view has none.
     """
 
     images: NDArray[np.float16]
@@ -186,11 +187,12 @@ class Latents(NamedTuple):
     cameras: NDArray[np.float32]
     azimuths_deg: NDArray[np.float32]
     first: NDArray[np.int64]
+    detail: NDArray[np.float16] | None = None
 
     def save(self, path: Path) -> None:
         """Write all of it to one file, atomically."""
         encoded = io.BytesIO()
-        np.savez(encoded, **self._asdict())
+        np.savez(encoded, **{name: array for name, array in self._asdict().items() if array is not None})
         write_atomic(path, encoded.getvalue())
 
     @classmethod
@@ -198,20 +200,25 @@ class Latents(NamedTuple):
         """Read what `save` wrote. Raises DatasetError if the file is no such file."""
         try:
             with path.open("rb") as file, np.load(file) as arrays:
-                return cls(**{name: arrays[name] for name in cls._fields})
+                return cls(**dict(arrays))
         except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
             raise DatasetError(f"is no file of latents: {error}", path=path, hint="remove it, it is made anew") from error
 
 
 def encode_captures(
-    folders: list[Path], config: DataConfig, encode: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    folders: list[Path],
+    config: DataConfig,
+    encode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    *,
+    with_detail: bool = False,
 ) -> Latents:
     """Encode every capture, and its mirror image if the config says so, with `encode` (pixels to scaled latents).
 
-    Raises DatasetError for pictures of different sizes or captures with fewer than two views.
+    With `with_detail` the latents have the captures' detail maps. Raises DatasetError for pictures of different sizes or
+    captures with fewer than two views.
     """
-    images, normals, cameras, azimuths, first = [], [], [], [], [0]
-    for group in _groups(_read_views([_load(folder) for folder in folders], config)):
+    images, normals, cameras, azimuths, first, details = [], [], [], [], [0], []
+    for group in _groups(_read_views([_load(folder) for folder in folders], config, with_detail=with_detail)):
         latents = encode(_stack([pixels for views in group for pixels in views.pixels]))
         at = 0
         for views in group:
@@ -223,13 +230,22 @@ def encode_captures(
             cameras.append(camera_vectors(views.poses))
             azimuths.append((azimuth_elevation(views.poses).azimuths_deg + 180) % 360 - 180)
             first.append(first[-1] + count)
+            if views.detail is not None:
+                details.append(_pooled(views.detail, *mine.shape[1:3]).astype(np.float16))
     return Latents(
         np.concatenate(images),
         np.concatenate(normals),
         np.concatenate(cameras),
         np.concatenate(azimuths).astype(np.float32),
         np.asarray(first, np.int64),
+        np.concatenate(details) if with_detail else None,
     )
+
+
+def _pooled(detail: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+    """Detail maps (v, h, w) as means over the pixels of each of height x width latents."""
+    v, h, w = detail.shape
+    return detail.reshape(v, height, h // height, width, w // width).mean((2, 4))
 
 
 def reference_pictures(
@@ -256,11 +272,13 @@ def _read_reference(path: Path, config: DataConfig, mirrored: bool) -> NDArray[n
 
 
 class _Views(NamedTuple):
-    """Poses (v, 4, 4) of a capture, pixels (h, w, 3) of its pictures and then of its normal maps, and whose views these are."""
+    """Poses (v, 4, 4) of a capture, pixels (h, w, 3) of its pictures and then of its normal maps, and whose views these are;
+    detail (v, h, w) if it was asked for."""
 
     poses: NDArray[np.float32]
     pixels: list[NDArray[np.float32]]
     with_normals: list[int]
+    detail: NDArray[np.float32] | None
 
 
 def _load(folder: Path) -> Capture:
@@ -270,17 +288,23 @@ def _load(folder: Path) -> Capture:
     return capture
 
 
-def _read_views(captures: Sequence[Capture], config: DataConfig) -> Iterator[_Views]:
+def _read_views(captures: Sequence[Capture], config: DataConfig, *, with_detail: bool) -> Iterator[_Views]:
     """Every capture, and its mirror image if the config says so. Raises DatasetError."""
     pictures = ahead(lambda read: read(), (read for capture in captures for read in _reads(capture, config)))
+    details = ahead(_read_detail, (path for capture in captures for path in capture.detail_paths if path is not None))
     for capture in tqdm(captures, desc="encoding", unit="capture", disable=None):
         with_normals = [view for view, path in enumerate(capture.normal_paths) if path is not None and config.normals]
         read = list(islice(pictures, len(capture.image_paths) + len(with_normals)))
-        yield _Views(capture.poses, [picture.pixels for picture in read], with_normals)
+        detail = None
+        if with_detail:
+            blank = np.zeros_like(read[0].alpha)
+            detail = _stack([blank if path is None else next(details) for path in capture.detail_paths])
+        yield _Views(capture.poses, [picture.pixels for picture in read], with_normals, detail)
         if config.mirror:
             mirrored = [mirror_picture(picture) for picture in read[: len(capture.poses)]]
             mirrored += [mirror_normals(picture) for picture in read[len(capture.poses) :]]
-            yield _Views(mirror_poses(capture.poses), [picture.pixels for picture in mirrored], with_normals)
+            detail = None if detail is None else detail[:, :, ::-1]
+            yield _Views(mirror_poses(capture.poses), [picture.pixels for picture in mirrored], with_normals, detail)
 
 
 def _reads(capture: Capture, config: DataConfig) -> list[Callable[[], Picture]]:
@@ -368,4 +392,5 @@ class ViewBatches:
             target=np.asarray(target, np.float32),
             text=None if self.text is None else np.broadcast_to(self.text, (size, *self.text.shape)),
             image_states=states,
+            detail=None if data.detail is None else data.detail[chosen].astype(np.float32),
         )
