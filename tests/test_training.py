@@ -43,7 +43,14 @@ from mvshared.errors import (
     TensorMismatchError,
 )
 from mvshared.heads.dataset import render_dataset
-from mvshared.training.config import OptimizerConfig, UNetLossConfig, VAELossConfig, load_train_config, parse_train_config
+from mvshared.training.config import (
+    OptimizerConfig,
+    TrainConfig,
+    UNetLossConfig,
+    VAELossConfig,
+    load_train_config,
+    parse_train_config,
+)
 from mvshared.training.data import Latents, VAEPictures, find_captures, read_picture
 from mvshared.training.log import LogRow, TrainingLog, read_log
 from mvshared.training.loop import learning_rate, train
@@ -111,10 +118,18 @@ def test_more_steps_continue_a_finished_run_and_fewer_are_refused(data: Path, tm
         run(vae_config(data, steps=2), tmp_path / "run")
 
 
-def test_detail_counts_in_a_run_and_without_a_detail_map_the_run_is_refused(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["vae", "unet"])
+def test_detail_counts_in_a_run_and_without_a_detail_map_the_run_is_refused(
+    stage: str, data: Path, vae: Path, tmp_path: Path
+) -> None:
+    def config(folder: Path, weight: float) -> TrainConfig:
+        if stage == "vae":
+            return vae_config(folder, steps=1, vae_loss=VAELossConfig(detail_weight=weight))
+        return unet_config(folder, vae, steps=1, unet_loss=UNetLossConfig(detail_weight=weight))
+
     losses = []
     for weight in (0.0, 5.0):
-        run(vae_config(data, steps=1, vae_loss=VAELossConfig(detail_weight=weight)), tmp_path / f"{weight}")
+        run(config(data, weight), tmp_path / f"{weight}")
         losses.append(read_log(tmp_path / f"{weight}/log.csv")[0].loss)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
     without = write_objects(tmp_path / "without")
@@ -124,9 +139,43 @@ def test_detail_counts_in_a_run_and_without_a_detail_map_the_run_is_refused(data
             del frame["detail_file_path"]
         path.write_text(json.dumps(document))
     with pytest.raises(DatasetError, match=r"without: no view has a detail map .*detail_weight"):
-        run(vae_config(without, vae_loss=VAELossConfig(detail_weight=5.0)), tmp_path / "run")
-    assert not (tmp_path / "run/state.safetensors").exists()
-    run(vae_config(without, steps=1), tmp_path / "run")
+        run(config(without, 5.0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(config(without, 0.0), tmp_path / "run")
+
+
+def test_a_run_with_detail_goes_on_from_the_latents_that_it_has_and_ends_as_one_left_alone(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = unet_config(data, vae, unet_loss=UNetLossConfig(detail_weight=5.0))
+    run(config, tmp_path / "whole")
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", on_sample=stopped)
+    assert load_file(tmp_path / "run/state.safetensors")["steps"] == 2
+    monkeypatch.setattr(mvtorch.model, "load_vae", lambda *_, **__: pytest.fail("encoded again"))
+    run(config, tmp_path / "run")
+    assert (tmp_path / "run/state.safetensors").read_bytes() == (tmp_path / "whole/state.safetensors").read_bytes()
+    rows, expected = ([row[:4] for row in read_log(tmp_path / name / "log.csv")] for name in ("run", "whole"))
+    assert rows == expected
+    latents = [Latents.load(path) for path in (tmp_path / "run").glob("latents-*.npz")]
+    assert len(latents) == 2
+    assert all(each.detail is not None and each.detail.any() for each in latents)
+
+
+def test_latents_without_detail_are_not_taken_for_a_run_with_it(data: Path, vae: Path, tmp_path: Path) -> None:
+    run(unet_config(data, vae, steps=1), tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    document = json.loads(path.read_text())
+    document["unet_loss"]["detail_weight"] = 5.0
+    path.write_text(json.dumps(document))
+    run(unet_config(data, vae, steps=2, unet_loss=UNetLossConfig(detail_weight=5.0)), tmp_path / "run")
+    latents = [Latents.load(path) for path in (tmp_path / "run").glob("latents-*.npz")]
+    assert len(latents) == 2
+    assert all(each.detail is not None for each in latents)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_state(
@@ -285,7 +334,7 @@ def test_both_backends_end_with_the_same_weights(data: Path, vae: Path, tmp_path
 
 
 def test_a_file_gives_the_configuration_that_was_written(data: Path, tmp_path: Path) -> None:
-    for config in (vae_config(data), unet_config(data, data)):
+    for config in (vae_config(data), unet_config(data, data, unet_loss=UNetLossConfig(detail_weight=2.5))):
         (tmp_path / "train.toml").write_text(toml(config))
         assert load_train_config(tmp_path / "train.toml") == config
 
@@ -320,6 +369,22 @@ def test_a_file_gives_the_configuration_that_was_written(data: Path, tmp_path: P
         ("eps = 1e-08", "eps = -1.0", "eps must be above 0"),
         ("ema_decay = 0.999", "ema_decay = 1.0", "ema_decay must be 0 to below 1"),
         ("border_weight = 0.0", "border_weight = -1.0", "vae_loss.border_weight must be a finite number, at least 0, got -1.0"),
+        (
+            "[unet_loss]\ndetail_weight = 0.0",
+            "[unet_loss]\ndetail_weight = -1.0",
+            "unet_loss.detail_weight must be a finite number, at least 0, got -1.0",
+        ),
+        (
+            "[unet_loss]\ndetail_weight = 0.0",
+            "[unet_loss]\ndetail_weight = inf",
+            "unet_loss.detail_weight must be a finite number, got inf",
+        ),
+        (
+            "[unet_loss]\ndetail_weight = 0.0",
+            "[unet_loss]\ndetail_weight = 2.0",
+            "unet_loss.detail_weight must be left out but for stage 'unet', got 2.0",
+        ),
+        ("[unet_loss]\ndetail_weight = 0.0", "[unet_loss]\ndetails = 2.0", "unknown field 'unet_loss.details'"),
         ("norm_num_groups = 8", "norm_num_groups = 3", "block_out_channels must be multiples of norm_num_groups"),
         ("batch_size = 2", "batch_size = ", "is no valid TOML"),
     ],
@@ -406,7 +471,7 @@ def test_pictures_that_the_vae_cannot_halve_so_often_are_refused_before_anything
 def test_mlx_refuses_bfloat16_on_metal_before_it_encodes_anything(
     data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mvshared.training.loop, "encode_captures", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(mvshared.training.loop, "encode_captures", lambda *_, **__: pytest.fail("encoded"))
     monkeypatch.setattr(mvmlx.train, "choose_device", lambda device: "gpu")
     monkeypatch.setattr(mvmlx.model.mx.metal, "is_available", lambda: True)
     with pytest.raises(BackendError, match="use float16 or float32"):

@@ -2,7 +2,7 @@
 
 A capture is a folder with a transforms.json in the convention of nerfstudio and instant-ngp. A frame may also have a
 `normal_file_path`, a normal map in camera space: (n + 1) / 2 * 255 with x right, y up, z toward the camera; a
-`detail_file_path`, a grey picture of how much a pixel counts in the VAE's loss beside its surroundings; and a
+`detail_file_path`, a grey picture of how much a pixel counts in a loss beside its surroundings; and a
 `depth_file_path`, a float32 .npy file (h, w) of depth along the optical axis, infinite where nothing is.
 """
 

@@ -157,6 +157,7 @@ class TrainConfig:
     init_from: str | None = None
     frozen: tuple[str, ...] = ()
     unet: UNetConfig | None = None
+    unet_loss: UNetLossConfig = PLAIN_UNET_LOSS
     upscaler: KUNetConfig | None = None
     first_step_share: float = 0.0
     views_from: str | None = None
@@ -187,6 +188,9 @@ class TrainConfig:
             raise OptionError("vae_from", expected="left out for stage 'vae', which starts from init_from", got=self.vae_from)
         if self.stage != "upscaler" and self.views_from is not None:
             raise OptionError("views_from", expected="left out but for stage 'upscaler'", got=self.views_from)
+        if self.stage != "unet" and self.unet_loss.detail_weight:
+            got = self.unet_loss.detail_weight
+            raise OptionError("unet_loss.detail_weight", expected="left out but for stage 'unet'", got=got)
         for name in ("first_step_share", "generated_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(name, expected="0 to 1", got=getattr(self, name))
@@ -204,6 +208,7 @@ TABLES = {
     "vae": VAEConfig,
     "vae_loss": VAELossConfig,
     "unet": UNetConfig,
+    "unet_loss": UNetLossConfig,
     "upscaler": KUNetConfig,
     "upscale_defaults": UpscaleDefaults,
     "scheduler": SchedulerConfig,

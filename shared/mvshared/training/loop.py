@@ -251,6 +251,8 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     names = [(name, folders) for name, folders in zip(("training", "held-out"), captures, strict=True) if folders]
     if not (folder / STATE).exists():
         check_captures(names, config.data, model)
+        if config.unet_loss.detail_weight:
+            check_details([load_capture(each) for _, folders in names for each in folders], folder=config.data.folder)
     shapes = network_shapes(unet, backend=backend)
     check_frozen(config, shapes)
     weights = _initial(config, "unet", shapes, unet=unet)
@@ -258,6 +260,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         unet,
         config.optimizer,
         weights,
+        loss=config.unet_loss,
         frozen=config.frozen,
         dtype=config.dtype,
         device=device,
@@ -352,12 +355,14 @@ def _latents(
 ) -> tuple[VAEConfig, Latents, Latents | None]:
     """The VAE's config with the statistics of its latents, and the encoded captures for training and validation, if any are.
 
-    They are kept in the run folder under the hashes of the VAE's weights and of the captures.
+    They are kept in the run folder under the hashes of the VAE's weights and of the captures, with or without detail maps.
     """
     files = weight_files(source, "vae")
     key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     captures = [found for found in find_captures(config.data.folder, held_out=config.data.held_out) if found]
     names = ("training", "held-out")[: len(captures)]
+    with_detail = config.unet_loss.detail_weight != 0
+    key += "-detail" * with_detail
     paths = [folder / f"latents-{name}-{key}-{captures_digest(found)}.npz" for name, found in zip(names, captures, strict=True)]
     vae = read_vae_config(source)
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
@@ -366,7 +371,7 @@ def _latents(
         encode = package.load_vae(raw, files, device=device).encode
         _prepare(folder, config)
         for name, path, folders in zip(names, paths, captures, strict=True):
-            encode_captures(folders, config.data, encode).save(path)
+            encode_captures(folders, config.data, encode, with_detail=with_detail).save(path)
             remove_others(folder, f"latents-{name}-*.npz", keep=[path.name])
     training, *held_out = (Latents.load(path) for path in paths)
     if vae.latents_mean is None and config.unet is not None:
