@@ -186,6 +186,38 @@ def test_any_number_of_views_can_be_evaluated(pipeline: Pipeline[Any]) -> None:
         assert (result.consistency_psnr_db is not None) == neighbours  # of views at most 100 degrees apart
 
 
+class Noted(Pipeline[Any]):
+    """Keeps the options and the views of every call."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, name="noted")
+        self.options: list[dict[str, Any]] = []
+        self.images: list[NDArray[np.uint8]] = []
+
+    def generate(self, image: Any = None, **options: Any) -> Any:
+        views = super().generate(image, **options)
+        self.options.append(options)
+        self.images.append(views.images)
+        return views
+
+
+def test_the_same_views_can_be_generated_a_few_at_a_time(pipeline: Pipeline[Any]) -> None:
+    noted, subject = Noted(pipeline.model), held_out_subject(5, size_px=SIZE_PX)
+    result = evaluate(noted, [5], together=3, steps=1, normals=True)
+    assert [len(images) for images in noted.images] == [3, 1]
+    for name, expected in (("cameras", subject.cameras), ("normals", subject.normals)):
+        np.testing.assert_array_equal(np.concatenate([options[name] for options in noted.options]), expected)
+    np.testing.assert_array_equal(result.rows[0][1:5], np.concatenate(noted.images))
+    np.testing.assert_array_equal(result.rows[0][5:], composite(subject.truth))
+
+
+@pytest.mark.parametrize("together", [0, -1, 2.5])
+def test_numbers_of_views_together_that_are_not_allowed_are_refused(pipeline: Pipeline[Any], together: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        evaluate(pipeline, range(1), together=together)
+    assert caught.value.name == "together"
+
+
 @pytest.mark.parametrize("views", [0, -1, 65, 2.5, True])
 def test_numbers_of_views_that_are_not_allowed_are_refused(pipeline: Pipeline[Any], views: Any) -> None:
     with pytest.raises(OptionError) as caught:

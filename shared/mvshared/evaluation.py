@@ -116,6 +116,7 @@ def evaluate(
     identities: Sequence[int],
     *,
     views: int = VIEWS,
+    together: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     scheduler: str | None = None,
@@ -125,10 +126,12 @@ def evaluate(
 ) -> Evaluation:
     """Generate the views of held-out heads and compare them with the truth.
 
+    A run has `together` of a head's views, by default all, so that different numbers can be compared on the same directions.
     `normals` gives the true normal maps to the model. Raises OptionError for a model that takes none, without identities, and
     for numbers of views that are not allowed.
     """
     views = whole("views", views, 1, MAX_VIEWS)
+    together = views if together is None else whole("together", together, 1, MAX_VIEWS)
     if not len(identities):
         raise OptionError("identities", expected="one or more numbers of heads", got=identities)
     model, size_px = pipeline.model, pipeline.model.config.defaults.size_px
@@ -138,42 +141,46 @@ def evaluate(
     rows = []
     for identity in tqdm(identities, desc="evaluating", unit="head", disable=None):
         subject = held_out_subject(identity, size_px=size_px, views=views)
-        generated = pipeline.generate(
-            subject.reference,
-            cameras=subject.cameras,
-            normals=list(subject.normals) if normals else None,
-            steps=steps,
-            guidance=guidance,
-            scheduler=scheduler,
-            spacing=spacing,
-            seed=seed,
-        )
+        runs = [
+            pipeline.generate(
+                subject.reference,
+                cameras=subject.cameras[at : at + together],
+                normals=list(subject.normals[at : at + together]) if normals else None,
+                steps=steps,
+                guidance=guidance,
+                scheduler=scheduler,
+                spacing=spacing,
+                seed=seed,
+            )
+            for at in range(0, views, together)
+        ]
+        generated, reference = np.concatenate([run.images for run in runs]), runs[0].reference
         truth = composite(subject.truth)
         copies = np.repeat(composite(subject.reference)[None], len(truth), axis=0)
         decoded = from_model(model.decode(model.encode_latents(to_model(truth))))
-        measured["psnr_db"].append(psnr(generated.images, truth))
-        measured["ssim"].append(ssim(generated.images, truth))
-        silhouettes, true_silhouettes = (background_mask(x, background=(255, 255, 255)) for x in (generated.images, truth))
+        measured["psnr_db"].append(psnr(generated, truth))
+        measured["ssim"].append(ssim(generated, truth))
+        silhouettes, true_silhouettes = (background_mask(x, background=(255, 255, 255)) for x in (generated, truth))
         measured["silhouette_iou"].append(iou(silhouettes, true_silhouettes))
         measured["copy_psnr_db"].append(psnr(copies, truth))
         measured["copy_ssim"].append(ssim(copies, truth))
         measured["vae_psnr_db"].append(psnr(decoded, truth))
         measured["vae_ssim"].append(ssim(decoded, truth))
         seen = subject.face.any(axis=(1, 2))
-        for name, pictures in (("face", generated.images), ("copy_face", copies), ("vae_face", decoded)):
+        for name, pictures in (("face", generated), ("copy_face", copies), ("vae_face", decoded)):
             measured[f"{name}_psnr_db"].append(
                 psnr(pictures[seen], truth[seen], mask=subject.face[seen]) if seen.any() else NONE
             )
         if normals:
             measured["normals_iou"].append(iou(silhouettes, alpha_mask(subject.normals)))
         near = views >= 360 / MAX_ANGLE_DEG  # else no two views show a common surface
-        for prefix, pictures in (("", generated.images), ("truth_", truth), ("copy_", copies)) if near else ():
+        for prefix, pictures in (("", generated), ("truth_", truth), ("copy_", copies)) if near else ():
             found = consistency(pictures, subject.cameras, fov_deg=DEFAULT_FOV_DEG, depth=subject.depth).views
             for name in ("psnr_db", "ssim"):
                 values = [value for figures in found if (value := getattr(figures, name)) is not None]
                 measured[f"{prefix}consistency_{name}"].append(np.asarray(values, np.float64))
-        assert generated.reference is not None
-        rows.append(np.concatenate([generated.reference[None], generated.images, truth]))
+        assert reference is not None
+        rows.append(np.concatenate([reference[None], generated, truth]))
     numbers = {name: np.concatenate(values) if values else NONE for name, values in measured.items()}
     summaries: dict[str, Any] = {name: summary(values) if values.size else None for name, values in numbers.items()}
     made, true = (np.stack([row[first : first + views] for row in rows]) for first in (1, 1 + views))

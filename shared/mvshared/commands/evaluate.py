@@ -37,6 +37,7 @@ def evaluate_model(options: dict[str, Any]) -> None:
         pipeline,
         options["identities"],
         views=VIEWS if options["views"] is None else options["views"],
+        together=options["together"],
         steps=options["steps"],
         guidance=options["guidance"],
         scheduler=options["scheduler"],
@@ -49,6 +50,7 @@ def evaluate_model(options: dict[str, Any]) -> None:
         "model": options["model"],
         "identities": [options["identities"].start, options["identities"].stop],
         "views": result.views,
+        "together": options["together"] or result.views,
         "normals": options["normals"],
         "seed": options["seed"],
         "steps": options["steps"] or pipeline.model.config.defaults.steps,
@@ -79,7 +81,7 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
     from mvshared.upscaling.evaluation import evaluate_upscaling
     from mvshared.upscaling.views import UpscaleOptions
 
-    for name, left_out in (("normals", False), ("views", None), ("scheduler", None), ("spacing", None)):
+    for name, left_out in (("normals", False), ("views", None), ("together", None), ("scheduler", None), ("spacing", None)):
         if options[name] is not left_out:
             raise OptionError(name, expected="left out with --upscaler", got=options[name])
     output: Path | None = options["output"]
