@@ -76,7 +76,7 @@ def test_a_config_that_cannot_be_read_is_a_fault(folder: Path) -> None:
 def test_the_report_is_printed_for_people_and_for_programs(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["info", "demo"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == "family demo: 4 views of 128 pixels, 10 steps of dpmpp-2m, guidance 1.5"
+    assert lines[0] == "family demo: 4 views of 128 pixels, 10 steps of dpmpp-2m, guidance 1.75"
     assert lines[1].startswith("unet: 13,151,464 parameters in 398 tensors (F16 x 398)")
     assert run(["info", "demo", "--json"]) == 0
     document = json.loads(capfd.readouterr().out)
