@@ -489,3 +489,12 @@ def test_a_run_that_is_refused_leaves_no_folder_and_no_other_config(data: Path, 
     with pytest.raises(OutputError, match="2 steps, 1 were asked for"):
         run(vae_config(data, steps=1), tmp_path / "run")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "examples/demo-model").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_the_demo_models_recipes_are_valid(path: Path) -> None:
+    config = load_train_config(path)
+    assert config.stage in path.stem and config.data.folder.startswith("data/")
