@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 import mlx.nn
 import numpy as np
+import pytest
 import torch
 from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ import mvmlx.unet
 import mvmlx.upscaler
 import mvmlx.vae
 import mvtorch.model
+import mvtorch.onednn
 import mvtorch.unet
 import mvtorch.upscaler
 import mvtorch.vae
@@ -54,6 +56,18 @@ TINY_MODEL = ModelConfig(
     scheduler=SchedulerConfig(),
     defaults=GenerationDefaults(views=2, azimuth_start_deg=45.0, steps=2, guidance=2.0, size_px=32),
 )
+
+
+def packs_bfloat16() -> bool:
+    """Whether oneDNN lays weights in bfloat16 out on this processor: it needs instructions of AVX-512, or of AMX or Arm's."""
+    try:
+        mvtorch.onednn.packed_matrix(torch.zeros((16, 16), dtype=torch.bfloat16))
+    except RuntimeError:
+        return False
+    return True
+
+
+NEEDS_PACKED_BFLOAT16 = pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN packs no bfloat16 on this processor")
 
 
 def to_numpy(x: Any) -> NDArray[Any]:

@@ -10,7 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BFLOAT16_RMS, FLOAT32_RMS, TINY_UNET, TINY_VAE, assert_close, denoise, make_unet, make_vae, unet_inputs
+from helpers import (
+    BFLOAT16_RMS,
+    FLOAT32_RMS,
+    NEEDS_PACKED_BFLOAT16,
+    TINY_UNET,
+    TINY_VAE,
+    assert_close,
+    denoise,
+    make_unet,
+    make_vae,
+    packs_bfloat16,
+    unet_inputs,
+)
 from test_reference_unet import CONFIGS, denoise_with_diffusers
 from test_reference_vae import diffusers_vae
 from torch import Tensor, nn
@@ -30,8 +42,9 @@ from mvtorch.packed import PackedFeedForward, PackedLinear, pack_network
 from mvtorch.packed_convolutions import PackedConv2d, PackedUpsample
 
 FIXTURES = Path(__file__).parent / "fixtures"
-BFLOAT16 = pytest.param(torch.bfloat16, 8e-3, id="bfloat16")  # a few roundings
+BFLOAT16 = pytest.param(torch.bfloat16, 8e-3, id="bfloat16", marks=NEEDS_PACKED_BFLOAT16)  # a few roundings
 DTYPES = [pytest.param(torch.float32, 1e-5, id="float32"), BFLOAT16]
+NETWORK_DTYPES = [(torch.float32, FLOAT32_RMS), pytest.param(torch.bfloat16, BFLOAT16_RMS, marks=NEEDS_PACKED_BFLOAT16)]
 # Widths that are no multiples of 16, beside one whose kernels are packed.
 WIDE = replace(TINY_UNET, block_out_channels=(40, 64), layers_per_block=(1, 2))
 WIDE_VAE = replace(TINY_VAE, block_out_channels=(24, 40, 64))
@@ -168,7 +181,7 @@ def test_shifted_attention_is_as_exact_as_its_weights(
         scores = q.double() @ k.double().transpose(-1, -2) * width**-0.5
         scores = scores if key_bias is None else scores + key_bias.double()
         expected = scores.softmax(-1) @ v.double()
-        for packs in (True, False):  # a PyTorch without those operators multiplies plain matrices
+        for packs in {packs_bfloat16(), False}:  # a PyTorch without those operators multiplies plain matrices
             monkeypatch.setattr(cpu_attention, "has_packed_linear", lambda packs=packs: packs)
             found = cpu_attention.shifted_attention(q, k, v, key_bias=key_bias)
             assert found.shape == q.shape
@@ -197,7 +210,7 @@ def test_shifted_attention_is_for_processors_whose_kernel_is_slow(monkeypatch: p
     onednn.computes_bfloat16_in_avx512.cache_clear()
 
 
-@pytest.mark.parametrize(("dtype", "rms"), [(torch.float32, FLOAT32_RMS), (torch.bfloat16, BFLOAT16_RMS)])
+@pytest.mark.parametrize(("dtype", "rms"), NETWORK_DTYPES)
 @pytest.mark.parametrize(("batch", "views", "size"), [(1, 1, (8, 12)), (2, 5, (10, 6)), (1, 10, (16, 16))])
 def test_a_packed_unet_computes_what_the_plain_one_and_diffusers_do(
     batch: int, views: int, size: tuple[int, int], dtype: torch.dtype, rms: float, convolutions: None
@@ -222,7 +235,7 @@ def test_every_kind_of_unet_is_packed_without_a_trace(name: str, convolutions: N
     assert_close(denoise(model, inputs), expected, rms=FLOAT32_RMS)
 
 
-@pytest.mark.parametrize(("dtype", "rms"), [(torch.float32, FLOAT32_RMS), (torch.bfloat16, BFLOAT16_RMS)])
+@pytest.mark.parametrize(("dtype", "rms"), NETWORK_DTYPES)
 @pytest.mark.parametrize("config", [TINY_VAE, WIDE_VAE], ids=["tiny", "wide"])
 def test_a_packed_vae_computes_what_the_plain_one_and_diffusers_do(
     config: VAEConfig, dtype: torch.dtype, rms: float, convolutions: None
@@ -265,7 +278,7 @@ def test_blocks_of_a_packed_network_have_the_names_the_kinds_and_the_arithmetic_
         assert_close(outputs[1][name], array, rms=FLOAT32_RMS)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=NEEDS_PACKED_BFLOAT16)])
 def test_what_packing_adds_is_known_before(dtype: Dtype, convolutions: None) -> None:
     model = make_unet(WIDE, "torch").to(getattr(torch, dtype))
     before = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
@@ -320,6 +333,7 @@ def test_loaded_networks_are_packed_and_have_no_weights_to_save() -> None:
     assert "conv_in.weight" in unet.state_dict()
 
 
+@NEEDS_PACKED_BFLOAT16
 def test_quantised_layers_stay_and_those_beside_them_are_packed() -> None:
     model: Any = load(FIXTURES / "tiny-mvdream", backend="torch", device="cpu", dtype="bfloat16", quantize="q8").model
     kinds = {type(layer).__name__ for layer in model.unet.modules()}

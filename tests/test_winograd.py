@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_UNET, assert_close, denoise, make_unet, unet_inputs
+from helpers import NEEDS_PACKED_BFLOAT16, TINY_UNET, assert_close, denoise, make_unet, unet_inputs
 from torch import Tensor, nn
 
 from mvtorch import winograd
@@ -18,7 +18,10 @@ from mvtorch.packed_convolutions import PackedConv2d, PackedUpsampledConv2d
 from mvtorch.winograd import UpsampledConv2d, WinogradConv2d
 
 # float32 as exact as a plain convolution; bfloat16 with the rounding of sums of inputs and weights, and of products.
-DTYPES = [pytest.param(torch.float32, 2e-6, id="float32"), pytest.param(torch.bfloat16, 8e-3, id="bfloat16")]
+DTYPES = [
+    pytest.param(torch.float32, 2e-6, id="float32"),
+    pytest.param(torch.bfloat16, 8e-3, id="bfloat16", marks=NEEDS_PACKED_BFLOAT16),
+]
 SIZES = [(1, 1, 1), (3, 4, 4), (2, 1, 6), (1, 7, 5), (2, 18, 33), (9, 2, 3)]
 WIDE_UNET = replace(TINY_UNET, block_out_channels=(40, 64), layers_per_block=(1, 2))
 
@@ -77,6 +80,7 @@ def test_upsampling_computes_what_the_plain_one_does(
     assert torch.equal(conv(repeated), conv.upsampled(x))
 
 
+@NEEDS_PACKED_BFLOAT16
 def test_it_is_for_many_channels_and_for_processors_without_faster_products(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = nn.Conv2d(256, 256, 3, padding=1)
     others: list[Any] = [
@@ -101,6 +105,7 @@ def test_it_is_for_many_channels_and_for_processors_without_faster_products(monk
         ]
 
 
+@NEEDS_PACKED_BFLOAT16
 def test_in_bfloat16_a_unet_errs_hardly_more_than_with_plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "computes_bfloat16_in_avx512", lambda: True)
     inputs = unet_inputs(WIDE_UNET, views=2, size=(24, 16))
