@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from mvshared.weights import choose_quantization
 from mvtorch.attention import KeyValues
 from mvtorch.inference import inference
 from mvtorch.latents import LatentModel
-from mvtorch.model import check_files, choose_device, choose_dtype, load_network, network_loaders
+from mvtorch.model import check_files, choose_device, choose_dtype, network_loaders
 from mvtorch.upscaler import LatentUpscaler
 
 
@@ -150,5 +150,6 @@ def load_latent_model(name: str | Path, *, dtype: str | None = None, device: str
     chosen_dtype = choose_dtype(dtype, device=chosen)
     folder = find_model(name)
     files = weight_files(folder, "vae")
-    vae = partial(load_network, read_vae_config(folder), files, dtype=chosen_dtype, device=chosen)
-    return LatentModel(Networks({"vae": vae}), device=chosen, dtype=chosen_dtype, weight_files=files)
+    config = SimpleNamespace(vae=read_vae_config(folder))
+    networks = network_loaders(config, {"vae": files}, dtype=chosen_dtype, device=chosen)
+    return LatentModel(networks, device=chosen, dtype=chosen_dtype, weight_files=files)

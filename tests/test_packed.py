@@ -40,6 +40,7 @@ from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, U
 from mvtorch.model import load_network, packing_bytes
 from mvtorch.packed import PackedFeedForward, PackedLinear, pack_network
 from mvtorch.packed_convolutions import PackedConv2d, PackedUpsample
+from mvtorch.upscaling import load_latent_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BFLOAT16 = pytest.param(torch.bfloat16, 8e-3, id="bfloat16", marks=NEEDS_PACKED_BFLOAT16)  # a few roundings
@@ -331,6 +332,11 @@ def test_loaded_networks_are_packed_and_have_no_weights_to_save() -> None:
     unet = load_network(read_model_config(folder).unet, weight_files(folder, "unet"), dtype="float32", device="cpu")
     assert not any(isinstance(layer, PackedLinear | PackedConv2d) for layer in unet.modules())
     assert "conv_in.weight" in unet.state_dict()
+
+
+def test_a_vae_that_is_loaded_alone_is_packed_too() -> None:
+    vae = load_latent_model(FIXTURES / "tiny-mvdream", device="cpu", dtype="float32").vae
+    assert {"PackedConv2d", "PackedLinear"} <= {type(layer).__name__ for layer in vae.modules()}
 
 
 @NEEDS_PACKED_BFLOAT16
