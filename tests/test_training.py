@@ -219,6 +219,16 @@ def test_the_vae_and_the_start_may_be_those_of_a_named_model(tmp_path: Path) -> 
     assert read_model_config(model).vae == demo.vae
 
 
+def test_a_table_of_the_unet_wants_a_vae_beside_it(data: Path, vae: Path) -> None:
+    with pytest.raises(OptionError, match="vae_from must be the model whose VAE is used, beside a table 'unet', got None"):
+        unet_config(data, vae, vae_from=None, init_from="demo")
+
+
+def test_the_losses_of_another_stage_are_refused(data: Path, vae: Path) -> None:
+    with pytest.raises(OptionError, match=r"vae_loss\.mse_weight must be left out but for stage 'vae', got 2.0"):
+        unet_config(data, vae, vae_loss=VAELossConfig(mse_weight=2.0))
+
+
 def test_a_run_of_another_config_is_refused_by_the_name_of_the_field(data: Path, tmp_path: Path) -> None:
     run(vae_config(data, steps=1), tmp_path / "run")
     with pytest.raises(OutputError, match="holds a run with other values of batch_size, optimizer"):

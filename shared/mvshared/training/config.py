@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,8 +130,8 @@ class TrainConfig:
     """One stage of training.
 
     `vae_from` is the checkpoint folder whose VAE the U-Net and the upscaler use, `init_from` one to start from. Without a table
-    `unet`, all of the model is that of `init_from`, with its encoders. Weights whose names begin with one of `frozen` are not
-    trained.
+    `unet`, all of the model is that of `init_from`, with its encoders; with one, `vae_from` must be there. Weights whose
+    names begin with one of `frozen` are not trained.
     `first_step_share` of an upscaler's examples have the highest noise level, for runs of one step or a few. With `views_from`,
     a model, `generated_share` of them start from views that it generates of up to `generated_captures` training captures.
     `dtype` is that of the computation, float16 with loss scaling, `model_dtype` that of the trained model's files; weights and
@@ -177,9 +177,11 @@ class TrainConfig:
             raise OptionError("seed", expected="at least 0", got=self.seed)
         if self.stage == "vae" and self.vae is None:
             raise OptionError("vae", expected="a table of VAEConfig fields for stage 'vae'", got=None)
-        if self.stage == "unet" and self.init_from is None and (self.unet is None or self.vae_from is None):
+        if self.stage == "unet" and self.init_from is None and self.unet is None:
             expected = "a table of UNetConfig fields, and vae_from, for stage 'unet' without init_from"
             raise OptionError("unet", expected=expected, got=None)
+        if self.stage == "unet" and self.unet is not None and self.vae_from is None:
+            raise OptionError("vae_from", expected="the model whose VAE is used, beside a table 'unet'", got=None)
         if self.stage == "upscaler" and (self.upscaler is None or self.vae_from is None):
             raise OptionError(
                 "upscaler", expected="a table of KUNetConfig fields, and vae_from, for stage 'upscaler'", got=None
@@ -188,9 +190,10 @@ class TrainConfig:
             raise OptionError("vae_from", expected="left out for stage 'vae', which starts from init_from", got=self.vae_from)
         if self.stage != "upscaler" and self.views_from is not None:
             raise OptionError("views_from", expected="left out but for stage 'upscaler'", got=self.views_from)
-        if self.stage != "unet" and self.unet_loss.detail_weight:
-            got = self.unet_loss.detail_weight
-            raise OptionError("unet_loss.detail_weight", expected="left out but for stage 'unet'", got=got)
+        for stage, name, loss in (("unet", "unet_loss", self.unet_loss), ("vae", "vae_loss", self.vae_loss)):
+            for each in fields(loss) if self.stage != stage else ():
+                if (got := getattr(loss, each.name)) != each.default:
+                    raise OptionError(f"{name}.{each.name}", expected=f"left out but for stage '{stage}'", got=got)
         for name in ("first_step_share", "generated_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(name, expected="0 to 1", got=getattr(self, name))
