@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import BACKENDS, TINY_MODEL, Backend, record, write_tiny_model
 from numpy.typing import NDArray
+from scipy import ndimage
 from skimage.metrics import structural_similarity
 
 import mvshared.evaluation
@@ -19,11 +20,11 @@ from mvshared.evaluation import Evaluation, evaluate, held_out_subject
 from mvshared.heads import DEFAULT_RADIUS, composite, render
 from mvshared.heads.parts import Part
 from mvshared.images import from_model, to_model
-from mvshared.metrics import Summary
+from mvshared.metrics import Summary, contrast
 from mvshared.pipeline import Pipeline
 
 SIZE_PX = TINY_MODEL.defaults.size_px
-FACE = {"face_psnr_db", "copy_face_psnr_db", "vae_face_psnr_db"}
+FACE = {f"{of}{name}" for of in ("", "copy_", "vae_") for name in ("face_psnr_db", "eye_contrast", "mouth_contrast")}
 CONSISTENCY = {f"{of}consistency_{name}" for of in ("", "truth_", "copy_") for name in ("psnr_db", "ssim")}
 FIGURES = {"psnr_db", "ssim", "silhouette_iou", "copy_psnr_db", "copy_ssim", "vae_psnr_db", "vae_ssim"} | CONSISTENCY | FACE
 
@@ -79,17 +80,16 @@ def assert_summarises(summary: Summary, values: NDArray[np.float64]) -> None:
 
 
 def test_a_held_out_subject_is_the_same_every_time() -> None:
-    first, second, other = (held_out_subject(identity, size_px=24) for identity in (3, 3, 4))
+    first, second, other = (held_out_subject(identity, size_px=64) for identity in (3, 3, 4))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b, strict=True)
     assert not any(np.array_equal(a, c) for a, c in zip(first, other, strict=True))
     assert [array.shape for array in first] == [
-        (24, 24, 4),
-        (4, 24, 24, 4),
-        (4, 24, 24, 4),
+        (64, 64, 4),
+        (4, 64, 64, 4),
+        (4, 64, 64, 4),
         (4, 4, 4),
-        (4, 24, 24),
-        (4, 24, 24),
+        *[(4, 64, 64)] * 4,
     ]
 
 
@@ -162,6 +162,30 @@ def test_the_face_is_where_the_renderer_says_so_in_views_from_the_front() -> Non
         expected = np.isin(part, faces) if view in (0, 6, 7) else np.zeros_like(face)
         np.testing.assert_array_equal(face, expected)
     assert subject.face[7].any()
+
+
+def test_eyes_and_mouths_have_a_rim_in_views_from_the_front_that_show_them() -> None:
+    subject = held_out_subject(2, size_px=64, views=8)
+    parts = render(2, subject.cameras, size_px=64).parts
+    for masks, part in ((subject.eyes, Part.EYE), (subject.mouth, Part.MOUTH)):
+        shown = [view for view in (0, 6, 7) if (parts[view] == part).sum() >= 8]
+        assert 7 in shown  # the one from the front
+        for view, mask in enumerate(masks):
+            near = ndimage.binary_dilation(parts[view] == part, np.ones((5, 5))) if view in shown else np.zeros_like(mask)
+            np.testing.assert_array_equal(mask, near)
+
+
+def test_the_contrast_of_eyes_and_mouths_is_that_of_the_rows(pipeline: Pipeline[Any]) -> None:
+    evaluation = evaluate(pipeline, [2], views=8, steps=1)
+    subject, rows = held_out_subject(2, size_px=SIZE_PX, views=8), evaluation.rows[0]
+    for name, mask in (("eye_contrast", subject.eyes), ("mouth_contrast", subject.mouth)):
+        seen = mask.any(axis=(1, 2))
+        for prefix, made in (("", rows[1:9]), ("copy_", np.repeat(rows[:1], 8, axis=0))):
+            summary = getattr(evaluation, prefix + name)
+            assert (summary is None) == (not seen.any())
+            if seen.any():
+                assert_summarises(summary, contrast(made[seen], rows[9:][seen], mask=mask[seen]))
+    assert evaluation.eye_contrast is not None
 
 
 def test_the_figures_of_faces_count_pixels_of_faces_alone(evaluation: Evaluation) -> None:

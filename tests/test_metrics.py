@@ -53,6 +53,44 @@ def test_psnr_of_a_constant_error_is_that_of_the_definition() -> None:
     assert metrics.psnr(black, black + np.uint8(255)) == pytest.approx([0])
 
 
+def test_contrast_is_the_slope_of_the_pictures_values_against_the_references() -> None:
+    clean, noisy = (pictures.astype(np.float64) / 255 for pictures in views(3))
+    mask = np.zeros(clean.shape[:3], dtype=bool)
+    mask[:, 4:20, 3:17] = True
+    slopes = metrics.contrast(noisy, clean, mask=mask)
+    for view, slope in enumerate(slopes):
+        y, x = (z[view][mask[view]] - z[view][mask[view]].mean(axis=0) for z in (clean, noisy))
+        assert slope == pytest.approx(np.polyfit(y.ravel(), x.ravel(), 1)[0], rel=1e-9)
+    np.testing.assert_allclose(metrics.contrast(clean, clean, mask=mask), 1)
+
+
+def test_contrast_says_how_much_of_a_detail_is_left() -> None:
+    truth = np.full((1, 16, 16, 3), 0.5)
+    truth[:, 6:9, 4:12] = (0.35, 0.25, 0.3)
+    mask = np.zeros((1, 16, 16), dtype=bool)
+    mask[:, 4:11, 2:14] = True
+    for share in (-1, 0, 0.4, 1, 1.2):
+        paler = 0.4 + share * (truth - 0.5)  # and the skin is darker, which does not count
+        assert metrics.contrast(paler, truth, mask=mask) == pytest.approx([share])
+    outside = truth.copy()
+    outside[:, 12:] = 0
+    assert metrics.contrast(outside, truth, mask=mask) == pytest.approx([1])
+    displaced = np.roll(truth, 2, axis=1)
+    assert -0.2 < metrics.contrast(displaced, truth, mask=mask)[0] < 0.4
+
+
+def test_contrast_needs_a_detail_inside_the_mask() -> None:
+    clean, noisy = views(4)
+    mask = np.ones(clean.shape[:3], dtype=bool)
+    mask[1] = False
+    with pytest.raises(OptionError, match="an empty mask in view 1"):
+        metrics.contrast(noisy, clean, mask=mask)
+    flat = clean.copy()
+    flat[2] = (200, 100, 50)
+    with pytest.raises(OptionError, match="references must be not flat inside the mask, got 'one colour in view 2'"):
+        metrics.contrast(noisy, flat, mask=np.ones_like(mask))
+
+
 @given(pictures_u8)
 def test_equal_pictures_have_infinite_psnr_and_ssim_1(pictures: np.ndarray) -> None:
     assert (metrics.psnr(pictures, pictures.copy()) == math.inf).all()

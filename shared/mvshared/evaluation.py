@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ from mvshared.errors import OptionError
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
 from mvshared.heads.parts import Part
 from mvshared.images import from_model, to_model
-from mvshared.metrics import Summary, alpha_mask, background_mask, iou, psnr, ssim, summary
+from mvshared.metrics import Summary, alpha_mask, background_mask, contrast, iou, psnr, ssim, summary
 from mvshared.pipeline import Pipeline
 
 HELD_OUT = 100_000
@@ -28,14 +29,16 @@ ELEVATIONS_DEG = (0.0, 20.0)
 REFERENCE_AZIMUTH_DEG = 15.0  # references look at the face from within this azimuth
 FRONT_AZIMUTH_DEG = 60.0  # views from within this azimuth show the face
 FACE = (Part.SKIN, Part.EYE, Part.BROW, Part.MOUTH, Part.NOSE, Part.GLASSES, Part.BEARD)
+DETAIL_RIM_PX = 2  # of what is around an eye or a mouth, from which it must be told apart
+MIN_DETAIL_PX = 8  # an eye or a mouth with fewer pixels is hidden, or seen from its edge
 EVALUATION_SEED = 77
 NONE = np.empty(0)  # figures of views that are not there
 
 
 class Subject(NamedTuple):
     """A held-out head: reference uint8 (h, w, 4), truth uint8 (v, h, w, 4), its normal maps likewise, cameras (v, 4, 4), the
-    truth's depth float32 (v, h, w) along the optical axis, infinite where nothing is, and where the truth shows the face, bool
-    (v, h, w), in views from the front alone."""
+    truth's depth float32 (v, h, w) along the optical axis, infinite where nothing is, and, in views from the front alone, where
+    the truth shows the face, the eyes with a rim, and the mouth with a rim, bool (v, h, w)."""
 
     reference: NDArray[np.uint8]
     truth: NDArray[np.uint8]
@@ -43,6 +46,8 @@ class Subject(NamedTuple):
     cameras: NDArray[np.float32]
     depth: NDArray[np.float32]
     face: NDArray[np.bool_]
+    eyes: NDArray[np.bool_]
+    mouth: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,8 @@ class Evaluation:
     `psnr_db`, `ssim` and `silhouette_iou` of the generated views, where a silhouette is what is not white; `copy_*` of the
     reference copied to every view; `vae_*` of the true views encoded and decoded; `normals_iou` of the silhouettes against the
     alpha of the normal maps, if those were given to the model. `face_psnr_db` counts only pixels of FACE in views from within
-    FRONT_AZIMUTH_DEG; None without such views.
+    FRONT_AZIMUTH_DEG; None without such views. `eye_contrast` and `mouth_contrast` are `mvshared.metrics.contrast` of eyes
+    and mouths with what is around them, in the same views where those are seen: 1 is as clear as in the truth, 0 is nothing.
 
     `consistency_*` as in `mvshared.consistency` with the true depth, of the generated views, of the true ones and of the copied
     reference; None for pictures that are too small to compare, and for fewer than four views, which are too far apart.
@@ -76,6 +82,12 @@ class Evaluation:
     face_psnr_db: Summary | None
     copy_face_psnr_db: Summary | None
     vae_face_psnr_db: Summary | None
+    eye_contrast: Summary | None
+    copy_eye_contrast: Summary | None
+    vae_eye_contrast: Summary | None
+    mouth_contrast: Summary | None
+    copy_mouth_contrast: Summary | None
+    vae_mouth_contrast: Summary | None
     consistency_psnr_db: Summary | None
     consistency_ssim: Summary | None
     truth_consistency_psnr_db: Summary | None
@@ -106,9 +118,18 @@ def held_out_subject(identity: int, *, size_px: int, views: int = VIEWS) -> Subj
     cameras = orbit(azimuths_deg, elevation, radius=DEFAULT_RADIUS)
     reference_camera = orbit([azimuth], float(random.uniform(*ELEVATIONS_DEG)), radius=DEFAULT_RADIUS)
     rendered = render(identity, np.concatenate([reference_camera, cameras]), size_px=size_px)
-    front = [abs((degrees + 180) % 360 - 180) <= FRONT_AZIMUTH_DEG for degrees in azimuths_deg]
-    face = np.isin(rendered.parts[1:], FACE) & np.asarray(front)[:, None, None]
-    return Subject(rendered.rgba[0], rendered.rgba[1:], rendered.normals[1:], cameras, rendered.depth[1:], face)
+    front = np.array([abs((degrees + 180) % 360 - 180) <= FRONT_AZIMUTH_DEG for degrees in azimuths_deg])
+    parts = np.where(front[:, None, None], rendered.parts[1:], Part.BACKGROUND)
+    return Subject(
+        rendered.rgba[0],
+        rendered.rgba[1:],
+        rendered.normals[1:],
+        cameras,
+        rendered.depth[1:],
+        face=np.isin(parts, FACE),
+        eyes=_rimmed(parts == Part.EYE),
+        mouth=_rimmed(parts == Part.MOUTH),
+    )
 
 
 def evaluate(
@@ -166,11 +187,15 @@ def evaluate(
         measured["copy_ssim"].append(ssim(copies, truth))
         measured["vae_psnr_db"].append(psnr(decoded, truth))
         measured["vae_ssim"].append(ssim(decoded, truth))
-        seen = subject.face.any(axis=(1, 2))
-        for name, pictures in (("face", generated), ("copy_face", copies), ("vae_face", decoded)):
-            measured[f"{name}_psnr_db"].append(
-                psnr(pictures[seen], truth[seen], mask=subject.face[seen]) if seen.any() else NONE
-            )
+        for prefix, pictures in (("", generated), ("copy_", copies), ("vae_", decoded)):
+            for name, metric, mask in (
+                ("face_psnr_db", psnr, subject.face),
+                ("eye_contrast", contrast, subject.eyes),
+                ("mouth_contrast", contrast, subject.mouth),
+            ):
+                seen = mask.any(axis=(1, 2))
+                values = metric(pictures[seen], truth[seen], mask=mask[seen]) if seen.any() else NONE
+                measured[prefix + name].append(values)
         if normals:
             measured["normals_iou"].append(iou(silhouettes, alpha_mask(subject.normals)))
         near = views >= 360 / MAX_ANGLE_DEG  # else no two views show a common surface
@@ -192,6 +217,14 @@ def evaluate(
         rows=tuple(rows),
         **summaries,
     )
+
+
+def _rimmed(parts: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Where a small part is or is near, bool (v, h, w); nowhere in views that show less than MIN_DETAIL_PX of it."""
+    width = 2 * DETAIL_RIM_PX + 1
+    padded = np.pad(parts, ((0, 0), (DETAIL_RIM_PX, DETAIL_RIM_PX), (DETAIL_RIM_PX, DETAIL_RIM_PX)))
+    near = sliding_window_view(padded, (width, width), axis=(1, 2)).any(axis=(-2, -1))
+    return near & (parts.sum(axis=(1, 2)) >= MIN_DETAIL_PX)[:, None, None]
 
 
 def _agreement(generated: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:

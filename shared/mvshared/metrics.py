@@ -1,4 +1,4 @@
-"""How close views are to the true ones: PSNR, SSIM, overlap of silhouettes; one float64 number per view.
+"""How close views are to the true ones: PSNR, SSIM, contrast of details, overlap of silhouettes; one float64 number per view.
 
 Pictures are (v, h, w, c), uint8 of 0 to 255 or floats of 0 to 1, and masks bool (v, h, w). SSIM: Wang et al. 2004, "Image
 quality assessment: from error visibility to structural similarity", IEEE TIP 13(4), section III.B.
@@ -40,10 +40,7 @@ def psnr(pictures: Pictures, references: Pictures, *, mask: NDArray[np.bool_] | 
     if mask is None:
         mse = squares.mean(axis=(1, 2))
     else:
-        _check_masks("mask", mask, shape=squares.shape)
-        pixels = mask.sum(axis=(1, 2))
-        if (pixels == 0).any():
-            raise OptionError("mask", expected="true somewhere in every view", got=f"an empty mask in view {pixels.argmin()}")
+        pixels = _inside(mask, shape=squares.shape)
         mse = (squares * mask).sum(axis=(1, 2)) / pixels
     with np.errstate(divide="ignore"):
         return -10 * np.log10(mse)
@@ -70,6 +67,24 @@ def ssim(pictures: Pictures, references: Pictures, *, mask: NDArray[np.bool_] | 
     if (pixels == 0).any():
         raise OptionError("mask", expected="true in the middle of every view", got=f"an empty mask in view {pixels.argmin()}")
     return np.array([_ssim_map(*views)[centre].mean() for *views, centre in zip(x, y, mask, centres, strict=True)])
+
+
+def contrast(pictures: Pictures, references: Pictures, *, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """How much of the references' contrast inside `mask` bool (v, h, w) the pictures have in the same places, float64 (v,).
+
+    It is the slope of the line through the pictures' values against the references', each less its channel's mean inside: 1 for
+    equal pictures, 0 for flat ones and for details that are elsewhere, below 0 for inverted ones, above 1 for exaggerated ones.
+    What is paler, softer or displaced has less, and what is added elsewhere in the mask changes nothing. A view whose mask is
+    empty, or whose reference is flat there, is refused. Raises OptionError.
+    """
+    x, y = _pair(pictures, references)
+    pixels = _inside(mask, shape=x.shape[:3])
+    weights = mask[..., None] / pixels[:, None, None, None]
+    x, y = (z - (z * weights).sum(axis=(1, 2), keepdims=True) for z in (x, y))
+    energy = (weights * y * y).sum(axis=(1, 2, 3))
+    if (flat := energy < 1e-12).any():
+        raise OptionError("references", expected="not flat inside the mask", got=f"one colour in view {flat.argmax()}")
+    return (weights * x * y).sum(axis=(1, 2, 3)) / energy
 
 
 def alpha_mask(pictures: Pictures, *, threshold: float = 0.5) -> NDArray[np.bool_]:
@@ -143,6 +158,15 @@ def _pair(pictures: Pictures, references: Pictures) -> tuple[NDArray[np.float64]
     if _peak(pictures) != _peak(references):
         raise OptionError("references", expected=f"of the pictures' range ({pictures.dtype})", got=references.dtype)
     return _unit("pictures", pictures), _unit("references", references)
+
+
+def _inside(mask: NDArray[np.bool_], *, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Numbers of pixels (v,) inside a mask of that shape (v, h, w). Raises OptionError, also if a view has none."""
+    _check_masks("mask", mask, shape=shape)
+    pixels = mask.sum(axis=(1, 2))
+    if (pixels == 0).any():
+        raise OptionError("mask", expected="true somewhere in every view", got=f"an empty mask in view {pixels.argmin()}")
+    return pixels
 
 
 def _check_masks(name: str, masks: NDArray[np.bool_], *, shape: tuple[int, ...] | None = None) -> None:
