@@ -177,6 +177,20 @@ def test_faces_are_seen_from_the_front_and_never_from_the_back() -> None:
         assert not np.isin(from_side(number, 140, elevation_deg=25).parts, (Part.MOUTH, Part.BROW)).any()
 
 
+def test_mouths_are_large_and_distinct_enough_to_read() -> None:
+    heads = [sample_identity(number) for number in range(600)]
+    distances = [np.linalg.norm(np.subtract(head.mouth_color, head.skin_color)) for head in heads]
+    assert min(distances) > 0.45, "the lips have nearly the colour of the skin"
+    heights = []
+    for number in range(40):
+        head = sample_identity(number)
+        if not (head.moustache or head.beard):
+            mouth = from_side(number, 0, size_px=128, elevation_deg=0).parts[0] == Part.MOUTH
+            heights += [mouth.sum(axis=0).max()]
+    assert len(heights) >= 25
+    assert min(heights) >= 4
+
+
 def test_eyes_are_large_enough_to_read() -> None:
     widths = []
     for number in range(40):

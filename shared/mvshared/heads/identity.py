@@ -163,7 +163,7 @@ def sample_identity(number: int) -> HeadIdentity:
         skull=skull,
         jaw=(between(0.30, 0.42), between(0.24, 0.32), between(0.32, 0.38)),
         jaw_y=between(-0.24, -0.17),
-        cheek_radius=between(0.13, 0.19),
+        cheek_radius=between(0.12, 0.175),
         neck_radius=between(0.15, 0.21),
         shoulders=between(0.60, 0.76),
         nose=(between(0.045, 0.085), between(0.045, 0.09), between(0.05, 0.10)),
@@ -185,9 +185,9 @@ def sample_identity(number: int) -> HeadIdentity:
         brow_thickness=between(0.016, 0.032),
         mouth_style=mouth_style,
         mouth_y=between(-0.30, -0.25),
-        mouth_width=between(0.07, 0.12) if mouth_style == "line" else between(0.10, 0.16),
-        mouth_curve=between(-1.5, 1.0) if mouth_style == "line" else between(1.8, 4.0),
-        mouth_open=between(0.06, 0.12),
+        mouth_width=between(0.10, 0.15) if mouth_style == "line" else between(0.12, 0.175),
+        mouth_curve=between(-1.2, 1.0) if mouth_style == "line" else between(1.6, 3.2),
+        mouth_open=between(0.08, 0.13),
         blush=between(0.2, 0.7) if chance(0.4) else 0.0,
         freckles=1.0 if chance(0.12) else 0.0,
         beard=chance(0.1),
@@ -220,4 +220,6 @@ def sample_identity(number: int) -> HeadIdentity:
     )
     if np.abs(np.subtract(identity.brow_color, skin)).sum() < 0.45:  # brows and bald heads must stay readable
         identity = replace(identity, brow_color=(0.24, 0.15, 0.10) if sum(skin) > 1.0 else (0.72, 0.66, 0.60))
+    if np.linalg.norm(np.subtract(identity.mouth_color, skin)) < 0.5:  # and mouths
+        identity = replace(identity, mouth_color=(0.42, 0.12, 0.14) if sum(skin) > 1.3 else (0.93, 0.55, 0.55))
     return identity

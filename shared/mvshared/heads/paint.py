@@ -17,7 +17,7 @@ PUPIL = (0.04, 0.04, 0.05)
 ROSE = (0.95, 0.42, 0.40)
 MOUTH_INSIDE = (0.32, 0.07, 0.10)
 TONGUE = (0.88, 0.40, 0.42)
-TEETH = (0.97, 0.96, 0.93)
+LIPS = 0.032  # half the height of a closed mouth, so that it is seen in pictures of 128 pixels
 INNER_EAR = (0.95, 0.62, 0.66)
 
 
@@ -101,14 +101,13 @@ def _paint_skin(shape: HeadShape, x: Array, y: Array, z: Array, parts: Parts, co
     round_ends = np.sqrt(np.maximum(0, 1 - np.square(across)))
     if i.mouth_style == "open":
         depth = i.mouth_open * round_ends
-        mouth = (level < 0.016) & (level > 0.002 - depth) & (round_ends > 0)
-        inside = mouth & (level < 0.002) & (level > 0.018 - depth)
+        mouth = (level < 0.02) & (level > 0.002 - depth) & (round_ends > 0)
+        inside = mouth & (level < 0.002) & (level > 0.022 - depth)
         skin[mouth] = i.mouth_color
         skin[inside] = MOUTH_INSIDE
-        skin[inside & (level > -0.24 * i.mouth_open)] = TEETH
         skin[inside & (level < -0.60 * i.mouth_open + 1.5 * np.square(u))] = TONGUE
     else:
-        mouth = np.abs(level) < 0.017 * round_ends
+        mouth = np.abs(level) < LIPS * round_ends
         skin[mouth] = i.mouth_color
     kinds[mouth] = Part.MOUTH
     colors[face], parts[face] = skin, kinds
