@@ -74,6 +74,11 @@ def test_from_stable_diffusion_it_is_stable_diffusion_until_it_sees_a_picture(ba
     assert_different(call(ours, wider._replace(reference=reference), image_states=states), expected, rms=1e-3)
 
 
+def test_a_seed_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="seed must be a whole number"):
+        init_gaf(tmp_path, tmp_path / "gaf", seed=-1)
+
+
 def test_new_weights_are_drawn_from_the_seed_and_kept_in_the_dtype_of_the_source(tmp_path: Path) -> None:
     source = stable_diffusion(tmp_path / "sd21", unet=SD21)
     encoder = FIXTURES / "tiny-imagedream" / "image_encoder"

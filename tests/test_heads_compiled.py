@@ -1,5 +1,6 @@
 """The compiled head renderer beside the same code on NumPy arrays."""
 
+import json
 import os
 import subprocess
 import sys
@@ -148,6 +149,19 @@ def test_heads_of_another_size_or_number_of_views_are_not_mixed_into_a_folder(tm
         with pytest.raises(OutputError, match=f"holds 2 views of 16 pixels, {views} of {size_px} were asked for"):
             render_dataset(tmp_path / "heads", range(3), views=views, size_px=size_px, processes=1)
     assert len(list((tmp_path / "heads").iterdir())) == 1
+
+
+def test_heads_of_another_version_of_the_renderer_are_not_mixed_into_a_folder(tmp_path: Path) -> None:
+    render_dataset(tmp_path / "heads", range(1), views=2, size_px=16, processes=1)
+    path = tmp_path / "heads/head_000000/transforms.json"
+    document = json.loads(path.read_text())
+    assert document.pop("renderer") == dataset.RENDERER
+    path.write_text(json.dumps(document))  # as before there was a number
+    with pytest.raises(OutputError, match="is of another version of the renderer"):
+        render_dataset(tmp_path / "heads", range(2), views=2, size_px=16, processes=1)
+    path.write_text(json.dumps({"renderer": dataset.RENDERER, "frames": 5}))
+    with pytest.raises(OutputError, match="holds 0 views of None pixels"):
+        render_dataset(tmp_path / "heads", range(2), views=2, size_px=16, processes=1)
 
 
 def test_a_head_that_another_call_finished_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,6 @@ def test_image_states_are_those_of_the_reference_and_zero_where_it_is_dropped(da
 def test_a_network_with_encoders_comes_whole(data: Path, gaf: Path) -> None:
     unet = read_model_config(gaf).unet
     with pytest.raises(OptionError, match="cross_attention_dim must be left out: a model with encoders comes whole"):
-        config(data, gaf, unet=unet)
+        config(data, gaf, unet=unet, vae_from=str(gaf))
     with pytest.raises(OptionError, match="unet must be a table of UNetConfig fields, and vae_from,"):
         config(data, gaf, init_from=None)

@@ -21,6 +21,7 @@ TOLERANCE = 1e-3
 # Below this distance from the origin a position has no direction that float32 files would keep.
 MIN_RADIUS = 1e-6
 
+CAMERA_DIM = 16  # numbers of `camera_vectors`
 Y_UP_TO_Z_UP = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 MIRROR_X = np.diag([-1.0, 1.0, 1.0, 1.0])
 

@@ -127,12 +127,13 @@ def write_capture(
     fov_deg: float,
     *,
     detail: NDArray[np.uint8] | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> None:
     """Write pictures uint8 (v, h, w, 4), normal maps uint8 (v, h, w, 3 or 4) and detail maps uint8 (v, h, w) as a capture.
 
     All of it or nothing: the folder holds view_000.png ..., normal_000.png ..., detail_000.png ... and transforms.json. It is
     written under a temporary name beside `folder` and renamed; `folder` must not exist, or be empty. `fov_deg` is the vertical
-    field of view.
+    field of view, `fields` are more fields of transforms.json.
 
     Raises OptionError and CameraError for what does not fit together, OutputError for what cannot be written.
     """
@@ -177,7 +178,7 @@ def write_capture(
                 encoded = io.BytesIO()
                 Image.fromarray(picture).save(encoded, "PNG", compress_level=PNG_LEVEL)
                 write_atomic(temporary / name, encoded.getvalue())
-            write_json(temporary / "transforms.json", document)
+            write_json(temporary / "transforms.json", {**document, **(fields or {})})
             os.replace(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -374,6 +374,11 @@ class GenerationDefaults:
     negative_prompt: str = ""
     scheduler: SamplerName = "ddim"
 
+    def __post_init__(self) -> None:
+        for name in ("views", "steps", "size_px"):
+            if not _at_least(getattr(self, name), 1):
+                raise OptionError(name, expected="a whole number of at least 1", got=getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mvshared.backend import load
 from mvshared.errors import DatasetError, OptionError
-from mvshared.files import check_folder, make_folder, write_atomic, write_json
+from mvshared.files import check_folder, make_folder, remove_others, write_atomic, write_json
 from mvshared.images import encode_png, sheet
 
 SHEET_ROWS = 8
@@ -132,6 +132,8 @@ def _write(output: Path, rows: Sequence[NDArray[np.uint8]], document: dict[str, 
     for first in range(0, len(rows), SHEET_ROWS):
         picture = sheet(np.stack(rows[first : first + SHEET_ROWS]))
         write_atomic(output / f"sheet_{first // SHEET_ROWS:02}.png", encode_png(picture))
+    written = [f"sheet_{number:02}.png" for number in range(-(-len(rows) // SHEET_ROWS))]
+    remove_others(output, "sheet_??.png", keep=written)
     write_json(output / "evaluation.json", document)
 
 

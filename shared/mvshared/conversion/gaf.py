@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mvshared.arguments import MAX_SEED, whole
 from mvshared.checkpoint import find_model, read_model_config, weight_files, write_model_config
 from mvshared.clip_images import read_clip_image_config
 from mvshared.config import CLIPImageConfig, CLIPVisionConfig, GenerationDefaults, ModelConfig, ResamplerConfig
@@ -48,6 +49,7 @@ def init_gaf(
     `seed` is of what is neither zero nor there: the Resampler and the camera embedding's first layer.
     Raises CheckpointError, OptionError for a source that cannot be one, and OutputError.
     """
+    seed = whole("seed", seed, 0, MAX_SEED)
     folder = find_model(source)
     config = read_model_config(folder)
     if config.unet.cross_attention_dim is None or config.unet.normal_channels:

@@ -24,6 +24,7 @@ from mvshared.processors import usable_processors
 FRONT_DEG = 35.0  # the first quarter of the views looks at the face from within this azimuth
 ELEVATIONS_DEG = (-5.0, 30.0)
 MAX_VIEWS = 1000
+RENDERER = 2  # which heads a number stands for: raised when they look otherwise, so that no folder holds both
 MIN_SIZE_PX, MAX_SIZE_PX = 8, 2048
 
 # How much the small parts of a face count beside the rest of it. Those that are painted on the skin have a rim of one pixel,
@@ -56,7 +57,7 @@ def render_dataset(
     """Render the identities that `folder` does not have yet as captures `head_000000` ...; returns how many were rendered.
 
     Raises OptionError for numbers out of range, OutputError if the folder cannot be written, or has some of the identities in
-    another size or with another number of views.
+    another size, with another number of views or from another version of the renderer.
     """
     if not 2 <= views <= MAX_VIEWS:
         raise OptionError("views", expected=f"at least 2, at most {MAX_VIEWS}", got=views)
@@ -100,7 +101,10 @@ def _is_there(folder: Path, number: int, *, views: int, size_px: int) -> bool:
     if not path.exists():
         return False
     document = read_json_object(path, error=DatasetError)
-    count, width = len(document.get("frames", ())), document.get("w")
+    frames, width = document.get("frames"), document.get("w")
+    count = len(frames) if isinstance(frames, list) else 0
+    if document.get("renderer", 1) != RENDERER:
+        raise OutputError("is of another version of the renderer", path=path.parent, hint="name another folder")
     if (count, width) != (views, size_px):
         asked = f"holds {count} views of {width} pixels, {views} of {size_px} were asked for"
         raise OutputError(asked, path=path.parent, hint="name another folder")
@@ -112,7 +116,8 @@ def _render_one(number: int, *, folder: Path, views: int, size_px: int) -> None:
     pictures = render(number, poses, size_px=size_px)
     try:
         capture, detail = _capture_folder(folder, number), detail_maps(pictures.parts)
-        write_capture(capture, pictures.rgba, pictures.normals, poses, DEFAULT_FOV_DEG, detail=detail)
+        fields = {"renderer": RENDERER}
+        write_capture(capture, pictures.rgba, pictures.normals, poses, DEFAULT_FOV_DEG, detail=detail, fields=fields)
     except OutputError:
         if not _is_there(folder, number, views=views, size_px=size_px):  # else another call was faster
             raise

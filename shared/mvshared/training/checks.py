@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mvshared.camera import azimuth_elevation
 from mvshared.captures import Capture, load_capture
@@ -76,9 +76,11 @@ def _sizes_px(capture: Capture) -> list[tuple[Path, tuple[int, int]]]:
 
 
 def _size_px(path: Path) -> tuple[int, int]:
+    """Width and height of a picture once it is upright."""
     try:
         with Image.open(path) as image:
-            return image.size
+            turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a PNG would be decoded
+            return (image.height, image.width) if turned else image.size
     except (OSError, ValueError, Image.DecompressionBombError) as cause:
         raise DatasetError(f"is no picture that can be read: {cause}", path=path) from cause
 
@@ -102,8 +104,10 @@ def _check_normals(captures: list[Capture], *, folder: str) -> None:
 
 
 def check_frozen(config: TrainConfig, names: Iterable[str]) -> None:
-    """Raise OptionError for a beginning that no weight's name has: what was to stay would be trained."""
+    """Raise OptionError for a beginning that no weight's name has: what was to stay would be trained; also if all have one."""
     known = tuple(names)
+    if config.frozen and all(name.startswith(config.frozen) for name in known):
+        raise OptionError("frozen", expected="beginnings that leave some weights to train", got=list(config.frozen))
     for beginning in config.frozen:
         if not any(name.startswith(beginning) for name in known):
             raise OptionError("frozen", expected=f"beginnings of names of weights, as of {known[0]}", got=beginning)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from mvshared.camera import CAMERA_DIM
 from mvshared.checkpoint import config_from_json
 from mvshared.config import CameraConfig, Framing, GenerationDefaults, KUNetConfig, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.errors import ConfigError, OptionError
@@ -182,6 +183,14 @@ class TrainConfig:
             raise OptionError("unet", expected=expected, got=None)
         if self.stage == "unet" and self.unet is not None and self.vae_from is None:
             raise OptionError("vae_from", expected="the model whose VAE is used, beside a table 'unet'", got=None)
+        if self.stage == "unet" and self.unet is None and self.vae_from is not None:
+            expected = "left out without a table 'unet': all of the model is that of init_from"
+            raise OptionError("vae_from", expected=expected, got=self.vae_from)
+        if self.stage == "unet" and self.unet is not None and self.unet.camera_dim not in (None, CAMERA_DIM):
+            raise OptionError("unet.camera_dim", expected=f"{CAMERA_DIM}, or left out", got=self.unet.camera_dim)
+        if self.stage == "vae" and self.vae is not None and {self.vae.in_channels, self.vae.out_channels} != {3}:
+            got = (self.vae.in_channels, self.vae.out_channels)
+            raise OptionError("vae.in_channels, vae.out_channels", expected="3 and 3: red, green and blue", got=got)
         if self.stage == "upscaler" and (self.upscaler is None or self.vae_from is None):
             raise OptionError(
                 "upscaler", expected="a table of KUNetConfig fields, and vae_from, for stage 'upscaler'", got=None
@@ -231,7 +240,7 @@ def load_train_config(path: Path | str) -> TrainConfig:
         document: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", path=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"is no valid TOML: {error}", path=path) from error
     return parse_train_config(document, path=path)
 

@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from mvshared.camera import azimuth_elevation, camera_vectors, mirror_poses
 from mvshared.captures import Capture, load_capture
 from mvshared.config import SchedulerConfig
-from mvshared.errors import DatasetError
+from mvshared.errors import DatasetError, ImageError
 from mvshared.files import file_stamps, write_atomic
+from mvshared.images import load_image, load_values
 from mvshared.schedule import alphas_cumprod
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
@@ -71,7 +71,7 @@ def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], l
     Each side has one at least. Raises DatasetError if there are too few for that.
     """
     folder = Path(folder)
-    found = sorted(path.parent for path in folder.glob("*/transforms.json"))
+    found = sorted(path.parent for path in folder.glob("*/transforms.json") if not path.parent.name.startswith("."))
     needed = 2 if held_out else 1
     if len(found) < needed:
         hint = "with held_out 0 one is enough" if found else "make some with: mvmlx render-heads"
@@ -93,11 +93,14 @@ def captures_digest(folders: list[Path]) -> str:
 
 def read_picture(path: Path, *, background: tuple[int, int, int]) -> Picture:
     """A picture composited over the background. Raises DatasetError if it cannot be decoded."""
+    return _read(path, load_image, background=background)
+
+
+def _read(path: Path, load: Callable[[Path], NDArray[Any]], *, background: tuple[int, int, int]) -> Picture:
     try:
-        with Image.open(path) as image:
-            rgba = np.asarray(image.convert("RGBA"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DatasetError(f"cannot be decoded: {error}", path=path) from error
+        rgba = load(path)
+    except ImageError as error:
+        raise DatasetError(f"cannot be decoded: {error.message.removeprefix(f'{path}: ')}", path=path) from error
     alpha = np.divide(rgba[..., 3], 255, dtype=np.float32)
     pixels, plain = rgba[..., :3].astype(np.float32), np.asarray(background, np.float32)
     pixels -= plain
@@ -110,12 +113,12 @@ def read_picture(path: Path, *, background: tuple[int, int, int]) -> Picture:
 
 def read_normals(path: Path) -> Picture:
     """A normal map: components in [-1, 1], zero (as near as 128 of 255 comes to it) where there is no surface."""
-    return read_picture(path, background=(128, 128, 128))
+    return _read(path, load_values, background=(128, 128, 128))
 
 
 def _read_detail(path: Path) -> NDArray[np.float32]:
     """A detail map (h, w) in [0, 1]."""
-    detail = read_picture(path, background=(0, 0, 0)).pixels[..., 0] + 1
+    detail = _read(path, load_values, background=(0, 0, 0)).pixels[..., 0] + 1
     detail /= 2
     return detail
 

@@ -211,11 +211,10 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
         for folders in (training, held_out)
     )
     assert pictures is not None
-    if not (folder / STATE).exists():
-        captures = [load_capture(each) for each in (*training, *held_out)]
-        check_sizes(captures, factor=vae.downscale)
-        if config.vae_loss.detail_weight:
-            check_details(captures, folder=config.data.folder)
+    captures = [load_capture(each) for each in (*training, *held_out)]
+    check_sizes(captures, factor=vae.downscale)
+    if config.vae_loss.detail_weight:
+        check_details(captures, folder=config.data.folder)
     shapes = network_shapes(vae, backend=backend)
     check_frozen(config, shapes)
     weights = _initial(config, "vae", shapes)
@@ -249,10 +248,9 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     unet = model.unet
     captures = find_captures(config.data.folder, held_out=config.data.held_out)
     names = [(name, folders) for name, folders in zip(("training", "held-out"), captures, strict=True) if folders]
-    if not (folder / STATE).exists():
-        check_captures(names, config.data, model)
-        if config.unet_loss.detail_weight:
-            check_details([load_capture(each) for _, folders in names for each in folders], folder=config.data.folder)
+    check_captures(names, config.data, model)
+    if config.unet_loss.detail_weight:
+        check_details([load_capture(each) for _, folders in names for each in folders], folder=config.data.folder)
     shapes = network_shapes(unet, backend=backend)
     check_frozen(config, shapes)
     weights = _initial(config, "unet", shapes, unet=unet)
@@ -268,8 +266,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     )
     vae, training, held_out = _latents(config, vae_source, folder, backend=backend, device=device)
     model = replace(model, vae=vae)
-    if source is not None:
-        model = replace(model, defaults=_defaults(model, training))
+    model = replace(model, defaults=_defaults(model, training))
     conditions = encode_conditions(source or vae_source, model, config.data, names, folder, backend=backend, device=device)
     encoded = [training] if held_out is None else [training, held_out]
     batches, *held_out_batches = (
@@ -278,12 +275,14 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     )
     vae_weights = read_weights(weight_files(vae_source, "vae"), network_shapes(vae, backend=backend))
 
+    target = folder / "model"
+    if not (target / "vae/config.json").exists():  # before the first step: a resumed run goes on in the space of these latents
+        _prepare(folder, config)
+        write_component(target, "vae", vae, _cast(vae_weights, config.model_dtype))
+
     def save_model() -> None:
-        target = folder / "model"
-        if not (target / "model_index.json").exists():
-            write_component(target, "vae", vae, _cast(vae_weights, config.model_dtype))
-            if source is not None and model.text_encoder is not None:
-                _copy_encoders(source, target)
+        if not (target / "model_index.json").exists() and source is not None and model.text_encoder is not None:
+            _copy_encoders(source, target)
         write_component(target, "unet", unet, _cast(trainer.ema_weights(), config.model_dtype))
         write_model_config(target, model)
 
@@ -355,18 +354,21 @@ def _latents(
 ) -> tuple[VAEConfig, Latents, Latents | None]:
     """The VAE's config with the statistics of its latents, and the encoded captures for training and validation, if any are.
 
-    They are kept in the run folder under the hashes of the VAE's weights and of the captures, with or without detail maps.
+    They are kept in the run folder under the hashes of the VAE's weights and of the captures, with or without detail maps. The
+    statistics are those that the run began with. Raises OutputError if it began with another VAE.
     """
     files = weight_files(source, "vae")
-    key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
+    own = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     captures = [found for found in find_captures(config.data.folder, held_out=config.data.held_out) if found]
     names = ("training", "held-out")[: len(captures)]
     with_detail = config.unet_loss.detail_weight != 0
-    key += "-detail" * with_detail
+    key = own + "-detail" * with_detail
     paths = [folder / f"latents-{name}-{key}-{captures_digest(found)}.npz" for name, found in zip(names, captures, strict=True)]
     vae = read_vae_config(source)
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
     if not all(path.exists() for path in paths):
+        if (folder / STATE).exists() and not any(folder.glob(f"latents-training-{own}-*")) and any(folder.glob("latents-*")):
+            raise OutputError(f"holds a run with another VAE than that of {source}", path=folder, hint="name a new folder")
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
         encode = package.load_vae(raw, files, device=device).encode
         _prepare(folder, config)
@@ -374,7 +376,10 @@ def _latents(
             encode_captures(folders, config.data, encode, with_detail=with_detail).save(path)
             remove_others(folder, f"latents-{name}-*.npz", keep=[path.name])
     training, *held_out = (Latents.load(path) for path in paths)
-    if vae.latents_mean is None and config.unet is not None:
+    begun = folder / "model/vae/config.json"
+    if begun.exists():
+        vae = read_vae_config(folder / "model")
+    elif vae.latents_mean is None and config.unet is not None:
         sample = training.images.reshape(-1, vae.latent_channels).astype(np.float64)
         vae = replace(vae, scaling_factor=1.0, latents_mean=_rounded(sample.mean(0)), latents_std=_rounded(sample.std(0)))
     return vae, _scaled(training, vae), _scaled(held_out[0], vae) if held_out else None

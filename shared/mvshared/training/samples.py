@@ -53,7 +53,7 @@ def _reconstructions(config: TrainConfig, folders: list[Path], model: Path, *, b
     for folder in folders:
         pixels = _read(config, load_capture(folder).image_paths[:VIEWS])
         rows.append(from_model(np.concatenate([pixels, vae.decode(vae.encode(pixels))])))
-    return sheet(np.stack(rows))
+    return _sheet(rows)
 
 
 def _normals(config: TrainConfig, paths: list[Path | None], model: ModelConfig) -> list[Path] | None:
@@ -80,11 +80,15 @@ def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend
         given["prompt"] = None if pipeline.model.config.text_encoder is None else config.data.prompt
         try:
             views = pipeline.generate(images[reference], normals=normals, **given)
-        except (ImageError, CameraError, OptionError) as refused:  # what training takes may be no map to steer by
+        except (ImageError, CameraError, OptionError) as refused:
+            if normals is None:  # such as a model that takes no picture
+                warnings.warn(f"no sample sheets: {refused}", MvWarning, stacklevel=2)
+                return None
+            # What training takes may be no map to steer by.
             warnings.warn(f"sampled without the normal maps of {folder.name}: {refused}", MvWarning, stacklevel=2)
             views = pipeline.generate(images[reference], **given)
         rows.append(np.concatenate([images[reference : reference + 1], views.images, images[others]]))
-    return sheet(np.stack(rows))
+    return _sheet(rows)
 
 
 def _upscaled(config: TrainConfig, folders: list[Path], model: Path, *, backend: str, device: str) -> NDArray[np.uint8]:
@@ -96,4 +100,11 @@ def _upscaled(config: TrainConfig, folders: list[Path], model: Path, *, backend:
         larger = network.from_numpy(upscaler.upscale(network.to_numpy(low)))
         small = from_model(network.decode(low))
         rows.append(np.concatenate([enlarge(small), from_model(network.decode(larger)), from_model(truth)]))
-    return sheet(np.stack(rows))
+    return _sheet(rows)
+
+
+def _sheet(rows: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Rows of pictures (n, h, w, 3), of captures with fewer views shorter ones, as one picture."""
+    longest = max(len(row) for row in rows)
+    padded = [np.pad(row, ((0, longest - len(row)), (0, 0), (0, 0), (0, 0)), constant_values=255) for row in rows]
+    return sheet(np.stack(padded))
