@@ -163,7 +163,7 @@ def sample_identity(number: int) -> HeadIdentity:
         skull=skull,
         jaw=(between(0.30, 0.42), between(0.24, 0.32), between(0.32, 0.38)),
         jaw_y=between(-0.24, -0.17),
-        cheek_radius=between(0.12, 0.175),
+        cheek_radius=between(0.13, 0.19),
         neck_radius=between(0.15, 0.21),
         shoulders=between(0.60, 0.76),
         nose=(between(0.045, 0.085), between(0.045, 0.09), between(0.05, 0.10)),
