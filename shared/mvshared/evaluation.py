@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from mvshared.camera import even_azimuths, orbit
 from mvshared.consistency import MAX_ANGLE_DEG, consistency
 from mvshared.errors import OptionError
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
-from mvshared.heads.parts import Part
+from mvshared.heads.parts import Part, with_rim
 from mvshared.images import from_model, to_model
 from mvshared.metrics import Summary, alpha_mask, background_mask, contrast, iou, psnr, ssim, summary
 from mvshared.pipeline import Pipeline
@@ -221,10 +220,7 @@ def evaluate(
 
 def _rimmed(parts: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Where a small part is or is near, bool (v, h, w); nowhere in views that show less than MIN_DETAIL_PX of it."""
-    width = 2 * DETAIL_RIM_PX + 1
-    padded = np.pad(parts, ((0, 0), (DETAIL_RIM_PX, DETAIL_RIM_PX), (DETAIL_RIM_PX, DETAIL_RIM_PX)))
-    near = sliding_window_view(padded, (width, width), axis=(1, 2)).any(axis=(-2, -1))
-    return near & (parts.sum(axis=(1, 2)) >= MIN_DETAIL_PX)[:, None, None]
+    return with_rim(parts, DETAIL_RIM_PX) & (parts.sum(axis=(1, 2)) >= MIN_DETAIL_PX)[:, None, None]
 
 
 def _agreement(generated: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:

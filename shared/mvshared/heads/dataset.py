@@ -8,7 +8,6 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from mvshared.captures import write_capture
 from mvshared.errors import DatasetError, OptionError, OutputError
 from mvshared.files import check_folder, read_json_object
 from mvshared.heads.identity import SEED
-from mvshared.heads.parts import Part
+from mvshared.heads.parts import Part, with_rim
 from mvshared.heads.render import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
 from mvshared.processors import usable_processors
 
@@ -86,7 +85,7 @@ def detail_maps(parts: NDArray[np.uint8]) -> NDArray[np.uint8]:
     for part, value in DETAIL.items():
         covered = parts == part
         if part in RIMMED:
-            covered = sliding_window_view(np.pad(covered, ((0, 0), (1, 1), (1, 1))), (3, 3), axis=(1, 2)).any(axis=(-2, -1))
+            covered = with_rim(covered, 1)
         np.maximum(detail, value, out=detail, where=covered)
     return detail
 

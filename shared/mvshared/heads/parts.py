@@ -2,6 +2,10 @@
 
 from enum import IntEnum
 
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
 
 class Part(IntEnum):
     """What a pixel shows."""
@@ -21,3 +25,9 @@ class Part(IntEnum):
     BEARD = 12
     NOSE = 13
     EAR = 14
+
+
+def with_rim(covered: NDArray[np.bool_], rim_px: int) -> NDArray[np.bool_]:
+    """Where pixels (v, h, w) are covered, or are within `rim_px` rows and columns of one that is."""
+    padded = np.pad(covered, ((0, 0), (rim_px, rim_px), (rim_px, rim_px)))
+    return np.any(sliding_window_view(padded, (2 * rim_px + 1,) * 2, axis=(1, 2)), axis=(-2, -1))

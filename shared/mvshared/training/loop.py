@@ -273,11 +273,10 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         ViewBatches(latents, config.data, model.scheduler, normal_channels=unet.normal_channels, **given._asdict())
         for latents, given in zip(encoded, conditions, strict=True)
     )
-    vae_weights = read_weights(weight_files(vae_source, "vae"), network_shapes(vae, backend=backend))
-
     target = folder / "model"
     if not (target / "vae/config.json").exists():  # before the first step: a resumed run goes on in the space of these latents
         _prepare(folder, config)
+        vae_weights = read_weights(weight_files(vae_source, "vae"), network_shapes(vae, backend=backend))
         write_component(target, "vae", vae, _cast(vae_weights, config.model_dtype))
 
     def save_model() -> None:
