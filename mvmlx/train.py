@@ -140,7 +140,7 @@ class Trainer:
 
     def _computed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The weights in the dtype of the computation."""
-        return {name: array.astype(getattr(mx, tensor_dtype(name, self.dtype))) for name, array in weights.items()}
+        return _cast(weights, self.dtype)
 
     def _assign(self, weights: dict[str, mx.array]) -> None:
         self.network.update(tree_unflatten(list(weights.items())))
@@ -157,11 +157,33 @@ def _trainer(
     device: str,
     gradient_checkpointing: bool,
 ) -> Trainer:
+    network = _network(config, weights, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    return Trainer(network, loss, optimizer, frozen=frozen, dtype=dtype, device=device)
+
+
+def _network(
+    config: VAEConfig | UNetConfig | KUNetConfig,
+    weights: Mapping[str, NDArray[np.float32]],
+    *,
+    dtype: str,
+    gradient_checkpointing: bool = False,
+) -> Any:
     # With gradients MLX has no kernel for attention, and would keep scores in half precision.
     options = FUSED if dtype == "float32" else AttentionOptions(implementation="plain")
     network = _NETWORKS[type(config)](config, attention_options=options, gradient_checkpointing=gradient_checkpointing)
     set_weights(network, weights)
-    return Trainer(network, loss, optimizer, frozen=frozen, dtype=dtype, device=device)
+    return network
+
+
+def _teacher(config: UNetConfig, weights: Mapping[str, NDArray[np.float32]], *, dtype: str, device: str) -> Any:
+    """The network that training starts from, in the dtype of the computation."""
+    device = choose_device(device)
+    computed = choose_dtype(parse_train_dtype(dtype), device=device)
+    with _on_device(device):
+        network = _network(config, weights, dtype=dtype)
+        network.update(tree_unflatten(list(_cast(dict(_flat(network.parameters())), computed).items())))
+        mx.eval(network.parameters())
+    return network
 
 
 def vae_trainer(
@@ -206,10 +228,11 @@ def unet_trainer(
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
+    teacher = _teacher(config, weights, dtype=dtype, device=device) if loss.distill_rest else None
     return _trainer(
         config,
         optimizer,
-        partial(unet_loss, config=loss),
+        partial(unet_loss, config=loss, teacher=teacher),
         weights,
         frozen=frozen,
         dtype=dtype,
@@ -266,9 +289,23 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.a
     return loss + config.gradient_weight * edges + config.coarse_weight * color + config.kl_weight * kl
 
 
-def unet_loss(unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig) -> mx.array:
-    """Mean squared error of the network's output, weighted as UNetLossConfig says."""
-    sample, timesteps, camera, reference, target, text, image_states, detail = (_array(array) for array in batch)
+def unet_loss(
+    unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig, *, teacher: MultiViewUNet | None = None
+) -> mx.array:
+    """UNetLossConfig's squared error of the network's output; `teacher` is the one whose output is the target of the rest."""
+    *_, target, _, _, detail = (_array(array) for array in batch)
+    out = _output(unet, batch)
+    if detail is None:
+        return (out - target).square().mean()
+    if teacher is not None:
+        target = mx.where(detail[..., None] > 0, target, _output(teacher, batch))
+    weight = 1 + config.detail_weight * detail[..., None]
+    return (weight / weight.mean() * (out - target).square()).mean()
+
+
+def _output(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:
+    """What the network makes of a batch, float32."""
+    sample, timesteps, camera, reference, _, text, image_states, _ = (_array(array) for array in batch)
     states = None if image_states is None else image_states[:, None]
     constants = unet.constants(
         text,
@@ -276,11 +313,7 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig) -> 
         camera=camera if unet.config.camera_dim else None,
         reference=reference[:, None] if unet.config.reference_frame else None,
     )
-    out = unet(sample, unet.time_embeddings(timesteps), constants).astype(mx.float32)
-    if detail is None:
-        return (out - target).square().mean()
-    weight = 1 + config.detail_weight * detail[..., None]
-    return (weight / weight.mean() * (out - target).square()).mean()
+    return unet(sample, unet.time_embeddings(timesteps), constants).astype(mx.float32)
 
 
 def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> mx.array:
@@ -289,6 +322,10 @@ def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> mx.array:
     out = network(sample, noise, text=[], condition=condition).astype(mx.float32)
     logvar = out[..., -1:].mean(axis=(1, 2, 3, 4), keepdims=True)
     return 0.5 * ((out[..., :-1] - target).square() * mx.exp(-logvar) + logvar).mean()
+
+
+def _cast(weights: Mapping[str, mx.array], dtype: Dtype) -> dict[str, mx.array]:
+    return {name: array.astype(getattr(mx, tensor_dtype(name, dtype))) for name, array in weights.items()}
 
 
 def _array(array: Any) -> mx.array:

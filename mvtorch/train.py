@@ -312,10 +312,28 @@ def _trainer(
     device: str,
     gradient_checkpointing: bool,
 ) -> Trainer:
+    network = _network(config, weights, gradient_checkpointing=gradient_checkpointing)
+    return Trainer(network, loss, optimizer, frozen=frozen, dtype=dtype, device=device)
+
+
+def _network(
+    config: VAEConfig | UNetConfig | KUNetConfig,
+    weights: Mapping[str, NDArray[np.float32]],
+    *,
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
     with torch.device("meta"):
         network = _NETWORKS[type(config)](config, gradient_checkpointing=gradient_checkpointing)
     set_weights(network.to_empty(device="cpu"), weights)
-    return Trainer(network, loss, optimizer, frozen=frozen, dtype=dtype, device=device)
+    return network
+
+
+def _teacher(config: UNetConfig, weights: Mapping[str, NDArray[np.float32]], *, dtype: str, device: str) -> nn.Module:
+    """The network that training starts from, in the dtype of the computation: autocast's is that of float32 weights."""
+    device, network = choose_device(device), _network(config, weights).requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        network = _copy_in(parse_train_dtype(dtype), network)
+    return network.to(device)
 
 
 def vae_trainer(
@@ -360,10 +378,11 @@ def unet_trainer(
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
+    teacher: Any = _teacher(config, weights, dtype=dtype, device=device) if loss.distill_rest else None
     return _trainer(
         config,
         optimizer,
-        partial(unet_loss, config=loss),
+        partial(unet_loss, config=loss, teacher=teacher),
         weights,
         frozen=frozen,
         dtype=dtype,
@@ -421,9 +440,22 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> Tens
     return loss + config.gradient_weight * edges + config.coarse_weight * color + config.kl_weight * kl
 
 
-def unet_loss(unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig) -> Tensor:
-    """Mean squared error of the network's output, weighted as UNetLossConfig says."""
-    sample, timesteps, camera, reference, target, text, image_states, detail = (_tensor(array) for array in batch)
+def unet_loss(unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig, *, teacher: MultiViewUNet | None = None) -> Tensor:
+    """UNetLossConfig's squared error of the network's output; `teacher` is the one whose output is the target of the rest."""
+    *_, target, _, _, detail = (_tensor(array) for array in batch)
+    out = _output(unet, batch)
+    if detail is None:
+        return F.mse_loss(out, target)
+    if teacher is not None:
+        with torch.no_grad():
+            target = torch.where(detail[..., None] > 0, target, _output(teacher, batch))
+    weight = 1 + config.detail_weight * detail[..., None]
+    return (weight / weight.mean() * (out - target).square()).mean()
+
+
+def _output(unet: MultiViewUNet, batch: UNetBatch) -> Tensor:
+    """What the network makes of a batch, float32."""
+    sample, timesteps, camera, reference, _, text, image_states, _ = (_tensor(array) for array in batch)
     states = None if image_states is None else image_states[:, None]
     constants = unet.constants(
         text,
@@ -431,11 +463,7 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig) -> 
         camera=camera if unet.config.camera_dim else None,
         reference=reference[:, None] if unet.config.reference_frame else None,
     )
-    out = unet(sample, unet.time_embeddings(timesteps), constants).float()
-    if detail is None:
-        return F.mse_loss(out, target)
-    weight = 1 + config.detail_weight * detail[..., None]
-    return (weight / weight.mean() * (out - target).square()).mean()
+    return unet(sample, unet.time_embeddings(timesteps), constants).float()
 
 
 def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> Tensor:

@@ -418,12 +418,21 @@ class Outputs:
 
 
 def loss_of_output(
-    backend: Backend, out: NDArray[np.float32], target: NDArray[np.float32], config: UNetLossConfig, **fields: Any
+    backend: Backend,
+    out: NDArray[np.float32],
+    target: NDArray[np.float32],
+    config: UNetLossConfig,
+    *,
+    taught: NDArray[np.float32] | None = None,
+    **fields: Any,
 ) -> float:
-    """The loss of a U-Net with the output `out`; `fields` are further ones of the batch."""
+    """The loss of a U-Net with the output `out`, its teacher's is `taught`; `fields` are further ones of the batch."""
     batch = make_batch("unet")._replace(target=target, **fields)
-    outputs = Outputs(on_backend(backend, batch._replace(sample=out)).sample)
-    return MODULES[backend].unet_loss(outputs, on_backend(backend, batch), config).item()
+    outputs, teacher = (
+        None if each is None else Outputs(on_backend(backend, batch._replace(sample=each)).sample) for each in (out, taught)
+    )
+    loss: float = MODULES[backend].unet_loss(outputs, on_backend(backend, batch), config, teacher=teacher).item()
+    return loss
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -436,3 +445,44 @@ def test_what_the_unet_gets_wrong_counts_more_where_there_is_detail(backend: Bac
     expected = (weight * square).sum() / (4 * weight.sum())  # four channels of each weight
     assert loss == pytest.approx(expected, rel=1e-6)
     assert loss != pytest.approx(square.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_there_is_no_detail_the_target_is_the_teachers_output(backend: Backend) -> None:
+    out, target, taught = (normal(2, 3, 4, 6, 4, seed=seed) for seed in range(3))
+    detail = np.maximum(np.random.default_rng(3).random((2, 3, 4, 6), np.float32) - 0.5, 0)
+    config = UNetLossConfig(detail_weight=6.0, distill_rest=True)
+    loss = loss_of_output(backend, out, target, config, taught=taught, detail=detail)
+    weight, wanted = (1 + 6 * detail.astype(np.float64))[..., None], np.where(detail[..., None] > 0, target, taught)
+    square = (out.astype(np.float64) - wanted) ** 2
+    assert loss == pytest.approx((weight * square).sum() / (4 * weight.sum()), rel=1e-6)
+    assert loss != pytest.approx(loss_of_output(backend, out, target, config, detail=detail), rel=1e-2)
+
+
+def distilled(backend: Backend, *, detail: NDArray[np.float32]) -> tuple[Any, Any]:
+    """A trainer that keeps what it can do where there is no detail, and a batch."""
+    loss = UNetLossConfig(detail_weight=3.0, distill_rest=True)
+    trainer = MODULES[backend].unet_trainer(GAF, SMOOTH, make_weights("gaf"), loss=loss, device="cpu")
+    return trainer, make_batch("gaf")._replace(detail=detail)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_distilled_is_the_network_that_training_starts_from(backend: Backend) -> None:
+    trainer, batch = distilled(backend, detail=np.zeros((2, 2, 4, 6), np.float32))
+    first = trainer.step(batch, learning_rate=0.0)  # its own outputs are right
+    assert first.loss < 1e-12
+    trainer.load_state(make_trainer(backend, "gaf", weights=initial_weights(mvtorch.model.network_shapes(GAF), seed=7)).state())
+    before = joined(trainer.weights())
+    losses = [trainer.step(batch, learning_rate=1e-2).loss for _ in range(4)]
+    assert losses[0] > 1e-3, "the teacher went with the loaded state"
+    assert losses[-1] < losses[0]
+    assert_different(joined(trainer.weights()), before, rms=1e-3)
+
+
+def test_distillation_is_the_same_on_both_backends() -> None:
+    detail = np.maximum(np.random.default_rng(0).random((2, 2, 4, 6), np.float32) - 0.5, 0)
+    results = {}
+    for backend in BACKENDS:
+        trainer, batch = distilled(backend, detail=detail)
+        results[backend] = [trainer.step(batch, learning_rate=1e-2) for _ in range(3)]
+    np.testing.assert_allclose(np.array(results["mlx"]), np.array(results["torch"]), rtol=LOSS_RTOL)

@@ -395,6 +395,11 @@ def test_a_file_gives_the_configuration_that_was_written(data: Path, tmp_path: P
             "unet_loss.detail_weight must be left out but for stage 'unet', got 2.0",
         ),
         ("[unet_loss]\ndetail_weight = 0.0", "[unet_loss]\ndetails = 2.0", "unknown field 'unet_loss.details'"),
+        (
+            "distill_rest = false",
+            "distill_rest = true",
+            "unet_loss.distill_rest must be false without a detail_weight above 0, got True",
+        ),
         ("norm_num_groups = 8", "norm_num_groups = 3", "block_out_channels must be multiples of norm_num_groups"),
         ("batch_size = 2", "batch_size = ", "is no valid TOML"),
     ],
@@ -417,6 +422,13 @@ def test_a_wrong_configuration_is_refused_with_the_field_and_the_file(
 def test_a_loss_takes_no_weight_that_is_negative_or_no_finite_number(loss: Any, weight: float) -> None:
     with pytest.raises(OptionError, match="detail_weight must be a finite number, at least 0"):
         loss(detail_weight=weight)
+
+
+def test_only_a_start_that_is_trained_can_be_distilled(data: Path, vae: Path) -> None:
+    loss = UNetLossConfig(detail_weight=1.0, distill_rest=True)
+    with pytest.raises(OptionError, match="init_from must be a model whose outputs are distilled, for distill_rest, got None"):
+        unet_config(data, vae, unet_loss=loss)
+    assert unet_config(data, vae, unet_loss=loss, init_from="demo").unet_loss.distill_rest
 
 
 def test_a_missing_table_and_a_missing_file_are_refused(tmp_path: Path) -> None:
