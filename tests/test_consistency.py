@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mvshared import metrics
 from mvshared.camera import orbit
@@ -351,6 +351,24 @@ def test_masks_of_a_capture_stand_for_alpha(folder: Path, truth: HeadViews) -> N
     np.testing.assert_array_equal(masks[0], truth.rgba[0, ..., 3] >= 128)
 
 
+def test_the_field_of_view_is_that_of_upright_pictures(folder: Path) -> None:
+    no_lens(folder)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for number, path in enumerate(sorted(folder.glob("view_*.png"))):
+        Image.new("RGB", (32, 64)).save(folder / f"turned_{number}.jpg", exif=exif)
+        path.unlink()
+
+    def edit(document: dict[str, Any]) -> None:
+        del document["w"], document["h"]
+        document["camera_angle_x"] = 2 * np.arctan(1.0)  # twice as wide as high
+        for number, frame in enumerate(document["frames"]):
+            frame["file_path"] = f"turned_{number}.jpg"
+
+    change(folder, edit)
+    assert load_capture(folder).fov_deg == pytest.approx(2 * np.degrees(np.arctan(0.5)))
+
+
 def no_transforms(folder: Path) -> None:
     (folder / "transforms.json").unlink()
 
@@ -394,6 +412,24 @@ def negative_depth(folder: Path) -> None:
     np.save(folder / "depth_001.npy", np.zeros((SIZE_PX, SIZE_PX), np.float32))
 
 
+def tiny_depth(folder: Path) -> None:
+    change(folder, add_depth)
+    np.save(folder / "depth_001.npy", np.full((SIZE_PX, SIZE_PX), 1e-60))  # zero in float32
+
+
+def one_camera(folder: Path) -> None:
+    def edit(document: dict[str, Any]) -> None:
+        for frame in document["frames"]:
+            frame["transform_matrix"] = document["frames"][0]["transform_matrix"]
+
+    change(folder, edit)
+
+
+def wide_lens(folder: Path) -> None:
+    no_lens(folder)
+    change(folder, lambda document: document.update(camera_angle_x=2.9))
+
+
 @pytest.mark.parametrize(
     ("damage", "kind", "says"),
     [
@@ -406,6 +442,9 @@ def negative_depth(folder: Path) -> None:
         (bad_depth, DatasetError, "depth_001.npy: must hold floats of shape (80, 80)"),
         (text_depth, DatasetError, "depth_001.npy"),
         (negative_depth, DatasetError, "depth_001.npy: must be positive"),
+        (tiny_depth, DatasetError, "depth_001.npy: must be positive in float32"),
+        (one_camera, DatasetError, "transforms.json: no two of the"),
+        (wide_lens, DatasetError, "transforms.json: fov_deg must be 1 to 150 degrees"),
     ],
 )
 def test_a_folder_that_cannot_be_evaluated_is_refused_in_one_line(

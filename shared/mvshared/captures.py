@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mvshared.camera import read_transforms, validate_poses
 from mvshared.consistency import foreground
@@ -85,7 +85,7 @@ def load_capture(folder: Path | str) -> Capture:
         tuple(_frame_file(folder, frame, field, index) for index, frame in enumerate(frames))
         for field in ("normal_file_path", "mask_path", "depth_file_path", "detail_file_path")
     )
-    cameras = read_transforms(document, path=path, size_px=_size_px(images[0]), error=DatasetError)
+    cameras = read_transforms(document, path=path, size_px=size_px(images[0]), error=DatasetError)
     return Capture(tuple(images), normals, masks, cameras.poses, cameras.fov_deg, depths, details)
 
 
@@ -187,6 +187,16 @@ def write_capture(
         raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause
 
 
+def size_px(path: Path) -> tuple[int, int]:
+    """Width and height of a picture once it is upright, from its header. Raises DatasetError if it is none."""
+    try:
+        with Image.open(path) as image:
+            turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a PNG would be decoded
+            return (image.height, image.width) if turned else image.size
+    except (OSError, ValueError, Image.DecompressionBombError) as cause:
+        raise DatasetError(f"is no picture that can be read: {cause}", path=path) from cause
+
+
 def _frame_file(folder: Path, frame: Mapping[str, Any], field: str, index: int) -> Path | None:
     """The existing file that a frame's field names, None without the field; DatasetError if there is no such file."""
     if field not in frame:
@@ -215,14 +225,8 @@ def _load_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
         raise DatasetError(f"is no .npy file: {cause}", path=path) from cause
     if not isinstance(depth, np.ndarray) or not np.issubdtype(depth.dtype, np.floating) or depth.shape != shape[:2]:
         raise DatasetError(f"must hold floats of shape {shape[:2]}", path=path)
+    with np.errstate(over="ignore"):
+        depth = depth.astype(np.float32)
     if not (depth > 0).all() or not np.isfinite(depth).any():
-        raise DatasetError("must be positive, infinite where nothing is, and finite somewhere", path=path)
-    return depth.astype(np.float32)
-
-
-def _size_px(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, Image.DecompressionBombError) as cause:
-        raise DatasetError(f"is no picture that can be read: {cause}", path=path) from cause
+        raise DatasetError("must be positive in float32, infinite where nothing is, and finite somewhere", path=path)
+    return depth

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.backend import load
-from mvshared.errors import DatasetError, OptionError
+from mvshared.errors import CameraError, DatasetError, OptionError
 from mvshared.files import check_folder, make_folder, remove_others, write_atomic, write_json
 from mvshared.images import encode_png, sheet
 
@@ -158,9 +158,12 @@ def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[st
         hint = "add w, h and fl_x, or camera_angle_x"
         raise DatasetError("says no field of view that all frames have", path=path, hint=hint)
     views = read_views(capture)
-    result: Consistency = consistency(
-        views.pictures, capture.poses, fov_deg=capture.fov_deg, depth=views.depth, masks=views.masks
-    )
+    try:
+        result: Consistency = consistency(
+            views.pictures, capture.poses, fov_deg=capture.fov_deg, depth=views.depth, masks=views.masks
+        )
+    except (CameraError, OptionError) as cause:  # all that it is given is the folder's
+        raise DatasetError(cause.message, path=path, hint=cause.hint) from cause
     figures = {
         **result.figures._asdict(),
         "exchanged_psnr_db": result.exchanged.psnr_db,

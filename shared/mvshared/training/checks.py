@@ -5,10 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
 
 from mvshared.camera import azimuth_elevation
-from mvshared.captures import Capture, load_capture
+from mvshared.captures import Capture, load_capture, size_px
 from mvshared.config import ModelConfig
 from mvshared.errors import DatasetError, MvWarning, OptionError
 from mvshared.training.ahead import ahead
@@ -72,17 +71,7 @@ def check_details(captures: list[Capture], *, folder: str) -> None:
 def _sizes_px(capture: Capture) -> list[tuple[Path, tuple[int, int]]]:
     maps = (*capture.normal_paths, *capture.detail_paths)
     paths = [*capture.image_paths, *(path for path in maps if path is not None)]
-    return [(path, _size_px(path)) for path in paths]
-
-
-def _size_px(path: Path) -> tuple[int, int]:
-    """Width and height of a picture once it is upright."""
-    try:
-        with Image.open(path) as image:
-            turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a PNG would be decoded
-            return (image.height, image.width) if turned else image.size
-    except (OSError, ValueError, Image.DecompressionBombError) as cause:
-        raise DatasetError(f"is no picture that can be read: {cause}", path=path) from cause
+    return [(path, size_px(path)) for path in paths]
 
 
 def _is_usable(capture: Capture, config: DataConfig) -> bool:
