@@ -254,6 +254,41 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(data: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == [".backup.tmp", "thesis.tex"]
 
 
+def test_two_runs_in_one_folder_at_once_are_refused(data: Path, tmp_path: Path) -> None:
+    tried: list[int] = []
+
+    def train_again(_: Path, step: int) -> None:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(OutputError, match="run: another process trains in it"):
+            run(vae_config(data), tmp_path / "run")
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        tried.append(step)
+
+    run(vae_config(data), tmp_path / "run", on_sample=train_again)
+    assert tried == [3, 4]
+    run(vae_config(data, steps=5), tmp_path / "run")  # once it has ended
+
+
+def test_a_resumed_run_distils_what_it_started_from(data: Path, vae: Path, tmp_path: Path) -> None:
+    start = run(unet_config(data, vae, steps=2, seed=5), tmp_path / "start")
+    loss = UNetLossConfig(detail_weight=2.0, distill_rest=True)
+    config = unet_config(data, vae, init_from=str(start), unet_loss=loss)
+    run(config, tmp_path / "whole")
+
+    def end(_: Path, step: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", on_sample=end)
+    run(config, tmp_path / "run")
+    whole = weights_of(tmp_path / "whole", "unet")
+    for name, array in weights_of(tmp_path / "run", "unet").items():
+        np.testing.assert_array_equal(array, whole[name])
+    plain = replace(config, unet_loss=replace(loss, distill_rest=False))
+    run(plain, tmp_path / "plain")
+    assert any((array != whole[name]).any() for name, array in weights_of(tmp_path / "plain", "unet").items())
+
+
 def test_the_state_of_another_network_is_refused(data: Path, tmp_path: Path) -> None:
     run(vae_config(data, steps=1), tmp_path / "a")
     run(vae_config(data, steps=1, vae=replace(VAE, latent_channels=3)), tmp_path / "b")

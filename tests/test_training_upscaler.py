@@ -52,6 +52,13 @@ def pairs(count: int = 6) -> LatentPairs:
     return LatentPairs(low, high)
 
 
+def test_the_vae_may_be_that_of_a_run_of_its_stage(data: Path, tmp_path: Path) -> None:
+    vae = run(vae_config(data, steps=1), tmp_path / "vae")
+    upscaler = run(config(data, vae, steps=1), tmp_path / "run")
+    assert not (vae / "model_index.json").exists()
+    assert read_upscaler_config(upscaler).vae == read_vae_config(vae)
+
+
 def test_a_batch_holds_what_undoes_its_noise() -> None:
     """From the sample, the noise level and the target, the clean latents come back: x_0 = signal x_t + noise target."""
     found = UpscalerBatches(pairs(), SigmaConfig(), channels=6, frequencies=(0.0, 1.0, 2.0)).batch(3, size=40, seed=1)

@@ -82,6 +82,12 @@ def find_model(name: Path | str) -> Path:
     return folder.absolute()
 
 
+def component_folder(name: Path | str) -> Path:
+    """The folder to take one component from: any folder on disk, such as the model of a run of the VAE's stage, which is no
+    whole one, or a model by its name. Raises CheckpointError."""
+    return Path(name) if str(name) not in EMBEDDED and Path(name).is_dir() else find_model(name)
+
+
 def _downloaded(name: str) -> Path:
     repository = repository_of(name)
     pin = None if repository is None else read_pins().get(repository)

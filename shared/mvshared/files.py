@@ -4,8 +4,9 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +58,30 @@ def check_folder(path: Path | str) -> None:
         raise _is_file(there)
     if there is not None and not os.access(there, os.W_OK | os.X_OK):
         raise OutputError("cannot be written: no permission, or a read-only disk", path=there, hint="name another folder")
+
+
+def lock_folder(path: Path, *, busy: str) -> Callable[[], None]:
+    """Keep a folder for this process until the function that is returned is called, or the process ends, however it does.
+
+    Raises OutputError, saying `busy`, if another process has it. On Windows, and on file systems without locks, it is not kept.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return lambda: None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # whoever reads or writes it says so
+        return lambda: None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as cause:
+        os.close(descriptor)
+        raise OutputError(busy, path=path) from cause
+    except OSError:  # no locks there
+        os.close(descriptor)
+        return lambda: None
+    return partial(os.close, descriptor)
 
 
 def _is_file(path: Path) -> OutputError:

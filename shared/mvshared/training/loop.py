@@ -10,19 +10,20 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from mvshared.backend import PACKAGES, choose_backend
 from mvshared.captures import load_capture
 from mvshared.checkpoint import (
+    component_folder,
     find_model,
     read_model_config,
     read_vae_config,
@@ -33,12 +34,12 @@ from mvshared.checkpoint import (
 from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConfig
 from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.raw import raw_tensors, write_safetensors
-from mvshared.errors import ConfigError, NumericsError, OutputError
-from mvshared.files import check_folder, make_folder, read_json_object, remove_others, write_json
+from mvshared.errors import NumericsError, OutputError
+from mvshared.files import remove_others
 from mvshared.training.ahead import ahead
 from mvshared.training.checks import check_captures, check_details, check_frozen, check_sizes
 from mvshared.training.conditions import encode_conditions
-from mvshared.training.config import OptimizerConfig, TrainConfig, parse_train_config
+from mvshared.training.config import OptimizerConfig, TrainConfig
 from mvshared.training.data import (
     Latents,
     VAEPictures,
@@ -49,12 +50,11 @@ from mvshared.training.data import (
 )
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.log import LogRow, TrainingLog
-from mvshared.training.optimizer import Weights, steps_of
+from mvshared.training.run_folder import RunFolder
 from mvshared.training.upscaler import check_pictures_of, save_upscaler, upscaler_batches, upscaler_config, upscaler_trainer
 from mvshared.training.upscaler_data import UpscalerBatches
-from mvshared.weights import read_header, read_weights, sha256_of_files
+from mvshared.weights import read_weights, sha256_of_files
 
-STATE = "state.safetensors"
 HELD_OUT_SEED = 1  # added to the run's seed for the validation batches, which are the same at every step
 HELD_OUT_BATCHES = 4
 
@@ -92,20 +92,25 @@ def train(
 
     `on_sample(model folder, step)` is called every `config.sample_every` steps and at the end.
 
-    Raises OutputError if `folder` holds something else, a run with another config or one of more steps, DatasetError for the
+    Raises OutputError if `folder` holds something else, a run with another config or one of more steps, or is that of a run in
+    another process, DatasetError for the
     data, and NumericsError if the loss leaves the finite numbers (the last state stays).
     """
-    folder = Path(folder)
     package = PACKAGES[choose_backend(backend)]
-    state = _last_state(folder, config)
+    with closing(RunFolder(folder, config)) as run:
+        return _train(run, package, backend=backend, device=device, on_sample=on_sample)
+
+
+def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample: Callable[[Path, int], None] | None) -> Path:
+    config, folder, state = run.config, run.path, run.last_state()
     module = importlib.import_module(f"{package}.train")
     make = {"vae": _vae_stage, "unet": _unet_stage, "upscaler": _upscaler_stage}
-    stage = make[config.stage](config, folder, module, backend=backend, device=device)
+    stage = make[config.stage](run, module, backend=backend, device=device)
     if state is not None:
         stage.trainer.load_state(state)
         del state  # as large as the weights and the optimiser together
     first = stage.trainer.steps
-    _prepare(folder, config)
+    run.prepare()
     log = TrainingLog(folder, last_step=first)
     if first == config.steps:  # killed, maybe, between the last state and the model
         stage.save_model()
@@ -137,7 +142,7 @@ def train(
                 progress.set_postfix(loss=f"{np.mean(losses):.4f}")
                 losses, norms = [], []
             if saves:
-                write_safetensors(folder / STATE, raw_tensors(stage.trainer.state()))
+                write_safetensors(run.state_path, raw_tensors(stage.trainer.state()))
                 stage.save_model()
                 log.plot()
             if on_sample is not None and (last or done % config.sample_every == 0):
@@ -148,53 +153,14 @@ def train(
     return folder / "model"
 
 
-def _last_state(folder: Path, config: TrainConfig) -> Weights | None:
-    """The last state of the run that the folder holds, if any; nothing is written.
-
-    Raises OutputError unless the folder is free or holds a run of the same config; more steps than before are fine.
-    """
-    check_folder(folder)
-    path, state_path = folder / "config.json", folder / STATE
-    if path.exists():
-        before = asdict(parse_train_config(read_json_object(path, error=ConfigError), path=path))
-        changed = sorted(name for name, value in asdict(config).items() if name != "steps" and value != before[name])
-        if changed:
-            raise OutputError(
-                f"holds a run with other values of {', '.join(changed)}", path=folder, hint="name a new folder for this run"
-            )
-    elif folder.exists() and any(not file.match(".config.json.*.tmp") for file in folder.iterdir()):
-        raise OutputError("is not empty and holds no training run", path=folder, hint="name a new folder for this run")
-    if not state_path.exists():
-        return None
-    read_header(state_path)
-    state = load_file(state_path)
-    if steps_of(state) > config.steps:
-        reason = f"holds a run of {steps_of(state)} steps, {config.steps} were asked for"
-        raise OutputError(reason, path=folder, hint="ask for more, or name a new folder")
-    return state
-
-
-def _prepare(folder: Path, config: TrainConfig) -> None:
-    """Make the run folder, write its config.json, and remove what was being written when an earlier run was killed."""
-    make_folder(folder)
-    for leftover in folder.rglob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
-    write_json(folder / "config.json", _as_json(asdict(config)))
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _as_json(item) for name, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def _held_out_loss(stage: Stage) -> float | None:
     if stage.held_out_batch is None:
         return None
     return float(np.mean([stage.trainer.evaluate(stage.held_out_batch(number)) for number in range(HELD_OUT_BATCHES)]))
 
 
-def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
+def _vae_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str) -> Stage:
+    config = run.config
     assert config.vae is not None
     vae = config.vae
     training, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
@@ -230,7 +196,7 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
     )
 
     def save_model() -> None:
-        write_component(folder / "model", "vae", vae, _cast(trainer.ema_weights(), config.model_dtype))
+        write_component(run.path / "model", "vae", vae, _cast(trainer.ema_weights(), config.model_dtype))
 
     return Stage(
         trainer,
@@ -240,9 +206,10 @@ def _vae_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend
     )
 
 
-def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
+def _unet_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str) -> Stage:
+    config, folder = run.config, run.path
     source = _model_source(config)
-    vae_source = source if config.vae_from is None else _folder_of(config.vae_from)
+    vae_source = source if config.vae_from is None else component_folder(config.vae_from)
     assert vae_source is not None
     model = _base_model(config, source, vae_source)
     unet = model.unet
@@ -264,7 +231,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    vae, training, held_out = _latents(config, vae_source, folder, backend=backend, device=device)
+    vae, training, held_out = _latents(run, vae_source, backend=backend, device=device)
     model = replace(model, vae=vae)
     model = replace(model, defaults=_defaults(model, training))
     conditions = encode_conditions(source or vae_source, model, config.data, names, folder, backend=backend, device=device)
@@ -275,7 +242,7 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     )
     target = folder / "model"
     if not (target / "vae/config.json").exists():  # before the first step: a resumed run goes on in the space of these latents
-        _prepare(folder, config)
+        run.prepare()
         vae_weights = read_weights(weight_files(vae_source, "vae"), network_shapes(vae, backend=backend))
         write_component(target, "vae", vae, _cast(vae_weights, config.model_dtype))
 
@@ -293,11 +260,12 @@ def _unet_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backen
     )
 
 
-def _upscaler_stage(config: TrainConfig, folder: Path, module: ModuleType, *, backend: str, device: str) -> Stage:
+def _upscaler_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str) -> Stage:
+    config, folder = run.config, run.path
     upscaler = upscaler_config(config)
     check_pictures_of(config, upscaler)
     trainer = upscaler_trainer(config, upscaler, module, backend=backend, device=device)
-    _prepare(folder, config)
+    run.prepare()
     batches, held_out = upscaler_batches(config, upscaler, folder, backend=backend, device=device)
     return Stage(
         trainer,
@@ -348,14 +316,13 @@ def _copy_encoders(source: Path, target: Path) -> None:
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
 
 
-def _latents(
-    config: TrainConfig, source: Path, folder: Path, *, backend: str, device: str
-) -> tuple[VAEConfig, Latents, Latents | None]:
+def _latents(run: RunFolder, source: Path, *, backend: str, device: str) -> tuple[VAEConfig, Latents, Latents | None]:
     """The VAE's config with the statistics of its latents, and the encoded captures for training and validation, if any are.
 
     They are kept in the run folder under the hashes of the VAE's weights and of the captures, with or without detail maps. The
     statistics are those that the run began with. Raises OutputError if it began with another VAE.
     """
+    config, folder = run.config, run.path
     files = weight_files(source, "vae")
     own = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     captures = [found for found in find_captures(config.data.folder, held_out=config.data.held_out) if found]
@@ -366,11 +333,11 @@ def _latents(
     vae = read_vae_config(source)
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
     if not all(path.exists() for path in paths):
-        if (folder / STATE).exists() and not any(folder.glob(f"latents-training-{own}-*")) and any(folder.glob("latents-*")):
+        if run.state_path.exists() and not any(folder.glob(f"latents-training-{own}-*")) and any(folder.glob("latents-*")):
             raise OutputError(f"holds a run with another VAE than that of {source}", path=folder, hint="name a new folder")
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
         encode = package.load_vae(raw, files, device=device).encode
-        _prepare(folder, config)
+        run.prepare()
         for name, path, folders in zip(names, paths, captures, strict=True):
             encode_captures(folders, config.data, encode, with_detail=with_detail).save(path)
             remove_others(folder, f"latents-{name}-*.npz", keep=[path.name])
@@ -382,11 +349,6 @@ def _latents(
         sample = training.images.reshape(-1, vae.latent_channels).astype(np.float64)
         vae = replace(vae, scaling_factor=1.0, latents_mean=_rounded(sample.mean(0)), latents_std=_rounded(sample.std(0)))
     return vae, _scaled(training, vae), _scaled(held_out[0], vae) if held_out else None
-
-
-def _folder_of(named: str) -> Path:
-    """The folder with a component to start from: the model of a run of the VAE's stage, which is no whole one, or a model."""
-    return Path(named) if Path(named).is_dir() else find_model(named)
 
 
 def _cast(weights: Mapping[str, NDArray[Any]], dtype: str) -> dict[str, NDArray[Any]]:
@@ -416,7 +378,7 @@ def _initial(
 ) -> dict[str, NDArray[np.float32]]:
     """Weights to start from: those of `init_from`, or random ones."""
     if config.init_from is not None:
-        return read_weights(weight_files(_folder_of(config.init_from), component), shapes, unet=unet)
+        return read_weights(weight_files(component_folder(config.init_from), component), shapes, unet=unet)
     if component == "vae":
         return initial_vae_weights(shapes, seed=config.seed)
     return initial_weights(shapes, seed=config.seed, zeros=UNET_ZEROS)

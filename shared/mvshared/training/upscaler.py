@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mvshared.backend import PACKAGES, choose_backend, load
 from mvshared.captures import load_capture
-from mvshared.checkpoint import find_model, read_model_config, read_vae_config, weight_files
+from mvshared.checkpoint import component_folder, find_model, read_model_config, read_vae_config, weight_files
 from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError
 from mvshared.files import make_folder, remove_others
@@ -45,7 +45,7 @@ def upscaler_config(config: TrainConfig) -> UpscalerConfig:
         count = config.upscaler.time_cond_proj_dim // 2
         drawn = np.random.default_rng([FREQUENCY_STREAM, config.seed]).standard_normal(count) * FREQUENCY_DEVIATION
         frequencies = tuple(round(float(value), 6) for value in drawn)
-    vae = read_vae_config(find_model(config.vae_from))
+    vae = read_vae_config(component_folder(config.vae_from))
     if vae.latent_channels != config.upscaler.latent_channels:
         latents = config.upscaler.latent_channels
         raise ConfigError(f"the upscaler has {latents} latent channels, the VAE of vae_from {vae.latent_channels}")
@@ -100,7 +100,7 @@ def upscaler_batches(
     """Batches for training and for validation, None if nothing is held out; the latents are kept in the run folder under the
     hashes of the weights and of the captures."""
     assert config.vae_from is not None
-    files = weight_files(find_model(config.vae_from), "vae")
+    files = weight_files(component_folder(config.vae_from), "vae")
     key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     captures = find_captures(config.data.folder, held_out=config.data.held_out)
     multiple = _multiple(upscaler)
@@ -163,5 +163,5 @@ def save_upscaler(folder: Path, config: TrainConfig, upscaler: UpscalerConfig, w
     assert config.vae_from is not None
     embedded = config.vae_from in EMBEDDED
     if not embedded and not (folder / "model_index.json").exists():
-        shutil.copytree(find_model(config.vae_from) / "vae", make_folder(folder) / "vae", dirs_exist_ok=True)
+        shutil.copytree(component_folder(config.vae_from) / "vae", make_folder(folder) / "vae", dirs_exist_ok=True)
     write_upscaler(folder, upscaler, weights, vae_from=config.vae_from if embedded else None)

@@ -1,0 +1,81 @@
+"""The folder of a training run: what was asked, the state that a resumed run needs, and one process at a time."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from mvshared.errors import ConfigError, OutputError
+from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, write_json
+from mvshared.training.config import TrainConfig, parse_train_config
+from mvshared.training.optimizer import Weights, steps_of
+from mvshared.weights import read_header
+
+STATE = "state.safetensors"
+
+
+class RunFolder:
+    """The folder `path` of a run of `config`. `close` it, so that another process may go on with the run."""
+
+    def __init__(self, path: Path | str, config: TrainConfig) -> None:
+        """Nothing is made. Raises OutputError if another process trains in the folder."""
+        self.path, self.config = Path(path), config
+        check_folder(self.path)
+        self._unlock: Callable[[], None] | None = None
+        if self.path.exists():
+            self._lock()
+
+    @property
+    def state_path(self) -> Path:
+        return self.path / STATE
+
+    def last_state(self) -> Weights | None:
+        """The last state of the run that the folder holds, if any; nothing is written.
+
+        Raises OutputError unless the folder is free or holds a run of the same config; more steps than before are fine.
+        """
+        path = self.path / "config.json"
+        if path.exists():
+            before = asdict(parse_train_config(read_json_object(path, error=ConfigError), path=path))
+            changed = sorted(name for name, value in asdict(self.config).items() if name != "steps" and value != before[name])
+            if changed:
+                reason = f"holds a run with other values of {', '.join(changed)}"
+                raise OutputError(reason, path=self.path, hint="name a new folder for this run")
+        elif self.path.exists() and any(not file.match(".config.json.*.tmp") for file in self.path.iterdir()):
+            raise OutputError("is not empty and holds no training run", path=self.path, hint="name a new folder for this run")
+        if not self.state_path.exists():
+            return None
+        read_header(self.state_path)
+        state = load_file(self.state_path)
+        if steps_of(state) > self.config.steps:
+            reason = f"holds a run of {steps_of(state)} steps, {self.config.steps} were asked for"
+            raise OutputError(reason, path=self.path, hint="ask for more, or name a new folder")
+        return state
+
+    def prepare(self) -> None:
+        """Make the folder, write its config.json, and remove what was being written when an earlier run was killed.
+
+        Raises OutputError if another process trains in it.
+        """
+        make_folder(self.path)
+        self._lock()
+        for leftover in self.path.rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        write_json(self.path / "config.json", _as_json(asdict(self.config)))
+
+    def close(self) -> None:
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+
+    def _lock(self) -> None:
+        if self._unlock is None:
+            self._unlock = lock_folder(self.path, busy="another process trains in it")
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
