@@ -92,9 +92,8 @@ def train(
 
     `on_sample(model folder, step)` is called every `config.sample_every` steps and at the end.
 
-    Raises OutputError if `folder` holds something else, a run with another config or one of more steps, or is that of a run in
-    another process, DatasetError for the
-    data, and NumericsError if the loss leaves the finite numbers (the last state stays).
+    Raises OutputError if `folder` holds something else, a run with another config, one of more steps or one that is in
+    training elsewhere; DatasetError for the data; NumericsError if the loss leaves the finite numbers (the last state stays).
     """
     package = PACKAGES[choose_backend(backend)]
     with closing(RunFolder(folder, config)) as run:
