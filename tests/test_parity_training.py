@@ -459,10 +459,10 @@ def test_where_there_is_no_detail_the_target_is_the_teachers_output(backend: Bac
     assert loss != pytest.approx(loss_of_output(backend, out, target, config, detail=detail), rel=1e-2)
 
 
-def distilled(backend: Backend, *, detail: NDArray[np.float32]) -> tuple[Any, Any]:
+def distilled(backend: Backend, *, detail: NDArray[np.float32], dtype: str = "float32") -> tuple[Any, Any]:
     """A trainer that keeps what it can do where there is no detail, and a batch."""
     loss = UNetLossConfig(detail_weight=3.0, distill_rest=True)
-    trainer = MODULES[backend].unet_trainer(GAF, SMOOTH, make_weights("gaf"), loss=loss, device="cpu")
+    trainer = MODULES[backend].unet_trainer(GAF, SMOOTH, make_weights("gaf"), loss=loss, dtype=dtype, device="cpu")
     return trainer, make_batch("gaf")._replace(detail=detail)
 
 
@@ -477,6 +477,18 @@ def test_what_is_distilled_is_the_network_that_training_starts_from(backend: Bac
     assert losses[0] > 1e-3, "the teacher went with the loaded state"
     assert losses[-1] < losses[0]
     assert_different(joined(trainer.weights()), before, rms=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_teacher_computes_in_the_dtype_of_training(backend: Backend, dtype: str) -> None:
+    trainer, batch = distilled(backend, detail=np.zeros((2, 2, 4, 6), np.float32), dtype=dtype)
+    own = trainer.step(batch, learning_rate=0.0).loss
+    exact, _ = distilled(backend, detail=batch.detail)
+    trainer.loss.keywords["teacher"] = exact.loss.keywords["teacher"]
+    if backend == "mlx":  # torch's autocast computes with any teacher in its own dtype
+        assert own < trainer.step(batch, learning_rate=0.0).loss / 2
+    assert own < 1e-4
 
 
 def test_distillation_is_the_same_on_both_backends() -> None:
