@@ -258,6 +258,7 @@ DEPTH = np.ones((2, 32, 32), np.float32)
         ("depth", {"depth": DEPTH[:1]}),
         ("depth", {"depth": DEPTH * np.nan}),
         ("depth", {"depth": -DEPTH}),
+        ("depth", {"depth": DEPTH.astype(np.float64) * 1e-60}),  # zero in float32
         ("depth", {"depth": DEPTH.astype(np.int64)}),
         ("masks", {"depth": DEPTH * np.inf}),
         ("masks", {"depth": None, "masks": np.zeros((2, 32, 32), np.bool_)}),

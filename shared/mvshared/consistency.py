@@ -241,6 +241,8 @@ def _checked_masks(masks: Masks, shape: tuple[int, ...]) -> Masks:
 def _checked_depth(depth: NDArray[np.floating], shape: tuple[int, ...]) -> Floats:
     if not np.issubdtype(depth.dtype, np.floating) or depth.shape != shape:
         raise OptionError("depth", expected=f"floats of shape {shape}", got=(depth.dtype.name, depth.shape))
-    if not (depth > 0).all():
+    with np.errstate(over="ignore"):
+        result = depth.astype(np.float32)
+    if not (result > 0).all():
         raise OptionError("depth", expected="positive everywhere, infinite where nothing is", got=float(depth.min()))
-    return depth.astype(np.float32)
+    return result

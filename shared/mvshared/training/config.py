@@ -117,7 +117,7 @@ class UNetLossConfig:
     batch's mean weight: what is small and matters, such as a mouth, is a small part of the latents otherwise.
 
     With `distill_rest` the target of latents without detail is the output of the network that training starts from (learning
-    without forgetting, arXiv 1606.09282): small batches that improve details make nothing else worse.
+    without forgetting, arXiv 1606.09282): small batches that improve details change little else.
     """
 
     detail_weight: float = 0.0
@@ -194,7 +194,7 @@ class TrainConfig:
             raise OptionError("vae_from", expected=expected, got=self.vae_from)
         if self.stage == "unet" and self.unet is not None and self.unet.camera_dim not in (None, CAMERA_DIM):
             raise OptionError("unet.camera_dim", expected=f"{CAMERA_DIM}, or left out", got=self.unet.camera_dim)
-        if self.unet_loss.distill_rest and self.init_from is None:
+        if self.stage == "unet" and self.unet_loss.distill_rest and self.init_from is None:
             raise OptionError("init_from", expected="a model whose outputs are distilled, for distill_rest", got=None)
         if self.stage == "vae" and self.vae is not None and {self.vae.in_channels, self.vae.out_channels} != {3}:
             got = (self.vae.in_channels, self.vae.out_channels)
