@@ -1,6 +1,7 @@
 """The training loop and its configuration, on tiny data; on PyTorch unless the backend matters."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -287,6 +288,20 @@ def test_a_resumed_run_distils_what_it_started_from(data: Path, vae: Path, tmp_p
     plain = replace(config, unet_loss=replace(loss, distill_rest=False))
     run(plain, tmp_path / "plain")
     assert any((array != whole[name]).any() for name, array in weights_of(tmp_path / "plain", "unet").items())
+
+
+def test_a_run_is_not_taught_by_other_weights_once_it_has_begun(data: Path, vae: Path, tmp_path: Path) -> None:
+    start = run(unet_config(data, vae, steps=2, seed=5), tmp_path / "start")
+    loss = UNetLossConfig(detail_weight=2.0, distill_rest=True)
+    config = unet_config(data, vae, init_from=str(start), unet_loss=loss)
+    run(config, tmp_path / "run")
+    run(unet_config(data, vae, steps=3, seed=5), tmp_path / "start")  # its weights are others now
+    before = weights_of(tmp_path / "run", "unet")
+    with pytest.raises(OutputError, match=re.escape(f"is taught by other weights than those that {start} has now")):
+        run(replace(config, steps=5), tmp_path / "run")
+    for name, array in weights_of(tmp_path / "run", "unet").items():
+        np.testing.assert_array_equal(array, before[name])
+    assert run(config, tmp_path / "anew").is_dir()
 
 
 def test_the_state_of_another_network_is_refused(data: Path, tmp_path: Path) -> None:

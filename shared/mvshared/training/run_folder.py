@@ -1,6 +1,6 @@
 """The folder of a training run: what was asked, the state that a resumed run needs, and one process at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from mvshared.errors import ConfigError, OutputError
 from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, write_json
 from mvshared.training.config import TrainConfig, parse_train_config
 from mvshared.training.optimizer import Weights, steps_of
-from mvshared.weights import read_header
+from mvshared.weights import read_header, sha256_of_files
 
 STATE = "state.safetensors"
+TEACHER = "teacher.json"  # hashes of the weights that `distill_rest` distils
 
 
 class RunFolder:
@@ -64,6 +65,15 @@ class RunFolder:
         for leftover in self.path.rglob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         write_json(self.path / "config.json", _as_json(asdict(self.config)))
+
+    def teach(self, files: Sequence[Path]) -> None:
+        """Note which weights the run is taught by, those that it starts from. Raises OutputError if it began with others."""
+        path, hashes = self.path / TEACHER, sha256_of_files(files)
+        if path.exists() and self.state_path.exists() and read_json_object(path, error=ConfigError) != hashes:
+            reason = f"holds a run that is taught by other weights than those that {self.config.init_from} has now"
+            raise OutputError(reason, path=self.path, hint="name a new folder")
+        self.prepare()
+        write_json(path, hashes)
 
     def close(self) -> None:
         if self._unlock is not None:
