@@ -302,6 +302,10 @@ def test_a_run_is_not_taught_by_other_weights_once_it_has_begun(data: Path, vae:
     for name, array in weights_of(tmp_path / "run", "unet").items():
         np.testing.assert_array_equal(array, before[name])
     assert run(config, tmp_path / "anew").is_dir()
+    other = replace(UNET, block_out_channels=(16, 24))
+    with pytest.raises(TensorMismatchError):
+        run(replace(config, unet=other), tmp_path / "misfit")
+    assert not (tmp_path / "misfit").exists()
 
 
 def test_the_state_of_another_network_is_refused(data: Path, tmp_path: Path) -> None:

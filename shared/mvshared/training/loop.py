@@ -219,9 +219,6 @@ def _unet_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str
         check_details([load_capture(each) for _, folders in names for each in folders], folder=config.data.folder)
     shapes = network_shapes(unet, backend=backend)
     check_frozen(config, shapes)
-    if config.unet_loss.distill_rest:
-        assert config.init_from is not None
-        run.teach(weight_files(component_folder(config.init_from), "unet"))
     weights = _initial(config, "unet", shapes, unet=unet)
     trainer = module.unet_trainer(
         unet,
@@ -233,6 +230,9 @@ def _unet_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
     )
+    if config.unet_loss.distill_rest:
+        assert config.init_from is not None
+        run.teach(weight_files(component_folder(config.init_from), "unet"))
     vae, training, held_out = _latents(run, vae_source, backend=backend, device=device)
     model = replace(model, vae=vae)
     model = replace(model, defaults=_defaults(model, training))
