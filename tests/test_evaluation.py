@@ -117,6 +117,13 @@ def test_references_look_at_the_face_and_views_go_around_at_one_elevation(monkey
     assert 0 <= elevations.min() < 5 and 15 < elevations.max() <= 20
 
 
+@pytest.mark.parametrize("views", [1, 2, 3, 4, 6, 8])
+def test_all_numbers_of_views_look_from_all_quarters_alike(views: int) -> None:
+    cameras = [held_out_subject(head, size_px=8, views=views).cameras for head in range(8, 12)]
+    azimuths = azimuth_elevation(np.concatenate(cameras)).azimuths_deg.round().astype(int) % 360
+    assert sorted((azimuths + 90) % 360) == sorted(azimuths) and 45 in azimuths
+
+
 def test_an_evaluation_covers_all_views_of_all_identities(evaluation: Evaluation) -> None:
     assert (evaluation.identities, evaluation.views) == (2, 4)
     assert evaluation.summaries().keys() == FIGURES

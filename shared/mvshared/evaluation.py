@@ -109,11 +109,16 @@ class Evaluation:
 
 def held_out_subject(identity: int, *, size_px: int, views: int = VIEWS) -> Subject:
     """Render a head for evaluation, from azimuths that are spread evenly from AZIMUTH_START_DEG on; its number decides on the
-    views' common elevation and on the reference's camera."""
+    views' common elevation and on the reference's camera.
+
+    A view of the face is harder than one of the back. So that all numbers of views are measured in the same directions, one
+    to three, five to seven and so on start with every fourth head at AZIMUTH_START_DEG, and a quarter turn on with the next.
+    """
     random = np.random.default_rng([EVALUATION_SEED, identity])
     elevation = float(random.uniform(*ELEVATIONS_DEG))
     azimuth = float(random.uniform(-REFERENCE_AZIMUTH_DEG, REFERENCE_AZIMUTH_DEG))
-    azimuths_deg = even_azimuths(views, start_deg=AZIMUTH_START_DEG)
+    turn_deg = 90.0 * (identity % 4) if views % 4 else 0.0
+    azimuths_deg = even_azimuths(views, start_deg=AZIMUTH_START_DEG + turn_deg)
     cameras = orbit(azimuths_deg, elevation, radius=DEFAULT_RADIUS)
     reference_camera = orbit([azimuth], float(random.uniform(*ELEVATIONS_DEG)), radius=DEFAULT_RADIUS)
     rendered = render(identity, np.concatenate([reference_camera, cameras]), size_px=size_px)
