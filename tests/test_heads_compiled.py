@@ -164,6 +164,17 @@ def test_heads_of_another_version_of_the_renderer_are_not_mixed_into_a_folder(tm
         render_dataset(tmp_path / "heads", range(2), views=2, size_px=16, processes=1)
 
 
+def test_what_a_killed_call_left_unfinished_is_removed(tmp_path: Path) -> None:
+    left, in_work, other = (tmp_path / name for name in (".head_000000.0a.tmp", ".head_000001.0b.tmp", ".mine"))
+    for folder in (left, in_work, other):
+        folder.mkdir()
+        (folder / "view_000.png").touch()
+    for folder in (left, other):
+        os.utime(folder, (time.time() - 2 * dataset.LEFT_OVER_S,) * 2)
+    render_dataset(tmp_path, range(1), views=2, size_px=16, processes=1)
+    assert {path.name for path in tmp_path.iterdir()} == {in_work.name, other.name, "head_000000"}
+
+
 def test_a_head_that_another_call_finished_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = dataset.write_capture
 

@@ -1,8 +1,11 @@
 """A training set of heads on disk: one capture per identity, rendered by many processes."""
 
 import os
+import shutil
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -25,6 +28,7 @@ ELEVATIONS_DEG = (-5.0, 30.0)
 MAX_VIEWS = 1000
 RENDERER = 2  # which heads a number stands for: raised when they look otherwise, so that no folder holds both
 MIN_SIZE_PX, MAX_SIZE_PX = 8, 2048
+LEFT_OVER_S = 3600.0  # since when an unfinished head has not changed whose process must be gone: heads take seconds
 
 # How much the small parts of a face count beside the rest of it. Those that are painted on the skin have a rim of one pixel,
 # which takes in their outlines.
@@ -66,6 +70,7 @@ def render_dataset(
         raise OptionError("processes", expected="at least 1", got=processes)
     folder = Path(folder)
     check_folder(folder)
+    _remove_left_over(folder)
     missing = [number for number in identities if not _is_there(folder, number, views=views, size_px=size_px)]
     work = partial(_render_one, folder=folder, views=views, size_px=size_px)
     progress = tqdm(total=len(missing), desc="rendering", unit="head", disable=None)
@@ -88,6 +93,14 @@ def detail_maps(parts: NDArray[np.uint8]) -> NDArray[np.uint8]:
             covered = with_rim(covered, 1)
         np.maximum(detail, value, out=detail, where=covered)
     return detail
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove what calls that were killed have left unfinished, but nothing that another call may be working on."""
+    for unfinished in folder.glob(".head_*.tmp"):
+        with suppress(OSError):  # renamed or removed in the meantime
+            if time.time() - unfinished.stat().st_mtime > LEFT_OVER_S:
+                shutil.rmtree(unfinished)
 
 
 def _capture_folder(folder: Path, number: int) -> Path:
