@@ -191,6 +191,18 @@ def test_mouths_are_large_and_distinct_enough_to_read() -> None:
     assert min(heights) >= 4
 
 
+def test_the_front_tells_whether_there_is_a_ponytail() -> None:
+    heads = [sample_identity(number) for number in range(600)]
+    tails = [head for head in heads if head.hair_style == "ponytail"]
+    assert len(tails) >= 20
+    for head in heads:
+        assert (head.hat_style == "headband") == (head.hair_style == "ponytail")
+    assert min(np.abs(np.subtract(head.hat_band_color, head.hair_color)).sum() for head in tails) >= 0.6
+    for head in tails[:8]:
+        parts = render(head, orbit([-15, 15], 10, radius=DEFAULT_RADIUS), size_px=64).parts
+        assert ((parts == Part.HAT_BAND).sum(axis=(1, 2)) >= 40).all()
+
+
 def test_eyes_are_large_enough_to_read() -> None:
     widths = []
     for number in range(40):

@@ -26,7 +26,7 @@ from mvshared.processors import usable_processors
 FRONT_DEG = 35.0  # the first quarter of the views looks at the face from within this azimuth
 ELEVATIONS_DEG = (-5.0, 30.0)
 MAX_VIEWS = 1000
-RENDERER = 2  # which heads a number stands for: raised when they look otherwise, so that no folder holds both
+RENDERER = 3  # which heads a number stands for: raised when they look otherwise, so that no folder holds both
 MIN_SIZE_PX, MAX_SIZE_PX = 8, 2048
 LEFT_OVER_S = 3600.0  # since when an unfinished head has not changed whose process must be gone: heads take seconds
 

@@ -147,7 +147,7 @@ def sample_identity(number: int) -> HeadIdentity:
         animal_ears = "none"
         if hair_style not in HAT_HAIR:
             hair_style = pick(HAT_HAIR)
-    elif hat_style == "headband" and hair_style == "afro":  # the hair would hide the band
+    elif hat_style == "headband" and hair_style == "afro":  # so since headbands were for all: a number stays its head
         hair_style = "short"
     if animal_ears != "none" and hair_style not in ANIMAL_HAIR:
         hair_style = pick(ANIMAL_HAIR)
@@ -222,4 +222,17 @@ def sample_identity(number: int) -> HeadIdentity:
         identity = replace(identity, brow_color=(0.24, 0.15, 0.10) if sum(skin) > 1.0 else (0.72, 0.66, 0.60))
     if np.linalg.norm(np.subtract(identity.mouth_color, skin)) < 0.5:  # and mouths
         identity = replace(identity, mouth_color=(0.42, 0.12, 0.14) if sum(skin) > 1.3 else (0.93, 0.55, 0.55))
-    return identity
+    return _with_ponytail_shown(identity)
+
+
+def _with_ponytail_shown(head: HeadIdentity) -> HeadIdentity:
+    """The head with a headband if it has a ponytail, and with none if it has not: the front does not show a ponytail, and what
+    no picture shows of a back could only be guessed. Nobody has a ponytail under a hat."""
+    if head.wears_crown:
+        return replace(head, hair_style="short") if head.hair_style == "ponytail" else head
+    if head.hair_style != "ponytail":
+        return replace(head, hat_style="none")
+    band = head.hat_band_color
+    if np.abs(np.subtract(band, head.hair_color)).sum() < 0.6:  # it must be seen
+        band = (0.95, 0.94, 0.92) if sum(head.hair_color) < 1.8 else (0.25, 0.26, 0.32)
+    return replace(head, hat_style="headband", hat_band_color=band)
