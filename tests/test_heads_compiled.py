@@ -169,8 +169,9 @@ def test_what_a_killed_call_left_unfinished_is_removed(tmp_path: Path) -> None:
     for folder in (left, in_work, other):
         folder.mkdir()
         (folder / "view_000.png").touch()
+    long_ago = time.time() - 2 * dataset.LEFT_OVER_S
     for folder in (left, other):
-        os.utime(folder, (time.time() - 2 * dataset.LEFT_OVER_S,) * 2)
+        os.utime(folder, (long_ago, long_ago))
     render_dataset(tmp_path, range(1), views=2, size_px=16, processes=1)
     assert {path.name for path in tmp_path.iterdir()} == {in_work.name, other.name, "head_000000"}
 
