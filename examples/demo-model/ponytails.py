@@ -51,8 +51,9 @@ def render_one(number: int, *, folder: Path) -> None:
     views = render(head, poses, size_px=SIZE_PX)
     detail = np.zeros(views.parts.shape, np.uint8)
     if kind(head) != "other":
-        styles = (replace(head, hair_style=style) for style in ("short", "ponytail"))
-        short, ponytail = (render(each, poses, size_px=SIZE_PX).rgba.astype(np.int16) for each in styles)
+        others = (replace(head, hair_style=style) for style in ("short", "ponytail"))
+        both = (views if each == head else render(each, poses, size_px=SIZE_PX) for each in others)
+        short, ponytail = (each.rgba.astype(np.int16) for each in both)
         detail[with_rim(np.abs(ponytail - short).max(axis=-1) > LEAST_CHANGE, 1)] = 255
     write_capture(capture, views.rgba, views.normals, poses, DEFAULT_FOV_DEG, detail=detail, fields={"renderer": RENDERER})
 
