@@ -135,6 +135,28 @@ def test_a_data_set_has_detail_maps_of_what_its_pictures_show(tmp_path: Path) ->
     assert maps[0].any(), "the first view shows the face"
 
 
+def from_one_side(identity: int, *, views: int) -> np.ndarray:
+    return orbit([90.0 + identity] * views, 5, radius=DEFAULT_RADIUS)
+
+
+def where_hair_is(identity: int, poses: np.ndarray, views: HeadViews) -> np.ndarray:
+    np.testing.assert_array_equal(poses, from_one_side(identity, views=len(poses)))
+    return np.uint8(200) * (views.parts == Part.HAIR)
+
+
+def test_a_data_set_takes_other_cameras_and_detail_maps_of_any_identities(tmp_path: Path) -> None:
+    heads = [7, 3]
+    assert render_dataset(tmp_path, heads, views=2, size_px=16, processes=2, poses=from_one_side, details=where_hair_is) == 2
+    for number in heads:
+        capture = load_capture(tmp_path / f"head_{number:06}")
+        poses = from_one_side(number, views=2)
+        np.testing.assert_allclose(capture.poses, poses, atol=1e-6)
+        maps = [np.asarray(Image.open(path)) for path in capture.detail_paths if path is not None]
+        hair = render(number, poses, size_px=16).parts == Part.HAIR
+        assert hair.any()
+        np.testing.assert_array_equal(maps, 200 * hair)
+
+
 def test_detail_has_a_rim_around_what_is_painted_and_the_larger_value_where_parts_meet() -> None:
     parts = np.full((1, 5, 6), Part.SKIN, np.uint8)
     parts[0, 1, 1], parts[0, 1, 3], parts[0, 4, 5] = Part.MOUTH, Part.GLASSES, Part.EYE

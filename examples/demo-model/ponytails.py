@@ -1,4 +1,4 @@
-"""Heads for the demo model's last stage: `python examples/demo-model/ponytails.py data/heads-ponytails`.
+"""Heads for a late stage of the demo model: `python examples/demo-model/ponytails.py data/heads-ponytails`.
 
 Of 900 heads 360 have a ponytail, 360 hair with which one could be hidden behind the head, and 180 any other. Their detail maps
 are white where a ponytail is or could be. With `distill_rest` the U-Net learns there what the pictures show, and keeps what it
@@ -6,22 +6,17 @@ can do everywhere else.
 """
 
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import count
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from mvshared.captures import write_capture
-from mvshared.heads import DEFAULT_FOV_DEG, HeadIdentity, render, sample_identity
-from mvshared.heads.dataset import RENDERER, dataset_poses
+from mvshared.heads import HeadIdentity, HeadViews, render, sample_identity
+from mvshared.heads.dataset import render_dataset
 from mvshared.heads.parts import with_rim
 
-FIRST, VIEWS, SIZE_PX = 700_000, 8, 128
+FIRST = 700_000
 COULD_HIDE_ONE = ("short", "bun", "two_buns", "pigtails", "spiky", "side_part", "fringe", "bowl")
 LEAST_CHANGE = 6  # of 255
 
@@ -43,24 +38,16 @@ def choose() -> list[int]:
     return chosen
 
 
-def render_one(number: int, *, folder: Path) -> None:
-    capture = folder / f"head_{number:06}"
-    if capture.exists():
-        return
-    head, poses = sample_identity(number), dataset_poses(number, views=VIEWS)
-    views = render(head, poses, size_px=SIZE_PX)
-    detail = np.zeros(views.parts.shape, np.uint8)
-    if kind(head) != "other":
-        others = (replace(head, hair_style=style) for style in ("short", "ponytail"))
-        both = (views if each == head else render(each, poses, size_px=SIZE_PX) for each in others)
-        short, ponytail = (each.rgba.astype(np.int16) for each in both)
-        detail[with_rim(np.abs(ponytail - short).max(axis=-1) > LEAST_CHANGE, 1)] = 255
-    write_capture(capture, views.rgba, views.normals, poses, DEFAULT_FOV_DEG, detail=detail, fields={"renderer": RENDERER})
+def ponytails(number: int, poses: NDArray[np.float32], views: HeadViews) -> NDArray[np.uint8]:
+    """Detail maps, white where the views would be others without the head's ponytail, or with one."""
+    head, shape = sample_identity(number), views.parts.shape
+    if kind(head) == "other":
+        return np.zeros(shape, np.uint8)
+    others = (replace(head, hair_style=style) for style in ("short", "ponytail"))
+    both = (views if each == head else render(each, poses, size_px=shape[-1]) for each in others)
+    short, ponytail = (each.rgba.astype(np.int16) for each in both)
+    return np.uint8(255) * with_rim(np.abs(ponytail - short).max(axis=-1) > LEAST_CHANGE, 1)
 
 
 if __name__ == "__main__":
-    target, heads = Path(sys.argv[1]), choose()
-    target.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(partial(render_one, folder=target), heads), total=len(heads), unit="head"):
-            pass
+    render_dataset(sys.argv[1], choose(), details=ponytails)

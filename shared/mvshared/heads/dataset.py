@@ -4,11 +4,13 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from mvshared.errors import DatasetError, OptionError, OutputError
 from mvshared.files import check_folder, read_json_object
 from mvshared.heads.identity import SEED
 from mvshared.heads.parts import Part, with_rim
-from mvshared.heads.render import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
+from mvshared.heads.render import DEFAULT_FOV_DEG, DEFAULT_RADIUS, HeadViews, render
 from mvshared.processors import usable_processors
 
 FRONT_DEG = 35.0  # the first quarter of the views looks at the face from within this azimuth
@@ -34,6 +36,15 @@ LEFT_OVER_S = 3600.0  # since when an unfinished head has not changed whose proc
 # which takes in their outlines.
 DETAIL = {Part.MOUTH: 255, Part.EYE: 160, Part.BROW: 96, Part.GLASSES: 80, Part.NOSE: 64, Part.BEARD: 48}
 RIMMED = (Part.MOUTH, Part.EYE, Part.BROW, Part.NOSE)
+
+
+class Poses(Protocol):
+    """Gives the cameras (v, 4, 4) of an identity, the same at every call."""
+
+    def __call__(self, identity: int, *, views: int) -> NDArray[np.float32]: ...
+
+
+Details = Callable[[int, NDArray[np.float32], HeadViews], NDArray[np.uint8]]  # detail maps of an identity, cameras and views
 
 
 def dataset_poses(identity: int, *, views: int) -> NDArray[np.float32]:
@@ -54,10 +65,26 @@ def dataset_poses(identity: int, *, views: int) -> NDArray[np.float32]:
     return np.concatenate(poses)
 
 
+def face_details(identity: int, poses: NDArray[np.float32], views: HeadViews) -> NDArray[np.uint8]:
+    """The detail maps of a data set: `detail_maps` of what its views show."""
+    del identity, poses
+    return detail_maps(views.parts)
+
+
 def render_dataset(
-    folder: Path | str, identities: range, *, views: int = 8, size_px: int = 128, processes: int | None = None
+    folder: Path | str,
+    identities: Sequence[int],
+    *,
+    views: int = 8,
+    size_px: int = 128,
+    processes: int | None = None,
+    poses: Poses = dataset_poses,
+    details: Details = face_details,
 ) -> int:
     """Render the identities that `folder` does not have yet as captures `head_000000` ...; returns how many were rendered.
+
+    `poses` and `details` are called in the processes that render: functions of a module, or `functools.partial` of one. That
+    the heads of a folder have those of earlier calls is not checked.
 
     Raises OptionError for numbers out of range, OutputError if the folder cannot be written, or has some of the identities in
     another size, with another number of views or from another version of the renderer.
@@ -72,7 +99,7 @@ def render_dataset(
     check_folder(folder)
     _remove_left_over(folder)
     missing = [number for number in identities if not _is_there(folder, number, views=views, size_px=size_px)]
-    work = partial(_render_one, folder=folder, views=views, size_px=size_px)
+    work = partial(_render_one, folder=folder, views=views, size_px=size_px, poses=poses, details=details)
     progress = tqdm(total=len(missing), desc="rendering", unit="head", disable=None)
     if missing:  # the first head here: what numba compiles for it is then on disk for all processes
         work(missing[0])
@@ -123,13 +150,12 @@ def _is_there(folder: Path, number: int, *, views: int, size_px: int) -> bool:
     return True
 
 
-def _render_one(number: int, *, folder: Path, views: int, size_px: int) -> None:
-    poses = dataset_poses(number, views=views)
-    pictures = render(number, poses, size_px=size_px)
+def _render_one(number: int, *, folder: Path, views: int, size_px: int, poses: Poses, details: Details) -> None:
+    cameras = poses(number, views=views)
+    shown = render(number, cameras, size_px=size_px)
+    capture, detail, fields = _capture_folder(folder, number), details(number, cameras, shown), {"renderer": RENDERER}
     try:
-        capture, detail = _capture_folder(folder, number), detail_maps(pictures.parts)
-        fields = {"renderer": RENDERER}
-        write_capture(capture, pictures.rgba, pictures.normals, poses, DEFAULT_FOV_DEG, detail=detail, fields=fields)
+        write_capture(capture, shown.rgba, shown.normals, cameras, DEFAULT_FOV_DEG, detail=detail, fields=fields)
     except OutputError:
         if not _is_there(folder, number, views=views, size_px=size_px):  # else another call was faster
             raise
