@@ -22,7 +22,16 @@ from mvshared.errors import (
 )
 from mvshared.schedule import alphas_cumprod
 from mvshared.training.config import DataConfig
-from mvshared.training.data import Latents, VAEPictures, ViewBatches, encode_captures, find_captures, read_normals, read_picture
+from mvshared.training.data import (
+    Latents,
+    VAEPictures,
+    ViewBatches,
+    encode_captures,
+    encode_to_file,
+    find_captures,
+    read_normals,
+    read_picture,
+)
 from mvshared.training.initial import LOGVAR, UNET_ZEROS, initial_vae_weights, initial_weights
 
 
@@ -98,6 +107,32 @@ def test_captures_that_are_encoded_together_give_what_each_of_them_alone_does(
     monkeypatch.setattr(mvshared.training.data, "ENCODED_TOGETHER", 1)
     for ours, alone in zip(together, encode_captures(folders, config, encode, with_detail=True), strict=True):
         np.testing.assert_array_equal(ours, alone)
+
+
+def test_a_killed_call_s_encoded_captures_are_taken_over(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mvshared.training.data, "PART", 1)
+    folders, config, path = sorted(data.iterdir()), DataConfig(folder="", mirror=True), tmp_path / "latents.npz"
+    calls = list[int]()
+
+    def encode(pixels: Any) -> Any:
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return pixels[:, ::2, ::2]
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_to_file(path, folders, config, encode, with_detail=True)
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    encode_to_file(path, folders, config, encode, with_detail=True)
+    assert calls == [4 * len(AZIMUTHS)] * 5, "two captures, the one at which the call was killed, that one again and the last"
+    assert list(tmp_path.iterdir()) == [path]
+    whole = encode_captures(folders, config, lambda pixels: pixels[:, ::2, ::2], with_detail=True)
+    for ours, expected in zip(Latents.load(path), whole, strict=True):
+        assert ours is not None
+        assert expected is not None
+        assert ours.dtype == expected.dtype
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_without_mirror_images_every_capture_is_encoded_once(data: Path) -> None:

@@ -27,6 +27,7 @@ from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
 
 ENCODED_TOGETHER = 2**20  # pixels that `encode` is given in one call, at least
+PART = 64  # captures whose latents are written together
 VAE_STREAM, UNET_STREAM = 1, 2  # first numbers of the random seeds, so that the stages draw differently
 
 
@@ -207,6 +208,41 @@ class Latents(NamedTuple):
         except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
             raise DatasetError(f"is no file of latents: {error}", path=path, hint="remove it, it is made anew") from error
 
+    @classmethod
+    def joined(cls, parts: Sequence["Latents"]) -> "Latents":
+        """The captures of several, in their order."""
+        arrays = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in cls._fields
+            if name != "first" and getattr(parts[0], name) is not None
+        }
+        counts = np.concatenate([np.diff(part.first) for part in parts])
+        return cls(first=np.concatenate([[0], np.cumsum(counts)]), **arrays)
+
+
+def encode_to_file(
+    path: Path,
+    folders: list[Path],
+    config: DataConfig,
+    encode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    *,
+    with_detail: bool = False,
+) -> None:
+    """Write what `encode_captures` gives, which can take hours: every PART captures have a file of their own until all are
+    encoded, and a call after a killed one goes on behind the last of these. Raises DatasetError as `encode_captures` does."""
+    parts = []
+    with tqdm(total=len(folders), desc="encoding", unit="capture", disable=None) as progress:
+        for start in range(0, len(folders), PART):
+            chosen = folders[start : start + PART]
+            parts.append(path.with_name(f"{path.stem}.{start}-{start + len(chosen)}.npz"))
+            if parts[-1].exists():
+                progress.update(len(chosen))
+            else:
+                encode_captures(chosen, config, encode, with_detail=with_detail, after_each=progress.update).save(parts[-1])
+    Latents.joined([Latents.load(part) for part in parts]).save(path)
+    for part in parts:
+        part.unlink()
+
 
 def encode_captures(
     folders: list[Path],
@@ -214,14 +250,16 @@ def encode_captures(
     encode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     *,
     with_detail: bool = False,
+    after_each: Callable[[], object] = lambda: None,
 ) -> Latents:
     """Encode every capture, and its mirror image if the config says so, with `encode` (pixels to scaled latents).
 
-    With `with_detail` the latents have the captures' detail maps. Raises DatasetError for pictures of different sizes or
-    captures with fewer than two views.
+    With `with_detail` the latents have the captures' detail maps; `after_each` is called for every capture that was read.
+    Raises DatasetError for pictures of different sizes or captures with fewer than two views.
     """
     images, normals, cameras, azimuths, first, details = [], [], [], [], [0], []
-    for group in _groups(_read_views([_load(folder) for folder in folders], config, with_detail=with_detail)):
+    captures = [_load(folder) for folder in folders]
+    for group in _groups(_read_views(captures, config, with_detail=with_detail, after_each=after_each)):
         latents = encode(_stack([pixels for views in group for pixels in views.pixels]))
         at = 0
         for views in group:
@@ -291,11 +329,13 @@ def _load(folder: Path) -> Capture:
     return capture
 
 
-def _read_views(captures: Sequence[Capture], config: DataConfig, *, with_detail: bool) -> Iterator[_Views]:
+def _read_views(
+    captures: Sequence[Capture], config: DataConfig, *, with_detail: bool, after_each: Callable[[], object]
+) -> Iterator[_Views]:
     """Every capture, and its mirror image if the config says so. Raises DatasetError."""
     pictures = ahead(lambda read: read(), (read for capture in captures for read in _reads(capture, config)))
     details = ahead(_read_detail, (path for capture in captures for path in capture.detail_paths if path is not None))
-    for capture in tqdm(captures, desc="encoding", unit="capture", disable=None):
+    for capture in captures:
         with_normals = [view for view, path in enumerate(capture.normal_paths) if path is not None and config.normals]
         read = list(islice(pictures, len(capture.image_paths) + len(with_normals)))
         detail = None
@@ -308,6 +348,7 @@ def _read_views(captures: Sequence[Capture], config: DataConfig, *, with_detail:
             mirrored += [mirror_normals(picture) for picture in read[len(capture.poses) :]]
             detail = None if detail is None else detail[:, :, ::-1]
             yield _Views(mirror_poses(capture.poses), [picture.pixels for picture in mirrored], with_normals, detail)
+        after_each()
 
 
 def _reads(capture: Capture, config: DataConfig) -> list[Callable[[], Picture]]:

@@ -45,7 +45,7 @@ from mvshared.training.data import (
     VAEPictures,
     ViewBatches,
     captures_digest,
-    encode_captures,
+    encode_to_file,
     find_captures,
 )
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
@@ -341,7 +341,8 @@ def _latents(run: RunFolder, source: Path, *, backend: str, device: str) -> tupl
         encode = package.load_vae(raw, files, device=device).encode
         run.prepare()
         for name, path, folders in zip(names, paths, captures, strict=True):
-            encode_captures(folders, config.data, encode, with_detail=with_detail).save(path)
+            if not path.exists():
+                encode_to_file(path, folders, config.data, encode, with_detail=with_detail)
             remove_others(folder, f"latents-{name}-*.npz", keep=[path.name])
     training, *held_out = (Latents.load(path) for path in paths)
     begun = folder / "model/vae/config.json"
