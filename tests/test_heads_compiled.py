@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from PIL import Image
 
 from mvshared.camera import orbit
 from mvshared.captures import load_capture
-from mvshared.errors import OutputError
+from mvshared.errors import MvError, OptionError, OutputError
 from mvshared.heads import DEFAULT_RADIUS, HeadViews, Part, dataset, render
 from mvshared.heads.dataset import DETAIL, detail_maps, render_dataset
 
@@ -184,6 +185,25 @@ def test_heads_of_another_version_of_the_renderer_are_not_mixed_into_a_folder(tm
     path.write_text(json.dumps({"renderer": dataset.RENDERER, "frames": 5}))
     with pytest.raises(OutputError, match="holds 0 views of None pixels"):
         render_dataset(tmp_path / "heads", range(2), views=2, size_px=16, processes=1)
+
+
+def test_a_head_that_is_named_twice_is_rendered_once_and_there_is_none_below_0(tmp_path: Path) -> None:
+    assert render_dataset(tmp_path, [2, 2], views=2, size_px=16, processes=1) == 1
+    with pytest.raises(OptionError, match="identities must be at least 0, got -1"):
+        render_dataset(tmp_path, [3, -1], views=2, size_px=16, processes=1)
+
+
+def end_process(identity: int, poses: np.ndarray, views: HeadViews) -> np.ndarray:
+    if identity:  # the first is rendered by this process
+        os.kill(os.getpid(), signal.SIGKILL)
+    return views.parts
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+def test_a_process_that_is_ended_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(MvError, match=r"ended by something else.*name fewer processes"):
+        render_dataset(tmp_path, range(3), views=2, size_px=16, processes=2, details=end_process)
+    assert render_dataset(tmp_path, range(3), views=2, size_px=16, processes=1) == 2
 
 
 def test_what_a_killed_call_left_unfinished_is_removed(tmp_path: Path) -> None:

@@ -270,6 +270,11 @@ def test_what_cannot_be_profiled_is_refused(capsys: pytest.CaptureFixture[str], 
     assert message in capsys.readouterr().err
 
 
+def test_the_size_of_the_picture_that_stands_in_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["profile", "demo", "--backend", "torch", "--device", "cpu", "--size", "-5"]) == 2
+    assert "size must be a whole number from" in capsys.readouterr().err
+
+
 def test_a_model_with_pictures_gets_one_if_none_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["profile", "demo", "--backend", "torch", "--device", "cpu", "--steps", "1", "--views", "1", "--size", "64"]
     assert run(command) == 0

@@ -336,6 +336,18 @@ def test_a_finished_unet_run_is_a_checkpoint_that_loads(data: Path, vae: Path, t
     assert [row.held_out_loss is not None for row in rows] == [False, True, False, True]
 
 
+def test_what_a_kill_behind_the_last_state_left_out_is_made_up_for(data: Path, vae: Path, tmp_path: Path) -> None:
+    def end(_: Path, step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(unet_config(data, vae), tmp_path / "run", on_sample=end)
+    seen: list[tuple[Path, int]] = []
+    folder = run(unet_config(data, vae), tmp_path / "run", on_sample=lambda model, step: seen.append((model, step)))
+    assert seen == [(folder, 4)]
+
+
 def test_latents_of_the_trained_model_have_mean_0_and_deviation_1(data: Path, vae: Path, tmp_path: Path) -> None:
     folder = run(unet_config(data, vae, steps=1), tmp_path / "run")
     model = mvtorch.model.load_model(folder, device="cpu")

@@ -10,15 +10,23 @@ import pytest
 from PIL import Image
 from training_cases import SIZE, UNET, VAE, run, unet_config, vae_config, weights_of, write_object, write_objects
 
+from mvshared.camera import orbit
 from mvshared.captures import load_capture, write_capture
 from mvshared.checkpoint import read_model_config, read_vae_config
-from mvshared.config import GenerationDefaults
+from mvshared.config import GenerationDefaults, SchedulerConfig
 from mvshared.errors import DatasetError, MvWarning, OptionError, OutputError
 from mvshared.images import load_image, to_model
 from mvshared.training import loop
 from mvshared.training.checks import check_sizes
 from mvshared.training.config import DataConfig, TrainConfig
-from mvshared.training.data import Latents, ViewBatches, encode_captures, find_captures, read_picture
+from mvshared.training.data import (
+    Latents,
+    ViewBatches,
+    encode_captures,
+    find_captures,
+    read_picture,
+    reference_pictures,
+)
 from mvshared.training.samples import sample_writer
 
 
@@ -80,6 +88,59 @@ def test_a_run_that_began_with_another_vae_is_refused(data: Path, vae: Path, tmp
         run(unet_config(data, vae, steps=2), tmp_path / "run")
     for name, weight in weights_of(tmp_path / "run", "vae").items():
         np.testing.assert_array_equal(weight, kept[name])
+
+
+def test_a_run_without_a_state_begins_anew_with_another_vae(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "write_safetensors", interrupted)
+        run(unet_config(data, vae, steps=1), tmp_path / "run")
+    run(vae_config(data, steps=3), tmp_path / "vae")
+    run(unet_config(data, vae, steps=1), tmp_path / "run")
+    run(unet_config(data, vae, steps=1), tmp_path / "fresh")
+    for part in ("vae", "unet"):
+        for name, weight in weights_of(tmp_path / "fresh", part).items():
+            np.testing.assert_array_equal(weights_of(tmp_path / "run", part)[name], weight)
+    assert read_model_config(tmp_path / "run/model") == read_model_config(tmp_path / "fresh/model")
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_damaged_latents_are_made_anew_when_they_are_removed(data: Path, vae: Path, tmp_path: Path) -> None:
+    run(unet_config(data, vae, steps=1), tmp_path / "run")
+    (latents,) = (tmp_path / "run").glob("latents-training-*")
+    whole = latents.read_bytes()
+    latents.write_bytes(whole[:1000])
+    with pytest.raises(DatasetError, match=r"is no file of latents.*remove it, it is made anew"):
+        run(unet_config(data, vae, steps=2), tmp_path / "run")
+    latents.unlink()
+    run(unet_config(data, vae, steps=2), tmp_path / "run")
+    assert Latents.load(latents).images.shape[0] == 3 * 2 * 6
+
+
+def test_parts_of_latents_that_a_kill_left_are_removed(data: Path, vae: Path, tmp_path: Path) -> None:
+    run(unet_config(data, vae, steps=1), tmp_path / "run")
+    for latents in list((tmp_path / "run").glob("latents-*")):
+        latents.with_name(latents.stem + ".0-3.npz").write_bytes(latents.read_bytes())
+    run(unet_config(data, vae, steps=2), tmp_path / "run")
+    assert len(list((tmp_path / "run").glob("latents-*"))) == 2
+
+
+@pytest.mark.parametrize("limit", [5.0, 30.0, 50.0, 72.0])
+def test_a_view_at_the_limit_of_references_is_one_wherever_it_is_asked(tmp_path: Path, limit: float) -> None:
+    white, azimuths = np.full((4, 8, 8, 4), 255, np.uint8), (limit, -limit, limit + 0.1, 180.0)
+    for elevation in range(-20, 40, 5):
+        write_capture(tmp_path / f"{elevation}", white, None, orbit(azimuths, elevation), 40.0)
+    folders = sorted(tmp_path.iterdir())
+    config = DataConfig(folder="", reference_max_azimuth_deg=limit, targets=1, mirror=True)
+    latents = encode_captures(folders, config, lambda pixels: pixels[:, ::8, ::8])
+    expected = [4 * capture + view for capture in range(2 * len(folders)) for view in (0, 1)]
+    batches = ViewBatches(latents, config, SchedulerConfig(), normal_channels=0)
+    assert np.flatnonzero(batches.is_reference).tolist() == expected
+    assert [row for row, _ in reference_pictures(folders, config)[1]] == expected
 
 
 @pytest.mark.parametrize("stage", ["vae", "unet"])

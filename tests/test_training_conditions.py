@@ -16,7 +16,7 @@ from mvshared.captures import load_capture
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.clip_images import clip_pixels
 from mvshared.conversion.gaf import init_gaf
-from mvshared.errors import OptionError
+from mvshared.errors import DatasetError, OptionError
 from mvshared.inspection import inspect
 from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig
 from mvshared.training.data import encode_captures, reference_pictures
@@ -94,6 +94,19 @@ def test_a_broken_run_goes_on_without_encoding_again(
     broken = weights_of(tmp_path / "broken", "unet")
     for name, weight in weights_of(tmp_path / "whole", "unet").items():
         np.testing.assert_array_equal(broken[name], weight)
+
+
+def test_a_damaged_file_of_image_states_says_what_to_do(data: Path, gaf: Path, tmp_path: Path) -> None:
+    run(config(data, gaf, steps=1), tmp_path / "run")
+    (path,) = (tmp_path / "run").glob("image-states-training-*.npy")
+    whole = path.read_bytes()
+    for length in (len(whole) // 2, 0):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DatasetError, match=r"is no file of image states.*remove it, it is made anew"):
+            run(config(data, gaf, steps=2), tmp_path / "run")
+    path.unlink()
+    run(config(data, gaf, steps=2), tmp_path / "run")
+    assert path.read_bytes() == whole
 
 
 def test_rows_of_the_references_are_those_of_the_latents(data: Path) -> None:

@@ -15,7 +15,7 @@ from mvshared.camera import orbit
 from mvshared.captures import load_capture, write_capture
 from mvshared.checkpoint import read_vae_config
 from mvshared.config import KUNetConfig
-from mvshared.errors import ConfigError, DatasetError, OptionError
+from mvshared.errors import ConfigError, DatasetError, OptionError, OutputError
 from mvshared.heads import DEFAULT_FOV_DEG, render
 from mvshared.heads.dataset import dataset_poses
 from mvshared.images import from_model
@@ -144,6 +144,16 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     resumed = run(settings, tmp_path / "killed")
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_run_that_began_with_another_vae_is_refused(data: Path, tmp_path: Path) -> None:
+    vae = run(vae_config(data, steps=1, vae=MODEL.vae), tmp_path / "vae")
+    kept = run(config(data, vae, steps=1), tmp_path / "run") / "vae/diffusion_pytorch_model.safetensors"
+    before = kept.read_bytes()
+    run(vae_config(data, steps=2, vae=MODEL.vae), tmp_path / "vae")
+    with pytest.raises(OutputError, match="holds a run with another VAE than that of"):
+        run(config(data, vae, steps=2), tmp_path / "run")
+    assert kept.read_bytes() == before
 
 
 def test_a_run_that_holds_nothing_out_has_no_held_out_loss(data: Path, model: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def _write(output: Path, rows: Sequence[NDArray[np.uint8]], document: dict[str, 
         picture = sheet(np.stack(rows[first : first + SHEET_ROWS]))
         write_atomic(output / f"sheet_{first // SHEET_ROWS:02}.png", encode_png(picture))
     written = [f"sheet_{number:02}.png" for number in range(-(-len(rows) // SHEET_ROWS))]
-    remove_others(output, "sheet_??.png", keep=written)
+    remove_others(output, "sheet_[0-9]*.png", keep=written)
     write_json(output / "evaluation.json", document)
 
 

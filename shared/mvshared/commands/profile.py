@@ -10,7 +10,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from mvshared.arguments import whole
+from mvshared.arguments import picture_size, whole
 from mvshared.backend import load
 from mvshared.camera import load_cameras
 from mvshared.commands.generate import LOAD_OPTIONS, Reporter, shown_warnings
@@ -65,7 +65,7 @@ def _arguments(pipeline: Pipeline[Any], options: dict[str, Any]) -> dict[str, An
     config = pipeline.model.config
     image: list[Any] = list(options["image"])
     if not image and config.unet.takes_pictures:
-        image = [textured_picture(config.defaults.size_px if options["size"] is None else options["size"])]
+        image = [textured_picture(picture_size(config, options["size"], name="size"))]
     prompt = options["prompt"]
     if prompt is None and config.text_encoder is not None:
         prompt = ""

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from mvshared.camera import orbit
 from mvshared.captures import write_capture
-from mvshared.errors import DatasetError, OptionError, OutputError
+from mvshared.errors import DatasetError, MvError, OptionError, OutputError
 from mvshared.files import check_folder, read_json_object
 from mvshared.heads.identity import SEED
 from mvshared.heads.parts import Part, with_rim
@@ -87,7 +88,7 @@ def render_dataset(
     the heads of a folder have those of earlier calls is not checked.
 
     Raises OptionError for numbers out of range, OutputError if the folder cannot be written, or has some of the identities in
-    another size, with another number of views or from another version of the renderer.
+    another size, with another number of views or from another version of the renderer, MvError if a process was ended.
     """
     if not 2 <= views <= MAX_VIEWS:
         raise OptionError("views", expected=f"at least 2, at most {MAX_VIEWS}", got=views)
@@ -95,6 +96,9 @@ def render_dataset(
         raise OptionError("size", expected=f"{MIN_SIZE_PX} to {MAX_SIZE_PX} pixels", got=size_px)
     if processes is not None and processes < 1:
         raise OptionError("processes", expected="at least 1", got=processes)
+    identities = list(dict.fromkeys(identities))
+    if identities and min(identities) < 0:
+        raise OptionError("identities", expected="at least 0", got=min(identities))
     folder = Path(folder)
     check_folder(folder)
     _remove_left_over(folder)
@@ -105,9 +109,13 @@ def render_dataset(
         work(missing[0])
         progress.update()
     workers = processes or usable_processors()
-    with progress, ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
-        for _ in pool.map(work, missing[1:]):
-            progress.update()
+    try:
+        with progress, ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+            for _ in pool.map(work, missing[1:]):
+                progress.update()
+    except BrokenProcessPool as cause:
+        reason = "a process that rendered heads was ended by something else, for want of memory maybe"
+        raise MvError(reason, hint="the same command goes on; name fewer processes than it took") from cause
     return len(missing)
 
 

@@ -4,8 +4,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from mvshared.camera import azimuth_elevation
 from mvshared.captures import Capture, load_capture, size_px
 from mvshared.config import ModelConfig
@@ -75,8 +73,8 @@ def _sizes_px(capture: Capture) -> list[tuple[Path, tuple[int, int]]]:
 
 
 def _is_usable(capture: Capture, config: DataConfig) -> bool:
-    azimuths = (azimuth_elevation(capture.poses).azimuths_deg + 180) % 360 - 180
-    return len(azimuths) > config.targets and bool(np.any(np.abs(azimuths) <= config.reference_max_azimuth_deg))
+    azimuths = azimuth_elevation(capture.poses).azimuths_deg
+    return len(azimuths) > config.targets and bool(config.may_be_references(azimuths).any())
 
 
 def _check_normals(captures: list[Capture], *, folder: str) -> None:

@@ -16,7 +16,8 @@ from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import weight_files
 from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
-from mvshared.files import make_folder, remove_others
+from mvshared.errors import DatasetError
+from mvshared.files import atomic_file, make_folder, remove_others
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.training.config import DataConfig
 from mvshared.training.data import captures_digest, reference_pictures
@@ -78,14 +79,24 @@ def _image_states(
     shape: tuple[int, int],
     encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
 ) -> NDArray[np.float16]:
-    """The states of a file, which is made if it is not there: written row by row, and named when it is complete."""
+    """The states of a file, zeros for what is no reference; if it is not there it is written row by row.
+
+    Raises OutputError, and DatasetError for a file that is no such file.
+    """
     if not path.exists():
         rows, pictures = reference_pictures(folders, data)
-        partial = path.with_name(f".{path.name}.tmp")
-        states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(rows, *shape))
-        for row, read in tqdm(pictures, desc="encoding references", unit="view", disable=None):
-            states[row] = encode(read())
-        states.flush()
-        del states
-        partial.replace(path)
-    return np.load(path, mmap_mode="r")
+        nothing, written = np.zeros(shape, np.float16).tobytes(), 0
+        header = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": (rows, *shape)}
+        with atomic_file(path) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for row, read in tqdm(pictures, desc="encoding references", unit="view", disable=None):
+                for _ in range(row - written):
+                    file.write(nothing)
+                file.write(encode(read()).astype(np.float16).tobytes())
+                written = row + 1
+            for _ in range(rows - written):
+                file.write(nothing)
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise DatasetError(f"is no file of image states: {error}", path=path, hint="remove it, it is made anew") from error

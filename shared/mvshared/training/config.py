@@ -6,12 +6,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mvshared.camera import CAMERA_DIM
 from mvshared.checkpoint import config_from_json
 from mvshared.config import CameraConfig, Framing, GenerationDefaults, KUNetConfig, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.errors import ConfigError, OptionError
 from mvshared.upscaling.config import UpscaleDefaults
 
+AZIMUTH_ROUNDING_DEG = 1e-3  # more than what float32 poses do to an azimuth
 TrainDtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -46,6 +50,11 @@ class DataConfig:
             raise OptionError("background", expected="0 to 255 in red, green and blue", got=self.background)
         if self.targets < 1:
             raise OptionError("targets", expected="at least 1", got=self.targets)
+
+    def may_be_references(self, azimuths_deg: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Which views may be references, of azimuths (n,) in degrees, rounded as they may be."""
+        from_front = np.abs((azimuths_deg + 180) % 360 - 180)
+        return from_front <= self.reference_max_azimuth_deg + AZIMUTH_ROUNDING_DEG
 
 
 @dataclass(frozen=True, kw_only=True)

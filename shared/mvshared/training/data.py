@@ -172,10 +172,14 @@ class VAEPictures:
 
 
 def _stack(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    if len({array.shape for array in arrays}) > 1:
-        shapes = sorted({array.shape for array in arrays})
+    return _joined([array[None] for array in arrays])
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Arrays (n, ...) of pictures one after the other. Raises DatasetError unless they have one size."""
+    if len(shapes := sorted({array.shape[1:] for array in arrays})) > 1:
         raise DatasetError(f"all pictures must have one size, got {shapes[0]} and {shapes[-1]}")
-    return np.stack(arrays)
+    return np.concatenate(arrays)
 
 
 class Latents(NamedTuple):
@@ -212,7 +216,7 @@ class Latents(NamedTuple):
     def joined(cls, parts: Sequence["Latents"]) -> "Latents":
         """The captures of several, in their order."""
         arrays = {
-            name: np.concatenate([getattr(part, name) for part in parts])
+            name: _joined([getattr(part, name) for part in parts])
             for name in cls._fields
             if name != "first" and getattr(parts[0], name) is not None
         }
@@ -274,12 +278,12 @@ def encode_captures(
             if views.detail is not None:
                 details.append(_pooled(views.detail, *mine.shape[1:3]).astype(np.float16))
     return Latents(
-        np.concatenate(images),
-        np.concatenate(normals),
+        _joined(images),
+        _joined(normals),
         np.concatenate(cameras),
         np.concatenate(azimuths).astype(np.float32),
         np.asarray(first, np.int64),
-        np.concatenate(details) if with_detail else None,
+        _joined(details) if with_detail else None,
     )
 
 
@@ -299,8 +303,7 @@ def reference_pictures(
         capture = load_capture(folder)
         for mirrored in (False, True) if config.mirror else (False,):
             poses = mirror_poses(capture.poses) if mirrored else capture.poses
-            azimuths = (azimuth_elevation(poses).azimuths_deg + 180) % 360 - 180
-            for view in np.flatnonzero(np.abs(azimuths) <= config.reference_max_azimuth_deg):
+            for view in np.flatnonzero(config.may_be_references(azimuth_elevation(poses).azimuths_deg)):
                 found.append((rows + int(view), partial(_read_reference, capture.image_paths[view], config, mirrored)))
             rows += len(poses)
     return rows, found
@@ -390,7 +393,7 @@ class ViewBatches:
         self.prediction_type = scheduler.prediction_type
         self.alphas_cumprod = alphas_cumprod(scheduler)
         views = np.diff(latents.first)
-        is_reference = np.abs(latents.azimuths_deg) <= config.reference_max_azimuth_deg
+        is_reference = config.may_be_references(latents.azimuths_deg)
         references = np.add.reduceat(is_reference, latents.first[:-1])
         self.objects = np.flatnonzero((references > 0) & (views > config.targets))
         self.is_reference = is_reference

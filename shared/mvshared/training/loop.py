@@ -9,7 +9,7 @@ import importlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from mvshared.checkpoint import (
 from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConfig
 from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.raw import raw_tensors, write_safetensors
-from mvshared.errors import NumericsError, OutputError
+from mvshared.errors import NumericsError
 from mvshared.files import remove_others
 from mvshared.training.ahead import ahead
 from mvshared.training.checks import check_captures, check_details, check_frozen, check_sizes
@@ -111,8 +111,11 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
     first = stage.trainer.steps
     run.prepare()
     log = TrainingLog(folder, last_step=first)
-    if first == config.steps:  # killed, maybe, between the last state and the model
+    if first == config.steps:  # killed, maybe, between the last state and what follows it
         stage.save_model()
+        log.plot()
+        if on_sample is not None:
+            on_sample(folder / "model", first)
     losses, norms, started = [], [], time.perf_counter()
     with tqdm(total=config.steps, initial=first, desc=f"training {config.stage}", unit="step", disable=None) as progress:
         for step, batch in enumerate(ahead(stage.batch, range(first, config.steps)), start=first):
@@ -233,7 +236,7 @@ def _unet_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str
     if config.unet_loss.distill_rest:
         assert config.init_from is not None
         run.teach(weight_files(component_folder(config.init_from), "unet"))
-    vae, training, held_out = _latents(run, vae_source, backend=backend, device=device)
+    vae, training, held_out = _latents(run, vae_source, names, backend=backend, device=device)
     model = replace(model, vae=vae)
     model = replace(model, defaults=_defaults(model, training))
     conditions = encode_conditions(source or vae_source, model, config.data, names, folder, backend=backend, device=device)
@@ -244,7 +247,6 @@ def _unet_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str
     )
     target = folder / "model"
     if not (target / "vae/config.json").exists():  # before the first step: a resumed run goes on in the space of these latents
-        run.prepare()
         vae_weights = read_weights(weight_files(vae_source, "vae"), network_shapes(vae, backend=backend))
         write_component(target, "vae", vae, _cast(vae_weights, config.model_dtype))
 
@@ -267,7 +269,8 @@ def _upscaler_stage(run: RunFolder, module: ModuleType, *, backend: str, device:
     upscaler = upscaler_config(config)
     check_pictures_of(config, upscaler)
     trainer = upscaler_trainer(config, upscaler, module, backend=backend, device=device)
-    run.prepare()
+    assert config.vae_from is not None
+    run.learn_latents_of(weight_files(component_folder(config.vae_from), "vae"), config.vae_from)
     batches, held_out = upscaler_batches(config, upscaler, folder, backend=backend, device=device)
     return Stage(
         trainer,
@@ -318,7 +321,9 @@ def _copy_encoders(source: Path, target: Path) -> None:
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
 
 
-def _latents(run: RunFolder, source: Path, *, backend: str, device: str) -> tuple[VAEConfig, Latents, Latents | None]:
+def _latents(
+    run: RunFolder, source: Path, captures: Sequence[tuple[str, list[Path]]], *, backend: str, device: str
+) -> tuple[VAEConfig, Latents, Latents | None]:
     """The VAE's config with the statistics of its latents, and the encoded captures for training and validation, if any are.
 
     They are kept in the run folder under the hashes of the VAE's weights and of the captures, with or without detail maps. The
@@ -327,23 +332,20 @@ def _latents(run: RunFolder, source: Path, *, backend: str, device: str) -> tupl
     config, folder = run.config, run.path
     files = weight_files(source, "vae")
     own = "-".join(digest[:12] for digest in sha256_of_files(files).values())
-    captures = [found for found in find_captures(config.data.folder, held_out=config.data.held_out) if found]
-    names = ("training", "held-out")[: len(captures)]
     with_detail = config.unet_loss.detail_weight != 0
     key = own + "-detail" * with_detail
-    paths = [folder / f"latents-{name}-{key}-{captures_digest(found)}.npz" for name, found in zip(names, captures, strict=True)]
+    paths = [folder / f"latents-{name}-{key}-{captures_digest(found)}.npz" for name, found in captures]
     vae = read_vae_config(source)
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
-    if not all(path.exists() for path in paths):
-        if run.state_path.exists() and not any(folder.glob(f"latents-training-{own}-*")) and any(folder.glob("latents-*")):
-            raise OutputError(f"holds a run with another VAE than that of {source}", path=folder, hint="name a new folder")
+    missing, encode = [path for path in paths if not path.exists()], None
+    if missing:
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
         encode = package.load_vae(raw, files, device=device).encode
-        run.prepare()
-        for name, path, folders in zip(names, paths, captures, strict=True):
-            if not path.exists():
-                encode_to_file(path, folders, config.data, encode, with_detail=with_detail)
-            remove_others(folder, f"latents-{name}-*.npz", keep=[path.name])
+    run.learn_latents_of(files, source)
+    for path, (name, folders) in zip(paths, captures, strict=True):
+        if encode is not None and path in missing:
+            encode_to_file(path, folders, config.data, encode, with_detail=with_detail)
+        remove_others(folder, f"latents-{name}-*.npz", keep=[path.name])
     training, *held_out = (Latents.load(path) for path in paths)
     begun = folder / "model/vae/config.json"
     if begun.exists():
