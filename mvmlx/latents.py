@@ -68,6 +68,8 @@ class LatentModel:
     def planned(self, plan: MemoryPlan) -> Iterator[None]:
         """Within the context, memory is used as the plan says."""
         before, self.plan = self.plan, plan
+        if before.networks_at_once and not plan.networks_at_once:
+            self.release()
         with memory_limits(self.device, plan.cache_bytes):
             try:
                 with self.networks.watched(plan.attach):

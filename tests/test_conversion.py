@@ -332,6 +332,26 @@ def test_a_whole_open_clip_tower_loses_its_last_layer_as_stable_diffusion_2_has_
     assert f"{prefix}transformer.resblocks.2.ln_1.weight" in report.left_out
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_noise_schedule_is_known_in_every_dtype(originals: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = safetensors.torch.load_file(originals["sd21"])
+    tensors["alphas_cumprod"] = torch.from_numpy(alphas_cumprod(SchedulerConfig())).to(dtype)
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "out", extra=[TOKENIZER])
+    assert not inspect(tmp_path / "out").faults
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("extra", {"extra": [TOKENIZER]}), ("like", {"like": FIXTURES / "tiny-mvdream"}), ("family", {"family": "sd15"}),
+     ("shard size", {"shard_bytes": 10**6})],
+)  # fmt: skip
+def test_what_one_file_has_no_use_for_is_refused(tmp_path: Path, name: str, given: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{name} must be left out for one file"):
+        convert(FIXTURES / "tiny-mvdream", tmp_path / "one.safetensors", **given)
+    assert not (tmp_path / "one.safetensors").exists()
+
+
 def test_another_noise_schedule_is_refused(originals: dict[str, Path], tmp_path: Path) -> None:
     tensors = as_trained(originals["sd21"])
     tensors["alphas_cumprod"] = tensors["alphas_cumprod"] ** 2

@@ -132,6 +132,17 @@ def test_with_low_memory_one_network_is_in_memory_at_a_time(backend: Backend) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_networks_of_a_plain_run_are_gone_when_a_lean_one_begins(backend: Backend) -> None:
+    pipe, seen = pipeline(backend), list[tuple[str, tuple[str, ...]]]()
+    generate(pipe)
+    assert len(networks(pipe).loaded) > 1
+    pipe.memory = MemoryOptions(low_memory=True)
+    pipe.stages = Stages(lambda stage: seen.append((stage.name, networks(pipe).loaded)))
+    generate(pipe)
+    assert [name for name, loaded in seen if len(loaded) > 1] == ["pictures"]  # which come before all networks
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_budget_all_networks_are_loaded_before_the_first_run(backend: Backend) -> None:
     pipe = pipeline(backend)
     assert set(networks(pipe).loaded) == {"unet", "vae", "text_encoder", "image_encoder"}

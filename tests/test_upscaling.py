@@ -25,6 +25,8 @@ from mvshared.cli import run
 from mvshared.errors import CheckpointError, NumericsError, OptionError, OutputError
 from mvshared.images import from_model, load_image
 from mvshared.inspection import inspect
+from mvshared.memory.plan import PLAIN as PLAIN_PLAN
+from mvshared.memory.plan import MemoryPlan
 from mvshared.pipeline import Pipeline
 from mvshared.repetition import repeat
 from mvshared.runs import read_run
@@ -92,6 +94,49 @@ def test_what_was_upscaled_of_another_run_goes_when_it_is_overwritten(pipeline: 
     assert (tmp_path / "out" / "upscaled" / "metadata.json").exists()
     views.save(tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "upscaled").exists()
+
+
+def test_an_upscaled_run_that_is_in_the_way_is_kept_without_force(pipeline: Pipeline[Any], tmp_path: Path) -> None:
+    views = pipeline.generate(PIXELS)
+    upscaled = pipeline.upscale(views, method="lanczos").save(tmp_path / "out" / "upscaled")
+    with pytest.raises(OutputError, match="upscaled: holds a finished run"):
+        views.save(tmp_path / "out")
+    assert (upscaled / "metadata.json").exists()
+    assert not (tmp_path / "out" / "metadata.json").exists()
+
+
+def test_the_plan_of_an_upscaling_on_its_own_is_repeated_too(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "picture.png")
+    pipe = load(folders / "tiny", backend="torch", device="cpu")
+    views = pipe.generate(tmp_path / "picture.png")
+    lean = MemoryPlan(networks_at_once=False, vae_tile=16)
+    monkeypatch.setattr(pipe, "memory", lean)
+    upscaled = pipe.upscale(views, method="bilinear")
+    assert upscaled.parameters.memory == PLAIN_PLAN
+    assert upscaled.parameters.upscale is not None
+    assert upscaled.parameters.upscale.memory == lean
+    other = load(folders / "tiny", backend="torch", device="cpu")
+    again = repeat(other, read_run(upscaled.save(tmp_path / "out")))
+    assert again.parameters.upscale is not None
+    used: list[MemoryPlan] = []
+    planned = other.model.planned
+    monkeypatch.setattr(other.model, "planned", lambda plan: used.append(plan) or planned(plan))
+    again = other.upscale_as(again, again.parameters.upscale)
+    assert used == [lean]
+    assert again.parameters == upscaled.parameters
+    np.testing.assert_array_equal(again.images, upscaled.images)
+
+
+def test_latents_that_are_padded_fit_the_budget_that_was_planned_for_one_view(folders: Path, tmp_path: Path) -> None:
+    deep = replace(PLAIN, block_out_channels=(32, 32, 32, 32), attention_levels=(False,) * 4)
+    network = make_upscaler(deep, "torch")
+    weights = {name: weight.numpy() for name, weight in network.state_dict().items()}
+    write_upscaler(tmp_path / "x2", replace(UPSCALER, unet=deep), weights, vae_from=str(folders / "tiny"))
+    pipe = load(folders / "tiny", backend="torch", device="cpu", low_memory=True)
+    views = pipe.generate(PIXELS, size_px=40)  # 10 latents, and the network takes 12
+    assert pipe.upscale(views, upscaler=tmp_path / "x2", steps=1).images.shape[1] == 80
 
 
 def test_bilinear_is_that_of_pytorch_on_the_latents(pipeline: Pipeline[Any]) -> None:

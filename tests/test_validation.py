@@ -21,9 +21,9 @@ import mvtorch.layers
 import mvtorch.upscaler
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.cli import run
-from mvshared.errors import BackendError, OptionError
+from mvshared.errors import BackendError, OptionError, OutputError
 from mvshared.names import ldm_unet_names
-from mvshared.validation import TOLERANCES, validate
+from mvshared.validation import TOLERANCES, _Recorder, validate
 from mvtorch.model import get_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -153,6 +153,19 @@ def test_a_table_or_json_is_printed_and_both_sides_are_saved(
     blocks = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert len(blocks) == 309
     assert {"event", "name", "shape", "max_error", "rms_error", "seconds", "reference_seconds"} == set(blocks[0])
+
+
+def test_activations_that_cannot_be_written_are_an_error_without_a_part_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, array: np.ndarray) -> None:
+        path.write_bytes(b"part")
+        raise OSError("16384 requested and 10208 written")  # as numpy says it, without a number
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OutputError, match=r"unet\.npy: cannot be written: 16384 requested and 10208 written"):
+        _Recorder(tmp_path)("unet", np.zeros(3, np.float32), None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

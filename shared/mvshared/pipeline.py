@@ -317,9 +317,10 @@ class Pipeline(Generic[A]):
         if self._upscaler is None or self._upscaler[0] != parameters.upscaler:
             loaded = load_planned(parameters, **self._loading, at_once=self._at_once)
             self._upscaler = parameters.upscaler, loaded
-        upscaler, memory = self._upscaler[1], views.parameters.memory
-        if views.parameters.upscale is None:  # no run before has counted it
+        upscaler, memory = self._upscaler[1], parameters.memory or views.parameters.memory
+        if parameters.memory is None and views.parameters.upscale is None:  # no run before has counted it
             memory = self._memory_plan(RunSize(views=len(views.images), size_px=views.parameters.size_px), parameters)
+            parameters = replace(parameters, memory=None if memory == views.parameters.memory else memory)
         checked = {"": model} if upscaler is None else {"": model, "upscaler.": upscaler.model}
         with ExitStack() as stack:
             stack.enter_context(checked_numerics(checked, self.stages, check_numerics))

@@ -31,7 +31,10 @@ UPSCALED = "upscaled"  # the folder of the upscaled views, inside of the run's
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleParameters:
-    """How views were upscaled: the method and, for sd-x2, the upscaler by name or path, what it was told, and its config."""
+    """How views were upscaled: the method and, for sd-x2, the upscaler by name or path, what it was told, and its config.
+
+    `memory` is how memory was used if it was not as in the run that made the views.
+    """
 
     method: str
     upscaler: str | None = None
@@ -40,12 +43,13 @@ class UpscaleParameters:
     noise_level: float | None = None
     budget_bytes: int | None = None
     config_sha256: str | None = None
+    memory: MemoryPlan | None = None
 
     def __post_init__(self) -> None:
         if self.method not in UPSCALE_METHODS:
             raise OptionError("method", expected=f"one of {', '.join(UPSCALE_METHODS)}", got=self.method)
         for name, value in vars(self).items():
-            if name != "method" and (value is None) == (self.method == "sd-x2"):
+            if name not in ("method", "memory") and (value is None) == (self.method == "sd-x2"):
                 expected = "given for sd-x2" if value is None else f"null for {self.method}"
                 raise OptionError(name, expected=expected, got=value)
 
@@ -113,7 +117,7 @@ class Views:
 
     `images` uint8 (v, h, w, 3), `latents` float32 (v, h / f, w / f, c), `cameras` float32 (v, 4, 4) camera-to-world with OpenGL
     axes, `reference` the prepared picture uint8 (h, w, 3) or None, `parameters` what repeats the run. Upscaled views have twice
-    the size, and the weight files of the upscaler.
+    the size, latents too but for lanczos, which enlarges the pictures alone, and the weight files of the upscaler.
     """
 
     images: NDArray[np.uint8]
@@ -128,8 +132,8 @@ class Views:
         """Write view_000.png ..., grid.png, turntable.gif, latents.npy, transforms.json and, last, metadata.json; returns the
         folder. What was upscaled of an earlier run there is removed.
 
-        Raises OutputError if the folder holds a finished run and no `force` is given, or cannot be written; CheckpointError if
-        the weight files are gone, whose hashes belong to the metadata.
+        Raises OutputError if the folder or its folder `upscaled` holds a finished run and no `force` is given, or if it cannot
+        be written; CheckpointError if the weight files are gone, whose hashes belong to the metadata.
         """
         names = view_names(len(self.images))
         height, width = self.images.shape[1:3]
@@ -137,7 +141,8 @@ class Views:
         weights = sha256_of_files(self.weight_files)
         weights |= {f"upscaler/{name}": sha256 for name, sha256 in sha256_of_files(self.upscaler_files).items()}
         document = metadata(asdict(self.parameters), weights=weights, details={"width_px": width, "height_px": height})
-        check_free(folder, force=force)
+        for place in (Path(folder), Path(folder) / UPSCALED):
+            check_free(place, force=force)
         discard(Path(folder) / UPSCALED)
         return write_views(folder, self.images, latents=self.latents, cameras=cameras, document=document, force=force)
 

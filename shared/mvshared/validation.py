@@ -30,7 +30,7 @@ from mvshared.camera import camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import find_model
 from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
-from mvshared.errors import OptionError
+from mvshared.errors import OptionError, OutputError
 from mvshared.files import make_folder
 from mvshared.framing import load_framed
 from mvshared.guidance import ALL, Guidance
@@ -308,10 +308,19 @@ class _Recorder:
 
     def __call__(self, name: str, array: NDArray[np.float32], seconds: float | None) -> None:
         self.blocks[name] = (array.shape, seconds)
-        np.save(self.folder / f"{name}.npy", array)
+        _save(self.folder / f"{name}.npy", array)
 
     def load(self, name: str) -> NDArray[np.float32]:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+
+def _save(path: Path, array: NDArray[np.float32]) -> None:
+    """Write an array to a file, without waiting for the disk as `write_atomic` does. Raises OutputError, and leaves no part."""
+    try:
+        np.save(path, array)
+    except OSError as cause:
+        path.unlink(missing_ok=True)
+        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=path) from cause
 
 
 class _Comparer:
@@ -323,7 +332,7 @@ class _Comparer:
 
     def __call__(self, name: str, expected: NDArray[np.float32], seconds: float | None) -> None:
         if self.keep is not None:
-            np.save(self.keep / f"{name}.npy", expected)
+            _save(self.keep / f"{name}.npy", expected)
         if name not in self.recorder.blocks:
             return
         shape, own_seconds = self.recorder.blocks[name]

@@ -83,6 +83,9 @@ def convert(
         source = find_model(source)
     sources = [source, *extra, *([find_model(like)] if like else [])]
     if dest.suffix == ".safetensors":
+        for name, given in (("extra", extra), ("like", like), ("family", family), ("shard size", shard_bytes)):
+            if given and given != DEFAULT_SHARD_BYTES:
+                raise OptionError(name, expected="left out for one file, which holds what its source holds", got=given)
         check_apart(dest, [path for path in sources if path.is_dir()])
         write = write_one_file if source.is_dir() else rewrite_file
         return write(source, dest, stored=stored, force=force, on_tensor=on_tensor)
@@ -211,9 +214,13 @@ def _check_schedule(stored: RawTensor | None, *, path: Path) -> None:
     """Raise CheckpointError if a file was trained with another noise schedule than the families here."""
     if stored is None:
         return
-    found = cast(stored, "F32", name="alphas_cumprod").read().view(np.float32) if stored.dtype in FLOATS else None
-    expected = alphas_cumprod(SchedulerConfig())
-    if found is None or found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3, atol=1e-6):
+    expected, found = alphas_cumprod(SchedulerConfig()), None
+    if stored.dtype in FLOATS:
+        found = cast(stored, "F32", name="alphas_cumprod").read().view(np.float32)
+    elif stored.dtype == "F64":
+        found = stored.read().view(np.float64)
+    rounding = 2**-8 if stored.dtype == "BF16" else 1e-3
+    if found is None or found.shape != expected.shape or not np.allclose(found, expected, rtol=rounding, atol=1e-6):
         raise CheckpointError("was trained with another noise schedule than Stable Diffusion's", path=path)
 
 

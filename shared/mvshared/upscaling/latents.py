@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 FACTOR = 2
 DEFAULT_BUDGET_BYTES = 2 * 10**9
-SAMPLE_STREAM, LEVEL_STREAM = 11, 12  # second numbers of the random seeds: other noise than that of the views themselves
+# Second numbers of the random seeds, above those of the sampling's steps: other noise than that of the views themselves.
+SAMPLE_STREAM, LEVEL_STREAM = 1_000_011, 1_000_012
 # Activations of the finest level's widest input that are held at once, as measured on the CPU. MLX's CPU convolutions unfold
 # their input, in float32 whatever the dtype.
 WORKING_COPIES: dict[BackendName, int] = {"torch": 6, "mlx": 26}
@@ -205,11 +206,12 @@ def check_finite(latents: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def view_bytes(config: KUNetConfig, size: tuple[int, int], *, backend: BackendName, dtype: Dtype) -> int:
-    """About what the activations of one view take at most, whose low-resolution latents are of `size` (h, w).
+    """About what the activations of one view take at most, whose low-resolution latents are of `size` (h, w) before padding.
 
     The skip connections of all levels, and WORKING_COPIES of the widest input of the finest level.
     """
-    pixels, channels = FACTOR**2 * size[0] * size[1], config.block_out_channels
+    height, width = _padded_size(size, config)
+    pixels, channels = FACTOR**2 * height * width, config.block_out_channels
     skips = sum(width * pixels // 4**level for level, width in enumerate(channels))
     number_bytes = DTYPE_BYTES["float32" if backend == "mlx" else dtype]
     return number_bytes * (skips + WORKING_COPIES[backend] * 2 * channels[0] * pixels)
@@ -229,10 +231,16 @@ def views_together(
 
 def _padded(low: NDArray[np.float32], config: KUNetConfig) -> NDArray[np.float32]:
     """Latents (v, h, w, c) with copies of their last rows and columns, up to a size that the network can take."""
+    height, width = low.shape[1:3]
+    new_height, new_width = _padded_size((height, width), config)
+    return np.pad(low, [(0, 0), (0, new_height - height), (0, new_width - width), (0, 0)], mode="edge")
+
+
+def _padded_size(size: tuple[int, int], config: KUNetConfig) -> tuple[int, int]:
+    """Height and width, not below `size`, of low-resolution latents that the network can take."""
     multiple = max(1, config.downscale // FACTOR)
-    sizes = [max(config.downscale, multiple * -(-size // multiple)) for size in low.shape[1:3]]
-    missing = [(0, size - have) for size, have in zip(sizes, low.shape[1:3], strict=True)]
-    return np.pad(low, [(0, 0), *missing, (0, 0)], mode="edge")
+    height, width = (max(config.downscale, multiple * -(-side // multiple)) for side in size)
+    return height, width
 
 
 def _start(
