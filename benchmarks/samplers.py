@@ -51,6 +51,7 @@ CURVES = (
     _sampler("dpmpp-2m", "karras"),
     _sampler("unipc", "karras"),
     # These are measured where it shows how they compare.
+    _sampler("dpmpp-2m-sde", "trailing", FEW),
     _sampler("dpmpp-2s", "trailing", FEW),
     _sampler("euler", "karras", FEW),
     _sampler("euler-ancestral", "trailing", FEW),

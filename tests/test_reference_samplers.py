@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,7 @@ SCHEDULERS: dict[SamplerName, Any] = {
     "euler": EulerDiscreteScheduler,
     "euler-ancestral": EulerAncestralDiscreteScheduler,
     "dpmpp-2m": DPMSolverMultistepScheduler,
+    "dpmpp-2m-sde": partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++"),
     "dpmpp-2s": DPMSolverSinglestepScheduler,
     "unipc": UniPCMultistepScheduler,
 }

@@ -79,7 +79,10 @@ def sampler_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that samples; see docs/samplers.md."""
     for option in (
         click.option("--spacing", help="leading, trailing, linspace or karras timesteps.  [default: the model's]"),
-        click.option("--scheduler", help="ddim, euler, euler-ancestral, dpmpp-2m, dpmpp-2s or unipc.  [default: the model's]"),
+        click.option(
+            "--scheduler",
+            help="ddim, euler, euler-ancestral, dpmpp-2m, dpmpp-2m-sde, dpmpp-2s or unipc.  [default: the model's]",
+        ),
     ):
         function = option(function)
     return function

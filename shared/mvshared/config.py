@@ -13,7 +13,7 @@ from mvshared.errors import OptionError
 PredictionType = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["linear", "scaled_linear"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "karras"]
-SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2s", "unipc"]
+SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "unipc"]
 Activation = Literal["gelu", "quick_gelu"]
 
 K_GROUP_WIDTH, K_NORM_EPS = 32, 1e-5  # of the upscaler: channels that are normalised together

@@ -83,12 +83,15 @@ DPM_SOLVER = SIGMAS | {"solver_order": 2, "algorithm_type": "dpmsolver++", "solv
 UNIPC = SIGMAS | {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []}
 UNIPC |= {"solver_p": None, "lower_order_final": True}
 EULER = SIGMAS | {"interpolation_type": "linear", "timestep_type": "discrete"}
-DIFFUSERS_SAMPLERS: dict[str, tuple[SamplerName, dict[str, Any]]] = {
-    "DPMSolverMultistepScheduler": ("dpmpp-2m", DPM_SOLVER),
-    "DPMSolverSinglestepScheduler": ("dpmpp-2s", DPM_SOLVER),
-    "UniPCMultistepScheduler": ("unipc", UNIPC),
-    "EulerDiscreteScheduler": ("euler", EULER),
-    "EulerAncestralDiscreteScheduler": ("euler-ancestral", {}),
+DIFFUSERS_SAMPLERS: dict[str, dict[SamplerName, dict[str, Any]]] = {
+    "DPMSolverMultistepScheduler": {
+        "dpmpp-2m": DPM_SOLVER,
+        "dpmpp-2m-sde": DPM_SOLVER | {"algorithm_type": "sde-dpmsolver++"},
+    },
+    "DPMSolverSinglestepScheduler": {"dpmpp-2s": DPM_SOLVER},
+    "UniPCMultistepScheduler": {"unipc": UNIPC},
+    "EulerDiscreteScheduler": {"euler": EULER},
+    "EulerAncestralDiscreteScheduler": {"euler-ancestral": {}},
 }
 SCHEDULER_NEUTRAL: dict[str, tuple[Any, ...]] = {"clip_sample": (False,), "thresholding": (False,), "trained_betas": (None,)}
 # Fields that say nothing about the result: sizes of the training, precision of an implementation, regularisation.
@@ -284,8 +287,10 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
 
 def diffusers_sampler(document: Document) -> SamplerName:
     """The sampler that a scheduler_config.json names; for one that is not here, as it is set up there, DDIM."""
-    name, settings = DIFFUSERS_SAMPLERS.get(str(document.get("_class_name")), ("ddim", {}))
-    return name if all(document.get(field, value) == value for field, value in settings.items()) else "ddim"
+    for name, settings in DIFFUSERS_SAMPLERS.get(str(document.get("_class_name")), {}).items():
+        if all(document.get(field, value) == value for field, value in settings.items()):
+            return name
+    return "ddim"
 
 
 def clip_text(document: Document, *, path: Path, projection: bool) -> CLIPTextConfig:

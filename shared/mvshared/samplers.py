@@ -162,6 +162,21 @@ def dpmpp_2m_steps(config: SchedulerConfig, *, steps: int) -> list[Step]:
     return result
 
 
+def dpmpp_2m_sde_steps(config: SchedulerConfig, *, steps: int) -> list[Step]:
+    """SDE-DPM-Solver++(2M): the same of the stochastic equation, with fresh noise in all steps but the last.
+
+    Raises OptionError.
+    """
+    levels = solver_levels(config, steps)
+    points, result = _points(levels), []
+    for index, timestep in enumerate(levels.timesteps):
+        here, end = points[index : index + 2]
+        from_x, total, noise = _stochastic_first_order(here, end)
+        this, last = _slope(points, index, total, steps=steps)
+        result.append(_step(config, timestep, here, from_x, this, noise=noise, pictures=last))
+    return result
+
+
 def dpmpp_2s_steps(config: SchedulerConfig, *, steps: int) -> list[Step]:
     """DPM-Solver++(2S): steps in pairs, whose second one starts again where the first did, with the pictures of both.
 
@@ -221,6 +236,7 @@ SAMPLERS: dict[SamplerName, Callable[..., list[Step]]] = {
     "euler": euler_steps,
     "euler-ancestral": euler_ancestral_steps,
     "dpmpp-2m": dpmpp_2m_steps,
+    "dpmpp-2m-sde": dpmpp_2m_sde_steps,
     "dpmpp-2s": dpmpp_2s_steps,
     "unipc": unipc_steps,
 }
@@ -262,16 +278,28 @@ def _first_order(here: Point, end: Point) -> tuple[float, float]:
     return from_x, end.signal * (1 - end.sigma / here.sigma)
 
 
+def _stochastic_first_order(here: Point, end: Point) -> tuple[float, float, float]:
+    """What x_t, its picture and fresh noise count in the latents at another level, if the picture is the same all the way:
+    equation 18 of arXiv:2211.01095 without the last picture."""
+    ratio = end.sigma / here.sigma
+    return end.noise / here.noise * ratio, end.signal * (1 - ratio**2), end.noise * math.sqrt(1 - ratio**2)
+
+
 def _second_order(points: Sequence[Point], index: int, *, steps: int) -> tuple[float, float, tuple[float, ...]]:
     """What the latents of a step, its picture and the last one's count in the next latents: equation 15 of arXiv:2211.01095
     with r_0 of the midpoint method; of first order in the first and the last step."""
+    from_x, total = _first_order(*points[index : index + 2])
+    return from_x, *_slope(points, index, total, steps=steps)
+
+
+def _slope(points: Sequence[Point], index: int, total: float, *, steps: int) -> tuple[float, tuple[float, ...]]:
+    """What a step's picture and the last one's count in the next latents, `total` together."""
     here, end = points[index : index + 2]
-    from_x, total = _first_order(here, end)
     if index in (0, steps - 1):
-        return from_x, total, ()
+        return total, ()
     # Without signal the last step was infinitely long: what is known there says nothing about the slope here.
     last = 0.5 * total * math.log(here.sigma / end.sigma) / math.log(points[index - 1].sigma / here.sigma)
-    return from_x, total + last, (-last,)
+    return total + last, (-last,)
 
 
 def _corrector(points: Sequence[Point], index: int) -> tuple[float, float, tuple[float, ...]]:
