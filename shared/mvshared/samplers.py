@@ -1,8 +1,9 @@
 """Samplers, as steps of plain Python floats in the frame of `mvshared.schedule`.
 
 Sources: DDIM (Song et al. 2021, arXiv:2010.02502, equations 12 and 16); Euler (Karras et al. 2022, arXiv:2206.00364) and its
-ancestral form (k-diffusion's sample_euler_ancestral); DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095, algorithms 1 and 2);
-UniPC (Zhao et al. 2023, arXiv:2302.04867, with B_2). All end at sigma 0 but DDIM, which ends where its config says.
+ancestral form (k-diffusion's sample_euler_ancestral); DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095, algorithms 1 and 2, and
+its SDE-DPM-Solver++(2M)); UniPC (Zhao et al. 2023, arXiv:2302.04867, with B_2). All end at sigma 0 but DDIM, which ends where
+its config says.
 
 They are step by step those of diffusers: DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,
 DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler and UniPCMultistepScheduler as they are by default, which is order 2
@@ -280,7 +281,7 @@ def _first_order(here: Point, end: Point) -> tuple[float, float]:
 
 def _stochastic_first_order(here: Point, end: Point) -> tuple[float, float, float]:
     """What x_t, its picture and fresh noise count in the latents at another level, if the picture is the same all the way:
-    equation 18 of arXiv:2211.01095 without the last picture."""
+    SDE-DPM-Solver++1 of arXiv:2211.01095."""
     ratio = end.sigma / here.sigma
     return end.noise / here.noise * ratio, end.signal * (1 - ratio**2), end.noise * math.sqrt(1 - ratio**2)
 
