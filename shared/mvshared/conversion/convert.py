@@ -83,10 +83,10 @@ def convert(
         source = find_model(source)
     sources = [source, *extra, *([find_model(like)] if like else [])]
     if dest.suffix == ".safetensors":
+        check_apart(dest, [path for path in sources if path.is_dir()])
         for name, given in (("extra", extra), ("like", like), ("family", family), ("shard size", shard_bytes)):
             if given and given != DEFAULT_SHARD_BYTES:
                 raise OptionError(name, expected="left out for one file, which holds what its source holds", got=given)
-        check_apart(dest, [path for path in sources if path.is_dir()])
         write = write_one_file if source.is_dir() else rewrite_file
         return write(source, dest, stored=stored, force=force, on_tensor=on_tensor)
     collected = _Collected()
