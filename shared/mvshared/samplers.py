@@ -143,10 +143,8 @@ def euler_ancestral_steps(config: SchedulerConfig, *, steps: int) -> list[Step]:
     levels = euler_levels(config, steps)
     result = []
     for timestep, (here, end) in zip(levels.timesteps, pairwise(_points(levels)), strict=True):
-        ratio = end.sigma / here.sigma
-        down, up = end.noise * ratio, end.noise * math.sqrt(1 - ratio**2)
-        from_x = down / here.noise
-        result.append(_step(config, timestep, here, from_x, end.signal - from_x * here.signal, noise=up))
+        from_x, from_picture, noise = _ancestral(here, end)
+        result.append(_step(config, timestep, here, from_x, from_picture, noise=noise))
     return result
 
 
@@ -172,7 +170,7 @@ def dpmpp_2m_sde_steps(config: SchedulerConfig, *, steps: int) -> list[Step]:
     points, result = _points(levels), []
     for index, timestep in enumerate(levels.timesteps):
         here, end = points[index : index + 2]
-        from_x, total, noise = _stochastic_first_order(here, end)
+        from_x, total, noise = _ancestral(here, end)
         this, last = _slope(points, index, total, steps=steps)
         result.append(_step(config, timestep, here, from_x, this, noise=noise, pictures=last))
     return result
@@ -279,11 +277,13 @@ def _first_order(here: Point, end: Point) -> tuple[float, float]:
     return from_x, end.signal * (1 - end.sigma / here.sigma)
 
 
-def _stochastic_first_order(here: Point, end: Point) -> tuple[float, float, float]:
+def _ancestral(here: Point, end: Point) -> tuple[float, float, float]:
     """What x_t, its picture and fresh noise count in the latents at another level, if the picture is the same all the way:
-    SDE-DPM-Solver++1 of arXiv:2211.01095."""
+    Euler's ancestral step, which is SDE-DPM-Solver++1 of arXiv:2211.01095."""
     ratio = end.sigma / here.sigma
-    return end.noise / here.noise * ratio, end.signal * (1 - ratio**2), end.noise * math.sqrt(1 - ratio**2)
+    down, up = end.noise * ratio, end.noise * math.sqrt(1 - ratio**2)
+    from_x = down / here.noise
+    return from_x, end.signal - from_x * here.signal, up
 
 
 def _second_order(points: Sequence[Point], index: int, *, steps: int) -> tuple[float, float, tuple[float, ...]]:

@@ -295,6 +295,11 @@ def _read_float32(stored: Stored) -> NDArray[np.float32]:
     return array.astype(np.float32)
 
 
+def short_name(hashes: Mapping[str, str]) -> str:
+    """A part of a file's name that tells weights apart, of what `sha256_of_files` gives."""
+    return "-".join(digest[:12] for digest in hashes.values())
+
+
 def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:
     """`{component/file name: sha256}` of weight files. Raises CheckpointError for one that cannot be read."""
     hashes = {}

@@ -84,8 +84,9 @@ def convert(
     sources = [source, *extra, *([find_model(like)] if like else [])]
     if dest.suffix == ".safetensors":
         check_apart(dest, [path for path in sources if path.is_dir()])
-        for name, given in (("extra", extra), ("like", like), ("family", family), ("shard size", shard_bytes)):
-            if given and given != DEFAULT_SHARD_BYTES:
+        shards = None if shard_bytes == DEFAULT_SHARD_BYTES else shard_bytes
+        for name, given in (("extra", extra), ("like", like), ("family", family), ("shard size", shards)):
+            if given:
                 raise OptionError(name, expected="left out for one file, which holds what its source holds", got=given)
         write = write_one_file if source.is_dir() else rewrite_file
         return write(source, dest, stored=stored, force=force, on_tensor=on_tensor)

@@ -16,12 +16,11 @@ from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import weight_files
 from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
-from mvshared.errors import DatasetError
 from mvshared.files import atomic_file, make_folder, remove_others
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.training.config import DataConfig
-from mvshared.training.data import captures_digest, reference_pictures
-from mvshared.weights import sha256_of_files
+from mvshared.training.data import captures_digest, reading, reference_pictures
+from mvshared.weights import sha256_of_files, short_name
 
 
 class Conditions(NamedTuple):
@@ -58,7 +57,7 @@ def encode_conditions(
     processor, vision = model.image_processor, model.image_encoder
     if processor is None or vision is None:
         return [Conditions(text=text) for _ in captures]
-    key = "-".join(digest[:12] for digest in sha256_of_files(weight_files(source, "image_encoder")).values())
+    key = short_name(sha256_of_files(weight_files(source, "image_encoder")))
 
     def encode(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
         return encoders.to_numpy(encoders.encode_image(clip_pixels(picture, processor)[None]))[0]
@@ -85,18 +84,14 @@ def _image_states(
     """
     if not path.exists():
         rows, pictures = reference_pictures(folders, data)
-        nothing, written = np.zeros(shape, np.float16).tobytes(), 0
+        references, nothing = dict(pictures), np.zeros(shape, np.float16).tobytes()
         header = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": (rows, *shape)}
-        with atomic_file(path) as file:
+        progress = tqdm(total=len(references), desc="encoding references", unit="view", disable=None)
+        with progress, atomic_file(path) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for row, read in tqdm(pictures, desc="encoding references", unit="view", disable=None):
-                for _ in range(row - written):
-                    file.write(nothing)
-                file.write(encode(read()).astype(np.float16).tobytes())
-                written = row + 1
-            for _ in range(rows - written):
-                file.write(nothing)
-    try:
+            for row in range(rows):
+                read = references.get(row)
+                file.write(nothing if read is None else encode(read()).astype(np.float16).tobytes())
+                progress.update(read is not None)
+    with reading(path, "image states"):
         return np.load(path, mmap_mode="r")
-    except (OSError, EOFError, ValueError) as error:
-        raise DatasetError(f"is no file of image states: {error}", path=path, hint="remove it, it is made anew") from error

@@ -6,6 +6,7 @@ The network's target is the one of the schedule's prediction type: v of arXiv 22
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -182,6 +183,15 @@ def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(arrays)
 
 
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """A context in which a file that a run has kept is read. Raises DatasetError if it is no file of what it should be."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        raise DatasetError(f"is no file of {what}: {error}", path=path, hint="remove it, it is made anew") from error
+
+
 class Latents(NamedTuple):
     """Encoded captures: object o has the views `first[o]` to `first[o + 1]` of all other fields.
 
@@ -206,11 +216,8 @@ class Latents(NamedTuple):
     @classmethod
     def load(cls, path: Path) -> "Latents":
         """Read what `save` wrote. Raises DatasetError if the file is no such file."""
-        try:
-            with path.open("rb") as file, np.load(file) as arrays:
-                return cls(**dict(arrays))
-        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
-            raise DatasetError(f"is no file of latents: {error}", path=path, hint="remove it, it is made anew") from error
+        with reading(path, "latents"), path.open("rb") as file, np.load(file) as arrays:
+            return cls(**dict(arrays))
 
     @classmethod
     def joined(cls, parts: Sequence["Latents"]) -> "Latents":

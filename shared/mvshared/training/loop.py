@@ -53,7 +53,7 @@ from mvshared.training.log import LogRow, TrainingLog
 from mvshared.training.run_folder import RunFolder
 from mvshared.training.upscaler import check_pictures_of, save_upscaler, upscaler_batches, upscaler_config, upscaler_trainer
 from mvshared.training.upscaler_data import UpscalerBatches
-from mvshared.weights import read_weights, sha256_of_files
+from mvshared.weights import read_weights, sha256_of_files, short_name
 
 HELD_OUT_SEED = 1  # added to the run's seed for the validation batches, which are the same at every step
 HELD_OUT_BATCHES = 4
@@ -270,8 +270,9 @@ def _upscaler_stage(run: RunFolder, module: ModuleType, *, backend: str, device:
     check_pictures_of(config, upscaler)
     trainer = upscaler_trainer(config, upscaler, module, backend=backend, device=device)
     assert config.vae_from is not None
-    run.learn_latents_of(weight_files(component_folder(config.vae_from), "vae"), config.vae_from)
-    batches, held_out = upscaler_batches(config, upscaler, folder, backend=backend, device=device)
+    hashes = sha256_of_files(weight_files(component_folder(config.vae_from), "vae"))
+    run.learn_latents_of(hashes, config.vae_from)
+    batches, held_out = upscaler_batches(config, upscaler, folder, vae=short_name(hashes), backend=backend, device=device)
     return Stage(
         trainer,
         lambda step: batches.batch(step, size=config.batch_size, seed=config.seed),
@@ -331,9 +332,8 @@ def _latents(
     """
     config, folder = run.config, run.path
     files = weight_files(source, "vae")
-    own = "-".join(digest[:12] for digest in sha256_of_files(files).values())
-    with_detail = config.unet_loss.detail_weight != 0
-    key = own + "-detail" * with_detail
+    hashes, with_detail = sha256_of_files(files), config.unet_loss.detail_weight != 0
+    key = short_name(hashes) + "-detail" * with_detail
     paths = [folder / f"latents-{name}-{key}-{captures_digest(found)}.npz" for name, found in captures]
     vae = read_vae_config(source)
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
@@ -341,7 +341,7 @@ def _latents(
     if missing:
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
         encode = package.load_vae(raw, files, device=device).encode
-    run.learn_latents_of(files, source)
+    run.learn_latents_of(hashes, source)
     for path, (name, folders) in zip(paths, captures, strict=True):
         if encode is not None and path in missing:
             encode_to_file(path, folders, config.data, encode, with_detail=with_detail)

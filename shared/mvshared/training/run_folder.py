@@ -1,7 +1,7 @@
 """The folder of a training run: what was asked, the state that a resumed run needs, and one process at a time."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,18 @@ class RunFolder:
 
     def teach(self, files: Sequence[Path]) -> None:
         """Note which weights the run is taught by, those that it starts from. Raises OutputError if it began with others."""
-        self._note(
-            TEACHER, files, f"holds a run that is taught by other weights than those that {self.config.init_from} has now"
-        )
+        other = f"holds a run that is taught by other weights than those that {self.config.init_from} has now"
+        self._note(TEACHER, sha256_of_files(files), other)
 
-    def learn_latents_of(self, files: Sequence[Path], source: Path | str) -> None:
+    def learn_latents_of(self, hashes: Mapping[str, str], source: Path | str) -> None:
         """Note the VAE, that of `source`, whose latents the run learns. Raises OutputError if the run began with another; one
         that was killed before its first state begins anew, and the model that it left, with its VAE, is removed."""
-        self._note(VAE, files, f"holds a run with another VAE than that of {source}", outdated="model")
+        self._note(VAE, hashes, f"holds a run with another VAE than that of {source}", outdated="model")
 
-    def _note(self, name: str, files: Sequence[Path], other: str, *, outdated: str | None = None) -> None:
-        """Note the weights in `files` in the run's file `name`. If others were noted, and the run has a state, OutputError,
+    def _note(self, name: str, hashes: Mapping[str, str], other: str, *, outdated: str | None = None) -> None:
+        """Note the hashes of weights in the run's file `name`. If others were noted, and the run has a state, OutputError,
         `other`, is raised; without a state the folder `outdated` is removed."""
-        path, hashes = self.path / name, sha256_of_files(files)
+        path = self.path / name
         changed = path.exists() and read_json_object(path, error=ConfigError) != hashes
         if changed and self.state_path.exists():
             raise OutputError(other, path=self.path, hint="name a new folder")

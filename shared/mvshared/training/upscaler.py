@@ -26,7 +26,7 @@ from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode
 from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, write_upscaler
 from mvshared.upscaling.views import check_fits
-from mvshared.weights import read_weights, sha256_of_files
+from mvshared.weights import read_weights, sha256_of_files, short_name
 
 FREQUENCY_DEVIATION = 2.0  # of the noise level's embedding, as k-diffusion draws it
 FIXED = ("time_proj.",)  # random frequencies that k-diffusion and diffusers do not train
@@ -95,13 +95,12 @@ def _multiple(upscaler: UpscalerConfig) -> int:
 
 
 def upscaler_batches(
-    config: TrainConfig, upscaler: UpscalerConfig, folder: Path, *, backend: str, device: str
+    config: TrainConfig, upscaler: UpscalerConfig, folder: Path, *, vae: str, backend: str, device: str
 ) -> tuple[UpscalerBatches, UpscalerBatches | None]:
     """Batches for training and for validation, None if nothing is held out; the latents are kept in the run folder under the
-    hashes of the weights and of the captures."""
+    hashes of the weights, `vae` those of the VAE, and of the captures."""
     assert config.vae_from is not None
     files = weight_files(component_folder(config.vae_from), "vae")
-    key = "-".join(digest[:12] for digest in sha256_of_files(files).values())
     captures = find_captures(config.data.folder, held_out=config.data.held_out)
     multiple = _multiple(upscaler)
 
@@ -112,10 +111,9 @@ def upscaler_batches(
 
     generated = None
     if config.views_from is not None:
-        denoiser = sha256_of_files(weight_files(find_model(config.views_from), "unet"))
-        own = "-".join(digest[:12] for digest in denoiser.values())
+        denoiser = short_name(sha256_of_files(weight_files(find_model(config.views_from), "unet")))
         chosen = captures[0][: config.generated_captures]
-        path = folder / f"pairs-generated-{key}-{own}-{captures_digest(chosen)}.npz"
+        path = folder / f"pairs-generated-{vae}-{denoiser}-{captures_digest(chosen)}.npz"
         if not path.exists():
             make = _view_maker(config, backend=backend, device=device)
             generated_pairs(chosen, config.data, make, encode(), multiple=multiple).save(path)
@@ -125,7 +123,7 @@ def upscaler_batches(
     for name, folders in zip(("training", "held-out"), captures, strict=True):
         if not folders:
             continue
-        path = folder / f"pairs-{name}-{key}-{captures_digest(folders)}.npz"
+        path = folder / f"pairs-{name}-{vae}-{captures_digest(folders)}.npz"
         if not path.exists():
             encode_pairs(folders, config.data, encode(), multiple=multiple).save(path)
             remove_others(folder, f"pairs-{name}-*.npz", keep=[path.name])

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from mvshared.errors import DatasetError
 from mvshared.files import write_atomic
 from mvshared.images import from_model
 from mvshared.training.config import DataConfig
-from mvshared.training.data import Picture, mirror_picture, read_picture
+from mvshared.training.data import Picture, mirror_picture, read_picture, reading
 from mvshared.upscaling.config import MAX_NOISE_LEVEL, SigmaConfig
 from mvshared.upscaling.schedule import noise_embedding, training_sigmas
 
@@ -56,11 +55,8 @@ class LatentPairs(NamedTuple):
     @classmethod
     def load(cls, path: Path) -> "LatentPairs":
         """Read what `save` wrote. Raises DatasetError if the file is no such file."""
-        try:
-            with path.open("rb") as file, np.load(file) as arrays:
-                return cls(arrays["low"], arrays["high"])
-        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
-            raise DatasetError(f"is no file of latents: {error}", path=path, hint="remove it, it is made anew") from error
+        with reading(path, "latents"), path.open("rb") as file, np.load(file) as arrays:
+            return cls(arrays["low"], arrays["high"])
 
 
 def encode_pairs(
