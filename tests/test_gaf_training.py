@@ -99,7 +99,7 @@ def test_images_are_dropped_whole_and_normal_maps_apart_from_them(desk: Path) ->
     """Tokens and reference frame go together, as guidance drops them; normal maps go by themselves."""
     data = replace(preset("gaf", source="gaf", data="captures", changes={}).data, targets=2)
     latents = some_latents()
-    states = np.ones((len(latents.images), 3, 5), np.float16)
+    states = np.ones((np.count_nonzero(data.may_be_references(latents.azimuths_deg)), 3, 5), np.float16)
     batches = ViewBatches(latents, data, V_PREDICTION, normal_channels=4, image_states=states)
     drawn = [batches.batch(step, size=40, seed=0) for step in range(50)]
     no_tokens = np.concatenate([~batch.image_states.any((1, 2)) for batch in drawn])  # type: ignore[union-attr]

@@ -53,6 +53,7 @@ from mvshared.training.config import (
     parse_train_config,
 )
 from mvshared.training.data import Latents, VAEPictures, find_captures, read_picture
+from mvshared.training.kept import load_arrays
 from mvshared.training.log import LogRow, TrainingLog, read_log
 from mvshared.training.loop import learning_rate, train
 
@@ -162,7 +163,7 @@ def test_a_run_with_detail_goes_on_from_the_latents_that_it_has_and_ends_as_one_
     assert (tmp_path / "run/state.safetensors").read_bytes() == (tmp_path / "whole/state.safetensors").read_bytes()
     rows, expected = ([row[:4] for row in read_log(tmp_path / name / "log.csv")] for name in ("run", "whole"))
     assert rows == expected
-    latents = [Latents.load(path) for path in (tmp_path / "run").glob("latents-*.npz")]
+    latents = [load_arrays(path, Latents) for path in (tmp_path / "run").glob("latents-*.npz")]
     assert len(latents) == 2
     assert all(each.detail is not None and each.detail.any() for each in latents)
 
@@ -174,7 +175,7 @@ def test_latents_without_detail_are_not_taken_for_a_run_with_it(data: Path, vae:
     document["unet_loss"]["detail_weight"] = 5.0
     path.write_text(json.dumps(document))
     run(unet_config(data, vae, steps=2, unet_loss=UNetLossConfig(detail_weight=5.0)), tmp_path / "run")
-    latents = [Latents.load(path) for path in (tmp_path / "run").glob("latents-*.npz")]
+    latents = [load_arrays(path, Latents) for path in (tmp_path / "run").glob("latents-*.npz")]
     assert len(latents) == 2
     assert all(each.detail is not None for each in latents)
 
@@ -209,7 +210,7 @@ def test_captures_that_are_added_to_a_run_are_learned_from(data: Path, vae: Path
     after = {path.name.split("-")[1]: path for path in (tmp_path / "run").glob("latents-*.npz")}
     assert len(list((tmp_path / "run").glob("latents-*.npz"))) == 2
     assert before["training"] != after["training"] and before["held"] == after["held"]
-    assert len(Latents.load(after["training"]).first) - 1 == 4 * 2  # mirrored, too
+    assert len(load_arrays(after["training"], Latents).first) - 1 == 4 * 2  # mirrored, too
 
 
 def test_the_vae_and_the_start_may_be_those_of_a_named_model(tmp_path: Path) -> None:

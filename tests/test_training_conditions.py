@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import BACKENDS, Backend, assert_close, assert_different
-from training_cases import SIZE, run, weights_of, write_objects
+from training_cases import SIZE, run, some_latents, weights_of, write_objects
 
 import mvshared.training.conditions
+import mvshared.training.kept
 from mvshared.backend import load
-from mvshared.camera import azimuth_elevation, mirror_poses
-from mvshared.captures import load_capture
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.clip_images import clip_pixels
+from mvshared.config import SchedulerConfig
 from mvshared.conversion.gaf import init_gaf
 from mvshared.errors import DatasetError, OptionError
 from mvshared.inspection import inspect
 from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig
-from mvshared.training.data import encode_captures, reference_pictures
+from mvshared.training.data import ViewBatches, encode_captures, reference_pictures
 from mvtorch.model import load_network
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -98,7 +98,7 @@ def test_a_broken_run_goes_on_without_encoding_again(
 
 def test_a_damaged_file_of_image_states_says_what_to_do(data: Path, gaf: Path, tmp_path: Path) -> None:
     run(config(data, gaf, steps=1), tmp_path / "run")
-    (path,) = (tmp_path / "run").glob("image-states-training-*.npy")
+    (path,) = (tmp_path / "run").glob("reference-states-training-*.npy")
     whole = path.read_bytes()
     for length in (len(whole) // 2, 0):
         path.write_bytes(whole[:length])
@@ -109,36 +109,71 @@ def test_a_damaged_file_of_image_states_says_what_to_do(data: Path, gaf: Path, t
     assert path.read_bytes() == whole
 
 
-def test_rows_of_the_references_are_those_of_the_latents(data: Path) -> None:
+def test_references_are_in_the_order_of_the_latents(data: Path) -> None:
     folders = sorted(data.glob("object_*"))
     settings = DataConfig(folder=str(data), reference_max_azimuth_deg=50.0)
     latents = encode_captures(folders, settings, lambda pixels: pixels[:, ::8, ::8, :1])
-    rows, pictures = reference_pictures(folders, settings)
-    assert rows == len(latents.images)
-    assert [row for row, _ in pictures] == np.flatnonzero(np.abs(latents.azimuths_deg) <= 50).tolist()
-    row, read = pictures[-1]  # of a mirrored capture
-    capture = load_capture(folders[-1])
-    azimuths = (azimuth_elevation(mirror_poses(capture.poses)).azimuths_deg + 180) % 360 - 180
-    assert abs(azimuths[row - int(latents.first[-2])]) <= 50
-    expected = latents.images[row]
-    assert_close((read().astype(np.float32) / 127.5 - 1)[::8, ::8, :1], expected.astype(np.float32), rms=1e-2)
+    pictures = [read() for folder in folders for read in reference_pictures(folder, settings)]  # mirrored ones, too
+    rows = np.flatnonzero(np.abs(latents.azimuths_deg) <= 50)
+    assert len(rows) == len(pictures) > len(folders)
+    for row, picture in zip(rows, pictures, strict=True):
+        expected = latents.images[row].astype(np.float32)
+        assert_close((picture.astype(np.float32) / 127.5 - 1)[::8, ::8, :1], expected, rms=1e-2)
 
 
-def test_image_states_are_those_of_the_reference_and_zero_where_it_is_dropped(data: Path, gaf: Path, tmp_path: Path) -> None:
+def test_image_states_are_those_of_the_references(data: Path, gaf: Path, tmp_path: Path) -> None:
     run(config(data, gaf, steps=1), tmp_path / "run")
-    (path,) = (tmp_path / "run").glob("image-states-training-*.npy")
+    (path,) = (tmp_path / "run").glob("reference-states-training-*.npy")
     states = np.load(path)
     settings = config(data, gaf).data
-    _, pictures = reference_pictures(sorted(data.glob("object_*"))[:3], settings)
+    pictures = [read() for folder in sorted(data.glob("object_*"))[:3] for read in reference_pictures(folder, settings)]
     pipe = load(gaf, backend="torch", device="cpu")
     processor = pipe.model.config.image_processor
     assert processor is not None
-    for row, read in pictures[:3]:
-        expected = pipe.model.to_numpy(pipe.model.encode_image(clip_pixels(read(), processor)[None]))[0]
-        assert_close(states[row], expected, rms=2e-3)
-    others = np.setdiff1d(np.arange(len(states)), [row for row, _ in pictures])
-    assert not states[others].any()
-    assert_different(states[pictures[0][0]], states[pictures[-1][0]], rms=1e-3)
+    assert len(states) == len(pictures)
+    for state, picture in zip(states, pictures, strict=True):
+        expected = pipe.model.to_numpy(pipe.model.encode_image(clip_pixels(picture, processor)[None]))[0]
+        assert_close(state, expected, rms=2e-3)
+    assert_different(states[0], states[-1], rms=1e-3)
+
+
+def test_a_reference_goes_with_its_own_image_state() -> None:
+    latents = some_latents()
+    settings = DataConfig(folder="", targets=2, reference_dropout=0.0)
+    is_reference = settings.may_be_references(latents.azimuths_deg)
+    rows = np.flatnonzero(is_reference)
+    states = np.broadcast_to(latents.images[rows, 0, 0, 0][:, None, None], (len(rows), 3, 5))
+    options: dict[str, Any] = {"normal_channels": 0, "image_states": states}
+    batch = ViewBatches(latents, settings, SchedulerConfig(), **options).batch(0, size=20, seed=0)
+    assert batch.image_states is not None
+    np.testing.assert_array_equal(batch.image_states[:, 0, 0], batch.reference[:, 0, 0, 0])
+    with pytest.raises(
+        DatasetError, match=f"{len(rows)} views may be references, and there are image states of {len(rows) - 1}"
+    ):
+        ViewBatches(latents, settings, SchedulerConfig(), **{**options, "image_states": states[1:]})
+
+
+def test_a_run_killed_while_it_encodes_references_takes_over_what_is_done(
+    data: Path, gaf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mvshared.training.kept, "PART", 1)
+    read, calls = mvshared.training.conditions.reference_pictures, list[Path]()
+
+    def counted(folder: Path, settings: DataConfig) -> Any:
+        calls.append(folder)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read(folder, settings)
+
+    monkeypatch.setattr(mvshared.training.conditions, "reference_pictures", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(data, gaf, steps=1), tmp_path / "run")
+    run(config(data, gaf, steps=1), tmp_path / "run")
+    assert [folder.name for folder in calls] == ["object_0", "object_1", "object_2", "object_2", "object_3"]
+    run(config(data, gaf, steps=1), tmp_path / "whole")
+    for whole in (tmp_path / "whole").glob("reference-states-*"):
+        assert (tmp_path / "run" / whole.name).read_bytes() == whole.read_bytes()
+    assert len(list((tmp_path / "run").glob("reference-states-*"))) == 2
 
 
 def test_a_network_with_encoders_comes_whole(data: Path, gaf: Path) -> None:

@@ -12,6 +12,7 @@ from training_cases import AZIMUTHS, SIZE, UNET, V_PREDICTION, VAE, some_latents
 import mvmlx.model
 import mvmlx.train
 import mvshared.training.data
+import mvshared.training.kept
 import mvtorch.model
 import mvtorch.train
 from mvshared.camera import camera_vectors, mirror_poses, orbit
@@ -33,6 +34,7 @@ from mvshared.training.data import (
     read_picture,
 )
 from mvshared.training.initial import LOGVAR, UNET_ZEROS, initial_vae_weights, initial_weights
+from mvshared.training.kept import load_arrays, save_arrays
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +112,7 @@ def test_captures_that_are_encoded_together_give_what_each_of_them_alone_does(
 
 
 def test_a_killed_call_s_encoded_captures_are_taken_over(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mvshared.training.data, "PART", 1)
+    monkeypatch.setattr(mvshared.training.kept, "PART", 1)
     folders, config, path = sorted(data.iterdir()), DataConfig(folder="", mirror=True), tmp_path / "latents.npz"
     calls = list[int]()
 
@@ -128,7 +130,7 @@ def test_a_killed_call_s_encoded_captures_are_taken_over(data: Path, tmp_path: P
     assert calls == [4 * len(AZIMUTHS)] * 5, "two captures, the one at which the call was killed, that one again and the last"
     assert list(tmp_path.iterdir()) == [path]
     whole = encode_captures(folders, config, lambda pixels: pixels[:, ::2, ::2], with_detail=True)
-    for ours, expected in zip(Latents.load(path), whole, strict=True):
+    for ours, expected in zip(load_arrays(path, Latents), whole, strict=True):
         assert ours is not None
         assert expected is not None
         assert ours.dtype == expected.dtype
@@ -174,19 +176,19 @@ def test_latents_have_the_mean_detail_of_their_pixels_mirrored_like_them_and_0_w
 
 def test_latents_without_detail_are_files_without_it_and_those_with_it_come_back(tmp_path: Path) -> None:
     latents, path = some_latents(), tmp_path / "latents.npz"
-    latents.save(path)
+    save_arrays(path, latents)
     with np.load(path) as arrays:
         assert arrays.files == ["images", "normals", "cameras", "azimuths_deg", "first"]
-    assert Latents.load(path).detail is None
+    assert load_arrays(path, Latents).detail is None
     detail = np.random.default_rng(1).random((len(latents.images), 4, 4)).astype(np.float16)
-    latents._replace(detail=detail).save(path)
-    np.testing.assert_array_equal(Latents.load(path).detail, detail, strict=True)
+    save_arrays(path, latents._replace(detail=detail))
+    np.testing.assert_array_equal(load_arrays(path, Latents).detail, detail, strict=True)
 
 
 def test_latents_come_back_from_their_file_and_other_files_are_refused(tmp_path: Path) -> None:
     latents = some_latents()
-    latents.save(tmp_path / "latents.npz")
-    for saved, loaded in zip(latents, Latents.load(tmp_path / "latents.npz"), strict=True):
+    save_arrays(tmp_path / "latents.npz", latents)
+    for saved, loaded in zip(latents, load_arrays(tmp_path / "latents.npz", Latents), strict=True):
         np.testing.assert_array_equal(loaded, saved, strict=True)
     whole = (tmp_path / "latents.npz").read_bytes()
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
@@ -202,7 +204,7 @@ def test_latents_come_back_from_their_file_and_other_files_are_refused(tmp_path:
     for content in contents:
         (tmp_path / "latents.npz").write_bytes(content)
         with pytest.raises(DatasetError, match="is no file of latents"):
-            Latents.load(tmp_path / "latents.npz")
+            load_arrays(tmp_path / "latents.npz", Latents)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

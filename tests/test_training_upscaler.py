@@ -9,7 +9,9 @@ import pytest
 from helpers import TINY_MODEL, assert_close, write_tiny_model
 from training_cases import SIZE, run, toml, vae_config, write_objects
 
+import mvshared.training.kept
 import mvshared.training.loop
+import mvshared.training.upscaler_data
 from mvshared.backend import load, load_upscaler
 from mvshared.camera import orbit
 from mvshared.captures import load_capture, write_capture
@@ -21,6 +23,7 @@ from mvshared.heads.dataset import dataset_poses
 from mvshared.images import from_model
 from mvshared.training.config import TrainConfig, load_train_config
 from mvshared.training.data import read_picture
+from mvshared.training.kept import load_arrays
 from mvshared.training.log import read_log
 from mvshared.training.samples import sample_writer
 from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs, halved
@@ -214,7 +217,7 @@ def test_a_share_of_the_examples_starts_from_views_that_a_model_generates(model:
     settings = config(tmp_path / "heads", model, steps=1, views_from=str(model), generated_captures=1)
     run(settings, tmp_path / "run")
     (path,) = (tmp_path / "run").glob("pairs-generated-*.npz")
-    found = LatentPairs.load(path)
+    found = load_arrays(path, LatentPairs)
     assert (found.low.shape, found.high.shape) == ((3, 8, 8, 4), (3, 16, 16, 4))
     capture = load_capture(tmp_path / "heads" / "head_0")
     # The azimuths are 31, 336 and 47 degrees: the second view is nearest to the front.
@@ -222,6 +225,36 @@ def test_a_share_of_the_examples_starts_from_views_that_a_model_generates(model:
     pipeline = load(model, backend="torch", device="cpu")
     expected = pipeline.generate(from_model(halved(front)), cameras=capture.poses, size_px=16).latents
     np.testing.assert_allclose(found.low, expected, atol=2e-2)
+
+
+def test_a_run_killed_while_it_makes_pairs_takes_over_what_is_done(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    white = np.full((2, 32, 32, 4), 255, np.uint8)
+    for number in range(4):
+        write_capture(tmp_path / "data" / f"{number}", white, None, orbit((0.0, 90.0), 0.0), 40.0)
+    monkeypatch.setattr(mvshared.training.kept, "PART", 1)
+    read, calls = mvshared.training.upscaler_data.read_picture, list[str]()
+
+    def counted(path: Path, **options: Any) -> Any:
+        calls.append(path.parent.name)
+        if len(calls) in (4, 12):  # of the second capture's generated views, and of the third one's encoded ones
+            raise KeyboardInterrupt
+        return read(path, **options)
+
+    settings = config(tmp_path / "data", model, steps=1, views_from=str(model), generated_captures=2)
+    monkeypatch.setattr(mvshared.training.upscaler_data, "read_picture", counted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, tmp_path / "run")
+    run(settings, tmp_path / "run")
+    assert "".join(calls) == "0011" + "11" + "001122" + "22" + "33"
+    run(settings, tmp_path / "whole")
+    for whole in (tmp_path / "whole").glob("pairs-*"):
+        ours, expected = (load_arrays(folder / whole.name, LatentPairs) for folder in (tmp_path / "run", tmp_path / "whole"))
+        np.testing.assert_array_equal(ours.low, expected.low)
+        np.testing.assert_array_equal(ours.high, expected.high)
+    assert len(list((tmp_path / "run").glob("pairs-*"))) == 3
 
 
 def test_the_generated_share_is_drawn_in_pairs() -> None:

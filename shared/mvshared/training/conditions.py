@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import weight_files
@@ -19,12 +18,13 @@ from mvshared.config import ModelConfig
 from mvshared.files import atomic_file, make_folder, remove_others
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.training.config import DataConfig
-from mvshared.training.data import captures_digest, reading, reference_pictures
+from mvshared.training.data import captures_digest, reference_pictures
+from mvshared.training.kept import keep, reading
 from mvshared.weights import sha256_of_files, short_name
 
 
 class Conditions(NamedTuple):
-    """States of the text (l, c), float32, and of every view (n, m, e), float16 on disk, zero for one that is no reference.
+    """States of the text (l, c), float32, and of the views that may be references (r, m, e), float16 on disk.
 
     None for a U-Net without text, or without image tokens. Views are in the order of `Latents`.
     """
@@ -65,9 +65,9 @@ def encode_conditions(
     shape = (vision.tokens, vision.hidden_size)
     conditions = []
     for name, folders in captures:
-        path = make_folder(folder) / f"image-states-{name}-{key}-{captures_digest(folders)}.npy"
+        path = make_folder(folder) / f"reference-states-{name}-{key}-{captures_digest(folders)}.npy"
         conditions.append(Conditions(text, _image_states(path, folders, data, shape, encode)))
-        remove_others(folder, f"image-states-{name}-*.npy", keep=[path.name])
+        remove_others(folder, f"reference-states-{name}-*.npy", keep=[path.name])
     return conditions
 
 
@@ -78,20 +78,36 @@ def _image_states(
     shape: tuple[int, int],
     encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
 ) -> NDArray[np.float16]:
-    """The states of a file, zeros for what is no reference; if it is not there it is written row by row.
+    """The states of a file; if it is not there it is written as `keep` does. They stay on disk until they are used.
 
     Raises OutputError, and DatasetError for a file that is no such file.
     """
+
+    def write(part: Path, chosen: list[Path], after_each: Callable[[], object]) -> None:
+        states = list[NDArray[np.float16]]()
+        for capture in chosen:
+            states += [encode(read()).astype(np.float16) for read in reference_pictures(capture, data)]
+            after_each()
+        _write_states([np.stack(states) if states else np.empty((0, *shape), np.float16)], part)
+
+    def join(parts: list[Path]) -> None:
+        _write_states([_read_states(part) for part in parts], path)
+
     if not path.exists():
-        rows, pictures = reference_pictures(folders, data)
-        references, nothing = dict(pictures), np.zeros(shape, np.float16).tobytes()
-        header = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": (rows, *shape)}
-        progress = tqdm(total=len(references), desc="encoding references", unit="view", disable=None)
-        with progress, atomic_file(path) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for row in range(rows):
-                read = references.get(row)
-                file.write(nothing if read is None else encode(read()).astype(np.float16).tobytes())
-                progress.update(read is not None)
+        keep(path, folders, write, join, desc="encoding references")
+    return _read_states(path)
+
+
+def _write_states(parts: Sequence[NDArray[np.float16]], path: Path) -> None:
+    """One array (n, m, e) of several, written without all of them in memory."""
+    with atomic_file(path) as file:
+        header = {"descr": np.dtype(np.float16).str, "fortran_order": False}
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+        for part in parts:
+            file.write(np.ascontiguousarray(part).data)
+
+
+def _read_states(path: Path) -> NDArray[np.float16]:
     with reading(path, "image states"):
         return np.load(path, mmap_mode="r")

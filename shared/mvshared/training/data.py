@@ -4,31 +4,27 @@ The network's target is the one of the schedule's prediction type: v of arXiv 22
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mvshared.camera import azimuth_elevation, camera_vectors, mirror_poses
 from mvshared.captures import Capture, load_capture
 from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError, ImageError
-from mvshared.files import file_stamps, write_atomic
+from mvshared.files import file_stamps
 from mvshared.images import load_image, load_values
 from mvshared.schedule import alphas_cumprod
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
+from mvshared.training.kept import in_one, keep_arrays
 
 ENCODED_TOGETHER = 2**20  # pixels that `encode` is given in one call, at least
-PART = 64  # captures whose latents are written together
 VAE_STREAM, UNET_STREAM = 1, 2  # first numbers of the random seeds, so that the stages draw differently
 
 
@@ -173,23 +169,7 @@ class VAEPictures:
 
 
 def _stack(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    return _joined([array[None] for array in arrays])
-
-
-def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Arrays (n, ...) of pictures one after the other. Raises DatasetError unless they have one size."""
-    if len(shapes := sorted({array.shape[1:] for array in arrays})) > 1:
-        raise DatasetError(f"all pictures must have one size, got {shapes[0]} and {shapes[-1]}")
-    return np.concatenate(arrays)
-
-
-@contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """A context in which a file that a run has kept is read. Raises DatasetError if it is no file of what it should be."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
-        raise DatasetError(f"is no file of {what}: {error}", path=path, hint="remove it, it is made anew") from error
+    return in_one([array[None] for array in arrays])
 
 
 class Latents(NamedTuple):
@@ -207,23 +187,11 @@ class Latents(NamedTuple):
     first: NDArray[np.int64]
     detail: NDArray[np.float16] | None = None
 
-    def save(self, path: Path) -> None:
-        """Write all of it to one file, atomically."""
-        encoded = io.BytesIO()
-        np.savez(encoded, **{name: array for name, array in self._asdict().items() if array is not None})
-        write_atomic(path, encoded.getvalue())
-
-    @classmethod
-    def load(cls, path: Path) -> "Latents":
-        """Read what `save` wrote. Raises DatasetError if the file is no such file."""
-        with reading(path, "latents"), path.open("rb") as file, np.load(file) as arrays:
-            return cls(**dict(arrays))
-
     @classmethod
     def joined(cls, parts: Sequence["Latents"]) -> "Latents":
         """The captures of several, in their order."""
         arrays = {
-            name: _joined([getattr(part, name) for part in parts])
+            name: in_one([getattr(part, name) for part in parts])
             for name in cls._fields
             if name != "first" and getattr(parts[0], name) is not None
         }
@@ -239,20 +207,12 @@ def encode_to_file(
     *,
     with_detail: bool = False,
 ) -> None:
-    """Write what `encode_captures` gives, which can take hours: every PART captures have a file of their own until all are
-    encoded, and a call after a killed one goes on behind the last of these. Raises DatasetError as `encode_captures` does."""
-    parts = []
-    with tqdm(total=len(folders), desc="encoding", unit="capture", disable=None) as progress:
-        for start in range(0, len(folders), PART):
-            chosen = folders[start : start + PART]
-            parts.append(path.with_name(f"{path.stem}.{start}-{start + len(chosen)}.npz"))
-            if parts[-1].exists():
-                progress.update(len(chosen))
-            else:
-                encode_captures(chosen, config, encode, with_detail=with_detail, after_each=progress.update).save(parts[-1])
-    Latents.joined([Latents.load(part) for part in parts]).save(path)
-    for part in parts:
-        part.unlink()
+    """Write what `encode_captures` gives, part by part as `keep` does. Raises DatasetError as `encode_captures` does."""
+
+    def make(chosen: list[Path], after_each: Callable[[], object]) -> Latents:
+        return encode_captures(chosen, config, encode, with_detail=with_detail, after_each=after_each)
+
+    keep_arrays(path, folders, make, Latents.joined, Latents, desc="encoding")
 
 
 def encode_captures(
@@ -285,12 +245,12 @@ def encode_captures(
             if views.detail is not None:
                 details.append(_pooled(views.detail, *mine.shape[1:3]).astype(np.float16))
     return Latents(
-        _joined(images),
-        _joined(normals),
+        in_one(images),
+        in_one(normals),
         np.concatenate(cameras),
         np.concatenate(azimuths).astype(np.float32),
         np.asarray(first, np.int64),
-        _joined(details) if with_detail else None,
+        in_one(details) if with_detail else None,
     )
 
 
@@ -300,20 +260,15 @@ def _pooled(detail: NDArray[np.float32], height: int, width: int) -> NDArray[np.
     return detail.reshape(v, height, h // height, width, w // width).mean((2, 4))
 
 
-def reference_pictures(
-    folders: list[Path], config: DataConfig
-) -> tuple[int, list[tuple[int, Callable[[], NDArray[np.uint8]]]]]:
-    """The number of views that `encode_captures` gives, and of those that can be a reference the row and a function that reads
-    the picture, uint8 (h, w, 3). Raises DatasetError."""
-    rows, found = 0, []
-    for folder in folders:
-        capture = load_capture(folder)
-        for mirrored in (False, True) if config.mirror else (False,):
-            poses = mirror_poses(capture.poses) if mirrored else capture.poses
-            for view in np.flatnonzero(config.may_be_references(azimuth_elevation(poses).azimuths_deg)):
-                found.append((rows + int(view), partial(_read_reference, capture.image_paths[view], config, mirrored)))
-            rows += len(poses)
-    return rows, found
+def reference_pictures(folder: Path, config: DataConfig) -> list[Callable[[], NDArray[np.uint8]]]:
+    """Functions that read the pictures of a capture, and of its mirror image, that can be references, in the order in which
+    `encode_captures` has them: uint8 (h, w, 3). Raises DatasetError."""
+    capture, found = load_capture(folder), []
+    for mirrored in (False, True) if config.mirror else (False,):
+        poses = mirror_poses(capture.poses) if mirrored else capture.poses
+        for view in np.flatnonzero(config.may_be_references(azimuth_elevation(poses).azimuths_deg)):
+            found.append(partial(_read_reference, capture.image_paths[view], config, mirrored))
+    return found
 
 
 def _read_reference(path: Path, config: DataConfig, mirrored: bool) -> NDArray[np.uint8]:
@@ -394,7 +349,9 @@ class ViewBatches:
         text: NDArray[np.float32] | None = None,
         image_states: NDArray[np.float16] | None = None,
     ) -> None:
-        """`text` (l, c) is the same for all, `image_states` (n, m, e) are of the views; see `conditions.Conditions`."""
+        """`text` (l, c) is the same for all, `image_states` (r, m, e) are of the views that may be references; see
+        `conditions.Conditions`. Raises DatasetError for captures without references or with too few views, and for states of
+        other references than the captures have."""
         self.latents, self.config, self.normal_channels = latents, config, normal_channels
         self.text, self.image_states = text, image_states
         self.prediction_type = scheduler.prediction_type
@@ -403,7 +360,9 @@ class ViewBatches:
         is_reference = config.may_be_references(latents.azimuths_deg)
         references = np.add.reduceat(is_reference, latents.first[:-1])
         self.objects = np.flatnonzero((references > 0) & (views > config.targets))
-        self.is_reference = is_reference
+        self.is_reference, self.state_rows = is_reference, np.cumsum(is_reference) - 1
+        if image_states is not None and len(image_states) != (count := np.count_nonzero(is_reference)):
+            raise DatasetError(f"{count} views may be references, and there are image states of {len(image_states)}")
         if not len(self.objects):
             raise DatasetError(
                 f"no capture has a view within +-{config.reference_max_azimuth_deg:g} degrees of the front "
@@ -436,7 +395,7 @@ class ViewBatches:
             sample = np.concatenate([sample, normals.astype(np.float32)], axis=-1)
         states = self.image_states
         if states is not None:
-            states = np.stack([states[row] for row in references]).astype(np.float32)
+            states = np.stack([states[self.state_rows[row]] for row in references]).astype(np.float32)
             states *= keep_reference[:, None, None].astype(np.float32)
         return UNetBatch(
             sample=np.asarray(sample, np.float32),

@@ -49,6 +49,7 @@ from mvshared.training.data import (
     find_captures,
 )
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
+from mvshared.training.kept import load_arrays
 from mvshared.training.log import LogRow, TrainingLog
 from mvshared.training.run_folder import RunFolder
 from mvshared.training.upscaler import check_pictures_of, save_upscaler, upscaler_batches, upscaler_config, upscaler_trainer
@@ -346,7 +347,7 @@ def _latents(
         if encode is not None and path in missing:
             encode_to_file(path, folders, config.data, encode, with_detail=with_detail)
         remove_others(folder, f"latents-{name}-*.npz", keep=[path.name])
-    training, *held_out = (Latents.load(path) for path in paths)
+    training, *held_out = (load_arrays(path, Latents) for path in paths)
     begun = folder / "model/vae/config.json"
     if begun.exists():
         vae = read_vae_config(folder / "model")

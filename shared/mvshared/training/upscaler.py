@@ -22,6 +22,7 @@ from mvshared.training.checks import check_frozen, check_sizes
 from mvshared.training.config import TrainConfig
 from mvshared.training.data import captures_digest, find_captures
 from mvshared.training.initial import initial_upscaler_weights
+from mvshared.training.kept import keep_arrays, load_arrays
 from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs, generated_pairs
 from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, write_upscaler
@@ -115,23 +116,31 @@ def upscaler_batches(
         chosen = captures[0][: config.generated_captures]
         path = folder / f"pairs-generated-{vae}-{denoiser}-{captures_digest(chosen)}.npz"
         if not path.exists():
-            make = _view_maker(config, backend=backend, device=device)
-            generated_pairs(chosen, config.data, make, encode(), multiple=multiple).save(path)
-            remove_others(folder, "pairs-generated-*.npz", keep=[path.name])
-        generated = LatentPairs.load(path)
+            views = _view_maker(config, backend=backend, device=device)
+
+            def generate(some: list[Path], after_each: Callable[[], object]) -> LatentPairs:
+                return generated_pairs(some, config.data, views, encode(), multiple=multiple, after_each=after_each)
+
+            keep_arrays(path, chosen, generate, LatentPairs.joined, LatentPairs, desc="generating")
+        remove_others(folder, "pairs-generated-*.npz", keep=[path.name])
+        generated = load_arrays(path, LatentPairs)
+
+    def make(some: list[Path], after_each: Callable[[], object]) -> LatentPairs:
+        return encode_pairs(some, config.data, encode(), multiple=multiple, after_each=after_each)
+
     batches = []
     for name, folders in zip(("training", "held-out"), captures, strict=True):
         if not folders:
             continue
         path = folder / f"pairs-{name}-{vae}-{captures_digest(folders)}.npz"
         if not path.exists():
-            encode_pairs(folders, config.data, encode(), multiple=multiple).save(path)
-            remove_others(folder, f"pairs-{name}-*.npz", keep=[path.name])
+            keep_arrays(path, folders, make, LatentPairs.joined, LatentPairs, desc="encoding")
+        remove_others(folder, f"pairs-{name}-*.npz", keep=[path.name])
         frequencies = upscaler.noise_frequencies
         assert frequencies is not None
         batches.append(
             UpscalerBatches(
-                LatentPairs.load(path),
+                load_arrays(path, LatentPairs),
                 upscaler.sigmas,
                 channels=upscaler.noise_channels,
                 frequencies=frequencies,

@@ -3,23 +3,21 @@
 All randomness is drawn in numpy from (seed, step), as in `mvshared.training.data`.
 """
 
-import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mvshared.camera import azimuth_elevation
 from mvshared.captures import load_capture
 from mvshared.errors import DatasetError
-from mvshared.files import write_atomic
 from mvshared.images import from_model
 from mvshared.training.config import DataConfig
-from mvshared.training.data import Picture, mirror_picture, read_picture, reading
+from mvshared.training.data import Picture, mirror_picture, read_picture
+from mvshared.training.kept import in_one
 from mvshared.upscaling.config import MAX_NOISE_LEVEL, SigmaConfig
 from mvshared.upscaling.schedule import noise_embedding, training_sigmas
 
@@ -46,17 +44,10 @@ class LatentPairs(NamedTuple):
     low: NDArray[np.float16]
     high: NDArray[np.float16]
 
-    def save(self, path: Path) -> None:
-        """Write both to one file, atomically."""
-        encoded = io.BytesIO()
-        np.savez(encoded, **self._asdict())
-        write_atomic(path, encoded.getvalue())
-
     @classmethod
-    def load(cls, path: Path) -> "LatentPairs":
-        """Read what `save` wrote. Raises DatasetError if the file is no such file."""
-        with reading(path, "latents"), path.open("rb") as file, np.load(file) as arrays:
-            return cls(arrays["low"], arrays["high"])
+    def joined(cls, parts: Sequence["LatentPairs"]) -> "LatentPairs":
+        """The pairs of several, in their order. Raises DatasetError for pictures of different sizes."""
+        return cls(in_one([part.low for part in parts]), in_one([part.high for part in parts]))
 
 
 def encode_pairs(
@@ -65,23 +56,23 @@ def encode_pairs(
     encode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     *,
     multiple: int,
+    after_each: Callable[[], object] = lambda: None,
 ) -> LatentPairs:
     """The latents of all pictures of the captures, and of their mirror images if the config says so.
 
-    `encode` makes scaled latents of pixels. Half the size is the mean of two by two pixels. Raises DatasetError for pictures of
-    different sizes, or of a size that is no multiple of `multiple` pixels.
+    `encode` makes scaled latents of pixels. Half the size is the mean of two by two pixels. `after_each` is called after every
+    capture. Raises DatasetError for pictures of different sizes, or of a size that is no multiple of `multiple` pixels.
     """
     low, high = [], []
-    for folder in tqdm(folders, desc="encoding", unit="capture", disable=None):
+    for folder in folders:
         pictures = [read_picture(path, background=config.background) for path in load_capture(folder).image_paths]
         if config.mirror:
             pictures += [mirror_picture(picture) for picture in pictures]
         pixels = _pixels(pictures, folder=folder, multiple=multiple)
         high.append(encode(pixels).astype(np.float16))
         low.append(encode(halved(pixels)).astype(np.float16))
-        if high[-1].shape[1:] != high[0].shape[1:]:
-            raise DatasetError("all pictures must have one size", path=folder)
-    return LatentPairs(np.concatenate(low), np.concatenate(high))
+        after_each()
+    return LatentPairs(in_one(low), in_one(high))
 
 
 def generated_pairs(
@@ -91,14 +82,15 @@ def generated_pairs(
     encode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     *,
     multiple: int,
+    after_each: Callable[[], object] = lambda: None,
 ) -> LatentPairs:
     """The latents that a model generates of captures, and those of the true pictures at twice the size.
 
     `generate` makes scaled latents (v, h, w, c) of a reference picture uint8 (h, w, 3) and cameras (v, 4, 4); the reference is
-    the view nearest to the front. Raises DatasetError as `encode_pairs` does.
+    the view nearest to the front. `after_each` is called after every capture. Raises DatasetError as `encode_pairs` does.
     """
     low, high = [], []
-    for folder in tqdm(folders, desc="generating", unit="capture", disable=None):
+    for folder in folders:
         capture = load_capture(folder)
         pictures = [read_picture(path, background=config.background) for path in capture.image_paths]
         pixels = _pixels(pictures, folder=folder, multiple=multiple)
@@ -108,9 +100,8 @@ def generated_pairs(
             raise DatasetError("must have square pictures for views_from: those are what is generated", path=folder)
         low.append(generate(from_model(halved(pixels[front])), capture.poses).astype(np.float16))
         high.append(encode(pixels).astype(np.float16))
-        if high[-1].shape[1:] != high[0].shape[1:]:
-            raise DatasetError("all pictures must have one size", path=folder)
-    return LatentPairs(np.concatenate(low), np.concatenate(high))
+        after_each()
+    return LatentPairs(in_one(low), in_one(high))
 
 
 def halved(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
