@@ -22,6 +22,8 @@ MANY = 16384
 # x (n, pixels, channels), weight and bias (channels,), eps (1,); WIDTH channels make a group, and a template's constant divides
 # faster than a variable. A simdgroup has 32 threads, so a threadgroup of at most 1024 has at most 32 of them.
 SOURCE = """
+    constexpr uint SUMMED = 64;  // numbers that a thread adds up one after the other, for float32 loses digits in long sums
+
     threadgroup float parts[32];
 
     const uint lane = thread_index_in_threadgroup;
@@ -35,8 +37,12 @@ SOURCE = """
     const float first = float(x[start]);
 
     float total = 0;
-    for (uint i = lane; i < count; i += lanes) {
-        total += float(x[start + size_t(i / WIDTH) * channels + i % WIDTH]) - first;
+    for (uint i = lane; i < count;) {
+        float part = 0;
+        for (uint end = i + SUMMED * lanes; i < end && i < count; i += lanes) {
+            part += float(x[start + size_t(i / WIDTH) * channels + i % WIDTH]) - first;
+        }
+        total += part;
     }
     total = simd_sum(total);
     if (thread_index_in_simdgroup == 0) {
@@ -51,9 +57,13 @@ SOURCE = """
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     total = 0;
-    for (uint i = lane; i < count; i += lanes) {
-        const float centred = float(x[start + size_t(i / WIDTH) * channels + i % WIDTH]) - first - mean;
-        total += centred * centred;
+    for (uint i = lane; i < count;) {
+        float part = 0;
+        for (uint end = i + SUMMED * lanes; i < end && i < count; i += lanes) {
+            const float centred = float(x[start + size_t(i / WIDTH) * channels + i % WIDTH]) - first - mean;
+            part += centred * centred;
+        }
+        total += part;
     }
     total = simd_sum(total);
     if (thread_index_in_simdgroup == 0) {

@@ -15,6 +15,8 @@ from mlx.nn.utils import checkpoint
 from mvmlx.group_norm import fused_group_norm, usable
 from mvshared.errors import OptionError
 
+_SUMMED = 256  # pixels that are added up one after the other
+
 
 class GroupNorm(nn.Module):
     """Group normalisation of (n, h, w, c) with statistics in float32.
@@ -78,7 +80,18 @@ def _group_norm(x: mx.array, weight: mx.array, bias: mx.array, *, groups: int, e
 
 
 def _total(grouped: mx.array) -> mx.array:
-    """Sums (n, 1, groups, 1): of pixels first, since sums of rows are many times faster on the CPU than of all at once."""
+    """Sums (n, 1, groups, 1) of (n, pixels, groups, width).
+
+    Pixels are summed first, since sums of rows are many times faster on the CPU than of all at once, and few of them at a time,
+    since MLX adds one to the other, which costs float32 its digits in long sums.
+    """
+    n, pixels, *rest = grouped.shape
+    while pixels > _SUMMED:
+        together = next(count for count in range(_SUMMED, 0, -1) if pixels % count == 0)
+        if together == 1:
+            break
+        pixels //= together
+        grouped = grouped.reshape(n, pixels, together, *rest).sum(axis=2)
     return grouped.sum(axis=1, keepdims=True).sum(axis=-1, keepdims=True)
 
 

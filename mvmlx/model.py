@@ -38,6 +38,7 @@ from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
 from mvshared.random_weights import random_weights
+from mvshared.shapes import check_step, check_token_ids
 from mvshared.weights import check_names_and_shapes, choose_quantization, match_network, match_tensors, stored_quantization
 
 
@@ -82,6 +83,8 @@ class MultiViewModel(LatentModel):
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
+        assert self.config.text_encoder is not None
+        check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
         with _on_device(self.device):
             return _evaluated(self.networks["text_encoder"](mx.array(token_ids)).last_hidden_state.astype(mx.float32))
 
@@ -170,6 +173,8 @@ class MultiViewModel(LatentModel):
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
         check_weights(weights, branches=condition.branches)
+        normals = None if condition.normals is None else condition.normals.shape
+        check_step(self.config.unet, x=x.shape, normals=normals)
         count = len(condition.branches)
         together = count if self.plan.branches_at_once else 1
         with _on_device(self.device):
@@ -179,7 +184,7 @@ class MultiViewModel(LatentModel):
                 if together < count:  # one after the other, for the sake of memory
                     mx.eval(more)
                 outs.extend(more)
-            mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
+            mixed = reduce(add, (float(weight) * out for weight, out in zip(weights, outs, strict=True)))
             return Guided(rescaled(mixed, outs[-1], rescale) if rescale else mixed, outs[-1])
 
     def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, mx.array]:
@@ -420,6 +425,7 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     chosen = choose_device(device)
     vae = AutoencoderKL(config)
     load_weights(vae, paths, dtype="float32", device=chosen)
+    vae.eval()
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         batch = dataset_batch(chosen, pixels=pixels.shape[1] * pixels.shape[2])

@@ -5,10 +5,10 @@ Parity layer by layer, the search for the first NaN, profiles and pictures of ac
 
 import inspect
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeAlias
+from functools import wraps
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,25 +56,45 @@ def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None =
         stack = ExitStack()
         for path, module in network.named_modules():
             name = ".".join(part for part in (prefix, path) if part)
-            kind = type(module)
-            if name and hasattr(kind, "__call__"):  # noqa: B004 - a list of modules has none
-                _observed[id(module)] += 1
-                stack.callback(_let_go, id(module))
-                stack.callback(_set_class, module, kind)
-                _set_class(module, watch.watched(kind, name))
+            if name and hasattr(type(module), "__call__"):  # noqa: B004 - a list of modules has none
+                _look_at(module, watch, name)
+                stack.callback(_let_go, module, watch)
         return stack.close
 
     with watched(networks, attach):
         yield watch.clock
 
 
-_observed: Counter[int] = Counter()  # how many look at a module, by its id; none that nobody looks at
+class _Looked(NamedTuple):
+    """What a module is when nobody looks at it, and who does, with the name that it has for them."""
+
+    kind: type[nn.Module]
+    watches: Mapping["_Watch", str]
 
 
-def _let_go(module: int) -> None:
-    _observed[module] -= 1
-    if not _observed[module]:
-        del _observed[module]
+_observed: dict[int, _Looked] = {}  # modules that somebody looks at, by their ids
+
+
+def _look_at(module: nn.Module, watch: "_Watch", name: str) -> None:
+    kind, watches = _observed.get(id(module), _Looked(type(module), {}))
+    _show(module, _Looked(kind, {**watches, watch: name}))
+
+
+def _let_go(module: nn.Module, watch: "_Watch") -> None:
+    kind, watches = _observed.get(id(module), _Looked(type(module), {}))  # a module may have two names
+    _show(module, _Looked(kind, {each: name for each, name in watches.items() if each is not watch}))
+
+
+def _show(module: nn.Module, looked: _Looked) -> None:
+    """Make a module one that those look at, in whatever order they came and went."""
+    kind = looked.kind
+    for watch, name in looked.watches.items():
+        kind = watch.watched(kind, name)
+    object.__setattr__(module, "__class__", kind)  # a module's own __setattr__ takes everything for a weight
+    if looked.watches:
+        _observed[id(module)] = looked
+    else:
+        _observed.pop(id(module), None)
 
 
 def _is_observed(network: nn.Module) -> bool:
@@ -101,6 +121,7 @@ class _Watch:
         # A private class computes what its base does, in another way.
         known_as = next(each.__name__ for each in kind.__mro__ if not each.__name__.startswith("_"))
 
+        @wraps(call)  # and so its signature, for whoever looks as well
         def watched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(module, *args, **kwargs).arguments
             inputs = {name: array for key, value in arguments.items() if key != "self" for name, array in _arrays(key, value)}
@@ -125,10 +146,6 @@ class _Watch:
             return out
 
         return type(kind.__name__, (kind,), {"__call__": watched_call})
-
-
-def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    object.__setattr__(module, "__class__", kind)  # a module's own __setattr__ takes everything for a weight
 
 
 def _outputs(name: str, out: Any) -> Iterator[tuple[str, mx.array]]:

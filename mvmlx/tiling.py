@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.layers import GroupNorm, ResnetBlock, _evaluated
+from mvmlx.layers import GroupNorm, ResnetBlock, _evaluated, _total
 from mvshared.attention import AttentionOptions
 from mvshared.tiling import Tile, check_tile, tiles
 
@@ -33,10 +33,11 @@ def norm_of(norm: GroupNorm, x: mx.array, *, side: int) -> Affine:
     groups = norm.groups
     mean = squares = mx.zeros((n, groups))
     for tile in tiles(height, width, side):
-        mean = _evaluated(mean + _grouped(x[:, *tile.target], groups).sum(axis=(1, 3)) / (height * width * c // groups))
+        total = _total(_grouped(x[:, *tile.target], groups))[:, 0, :, 0]
+        mean = _evaluated(mean + total / (height * width * c // groups))
     for tile in tiles(height, width, side):
         centred = _grouped(x[:, *tile.target], groups) - mean[:, None, :, None]
-        squares = _evaluated(squares + centred.square().sum(axis=(1, 3)))
+        squares = _evaluated(squares + _total(centred.square())[:, 0, :, 0])
     deviation = mx.rsqrt(squares / (height * width * c // groups) + norm.eps)
     mean, deviation = (mx.repeat(value, c // groups, axis=1)[:, None, None] for value in (mean, deviation))
     scale = deviation * norm.weight.astype(mx.float32)
@@ -56,18 +57,21 @@ def in_tiles(
     halo: int,
     up: int = 1,
     down: int = 1,
+    add: Callable[[Tile], mx.array] | None = None,
     out: mx.array | None = None,
 ) -> mx.array:
     """A layer of x (n, h, w, c), computed in tiles of its result; `layer` gets the piece of x that a tile needs, and the tile.
 
-    See `mvshared.tiling.tiles`. `out` is written to; it may be an array that only the tile itself is read from.
+    See `mvshared.tiling.tiles`. `add` gives what is added to a tile. `out` is written to; it may be an array that only the tile
+    itself is read from.
     """
     size = x.shape[1] * up // down, x.shape[2] * up // down
     for tile in tiles(*size, side, halo=halo, up=up, down=down):
         piece = layer(x[:, *tile.source], tile)
         if out is None:
             out = mx.zeros((piece.shape[0], *size, piece.shape[-1]), dtype=piece.dtype)
-        out[:, *tile.target] = piece[:, *tile.crop]
+        result = piece[:, *tile.crop]
+        out[:, *tile.target] = result if add is None else result + add(tile)
         mx.eval(out)
     assert out is not None
     return out
@@ -79,12 +83,11 @@ def resnet_in_tiles(block: ResnetBlock, x: mx.array, *, side: int) -> mx.array:
     h = in_tiles(lambda piece, tile: block.conv1(norm.silu(piece)), x, side=side, halo=1)
     norm = norm_of(block.norm2, h, side=side)
 
-    def second(piece: mx.array, tile: Tile) -> mx.array:
-        y, rest = block.conv2(norm.silu(piece)), x[:, *tile.target]
-        y[:, *tile.crop] += rest if block.conv_shortcut is None else block.conv_shortcut(rest)
-        return y
+    def rest(tile: Tile) -> mx.array:
+        return x[:, *tile.target] if block.conv_shortcut is None else block.conv_shortcut(x[:, *tile.target])
 
-    return in_tiles(second, h, side=side, halo=1, out=x if block.conv_shortcut is None else None)
+    target = x if block.conv_shortcut is None else None
+    return in_tiles(lambda piece, tile: block.conv2(norm.silu(piece)), h, side=side, halo=1, add=rest, out=target)
 
 
 def encode_in_tiles(encoder: Any, x: mx.array, *, options: AttentionOptions, side: int) -> mx.array:
@@ -104,7 +107,7 @@ def encode_in_tiles(encoder: Any, x: mx.array, *, options: AttentionOptions, sid
 def decode_in_tiles(decoder: Any, x: mx.array, *, options: AttentionOptions, side: int) -> mx.array:
     """What the VAE's decoder makes of latents (n, h, w, c), in tiles of `side` pixels. Raises OptionError for the side."""
     side = check_tile(side)
-    x = decoder.mid_block(decoder.conv_in(x), options=options)
+    x = mx.array(decoder.mid_block(decoder.conv_in(x), options=options))  # a copy, for whoever looks at what a block returns
     for level in decoder.up_blocks:
         for block in level.resnets:
             x = resnet_in_tiles(block, x, side=side)

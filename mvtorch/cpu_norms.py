@@ -15,6 +15,7 @@ from mvtorch import cuda_fused
 _LEAST_NUMBERS = 1 << 15  # of a piece: with fewer, the many calls take longer than what they save
 # Pixels whose numbers are added up one after the other, which costs float32 its last digits.
 _PIECE_PIXELS = {torch.float32: 256, torch.bfloat16: 4096, torch.float16: 4096}
+_MOST_PIXELS = 1024  # that PyTorch's kernel adds up one after the other
 _CACHED_PIXELS = 4096
 _LARGEST_MEAN = 64  # in deviations
 
@@ -35,9 +36,7 @@ def norm_silu(norm: Any, x: Tensor, *, overwrite: bool = False) -> Tensor:
         return F.silu(norm(x))
     if is_for(x):
         target = x if overwrite else None
-        out = normalised(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=True, out=target)
-        if out is not None:
-            return out
+        return normalised(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=True, out=target)
     out = cuda_fused.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=True, overwrite=overwrite)
     return F.silu(norm(x), inplace=True) if out is None else out
 
@@ -46,22 +45,24 @@ def is_for(x: Tensor) -> bool:
     """Whether `normalised` is for pictures x (n, c, h, w)."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype not in _PIECE_PIXELS:
         return False
-    return x.shape[1] * min(x.shape[2] * x.shape[3], _PIECE_PIXELS[x.dtype]) >= _LEAST_NUMBERS
+    pixels = x.shape[2] * x.shape[3]
+    return pixels > _MOST_PIXELS or x.shape[1] * min(pixels, _PIECE_PIXELS[x.dtype]) >= _LEAST_NUMBERS
 
 
 def normalised(
     x: Tensor, groups: int, scale: Tensor, shift: Tensor, *, eps: float, silu: bool = False, out: Tensor | None = None
-) -> Tensor | None:
+) -> Tensor:
     """Group norm of x (n, c, h, w) with factors and summands (c,) or (n, c), and its SiLU if asked for; `out` may be x.
 
-    None where a mean is so large beside the deviation that float32 would lose digits: subtract it first.
+    A mean that is so large beside the deviation that float32 would lose digits is subtracted first.
     """
     n, c, _, width = x.shape
     mean, variance = _statistics(x, groups)
     if bool((mean.square() > _LARGEST_MEAN**2 * (variance + eps)).any()):
-        return None
+        x = x - mean.to(x.dtype)[..., None, None]
+        mean, variance = _statistics(x, groups)
     scale, shift = (each.float().expand(n, c) for each in (scale, shift))
-    out, unused = torch.empty_like(x) if out is None else out, torch.empty(0)
+    out, unused = torch.empty_like(x) if out is None else out, torch.empty(0, dtype=torch.float32, device=x.device)
     rows = max(1, _CACHED_PIXELS // width)
     for number in range(n):
         weight, bias, at, spread = scale[number], shift[number], mean[number], variance[number]
@@ -82,7 +83,8 @@ def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     n, c, height, width = x.shape
     limit = max(1, _PIECE_PIXELS[x.dtype] // width)
     rows = next(rows for rows in range(min(limit, height), 0, -1) if height % rows == 0)
-    zeros = torch.zeros(c)  # and left so; statistics of half precision are float32 only beside them
+    # Left as they are: statistics of half precision are float32 only beside them.
+    zeros = torch.zeros(c, dtype=torch.float32, device=x.device)
     pieces = (piece for picture in x.split(1) for piece in picture.split(rows, dim=2))
     found = [torch.batch_norm_update_stats(piece, zeros, zeros, 0.0) for piece in pieces]
     means, variances = (torch.stack(each).view(n, -1, groups, c // groups).double() for each in zip(*found, strict=True))

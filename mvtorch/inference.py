@@ -28,9 +28,12 @@ ORDER = (
 @contextmanager
 def inference(device: str) -> Iterator[None]:
     """A context in which a network computes on a device, and keeps nothing for gradients."""
+    kind = torch.device(device).type
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        if torch.device(device).type == "cuda":
+        if torch.is_autocast_enabled(kind):  # by the program around this: a model has a dtype
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if kind == "cuda":
             stack.enter_context(exact_float32())
             stack.enter_context(fastest_attention(device))
         yield

@@ -108,7 +108,7 @@ class LatentModel:
 
     def from_numpy(self, x: NDArray[np.float32]) -> Tensor:
         """A float32 copy on the device."""
-        return to_device(torch.tensor(np.ascontiguousarray(x, dtype=np.float32)), self.device)
+        return to_device(torch.from_numpy(np.array(x, np.float32)), self.device)
 
     def to_numpy(self, x: Tensor) -> NDArray[np.float32]:
         """A float32 copy."""

@@ -30,9 +30,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(n, c, h, w) to (n, c, h, w)."""
         if cpu_norms.is_for(x):
-            out = cpu_norms.normalised(x, self.num_groups, self.weight, self.bias, eps=self.eps)
-            if out is not None:
-                return out
+            return cpu_norms.normalised(x, self.num_groups, self.weight, self.bias, eps=self.eps)
         out = None
         if not is_observed(self):
             out = cuda_fused.group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
@@ -51,9 +49,7 @@ class AdaGroupNorm(nn.Module):
         """(n, c, h, w) and embeddings (n, embed_dim) to (n, c, h, w)."""
         scale, shift = self.scale_shift(emb)
         if cpu_norms.is_for(x):
-            out = cpu_norms.normalised(x, self.groups, scale, shift, eps=self.eps)
-            if out is not None:
-                return out
+            return cpu_norms.normalised(x, self.groups, scale, shift, eps=self.eps)
         scale, shift = (value[:, :, None, None] for value in (scale, shift))
         return torch.addcmul(shift, F.group_norm(_centred(x, self.groups), self.groups, eps=self.eps), scale)
 
@@ -68,7 +64,7 @@ def _centred(x: Tensor, groups: int) -> Tensor:
     if x.device.type != "cpu":
         return x
     n, c = x.shape[:2]
-    means = x.detach().mean(dim=(2, 3)).view(n, groups, -1).mean(dim=-1, keepdim=True)
+    means = x.detach().mean(dim=3).mean(dim=2).view(n, groups, -1).mean(dim=-1, keepdim=True)
     return x - means.expand(-1, -1, c // groups).reshape(n, c, 1, 1)
 
 

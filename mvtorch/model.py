@@ -26,6 +26,7 @@ from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
 from mvshared.random_weights import random_weights
+from mvshared.shapes import check_step, check_token_ids
 from mvshared.weights import (
     Stored,
     check_names_and_shapes,
@@ -88,6 +89,8 @@ class MultiViewModel(LatentModel):
         """The text tower's last states (n, l, c), float32, of token ids (n, l). Raises OptionError without a text tower."""
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
+        assert self.config.text_encoder is not None
+        check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
         with inference(self.device):
             return self.networks["text_encoder"](torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
 
@@ -169,13 +172,15 @@ class MultiViewModel(LatentModel):
         Raises OptionError for shapes that do not fit, and unless there is a weight per branch.
         """
         check_weights(weights, branches=condition.branches)
+        normals = None if condition.normals is None else tuple(condition.normals.shape)
+        check_step(self.config.unet, x=tuple(x.shape), normals=normals)
         count = len(condition.branches)
         together = count if self.plan.branches_at_once else 1
         with inference(self.device):
             outs: list[Tensor] = []
             for first in range(0, count, together):
                 outs.extend(self._outputs(x, t, condition, slice(first, first + together)))
-            mixed = reduce(add, (weight * out for weight, out in zip(weights, outs, strict=True)))
+            mixed = reduce(add, (float(weight) * out for weight, out in zip(weights, outs, strict=True)))
             return Guided(rescaled(mixed, outs[-1], rescale) if rescale else mixed, outs[-1])
 
     def _times(self, timesteps: Sequence[float], *, batch: int) -> dict[float, Tensor]:
@@ -220,9 +225,8 @@ def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:
     """
     deviation = x.std(dim=(1, 2, 3), keepdim=True)
     ratio = conditional.std(dim=(1, 2, 3), keepdim=True) / deviation
-    return x * (1 - share + share * ratio).masked_fill(
-        ~(deviation > 0), 1.0
-    )  # torch.where would bring the number from the host
+    # torch.where would bring the number from the host.
+    return x * (1 - share + share * ratio).masked_fill(~(deviation > 0), 1.0)
 
 
 def choose_device(device: str = "auto") -> str:
@@ -236,7 +240,7 @@ def choose_device(device: str = "auto") -> str:
         raise BackendError(
             f"PyTorch cannot use the device {device!r}: {reason}", backend="torch", hint="use cpu, or leave it to auto"
         ) from error
-    return device
+    return "cpu" if torch.device(device).type == "cpu" else device  # cpu:0, too
 
 
 def default_dtype(device: str) -> DtypeChoice:
@@ -491,7 +495,7 @@ def set_weights(module: nn.Module, weights: Mapping[str, NDArray[Any]]) -> None:
     check_names_and_shapes(expected=weight_shapes(module), found=found, path=None)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            tensor.copy_(torch.tensor(np.ascontiguousarray(weights[name])))
+            tensor.copy_(torch.from_numpy(np.array(weights[name])))
 
 
 def get_weights(module: nn.Module) -> dict[str, NDArray[np.float32]]:

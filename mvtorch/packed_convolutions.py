@@ -109,7 +109,7 @@ class PackedUpsampledConv2d(Packed):
         """(n, i, h, w) to (n, o, 2 h, 2 w)."""
         n, _, height, width = x.shape
         size = (n, self.weight.shape[0], 2 * height, 2 * width)
-        out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for row, column, kernel in self.phases:
             padded = F.pad(x, (1 - column, column, 1 - row, row))
             out[:, :, row::2, column::2] = convolution(padded, kernel, self.bias, stride=[1, 1], padding=[0, 0])

@@ -50,11 +50,13 @@ def in_tiles(
     halo: int,
     up: int = 1,
     down: int = 1,
+    add: Callable[[Tile], Tensor] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """A layer of x (n, c, h, w), computed in tiles of its result; `layer` gets the piece of x that a tile needs, and the tile.
 
-    See `mvshared.tiling.tiles`. `out` is written to; it may be an array that only the tile itself is read from.
+    See `mvshared.tiling.tiles`. `add` gives what is added to a tile. `out` is written to; it may be an array that only the tile
+    itself is read from.
     """
     size = x.shape[2] * up // down, x.shape[3] * up // down
     for tile in tiles(*size, side, halo=halo, up=up, down=down):
@@ -62,7 +64,8 @@ def in_tiles(
         if out is None:
             shape = (*piece.shape[:2], *size)
             out = torch.empty(shape, dtype=piece.dtype, device=x.device, memory_format=torch.channels_last)
-        out[(..., *tile.target)] = piece[(..., *tile.crop)]
+        result = piece[(..., *tile.crop)]
+        out[(..., *tile.target)] = result if add is None else result + add(tile)
     assert out is not None
     return out
 
@@ -73,12 +76,12 @@ def resnet_in_tiles(block: ResnetBlock, x: Tensor, *, side: int) -> Tensor:
     h = in_tiles(lambda piece, tile: block.conv1(norm.silu(piece)), x, side=side, halo=1)
     norm = norm_of(block.norm2, h, side=side)
 
-    def second(piece: Tensor, tile: Tile) -> Tensor:
-        y, rest = block.conv2(norm.silu(piece)), x[(..., *tile.target)]
-        y[(..., *tile.crop)] += rest if block.conv_shortcut is None else block.conv_shortcut(rest)
-        return y
+    def rest(tile: Tile) -> Tensor:
+        here = x[(..., *tile.target)]
+        return here if block.conv_shortcut is None else block.conv_shortcut(here)
 
-    return in_tiles(second, h, side=side, halo=1, out=x if block.conv_shortcut is None else None)
+    target = x if block.conv_shortcut is None else None
+    return in_tiles(lambda piece, tile: block.conv2(norm.silu(piece)), h, side=side, halo=1, add=rest, out=target)
 
 
 def encode_in_tiles(encoder: Any, x: Tensor, *, options: AttentionOptions, side: int) -> Tensor:
@@ -98,7 +101,7 @@ def encode_in_tiles(encoder: Any, x: Tensor, *, options: AttentionOptions, side:
 def decode_in_tiles(decoder: Any, x: Tensor, *, options: AttentionOptions, side: int) -> Tensor:
     """What the VAE's decoder makes of latents (n, c, h, w), in tiles of `side` pixels. Raises OptionError for the side."""
     side = check_tile(side)
-    x = decoder.mid_block(decoder.conv_in(x), options=options)
+    x = decoder.mid_block(decoder.conv_in(x), options=options).clone()  # for whoever looks at what a block returns
     for level in decoder.up_blocks:
         for block in level.resnets:
             x = resnet_in_tiles(block, x, side=side)

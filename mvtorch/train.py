@@ -131,11 +131,11 @@ class Trainer:
         self.steps, self.loss_scale = unpacked.steps, unpacked.loss_scale
         device = self.device if self.optimizer.defaults["fused"] else "cpu"
         for name, parameter in self.parameters.items():
-            self.ema[name].copy_(torch.tensor(unpacked.ema[name]))
+            self.ema[name].copy_(torch.from_numpy(np.array(unpacked.ema[name])))
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(updates(self.steps, self.loss_scale)), device=device),
-                "exp_avg": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg[name])),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(torch.tensor(unpacked.exp_avg_sq[name])),
+                "exp_avg": torch.empty_like(parameter).copy_(torch.from_numpy(np.array(unpacked.exp_avg[name]))),
+                "exp_avg_sq": torch.empty_like(parameter).copy_(torch.from_numpy(np.array(unpacked.exp_avg_sq[name]))),
             }
 
     def _gradients(self, batch: Any, scale: Tensor) -> Tensor:

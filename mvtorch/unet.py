@@ -303,7 +303,7 @@ class MultiViewUNet(nn.Module):
         reference, scale = constants.reference, constants.reference_scale
         if reference is None or scale == 1:
             return None
-        bias = torch.zeros(views + reference.shape[1], device=reference.device)
+        bias = torch.zeros(views + reference.shape[1], dtype=torch.float32, device=reference.device)
         bias[views:].fill_(math.log(scale))
         return bias
 

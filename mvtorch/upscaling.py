@@ -14,7 +14,7 @@ from mvshared.backend import Dtype, TextStates
 from mvshared.checkpoint import Component, find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
 from mvshared.networks import Networks
-from mvshared.shapes import check_pictures
+from mvshared.shapes import check_pictures, check_same, check_token_ids
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
 from mvshared.weights import choose_quantization
@@ -71,6 +71,8 @@ class UpscalerModel(LatentModel):
         """
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
+        assert self.config.text_encoder is not None
+        check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
         with inference(self.device):
             out = self.networks["text_encoder"](torch.tensor(token_ids, device=self.device))
             return TextStates(out.hidden_states[-1].float(), out.pooler_output.float())
@@ -97,6 +99,7 @@ class UpscalerModel(LatentModel):
         With two branches it is `unconditional + guidance * (conditional - unconditional)`. Raises OptionError for shapes that
         do not fit.
         """
+        check_same("latents", tuple(x.shape), tuple(condition.low.shape))
         with inference(self.device):
             branches = len(condition.embedding)
             unet = self.unet

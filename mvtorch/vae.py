@@ -152,7 +152,7 @@ class AutoencoderKL(nn.Module):
         deterministic encoding is the mean, a sample is `mean + exp(logvar / 2) * noise`; `logvar` is in [-30, 20].
         Raises OptionError for a size that is no multiple of `config.downscale`.
         """
-        check_pictures("pixels", pixels.shape, channels=self.config.in_channels, multiple=self.config.downscale)
+        check_pictures("pixels", tuple(pixels.shape), channels=self.config.in_channels, multiple=self.config.downscale)
         mean, logvar = _in_batches(partial(self._encode, tile=tile), pixels, batch).chunk(2, dim=-1)
         return Moments(mean, logvar.clamp(-30.0, 20.0))
 
@@ -161,7 +161,7 @@ class AutoencoderKL(nn.Module):
 
         `tile` as in `encode`. Raises OptionError for a wrong number of channels.
         """
-        check_pictures("latents", latents.shape, channels=self.config.latent_channels)
+        check_pictures("latents", tuple(latents.shape), channels=self.config.latent_channels)
         return _in_batches(partial(self._decode, tile=tile), latents, batch)
 
     def scale_latents(self, latents: Tensor) -> Tensor:

@@ -10,10 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import torch
+from helpers import FLOAT32_RMS, assert_close
 from metal_on_cpu import group_norm_on_cpu
 from numpy.typing import NDArray
 
 import mvmlx.group_norm
+import mvtorch.layers
 from mvmlx.group_norm import MANY, MANY_THREADS, THREADS, fused_group_norm
 from mvmlx.layers import GroupNorm, _group_norm, _norm_silu
 from mvshared.errors import MvWarning
@@ -46,9 +49,11 @@ def emulated(x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any], *, group
     lanes = THREADS if count <= MANY else MANY_THREADS
 
     def reduced(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Every thread sums each of its numbers in turn, a simdgroup its threads as a butterfly, then those in turn."""
-        padded = np.pad(values, [(0, 0), (0, 0), (0, -count % lanes)]).reshape(n, groups, -1, lanes)
-        sums = np.add.accumulate(padded, axis=2, dtype=np.float32)[:, :, -1].reshape(n, groups, lanes // 32, 32)
+        """Every thread sums its numbers in turn, 64 at a time, then those sums; a simdgroup its threads as a butterfly, then
+        those in turn."""
+        padded = np.pad(values, [(0, 0), (0, 0), (0, -count % (64 * lanes))]).reshape(n, groups, -1, 64, lanes)
+        parts = np.add.accumulate(padded, axis=3, dtype=np.float32)[:, :, :, -1]
+        sums = np.add.accumulate(parts, axis=2, dtype=np.float32)[:, :, -1].reshape(n, groups, lanes // 32, 32)
         for step in (16, 8, 4, 2, 1):
             sums = sums + sums[..., np.arange(32) ^ step]
         return np.add.accumulate(sums[..., 0], axis=2, dtype=np.float32)[:, :, -1:]
@@ -86,6 +91,28 @@ def test_the_kernels_arithmetic_loses_no_digits(shape: tuple[int, ...], groups: 
 def test_the_plain_path_loses_none_either(shape: tuple[int, ...], groups: int, mean: float, silu: bool) -> None:
     arrays, options = inputs(shape, mean=mean), {"groups": groups, "eps": 1e-6, "silu": silu}
     np.testing.assert_allclose(plain(*arrays, **options), exact(*arrays, **options), rtol=2e-5, atol=3e-5)
+
+
+def flat(side: int, channels: int) -> NDArray[np.float32]:
+    """A picture of two colours: what is added up is the same number again and again, and so is what is rounded."""
+    x = np.broadcast_to(np.random.default_rng(0).random(channels, np.float32), (1, side, side, channels)).copy()
+    x[:, : side // 3, : side // 3] *= 3
+    return x
+
+
+@pytest.mark.parametrize("computed", ["emulated", "plain", "torch"])
+@pytest.mark.parametrize(("side", "channels"), [(512, 24), (256, 128), (515, 8)])
+def test_large_flat_pictures_cost_no_digits(computed: str, side: int, channels: int) -> None:
+    x, weight, bias = flat(side, channels), np.ones(channels, np.float32), np.zeros(channels, np.float32)
+    options = {"groups": 8, "eps": 1e-6, "silu": False}
+    expected = exact(x, weight, bias, **options)
+    if computed == "torch":
+        norm = mvtorch.layers.GroupNorm(8, channels, eps=1e-6)
+        with torch.inference_mode():
+            ours = norm(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    else:
+        ours = {"emulated": emulated, "plain": plain}[computed](x, weight, bias, **options)
+    assert_close(ours, expected, rms=FLOAT32_RMS)
 
 
 def test_a_constant_group_becomes_its_bias_on_both_paths() -> None:

@@ -229,3 +229,42 @@ def test_weights_are_joined_for_cuda_as_they_are_read(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
     network = load_network(config, paths, dtype="float32", device="cuda")
     assert calls == [network]
+
+
+# The program around
+
+
+def generated(pipe: Any, **options: Any) -> np.ndarray:
+    views = pipe.generate(FOLDER / "input.png", prompt="an owl", negative_prompt="", steps=2, **options)
+    return np.concatenate([views.latents.ravel(), views.images.ravel()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_dtype_of_the_program_around_changes_nothing(dtype: torch.dtype) -> None:
+    expected = generated(load(FOLDER, backend="torch", device="cpu", dtype="float32"), reference_scale=0.7)
+    torch.set_default_dtype(dtype)
+    try:
+        ours = generated(load(FOLDER, backend="torch", device="cpu", dtype="float32"), reference_scale=0.7)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_the_device_of_the_program_around_changes_nothing() -> None:
+    pipe = load(FOLDER, backend="torch", device="cpu", dtype="float32")
+    expected = generated(pipe)
+    with torch.device("meta"):  # as of a GPU, which is not here: what is made without a device lands there
+        np.testing.assert_array_equal(generated(pipe), expected)
+        np.testing.assert_array_equal(generated(load(FOLDER, backend="torch", device="cpu", dtype="float32")), expected)
+
+
+def test_autocast_of_the_program_around_changes_nothing() -> None:
+    pipe = load(FOLDER, backend="torch", device="cpu", dtype="float32")
+    expected = generated(pipe)
+    with torch.autocast("cpu"):
+        np.testing.assert_array_equal(generated(pipe), expected)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_every_name_of_the_cpu_is_the_cpu() -> None:
+    assert load("demo", backend="torch", device="cpu:0").model.device == "cpu"

@@ -103,6 +103,50 @@ def test_two_may_look_at_once(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_those_who_look_may_leave_in_any_order(backend: Backend) -> None:
+    model, inputs = make_unet(TINY_UNET, backend), unet_inputs(TINY_UNET)
+    seen: dict[str, list[str]] = {"first": [], "second": []}
+    first, second = (
+        PACKAGES[backend].observe(model, lambda name, array, seconds, who=who: seen[who].append(name)) for who in seen
+    )
+    first.__enter__()
+    second.__enter__()
+    denoise(model, inputs)
+    assert seen["first"] == seen["second"] != []
+    first.__exit__(None, None, None)
+    before = len(seen["first"])
+    denoise(model, inputs)
+    assert (len(seen["first"]), len(seen["second"])) == (before, 2 * before)
+    second.__exit__(None, None, None)
+    denoise(model, inputs)
+    assert (len(seen["first"]), len(seen["second"])) == (before, 2 * before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nobody_looks_on_after_an_error_in_the_beginning(backend: Backend) -> None:
+    model, inputs, names = make_unet(TINY_UNET, backend), unet_inputs(TINY_UNET), list[str]()
+    observer = PACKAGES[backend].observe({"unet": model, "other": 3}, lambda name, array, seconds: names.append(name))
+    with pytest.raises(AttributeError), observer:
+        pytest.fail("3 is no network")
+    denoise(model, inputs)
+    assert not names
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_have_their_names_for_both_who_look(backend: Backend) -> None:
+    model, inputs = make_unet(TINY_UNET, backend), unet_inputs(TINY_UNET)
+    seen: dict[str, dict[str, list[str]]] = {"first": {}, "second": {}}
+    first, second = (
+        PACKAGES[backend].observe_blocks(model, lambda block, who=who: seen[who].__setitem__(block.name, list(block.inputs)))
+        for who in seen
+    )
+    with first, second:
+        denoise(model, inputs)
+    assert seen["first"] == seen["second"]
+    assert seen["first"]["mid_block.resnets.0"] == ["x", "emb"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_seconds_count_what_is_inside_a_block_and_not_the_observer(backend: Backend) -> None:
     """The observer sleeps 20 ms a block: a whole level takes far less than its dozens of blocks would then."""
     model, inputs = make_unet(TINY_UNET, backend), unet_inputs(TINY_UNET)

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import mvmlx
+import mvtorch
 from mvshared.backend import load
 from mvshared.errors import OptionError
 from mvshared.images import from_model, to_model
@@ -78,3 +80,20 @@ def test_tiles_are_at_most_one_level_off(backend: Backend, dtype: str) -> None:
 def test_the_side_of_a_tile_is_a_multiple_of_8(vaes: dict[Backend, Any], backend: Backend, side: int) -> None:
     with pytest.raises(OptionError, match="tile must be a positive multiple of 8"):
         vaes[backend].decode(from_numpy(vaes[backend], np.zeros((1, 8, 8, 4), np.float32)), tile=side)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_blocks_return_is_left_alone(vaes: dict[Backend, Any], backend: Backend) -> None:
+    vae, kept = vaes[backend], list[tuple[str, Any, np.ndarray]]()
+
+    def keep(name: str, array: Any, seconds: float) -> None:
+        kept.append((name, array, to_numpy(array).copy()))
+
+    with {"torch": mvtorch, "mlx": mvmlx}[backend].observe(vae, keep):
+        latents = vae.encode(
+            from_numpy(vae, np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32)), tile=16
+        )
+        vae.decode(latents.mean, tile=16)
+    assert len(kept) > 50
+    for name, array, then in kept:
+        np.testing.assert_array_equal(to_numpy(array), then, err_msg=name)

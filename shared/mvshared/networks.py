@@ -1,7 +1,7 @@
 """The networks of a model: each read when it is first needed, and dropped when its memory is."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 Attach: TypeAlias = Callable[[str, Any], Callable[[], None]]
@@ -89,9 +89,7 @@ def watched(networks: Any, attach: Attach) -> Iterator[None]:
             yield
         return
     single = hasattr(networks, "named_modules")
-    ends = [attach(name, network) for name, network in ({"": networks} if single else networks).items()]
-    try:
+    with ExitStack() as stack:
+        for name, network in ({"": networks} if single else networks).items():
+            stack.callback(attach(name, network))
         yield
-    finally:
-        for end in ends:
-            end()

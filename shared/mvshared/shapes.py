@@ -1,5 +1,8 @@
 """Checks of the shapes that come into the networks, the same for both backends."""
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mvshared.config import UNetConfig
 from mvshared.errors import OptionError
 
@@ -19,6 +22,30 @@ def check_tokens(shape: Shape, *, longest: int) -> None:
     """Raise OptionError unless token ids have the shape (b, l), not empty, l at most `longest`."""
     if len(shape) != 2 or 0 in shape or shape[1] > longest:
         raise OptionError("token ids", expected=f"of shape (b, l) with l at most {longest}", got=shape)
+
+
+def check_token_ids(ids: NDArray[np.int64], *, vocab_size: int) -> None:
+    """Raise OptionError unless token ids are whole numbers that a text encoder knows."""
+    if ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < vocab_size):
+        got = f"{ids.dtype} from {ids.min()} to {ids.max()}" if ids.size else str(ids.dtype)
+        raise OptionError("token ids", expected=f"whole numbers from 0 to {vocab_size - 1}", got=got)
+
+
+def check_step(config: UNetConfig, *, x: Shape, normals: Shape | None) -> None:
+    """Raise OptionError unless latents x (v, h, w, c) can be denoised, with latents of normal maps (b, v, h, w, c) or none."""
+    check_pictures("latents", x, channels=config.out_channels, multiple=config.downscale)
+    if normals is None:
+        return
+    if not config.normal_channels:
+        raise OptionError("normals", expected="None for a model without normal maps", got=normals)
+    if normals[1:] != (*x[:3], config.normal_channels):
+        raise OptionError("normals", expected=f"of shape {(*x[:3], config.normal_channels)}", got=normals[1:])
+
+
+def check_same(name: str, shape: Shape, expected: Shape) -> None:
+    """Raise OptionError unless the shapes are the same."""
+    if shape != expected:
+        raise OptionError(name, expected=f"of shape {expected}", got=shape)
 
 
 def check_unet_inputs(
