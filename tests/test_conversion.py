@@ -41,6 +41,7 @@ from mvshared.conversion.configs import (
     diffusers_unet_document,
     image_processor_document,
     ldm_unet_document,
+    open_clip_text_config,
     scheduler_document,
     vae_document,
 )
@@ -343,13 +344,144 @@ def test_the_noise_schedule_is_known_in_every_dtype(originals: dict[str, Path], 
 
 @pytest.mark.parametrize(
     ("name", "given"),
-    [("extra", {"extra": [TOKENIZER]}), ("like", {"like": FIXTURES / "tiny-mvdream"}), ("family", {"family": "sd15"}),
+    [("extra files", {"extra": [TOKENIZER]}), ("like", {"like": FIXTURES / "tiny-mvdream"}), ("family", {"family": "sd15"}),
      ("shard size", {"shard_bytes": 10**6})],
 )  # fmt: skip
 def test_what_one_file_has_no_use_for_is_refused(tmp_path: Path, name: str, given: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"{name} must be left out for one file"):
         convert(FIXTURES / "tiny-mvdream", tmp_path / "one.safetensors", **given)
     assert not (tmp_path / "one.safetensors").exists()
+
+
+def with_scheduler(folder: Path, tmp_path: Path, **changes: Any) -> Path:
+    """A folder whose scheduler is another one."""
+    shutil.copytree(folder, tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return tmp_path
+
+
+def test_a_scheduler_that_comes_along_decides_what_the_model_predicts(
+    originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    file = originals["sd21"]
+    velocity = with_scheduler(folders["sd21"], tmp_path / "v", prediction_type="v_prediction")
+    for beside, family, says in ((velocity, "sd21", "v_prediction"), (folders["sd21"], "sd21-768", "epsilon")):
+        both: list[dict[str, Any]] = [{"extra": [beside]}, {"like": beside}]
+        for options in both:
+            with pytest.raises(OptionError, match=f"family must be another than {family}: the scheduler beside it says {says}"):
+                convert(file, tmp_path / "out", family=family, **options)
+    report = convert(file, tmp_path / "out", like=velocity)
+    assert report.family == "sd21-768"
+    config = read_model_config(tmp_path / "out")
+    assert (config.family, config.scheduler.prediction_type) == ("sd21-768", "v_prediction")
+
+
+def test_a_folder_is_of_the_family_that_it_is_of(folders: dict[str, Path], tmp_path: Path) -> None:
+    for family in ("sd21-768", "mvdream"):
+        with pytest.raises(OptionError, match=f"family must be sd21, which this folder is, or left out, got '{family}'"):
+            convert(folders["sd21"], tmp_path / "out", family=family)
+    assert convert(folders["sd21"], tmp_path / "out", family="sd21").family == "sd21"
+
+
+def test_the_noise_schedule_is_compared_with_that_of_the_scheduler_that_comes_along(
+    originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    linear = with_scheduler(folders["sd21"], tmp_path / "linear", beta_schedule="linear")
+    tensors = as_trained(originals["sd21"])
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="with another noise schedule than that of the scheduler beside it"):
+        convert(tmp_path / "a.safetensors", tmp_path / "out", like=linear)
+    config = SchedulerConfig(beta_schedule="linear")
+    tensors["alphas_cumprod"] = torch.from_numpy(alphas_cumprod(config).astype(np.float32))
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "out", like=linear)
+    assert read_model_config(tmp_path / "out").scheduler.beta_schedule == "linear"
+
+
+def test_a_file_that_has_betas_alone_is_known_by_them(originals: dict[str, Path], tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(originals["sd21"])
+    tensors["betas"] = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().float()
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "out", extra=[TOKENIZER])
+    tensors["betas"] = torch.linspace(1e-4, 0.02, 1000)
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="was trained with another noise schedule than Stable Diffusion's"):
+        convert(tmp_path / "a.safetensors", tmp_path / "other", extra=[TOKENIZER])
+
+
+@pytest.mark.parametrize(("count", "projection", "layers"), [(24, True, 23), (24, False, 23), (23, True, 23), (23, False, 23)])
+def test_stable_diffusion_2_takes_the_states_before_the_last_layer_of_its_text_tower(
+    count: int, projection: bool, layers: int
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (49408, 1024), "positional_embedding": (77, 1024)}
+    for number in range(count):
+        shapes[f"transformer.resblocks.{number}.ln_1.weight"] = (1024,)
+        shapes[f"transformer.resblocks.{number}.mlp.c_fc.weight"] = (4096, 1024)
+    shapes |= {"text_projection": (1024, 1024)} if projection else {}
+    assert open_clip_text_config(shapes).num_hidden_layers == layers
+
+
+def save_unet(config: UNetConfig, path: Path) -> Path:
+    """A U-Net in one file, under its original names."""
+    tensors, names = weights(config), ldm_unet_names(network_shapes(config), config)
+    safetensors.torch.save_file({f"model.diffusion_model.{names[name]}": tensors[name] for name in tensors}, path)
+    return path
+
+
+def test_mvdream_on_stable_diffusion_1_5_is_converted(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = replace(SD15, camera_dim=16)
+    file = save_unet(config, tmp_path / "unet.safetensors")
+    convert(file, tmp_path / "out", extra=[folders["mvdream"]])
+    assert read_model_config(tmp_path / "out").unet == config
+    assert not inspect(tmp_path / "out").faults
+
+
+def test_image_tokens_without_cameras_keep_their_resampler(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = replace(IMAGEDREAM, camera_dim=None)
+    convert(save_unet(config, tmp_path / "unet.safetensors"), tmp_path / "out", extra=[folders["imagedream"]])
+    assert read_model_config(tmp_path / "out").unet == config
+    assert not inspect(tmp_path / "out").faults
+
+
+def test_networks_that_make_no_model_are_refused_before_anything_is_written(originals: dict[str, Path], tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(originals["sd15"])
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    safetensors.torch.save_file(
+        tensors | {name: tensors[name].repeat(1, 3, 1, 1)[:, :9].contiguous()}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"in_channels must be as many as out_channels .* got 9 and 4"):
+        convert(tmp_path / "a.safetensors", tmp_path / "out", extra=[TOKENIZER])
+    wide = save_unet(replace(SD15, cross_attention_dim=32), tmp_path / "wide.safetensors")
+    rest = {name: each for name, each in tensors.items() if not name.startswith("model.diffusion_model.")}
+    safetensors.torch.save_file(safetensors.torch.load_file(wide) | rest, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="holds networks that make no model: cross_attention_dim must be"):
+        convert(tmp_path / "b.safetensors", tmp_path / "out", extra=[TOKENIZER])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vae_in_a_file_of_its_own_may_have_what_its_training_left(originals: dict[str, Path], tmp_path: Path) -> None:
+    prefix, tensors = "first_stage_model.", safetensors.torch.load_file(originals["sd15"])
+    vae = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    vae |= {"loss.logvar": torch.zeros(1), "loss.discriminator.main.0.weight": torch.zeros(2)}
+    safetensors.torch.save_file(vae, tmp_path / "vae.safetensors")
+    report = convert(tmp_path / "vae.safetensors", tmp_path / "out")
+    assert {"loss.logvar", "loss.discriminator.main.0.weight"} <= report.left_out.keys()
+
+
+def test_a_text_tower_may_lack_its_prefix(originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(originals["sd15"])
+    short = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in tensors.items()}
+    assert short.keys() != tensors.keys()
+    safetensors.torch.save_file(short, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "out", extra=[TOKENIZER])
+    expected = {f"text_model.{name}": tensor for name, tensor in tensors_of(folders["sd15"], "text_encoder").items()}
+    assert_same_tensors(tensors_of(tmp_path / "out", "text_encoder"), expected)
+
+
+def test_the_default_size_is_the_family_s_whatever_the_vae(originals: dict[str, Path], tmp_path: Path) -> None:
+    convert(originals["sd21"], tmp_path / "out", extra=[TOKENIZER])  # its VAE has two pixels a latent
+    assert read_model_config(tmp_path / "out").defaults.size_px == 512
 
 
 def test_another_noise_schedule_is_refused(originals: dict[str, Path], tmp_path: Path) -> None:
@@ -618,6 +750,40 @@ def test_what_an_earlier_model_had_and_the_new_one_has_not_is_removed_with_force
     convert(Path("demo"), out, force=True)
     assert not (out / "image_encoder").exists()
     assert not inspect(out).faults
+
+
+def test_a_network_alone_does_not_take_the_place_of_a_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    model, unet = tmp_path / "model", tmp_path / "unet.safetensors"
+    convert(folders["mvdream"], model)
+    shutil.copy(model / "unet" / "diffusion_pytorch_model.safetensors", model / "unet" / "my_lora.safetensors")
+    tensors = read_original(folders["mvdream"], tmp_path)
+    safetensors.torch.save_file(tensors, unet)
+    before = {path: path.stat().st_size for path in model.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match=r"holds vae, text_encoder too, which this would remove, and unet alone is no model"):
+        convert(unet, model, like=folders["mvdream"], force=True)
+    assert {path: path.stat().st_size for path in model.rglob("*") if path.is_file()} == before
+    convert(folders["mvdream"], model, dtype="float16", force=True)
+    assert (model / "unet" / "my_lora.safetensors").exists()
+    assert not inspect(model).faults
+
+
+def read_original(folder: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """The U-Net of a folder under its original names."""
+    convert(folder, tmp_path / "whole.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "whole.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
+
+
+def test_numbers_of_64_bits_are_rounded_where_a_dtype_is_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    source, dest = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    values = torch.tensor([0.1, -3.0, 1e30], dtype=torch.float64)
+    safetensors.torch.save_file({"a": values, "n": torch.arange(3)}, source)
+    convert(source, dest, dtype="float32")
+    found = safetensors.torch.load_file(dest)
+    assert torch.equal(found["a"], values.float())
+    assert torch.equal(found["n"], torch.arange(3))
+    with pytest.raises(CheckpointError, match="a: 1 values are too large for float16"):
+        convert(source, dest, dtype="float16", force=True)
 
 
 def test_what_is_there_is_not_overwritten(originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Folders as the public checkpoints have them: families, sizes and schedules from their configs, weights in every layout."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import safetensors.numpy
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
@@ -26,10 +28,24 @@ from mvshared.backend import load
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.config import MVDREAM, SD21, SD_VAE, SchedulerConfig
 from mvshared.errors import CheckpointError, OptionError
-from mvshared.public_configs import diffusers_sampler, diffusers_scheduler, diffusers_unet, diffusers_vae, ldm_unet
+from mvshared.public_configs import (
+    diffusers_sampler,
+    diffusers_scheduler,
+    diffusers_unet,
+    diffusers_vae,
+    latent_size,
+    ldm_unet,
+)
+from mvshared.samplers import sampler_steps
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HERE = Path("config.json")
+DPM = {"_class_name": "DPMSolverMultistepScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+VAE: dict[str, Any] = {
+    "block_out_channels": [32],
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+}
 
 # What the public folders say, without the fields that are diffusers' defaults.
 MVDREAM_UNET = {
@@ -174,12 +190,26 @@ def test_a_sampler_that_is_here_is_the_default_with_its_spacing(
         (diffusers_unet, SD21_UNET | {"down_block_types": ["KDownBlock2D"] * 4}, "down_block_types is malformed"),
         (diffusers_unet, SD21_UNET | {"up_block_types": ["CrossAttnUpBlock2D"] * 4}, "the other way round"),
         (diffusers_unet, SD21_UNET | {"attention_head_dim": [5, 10]}, "attention_head_dim is malformed"),
+        (ldm_unet, MVDREAM_UNET | {"channel_mult": [1, None]}, "channel_mult is malformed"),
+        (diffusers_unet, SD21_UNET | {"block_out_channels": [320, 640, None, 1280]}, "block_out_channels is malformed"),
+        (diffusers_unet, SD21_UNET | {"num_attention_heads": [8, 8, 8, None]}, "num_attention_heads is malformed"),
+        (diffusers_unet, SD21_UNET | {"attention_head_dim": True}, "attention_head_dim is malformed"),
+        (diffusers_unet, SD21_UNET | {"down_block_types": [["DownBlock2D"]] * 4}, "down_block_types is malformed"),
+        (diffusers_unet, SD21_UNET | {"norm_num_groups": 7}, "config.json: block_out_channels must be multiples of"),
         (diffusers_vae, {"block_out_channels": [32], "down_block_types": ["X"]}, "down_block_types is malformed"),
+        (diffusers_vae, VAE | {"latents_std": ["a", 1.0, 1.0, 1.0]}, "latents_std is malformed"),
+        (diffusers_vae, VAE | {"latents_mean": [0.0, 0.0, 0.0, float("nan")]}, "latents_mean is malformed"),
+        (diffusers_vae, VAE | {"scaling_factor": float("inf")}, "scaling_factor is malformed"),
         (diffusers_scheduler, SD_SCHEDULER | {"clip_sample": True}, "clip_sample must be False"),
         (diffusers_scheduler, {"_class_name": "DDIMScheduler"}, "clip_sample must be False"),
         (diffusers_scheduler, SD_SCHEDULER | {"trained_betas": [0.1]}, "trained_betas must be None"),
         (diffusers_scheduler, SD_SCHEDULER | {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule must be one of"),
         (diffusers_scheduler, SD_SCHEDULER | {"steps_offset": 1.5}, "steps_offset is malformed"),
+        (diffusers_scheduler, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "_class_name must be one of"),
+        (diffusers_scheduler, {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "_class_name must be one of"),
+        (diffusers_scheduler, {"_class_name": "EulerDiscreteScheduler", "sigma_min": 0.1}, "sigma_min must be None"),
+        (diffusers_scheduler, {"_class_name": "UniPCMultistepScheduler", "sigma_max": 5.0}, "sigma_max must be None"),
+        (diffusers_scheduler, DPM | {"lambda_min_clipped": -2.0}, "lambda_min_clipped must be at most -2.68"),
     ],
 )
 def test_configs_that_the_models_here_cannot_be_are_refused(read: Any, document: dict[str, Any], message: str) -> None:
@@ -187,7 +217,63 @@ def test_configs_that_the_models_here_cannot_be_are_refused(read: Any, document:
         read(document, path=HERE)
 
 
+@pytest.mark.parametrize(
+    ("name", "leftover"),
+    [
+        ("EulerAncestralDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": 0.1}),
+        ("DPMSolverSinglestepScheduler", {"timestep_spacing": "leading", "rescale_betas_zero_snr": True, "steps_offset": 1}),
+        ("PNDMScheduler", {"clip_sample": True, "rescale_betas_zero_snr": True, "thresholding": True}),
+        ("DPMSolverMultistepScheduler", {"clip_sample": True, "set_alpha_to_one": True, "lambda_min_clipped": -math.inf}),
+        ("EulerDiscreteScheduler", {"lambda_min_clipped": -2.0, "clip_sample": True}),
+    ],
+)
+def test_fields_of_another_scheduler_s_class_count_for_nothing(name: str, leftover: dict[str, Any]) -> None:
+    plain = {"_class_name": name, **{field: SD_SCHEDULER[field] for field in BETAS}}
+    assert diffusers_scheduler(plain | leftover, path=HERE) == diffusers_scheduler(plain, path=HERE)
+    assert diffusers_sampler(plain | leftover) == diffusers_sampler(plain)
+
+
+def test_one_answer_for_all_levels_may_be_a_list() -> None:
+    assert diffusers_unet(SD21_UNET | {"only_cross_attention": [False] * 4}, path=HERE) == diffusers_unet(SD21_UNET, path=HERE)
+    with pytest.raises(CheckpointError, match="only_cross_attention must be False"):
+        diffusers_unet(SD21_UNET | {"only_cross_attention": [True, False, False, False]}, path=HERE)
+
+
 # Whole folders
+
+
+@pytest.mark.parametrize("changes", [{"steps_offset": 0}, {"clip_sample": True}, {"steps_offset": 0, "clip_sample": True}])
+def test_a_folder_is_read_as_diffusers_pipeline_reads_it(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path, **changes)
+    with pytest.warns(FutureWarning):  # which say that the pipeline changes the file's values
+        pipe = StableDiffusionPipeline(
+            vae=AutoencoderKL.from_pretrained(folder / "vae"),
+            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+            tokenizer=None,  # type: ignore[arg-type]
+            unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+            scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),  # type: ignore[arg-type]
+            safety_checker=None,  # type: ignore[arg-type]
+            feature_extractor=None,  # type: ignore[arg-type]
+            requires_safety_checker=False,
+        )
+    pipe.scheduler.set_timesteps(7)
+    config = read_model_config(folder)
+    ours = [step.timestep for step in sampler_steps("ddim", config.scheduler, steps=7, eta=0.0)]
+    assert ours == pipe.scheduler.timesteps.tolist()
+    assert not pipe.scheduler.config.clip_sample
+
+
+@pytest.mark.parametrize(("size", "expected"), [(16, 16), ([16, 16], 16), (None, 32)])
+def test_the_size_of_the_latents_is_one_number_or_two_that_are_the_same(size: Any, expected: int) -> None:
+    assert latent_size({"sample_size": size}, path=HERE, default=32) == expected
+    assert latent_size({"image_size": size}, path=HERE, default=32) == expected
+    assert latent_size({}, path=HERE, default=32) == 32
+
+
+@pytest.mark.parametrize("size", [8.0, True, 0, "16", [16, 24], [16], [[16], [16]]])
+def test_other_sizes_of_the_latents_are_refused(size: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: sample_size"):
+        latent_size({"sample_size": size}, path=HERE, default=32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -270,6 +356,7 @@ def test_shards_and_the_float16_variant_are_read(backend: Backend, tmp_path: Pat
         ({}, "must hold a weight_map"),
         ({"a": 1}, "must hold a weight_map"),
         ({"a": "../escape.safetensors"}, "a shard must lie beside its index"),
+        ({"a": ""}, "a shard must lie beside its index"),
         ({"a": "gone.safetensors"}, "gone.safetensors: the weight file is missing"),
     ],
 )
@@ -290,6 +377,23 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": names}))
     with pytest.raises(CheckpointError, match=r"which a\.safetensors holds too"):
         load(folder, backend="torch", device="cpu")
+
+
+def test_pickled_weights_are_pointed_to(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    (file,) = weight_files(folder, "unet")
+    file.rename(file.with_name("diffusion_pytorch_model.bin"))
+    hint = "mvmlx convert diffusion_pytorch_model.bin diffusion_pytorch_model.safetensors makes one of what is there"
+    with pytest.raises(CheckpointError, match=hint):
+        weight_files(folder, "unet")
+
+
+def test_a_vae_of_other_than_three_colours_is_refused(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 4, "out_channels": 4}))
+    with pytest.raises(CheckpointError, match=r"in_channels must be 3, which are red, .* got '4 and 4'"):
+        read_model_config(folder)
 
 
 def test_other_classes_are_refused(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import FileError, read_json_object, write_atomic, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins, repository_of
 from mvshared.public_configs import (
+    SET_BY_PIPELINES,
     clip_text,
     clip_vision,
     diffusers_sampler,
@@ -40,6 +41,7 @@ from mvshared.public_configs import (
     diffusers_vae,
     family_defaults,
     family_of,
+    latent_size,
     ldm_unet,
 )
 from mvshared.weights import read_header, stored_quantization
@@ -95,6 +97,8 @@ def _downloaded(name: str) -> Path:
         return Path(pin.folder)
     if name in REPOSITORIES or pin is not None:
         raise CheckpointError(f"the model {name!r} is not downloaded", hint=f"mvmlx download {name}")
+    if Path(name).is_file():
+        raise CheckpointError("is a file, and a checkpoint folder is needed", path=name, hint="mvmlx convert makes one of it")
     known = ", ".join((*EMBEDDED, *REPOSITORIES))
     raise CheckpointError(f"no such model: allowed are {known} and checkpoint folders, got {name!r}")
 
@@ -118,17 +122,20 @@ def weight_files(folder: Path, component: Component) -> list[Path]:
         for index in (path.with_name(f"{path.name}.index.json"), path.with_name(f"{stem}.safetensors.index{variant}.json")):
             if index.is_file():
                 return _shards(index)
-    raise CheckpointError("the weight file is missing", path=folder / component / f"{stem}.safetensors")
+    pickled = next((folder / component).glob("*.bin"), None)
+    hint = "" if pickled is None else f"mvmlx convert {pickled.name} {stem}.safetensors makes one of what is there"
+    raise CheckpointError("the weight file is missing", path=folder / component / f"{stem}.safetensors", hint=hint)
 
 
 def _shards(index: Path) -> list[Path]:
     names = read_json_object(index, error=CheckpointError).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError("must hold a weight_map of tensors to files", path=index)
-    files = [index.with_name(Path(name).name) for name in sorted(set(names.values()))]
-    for file, name in zip(files, sorted(set(names.values())), strict=True):
-        if Path(name).name != name:
+    for name in names.values():
+        if not name or Path(name).name != name:
             raise CheckpointError(f"a shard must lie beside its index, got {name!r}", path=index)
+    files = [index.with_name(name) for name in sorted(set(names.values()))]
+    for file in files:
         if not file.is_file():
             raise CheckpointError("the weight file is missing", path=file)
     return files
@@ -201,14 +208,13 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
             raise CheckpointError(f"_class_name must be {expected}, got {other!r}", path=unet_path)
     vae = read_vae_config(folder)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    sampling = read_json_object(scheduler_path, error=CheckpointError)
+    sampling = read_json_object(scheduler_path, error=CheckpointError) | SET_BY_PIPELINES
     scheduler = diffusers_scheduler(sampling, path=scheduler_path)
     encoders: dict[str, Any] = {"text_encoder": read_tower(folder, "text_encoder", clip_text)}
     if unet.resampler is not None:
         encoders |= _vision(folder)
     family = family_of(unet, scheduler)
-    latent_px = document.get("sample_size", document.get("image_size"))
-    size_px = latent_px * vae.downscale if isinstance(latent_px, int) else 256
+    size_px = latent_size(document, path=unet_path, default=256 // vae.downscale) * vae.downscale
     return ModelConfig(
         family=family,
         unet=unet,

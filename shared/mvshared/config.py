@@ -21,15 +21,15 @@ K_GROUP_WIDTH, K_NORM_EPS = 32, 1e-5  # of the upscaler: channels that are norma
 
 def _at_least(value: object, low: int) -> bool:
     """Whether it is a whole number, perhaps numpy's, of at least `low`."""
-    return isinstance(value, SupportsIndex) and index(value) >= low
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool) and index(value) >= low
 
 
 def check_counts(config: Any, *names: str) -> None:
-    """Raise OptionError unless every field, or every entry of a field that is a tuple, is a whole number of at least 1."""
+    """Raise OptionError unless every field is None, a whole number of at least 1, or a tuple of these numbers."""
     for name in names:
         value = getattr(config, name)
         entries = value if isinstance(value, tuple) else (value,)
-        if not entries or not all(entry is None or _at_least(entry, 1) for entry in entries):
+        if value is not None and (not entries or not all(_at_least(entry, 1) for entry in entries)):
             raise OptionError(name, expected="a whole number of at least 1", got=value)
 
 
@@ -191,6 +191,9 @@ class VAEConfig:
     def __post_init__(self) -> None:
         check_counts(self, "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block")
         check_counts(self, "norm_num_groups", "sample_size")
+        if self.in_channels != 3 or self.out_channels != 3:
+            expected = "3, which are red, green and blue, as many as out_channels"
+            raise OptionError("in_channels", expected=expected, got=f"{self.in_channels} and {self.out_channels}")
         if not self.scaling_factor > 0:
             raise OptionError("scaling_factor", expected="above 0", got=self.scaling_factor)
         if self.latents_std is not None and not all(value > 0 for value in self.latents_std):

@@ -4,9 +4,14 @@ Sources: diffusers' UNet2DConditionModel, AutoencoderKL and DDIMScheduler; Multi
 whose fields are those of LDM's openaimodel.py; transformers' CLIPTextConfig and CLIPVisionConfig.
 """
 
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from mvshared.config import (
     CLIPTextConfig,
@@ -18,9 +23,11 @@ from mvshared.config import (
     UNetConfig,
     VAEConfig,
 )
-from mvshared.errors import CheckpointError
+from mvshared.errors import CheckpointError, OptionError
+from mvshared.schedule import alphas_cumprod
 
 Document = Mapping[str, Any]
+Config = TypeVar("Config")
 
 # Values that change nothing of what the models here compute; a field with another one is refused.
 LDM_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -94,6 +101,38 @@ DIFFUSERS_SAMPLERS: dict[str, dict[SamplerName, dict[str, Any]]] = {
     "EulerAncestralDiscreteScheduler": {"euler-ancestral": {}},
 }
 SCHEDULER_NEUTRAL: dict[str, tuple[Any, ...]] = {"clip_sample": (False,), "thresholding": (False,), "trained_betas": (None,)}
+SCHEDULER_NEUTRAL |= {"sigma_min": (None,), "sigma_max": (None,)}
+# The schedulers of diffusers that have its noise schedule of betas, and the fields of each beside that schedule's. Files often
+# keep those of another class, which diffusers does not read.
+BETAS = {"_class_name", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
+SPACED = BETAS | {"timestep_spacing", "steps_offset"}
+CLIPPED = SPACED | {"clip_sample", "thresholding", "rescale_betas_zero_snr"}
+KARRAS = SPACED | {"use_karras_sigmas"}
+SOLVER = KARRAS | {"thresholding", "lambda_min_clipped", "rescale_betas_zero_snr"}
+SIGMA_RANGE = {"sigma_min", "sigma_max", "rescale_betas_zero_snr"}
+SCHEDULER_FIELDS = {
+    "DDIMScheduler": CLIPPED | {"set_alpha_to_one"},
+    "DDIMParallelScheduler": CLIPPED | {"set_alpha_to_one"},
+    "LCMScheduler": CLIPPED | {"set_alpha_to_one"},
+    "TCDScheduler": CLIPPED | {"set_alpha_to_one"},
+    "DDPMScheduler": CLIPPED,
+    "DDPMParallelScheduler": CLIPPED,
+    "PNDMScheduler": SPACED | {"set_alpha_to_one"},
+    "LMSDiscreteScheduler": KARRAS,
+    "HeunDiscreteScheduler": KARRAS | {"clip_sample"},
+    "KDPM2DiscreteScheduler": KARRAS,
+    "KDPM2AncestralDiscreteScheduler": KARRAS,
+    "DPMSolverSDEScheduler": KARRAS,
+    "DEISMultistepScheduler": KARRAS | {"thresholding"},
+    "SASolverScheduler": KARRAS | {"thresholding", "lambda_min_clipped"},
+    "DPMSolverMultistepScheduler": SOLVER,
+    "DPMSolverSinglestepScheduler": BETAS | {"use_karras_sigmas", "thresholding", "lambda_min_clipped"},
+    "UniPCMultistepScheduler": KARRAS | {"thresholding"} | SIGMA_RANGE,
+    "EulerDiscreteScheduler": KARRAS | SIGMA_RANGE,
+    "EulerAncestralDiscreteScheduler": SPACED | {"rescale_betas_zero_snr"},
+}
+# What diffusers' pipelines of Stable Diffusion, and MVDream's, set whatever the file says.
+SET_BY_PIPELINES = {"clip_sample": False, "steps_offset": 1}
 # Fields that say nothing about the result: sizes of the training, precision of an implementation, regularisation.
 IGNORED = {"sample_size", "image_size", "upcast_attention", "dropout", "use_checkpoint", "use_fp16", "legacy"}
 IGNORED |= {"force_upcast", "use_new_attention_order", "use_spatial_transformer", "spatial_transformer_attn_type"}
@@ -115,19 +154,30 @@ class Fields:
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
         """The value of a field, of the given kind. Raises CheckpointError if it is another, or missing without a default."""
         value = self.left.pop(name, default)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
         if value is ...:
             raise CheckpointError(f"the field {name!r} is missing", path=self.path)
-        if value is not default and (not isinstance(value, kind) or (isinstance(value, bool) and kind is int)):
+        if value is default:
+            return value
+        if not _is_of(value, kind if isinstance(kind, tuple) else (kind,)):
             raise self.malformed(name, value)
-        return value
+        return float(value) if kind is float else value
 
-    def per_level(self, name: str, levels: int, default: Any = ...) -> tuple[int, ...]:
-        """A field that is one whole number for all levels, or a list with one for each."""
+    def take_list(self, name: str, kind: type, default: Any = ...) -> Any:
+        """A field that is a list with entries of one kind, as a tuple; or the default. Raises CheckpointError."""
+        value = self.take(name, (list, tuple), default)
+        if value is default:
+            return value
+        if not all(_is_of(each, (kind,)) for each in value):
+            raise self.malformed(name, value)
+        return tuple(value)
+
+    def per_level(self, name: str, levels: int, default: Any = ...) -> Any:
+        """A field that is one whole number for all levels, or a list with one for each; a default of None stays None."""
         value = self.take(name, (int, list, tuple), default)
+        if value is None:
+            return None
         values = (value,) * levels if isinstance(value, int) else tuple(value)
-        if len(values) != levels or not all(isinstance(each, int) for each in values):
+        if len(values) != levels or not all(_is_of(each, (int,)) for each in values):
             raise self.malformed(name, value)
         return values
 
@@ -141,7 +191,7 @@ class Fields:
     def finish(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise CheckpointError for a field that is left and is neither ignored nor of a neutral value."""
         for name, value in self.left.items():
-            if name in IGNORED or (name in neutral and value in neutral[name]):
+            if name in IGNORED or (name in neutral and _alike(value) in neutral[name]):
                 continue
             if name in neutral:
                 expected = " or ".join(map(repr, neutral[name]))
@@ -153,15 +203,43 @@ class Fields:
         return CheckpointError(f"{name} is malformed: {value!r}", path=self.path)
 
 
+def _is_of(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether a value of a JSON file is of one of the kinds: whole numbers are floats too, booleans no numbers, NaN is none."""
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int | float) and float in kinds and int not in kinds:
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, kinds)
+
+
+def _alike(value: Any) -> Any:
+    """What all entries of a list are, one for each level, if they are one value; else what is given."""
+    return value[0] if isinstance(value, list | tuple) and value and all(each == value[0] for each in value) else value
+
+
+def _of_one_file(read: Callable[..., Config]) -> Callable[..., Config]:
+    """The reader of a file whose values its config may refuse: raises CheckpointError for them, with the file's path."""
+
+    @wraps(read)
+    def reading(document: Document, *, path: Path, **options: Any) -> Config:
+        try:
+            return read(document, path=path, **options)
+        except OptionError as refused:
+            raise CheckpointError(str(refused), path=path) from refused
+
+    return reading
+
+
+@_of_one_file
 def ldm_unet(document: Document, *, path: Path, linear: bool = True) -> UNetConfig:
     """The U-Net of a `MultiViewUNetModel` config: MVDream's, or with `ip_dim` ImageDream's. Raises CheckpointError.
 
     `linear` says whether the weights' projections around the transformers are linear layers, where the config does not.
     """
     fields = Fields(document, path=path)
-    multipliers = fields.take("channel_mult", (list, tuple))
+    multipliers = fields.take_list("channel_mult", int)
     width, levels = fields.take("model_channels", int), len(multipliers)
-    factors = fields.take("attention_resolutions", (list, tuple))
+    factors = fields.take_list("attention_resolutions", int)
     context_dim, ip_dim = fields.take("context_dim", int), fields.take("ip_dim", int, 0)
     if fields.take("ip_weight", (int, float), 1.0) != 1.0:
         raise CheckpointError("ip_weight must be 1: the weight of the image tokens is set at generation", path=path)
@@ -183,7 +261,7 @@ def ldm_unet(document: Document, *, path: Path, linear: bool = True) -> UNetConf
         transformer_layers_per_block=fields.per_level("transformer_depth", levels, 1),
         attention_levels=tuple(2**level in factors for level in range(levels)),
         num_attention_heads=(heads,) * levels if head_channels < 1 else None,
-        attention_head_dim=max(head_channels, 1),
+        attention_head_dim=head_channels if head_channels > 0 else UNetConfig.attention_head_dim,
         cross_attention_dim=context_dim,
         use_linear_projection=fields.take("use_linear_in_transformer", bool, linear),
         camera_dim=fields.take("camera_dim", int, None),
@@ -194,19 +272,18 @@ def ldm_unet(document: Document, *, path: Path, linear: bool = True) -> UNetConf
     return config
 
 
+@_of_one_file
 def diffusers_unet(document: Document, *, path: Path) -> UNetConfig:
     """The U-Net of a `UNet2DConditionModel` config, such as Stable Diffusion's. Raises CheckpointError."""
     fields = Fields(document, path=path)
-    channels = tuple(fields.take("block_out_channels", (list, tuple)))
+    channels = fields.take_list("block_out_channels", int)
     levels = len(channels)
     attention = attention_levels(fields, "down_block_types", DOWN_BLOCKS, levels)
     if attention_levels(fields, "up_block_types", UP_BLOCKS, levels) != attention[::-1]:
         raise CheckpointError("up_block_types must be down_block_types the other way round", path=path)
     # diffusers' attention_head_dim is the number of heads, by a mistake that its own documentation keeps.
     heads = fields.per_level("attention_head_dim", levels, 8)
-    given = fields.take("num_attention_heads", (int, list, tuple, type(None)), None)
-    if given is not None:
-        heads = (given,) * levels if isinstance(given, int) else tuple(given)
+    heads = fields.per_level("num_attention_heads", levels, None) or heads
     config = UNetConfig(
         in_channels=fields.take("in_channels", int, 4),
         out_channels=fields.take("out_channels", int, 4),
@@ -224,24 +301,35 @@ def diffusers_unet(document: Document, *, path: Path) -> UNetConfig:
     return config
 
 
+def latent_size(document: Document, *, path: Path, default: int) -> int:
+    """Height and width of the latents that a U-Net's config names, in `sample_size` or `image_size`; the default for none.
+
+    Raises CheckpointError for what is no number, or two that are not the same.
+    """
+    name = "sample_size" if "sample_size" in document else "image_size"
+    given = Fields({name: document.get(name)}, path=path).per_level(name, 2, None) or (default, default)
+    if given[0] != given[1] or given[0] < 1:
+        raise CheckpointError(f"{name} must be one number above 0, or two that are the same, got {document[name]!r}", path=path)
+    return given[0]
+
+
 def attention_levels(fields: Fields, name: str, kinds: Mapping[str, bool], levels: int) -> tuple[bool, ...]:
     """Which levels attend, by the kinds of their blocks. Raises CheckpointError for other kinds or another number."""
-    blocks = fields.take(name, (list, tuple))
+    blocks = fields.take_list(name, str)
     if len(blocks) != levels or not all(block in kinds for block in blocks):
         raise fields.malformed(name, blocks)
     return tuple(kinds[block] for block in blocks)
 
 
+@_of_one_file
 def diffusers_vae(document: Document, *, path: Path) -> VAEConfig:
     """The VAE of an `AutoencoderKL` config. Raises CheckpointError."""
     fields = Fields(document, path=path)
-    channels = tuple(fields.take("block_out_channels", (list, tuple)))
+    channels = fields.take_list("block_out_channels", int)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        blocks = fields.take(name, (list, tuple))
+        blocks = fields.take_list(name, str)
         if list(blocks) != [kind] * len(channels):
             raise fields.malformed(name, blocks)
-    optional = (list, tuple, type(None))
-    mean, std = (fields.take(name, optional, None) for name in ("latents_mean", "latents_std"))
     config = VAEConfig(
         in_channels=fields.take("in_channels", int, 3),
         out_channels=fields.take("out_channels", int, 3),
@@ -251,28 +339,35 @@ def diffusers_vae(document: Document, *, path: Path) -> VAEConfig:
         norm_num_groups=fields.take("norm_num_groups", int, 32),
         mid_block_add_attention=fields.take("mid_block_add_attention", bool, True),
         scaling_factor=fields.take("scaling_factor", float, 0.18215),
-        latents_mean=None if mean is None else tuple(mean),
-        latents_std=None if std is None else tuple(std),
+        latents_mean=fields.take_list("latents_mean", float, None),
+        latents_std=fields.take_list("latents_std", float, None),
         sample_size=fields.take("sample_size", int, 256),
     )
     fields.finish(VAE_NEUTRAL)
     return config
 
 
+@_of_one_file
 def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
     """The noise schedule of a scheduler_config.json, whatever sampler it names; that sampler's own fields are left aside, but
     for Karras' noise levels of one that is here.
 
     What a file leaves out has diffusers' default. Raises CheckpointError.
     """
-    fields, ddim = Fields(document, path=path), document.get("_class_name", "DDIMScheduler") == "DDIMScheduler"
+    given, kind = document, document.get("_class_name", "DDIMScheduler")
+    if kind not in SCHEDULER_FIELDS:
+        allowed = "one of diffusers' schedulers with the noise schedule of Stable Diffusion, such as DDIMScheduler"
+        raise CheckpointError(f"_class_name must be {allowed}, got {kind!r}", path=path)
+    document = {name: value for name, value in document.items() if name in SCHEDULER_FIELDS[kind]}
+    fields, ddim = Fields(document, path=path), kind == "DDIMScheduler"
     for name, neutral in SCHEDULER_NEUTRAL.items():
         value = fields.left.get(name, ddim if name == "clip_sample" else neutral[0])
         if value not in neutral:
             raise CheckpointError(f"{name} must be {neutral[0]!r} for the samplers here, got {value!r}", path=path)
-    solver = diffusers_sampler(document) != "ddim"
+    lowest = fields.take("lambda_min_clipped", (int, float), -math.inf)
+    solver = kind in DIFFUSERS_SAMPLERS and diffusers_sampler(given) != "ddim"
     spacing = fields.choice("timestep_spacing", ("leading", "trailing", "linspace"), "linspace" if solver else "leading")
-    return SchedulerConfig(
+    config = SchedulerConfig(
         num_train_timesteps=fields.take("num_train_timesteps", int, 1000),
         beta_start=fields.take("beta_start", float, 0.0001),
         beta_end=fields.take("beta_end", float, 0.02),
@@ -283,6 +378,13 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
         set_alpha_to_one=fields.take("set_alpha_to_one", bool, ddim),
         rescale_betas_zero_snr=fields.take("rescale_betas_zero_snr", bool, False),
     )
+    with np.errstate(divide="ignore"):
+        least = float((np.log(alphas := alphas_cumprod(config)) - np.log1p(-alphas)).min() / 2)
+    if not lowest <= least:
+        raise CheckpointError(
+            f"lambda_min_clipped must be at most {least:.3g}, where it clips nothing, got {lowest}", path=path
+        )
+    return config
 
 
 def diffusers_sampler(document: Document) -> SamplerName:
@@ -293,6 +395,7 @@ def diffusers_sampler(document: Document) -> SamplerName:
     return "ddim"
 
 
+@_of_one_file
 def clip_text(document: Document, *, path: Path, projection: bool) -> CLIPTextConfig:
     """The text tower of a transformers config; `projection` says whether the weights have one. Raises CheckpointError."""
     fields = Fields(document, path=path)
@@ -304,6 +407,7 @@ def clip_text(document: Document, *, path: Path, projection: bool) -> CLIPTextCo
     )
 
 
+@_of_one_file
 def clip_vision(document: Document, *, path: Path, projection: bool) -> CLIPVisionConfig:
     """The vision tower of a transformers config; `projection` says whether the weights have one. Raises CheckpointError."""
     fields = Fields(document, path=path)

@@ -22,6 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 HEAD_WIDTH = 64  # of every public U-Net with linear projections, and of CLIP but for the two towers below
 SD15_HEADS = 8
+VIT_H_WIDTH, VIT_H_LAYERS = 1024, 24  # of OpenCLIP's text tower
 VISION_HEADS = {1280: 16, 1664: 16}  # ViT-H and ViT-bigG by their width
 DIFFUSERS_VERSION = "0.23.1"  # the one of the public MVDream and ImageDream folders
 
@@ -101,14 +102,18 @@ def ldm_vae_config(shapes: Shapes, *, sample_size: int) -> VAEConfig:
     )
 
 
-def open_clip_text_config(shapes: Shapes, *, whole: bool) -> CLIPTextConfig:
-    """Stable Diffusion 2's text tower in OpenCLIP's tensors: of a whole tower all layers but the last, no projection."""
+def open_clip_text_config(shapes: Shapes) -> CLIPTextConfig:
+    """Stable Diffusion 2's text tower in OpenCLIP's tensors: the states before ViT-H's 24th layer, no projection.
+
+    Towers of other widths are whole if they have their projection; then their last layer is left out.
+    """
     vocab, width = _shape(shapes, "token_embedding.weight")
+    layers = _count(shapes, "transformer.resblocks.{}.ln_1.weight")
     return CLIPTextConfig(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=_shape(shapes, "transformer.resblocks.0.mlp.c_fc.weight")[0],
-        num_hidden_layers=_count(shapes, "transformer.resblocks.{}.ln_1.weight") - whole,
+        num_hidden_layers=min(layers, VIT_H_LAYERS - 1) if width == VIT_H_WIDTH else layers - ("text_projection" in shapes),
         num_attention_heads=max(1, width // HEAD_WIDTH),
         max_position_embeddings=_shape(shapes, "positional_embedding")[0],
         hidden_act="gelu",

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import numpy as np
 
 from mvshared.backend import parse_dtype
-from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
-from mvshared.config import ModelConfig, SchedulerConfig, UNetConfig
+from mvshared.checkpoint import Component, components, find_model, read_config, read_model_config, weight_files
+from mvshared.config import SD_VAE, CLIPImageConfig, ModelConfig, PredictionType, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.conversion.configs import euler_document, scheduler_document
 from mvshared.conversion.folders import OnTensor, Progress, check_apart, copy_files, fingerprint, write_weights
 from mvshared.conversion.networks import Part, convert_network, network_shapes
@@ -25,6 +25,7 @@ from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import make_folder, read_json_object, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.names import BUFFERS
+from mvshared.public_configs import SET_BY_PIPELINES, diffusers_scheduler
 from mvshared.schedule import alphas_cumprod
 from mvshared.upscaling.config import SigmaConfig
 from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
@@ -32,6 +33,7 @@ from mvshared.weights import match_network
 
 UPSCALER = "sd-x2-latent-upscaler"
 FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-768", UPSCALER)
+PREDICTS: dict[str, PredictionType] = {"sd15": "epsilon", "sd21": "epsilon", "sd21-768": "v_prediction"}
 SIZES_PX = {"sd15": 512, "sd21": 512, "sd21-768": 768}
 REPORT = "conversion.json"
 PLAIN_FOLDERS = ("tokenizer", "feature_extractor", "scheduler")
@@ -47,6 +49,7 @@ class _Collected:
     folders: dict[str, Path] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     alphas_cumprod: RawTensor | None = None
+    betas: RawTensor | None = None
     upscaler: bool = False
 
     def has(self, component: str) -> bool:
@@ -85,7 +88,7 @@ def convert(
     if dest.suffix == ".safetensors":
         check_apart(dest, [path for path in sources if path.is_dir()])
         shards = None if shard_bytes == DEFAULT_SHARD_BYTES else shard_bytes
-        for name, given in (("extra", extra), ("like", like), ("family", family), ("shard size", shards)):
+        for name, given in (("extra files", extra), ("like", like), ("family", family), ("shard size", shards)):
             if given:
                 raise OptionError(name, expected="left out for one file, which holds what its source holds", got=given)
         write = write_one_file if source.is_dir() else rewrite_file
@@ -96,13 +99,22 @@ def convert(
         _collect(collected, each, local=family == "imagedream-local")
     if source.is_dir() and (family is None or (source / "model_index.json").is_file()):
         own_family = _check_model(source)
-        family = family or own_family
+        if family not in (None, own_family):
+            raise OptionError("family", expected=f"{own_family}, which this folder is, or left out", got=family)
+        family = own_family
     if like is not None:
         _take_configs(collected, sources[-1])
     chosen = _family(collected, family)
+    schedule = _schedule(collected, chosen)
+    if chosen in PREDICTS and schedule.prediction_type != PREDICTS[chosen] and collected.parts:
+        if family is not None:
+            reason = f"another than {family}: the scheduler beside it says {schedule.prediction_type}"
+            raise OptionError("family", expected=reason, got=family)
+        chosen = next((name for name, kind in PREDICTS.items() if kind == schedule.prediction_type), chosen)
     if like is None and chosen in SIZES_PX:
         _set_sample_size(collected, SIZES_PX[chosen])
-    _check_schedule(collected.alphas_cumprod, path=source)
+    _check_schedule(collected, schedule, path=source)
+    _check_whole(collected, chosen, schedule, path=source)
     return _write(
         collected,
         dest,
@@ -139,6 +151,7 @@ def _collect(collected: _Collected, path: Path, *, local: bool) -> None:
     source = sort_tensors(read_file(path), path=path)
     collected.left_out |= source.left_out
     collected.alphas_cumprod = collected.alphas_cumprod or source.alphas_cumprod
+    collected.betas = collected.betas or source.betas
     for layout, tensors in source.networks.items():
         try:
             parts, left_out = convert_network(layout, tensors, path=path, reference_frame=not local)
@@ -211,18 +224,65 @@ def _family(collected: _Collected, family: str | None) -> str:
     return family or allowed[0]
 
 
-def _check_schedule(stored: RawTensor | None, *, path: Path) -> None:
-    """Raise CheckpointError if a file was trained with another noise schedule than the families here."""
+def _schedule(collected: _Collected, family: str) -> SchedulerConfig:
+    """The noise schedule that the folder will have: of the scheduler that comes along, or of the family."""
+    folder = collected.folders.get("scheduler")
+    if folder is None or collected.upscaler or not collected.parts:  # of a folder's tensors nothing else is known
+        return SchedulerConfig(prediction_type=PREDICTS.get(family, "epsilon"))
+    path = folder / "scheduler_config.json"
+    document = read_json_object(path, error=CheckpointError)
+    if "_class_name" not in document:
+        return read_config(SchedulerConfig, path)
+    return diffusers_scheduler(document | SET_BY_PIPELINES, path=path)
+
+
+def _check_schedule(collected: _Collected, schedule: SchedulerConfig, *, path: Path) -> None:
+    """Raise CheckpointError if a file was trained with another noise schedule than the folder will have."""
+    stored = collected.alphas_cumprod or collected.betas
     if stored is None:
         return
-    expected, found = alphas_cumprod(SchedulerConfig()), None
+    found, expected = None, alphas_cumprod(schedule)
     if stored.dtype in FLOATS:
         found = cast(stored, "F32", name="alphas_cumprod").read().view(np.float32)
     elif stored.dtype == "F64":
         found = stored.read().view(np.float64)
+    if found is not None and collected.alphas_cumprod is None:
+        found = np.cumprod(1 - found.astype(np.float64))
     rounding = 2**-8 if stored.dtype == "BF16" else 1e-3
     if found is None or found.shape != expected.shape or not np.allclose(found, expected, rtol=rounding, atol=1e-6):
-        raise CheckpointError("was trained with another noise schedule than Stable Diffusion's", path=path)
+        other = "that of the scheduler beside it" if "scheduler" in collected.folders else "Stable Diffusion's"
+        raise CheckpointError(f"was trained with another noise schedule than {other}", path=path)
+
+
+def _check_whole(collected: _Collected, family: str, schedule: SchedulerConfig, *, path: Path) -> None:
+    """Raise CheckpointError for networks of files that make no model together."""
+    configs: dict[str, Any] = {component: part.config for component, part in collected.parts.items()}
+    unet = configs.get("unet")
+    if collected.upscaler or not isinstance(unet, UNetConfig):
+        return
+    if unet.normal_channels and unet.resampler is None:
+        got = f"{unet.in_channels} and {unet.out_channels}"
+        reason = f"in_channels must be as many as out_channels for a model of this layout, got {got}"
+        raise CheckpointError(reason, path=path, hint="a model that edits or fills in pictures?")
+    if "vae" not in configs or (unet.cross_attention_dim is not None and "text_encoder" not in configs):
+        return
+    vision, processor = configs.get("image_encoder"), None
+    if unet.resampler is not None:
+        if vision is None:
+            return
+        processor = CLIPImageConfig(shortest_edge=vision.image_size, crop_size=vision.image_size)
+    try:
+        ModelConfig(
+            family=family,
+            unet=unet,
+            vae=configs["vae"],
+            scheduler=schedule,
+            text_encoder=configs.get("text_encoder"),
+            image_encoder=None if processor is None else vision,
+            image_processor=processor,
+        )
+    except OptionError as refused:
+        raise CheckpointError(f"holds networks that make no model: {refused}", path=path) from refused
 
 
 # Writing a folder
@@ -252,7 +312,9 @@ def _write(
         _check_dtypes(tensors)
         tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
         planned[component] = tensors, documents
-    state.begin(planned)
+    needed = () if index is not None else _needed(family)
+    there = {*planned, *collected.folders, "scheduler"}
+    state.begin(planned, whole=index is not None or (family != "custom" and there.issuperset(needed)))
     parts = []
     for component, (tensors, documents) in planned.items():
         if component in collected.folders and component not in collected.parts:
@@ -268,7 +330,6 @@ def _write(
     if "scheduler" not in collected.folders and family != "custom":
         make_folder(dest / "scheduler")
         write_json(dest / "scheduler" / "scheduler_config.json", _scheduler(family))
-    needed = () if index is not None else _needed(family)
     missing = tuple(name for name in needed if not (dest / name).is_dir())
     report = Report(folder=dest, family=family, written=tuple(parts), names=names, left_out=collected.left_out, missing=missing)
     write_json(
@@ -283,7 +344,9 @@ def _write(
 
 
 def _set_sample_size(collected: _Collected, size_px: int) -> None:
-    for component, divisor in (("unet", 8), ("vae", 1)):
+    vae = collected.parts["vae"].config if "vae" in collected.parts else None
+    downscale = vae.downscale if isinstance(vae, VAEConfig) else SD_VAE.downscale
+    for component, divisor in (("unet", downscale), ("vae", 1)):
         if component in collected.parts:
             part = collected.parts[component]
             documents = {name: {**each, "sample_size": size_px // divisor} for name, each in part.documents.items()}
@@ -320,7 +383,7 @@ def _scheduler(family: str) -> dict[str, Any]:
     """scheduler_config.json of a family."""
     if family == UPSCALER:
         return euler_document(SigmaConfig())
-    return scheduler_document(SchedulerConfig(prediction_type="v_prediction" if family == "sd21-768" else "epsilon"))
+    return scheduler_document(SchedulerConfig(prediction_type=PREDICTS.get(family, "epsilon")))
 
 
 def _model_index(family: str) -> dict[str, Any]:

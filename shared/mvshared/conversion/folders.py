@@ -1,16 +1,17 @@
 """Folders that are written file by file, and go on where a broken run stopped."""
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from mvshared.checkpoint import WEIGHT_STEMS, Component
 from mvshared.conversion.raw import RawTensor, shards, write_safetensors
 from mvshared.errors import OptionError, OutputError
-from mvshared.files import file_stamps, make_folder, read_json_object, remove_others, write_atomic, write_json
+from mvshared.files import file_stamps, make_folder, read_json_object, write_atomic, write_json
 
 STATE = ".conversion.json"
-WEIGHTS = "*.safetensors*"  # files of weights and their indices
 
 OnTensor = Callable[[str, int], None]
 
@@ -51,20 +52,26 @@ class Progress:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
-    def begin(self, components: Collection[str]) -> None:
-        """Make the folder one that a run can go on with, and no checkpoint; it will have these components, and no others."""
+    def begin(self, components: Collection[str], *, whole: bool = True) -> None:
+        """Make the folder one that a run can go on with, and no checkpoint; it will have these components, and no others.
+
+        Raises OutputError if the folder has others already and these are not `whole`, a model that takes their place.
+        """
+        others = [name for name in get_args(Component) if name not in components and weight_names(self.dest, name)]
+        if others and not whole:
+            reason = f"holds {', '.join(others)} too, which this would remove, and {', '.join(components)} alone is no model"
+            raise OutputError(reason, path=self.dest, hint="write to another folder, and copy what is to be replaced")
         make_folder(self.dest)
         self._save()
         for leftover in self.dest.glob(f".{STATE}.*.tmp"):
             leftover.unlink()
         (self.dest / "model_index.json").unlink(missing_ok=True)
-        for component in WEIGHT_STEMS.keys() - set(components):
+        for component in others:
             folder = self.dest / component
-            if folder.is_dir():
-                remove_others(folder, WEIGHTS, keep=())
-                (folder / "config.json").unlink(missing_ok=True)
-                if not any(folder.iterdir()):
-                    folder.rmdir()
+            remove_weights(self.dest, component, keep=())
+            (folder / "config.json").unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def add(self, name: str, sha256: str) -> None:
         self.done[name] = sha256
@@ -115,8 +122,24 @@ def write_weights(
         index = {"metadata": {"total_size": size}, "weight_map": places}
         write_json(dest / component / index_name, index)
     # Those of an earlier conversion, which a reader would find first.
-    remove_others(dest / component, WEIGHTS, keep={*places.values(), index_name if len(groups) > 1 else ""})
+    remove_weights(dest, component, keep={*places.values(), index_name if len(groups) > 1 else ""})
     return len(groups)
+
+
+def weight_names(folder: Path, component: Component) -> list[str]:
+    """The files in a checkpoint folder that are a component's weights, whole, in shards or of a variant, their indices, and
+    what a killed run has left of them."""
+    name = rf"{WEIGHT_STEMS[component]}(\.\w+)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    weights = re.compile(rf"{name}|\.{name}\.[0-9a-f]{{8}}\.tmp")
+    place = folder / component
+    return sorted(file.name for file in place.iterdir() if weights.fullmatch(file.name)) if place.is_dir() else []
+
+
+def remove_weights(folder: Path, component: Component, *, keep: Collection[str]) -> None:
+    """Remove a component's weights and their indices from a checkpoint folder, but for those names."""
+    for name in weight_names(folder, component):
+        if name not in keep:
+            (folder / component / name).unlink()
 
 
 def copy_files(source: Path, dest: Path, *, only: Sequence[str] | None = None) -> None:

@@ -43,6 +43,9 @@ NOISE_FREQUENCIES = "low_res_noise_embed.weight"
 PROJECTIONS = ("text_projection.weight", "visual_projection.weight")
 
 
+MOST_LAYERS = 100  # of a text tower
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """A component of a folder: `documents` are its JSON files by their path in the folder, `names` the new ones by the old."""
@@ -55,7 +58,7 @@ class Part:
 
 
 def convert_network(
-    layout: Layout, tensors: Mapping[str, RawTensor], *, path: Path, reference_frame: bool = True, sample_px: int | None = None
+    layout: Layout, tensors: Mapping[str, RawTensor], *, path: Path, reference_frame: bool = True
 ) -> tuple[list[Part], dict[str, str]]:
     """The components that the tensors of a layout make, and why some of the tensors are left out, by their names.
 
@@ -64,9 +67,9 @@ def convert_network(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     match layout:
         case "ldm_unet":
-            return [_unet(tensors, ldm_unet_config(shapes, reference_frame=reference_frame), path, sample_px)], {}
+            return [_unet(tensors, ldm_unet_config(shapes, reference_frame=reference_frame), path)], {}
         case "ldm_vae":
-            config = ldm_vae_config(shapes, sample_size=sample_px or IMAGE_PX)
+            config = ldm_vae_config(shapes, sample_size=IMAGE_PX)
             links = vae_links(network_shapes(config))
             documents = {"vae/config.json": vae_document(config)}
             return [_part("vae", config, links, tensors, path=path, documents=documents)], {}
@@ -96,11 +99,11 @@ def network_shapes(config: NetworkConfig, *, backend: str = "auto") -> dict[str,
     return importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model").network_shapes(config)
 
 
-def _unet(tensors: Mapping[str, RawTensor], config: UNetConfig, path: Path, sample_px: int | None) -> Part:
-    """With cameras as the public MVDream folders have it, under LDM's names; else as diffusers has it."""
+def _unet(tensors: Mapping[str, RawTensor], config: UNetConfig, path: Path) -> Part:
+    """With cameras or image tokens as the public MVDream folders have it, under LDM's names; else as diffusers has it."""
     links = unet_links(network_shapes(config), config)
-    size = (sample_px or IMAGE_PX) // 8
-    if config.camera_dim is None:
+    size = IMAGE_PX // 8
+    if config.camera_dim is None and config.resampler is None:
         documents = {"unet/config.json": diffusers_unet_document(config, sample_size=size)}
         return _part("unet", config, links, tensors, path=path, documents=documents)
     documents = {"unet/config.json": ldm_unet_document(config, image_size=size)}
@@ -115,6 +118,8 @@ def _unet(tensors: Mapping[str, RawTensor], config: UNetConfig, path: Path, samp
 def _hugging_face(layout: Layout, tensors: Mapping[str, RawTensor], path: Path) -> Part:
     """A tower under transformers' names, which keep their prefix."""
     prefix = "text_model." if layout == "hf_text" else "vision_model."
+    if not any(name.startswith(prefix) for name in tensors):  # as transformers 5, and old merges, have them
+        prefix = ""
     plain = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
     config = clip_text_config(plain) if layout == "hf_text" else clip_vision_config(plain)
     links = plain_links(network_shapes(config), prefix=prefix, unprefixed=PROJECTIONS)
@@ -128,11 +133,10 @@ def _open_clip(tensors: Mapping[str, RawTensor], path: Path) -> tuple[list[Part]
     vision = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
     if text:
         shapes = {name: tensor.shape for name, tensor in text.items()}
-        # Whole towers come with their projection; Stable Diffusion takes the states before the last layer.
-        config = open_clip_text_config(shapes, whole="text_projection" in text)
-        last = f"transformer.resblocks.{config.num_hidden_layers}."
+        config = open_clip_text_config(shapes)
+        behind = tuple(f"transformer.resblocks.{n}." for n in range(config.num_hidden_layers, MOST_LAYERS))
         for name in list(text):
-            if name == "text_projection" or name.startswith(last):
+            if name == "text_projection" or name.startswith(behind):
                 del text[name]
                 left_out[name] = "behind the text states that the U-Net takes"
         parts.append(_tower(config, open_clip_links(network_shapes(config), prefix=""), text, path=path))

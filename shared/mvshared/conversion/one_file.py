@@ -53,7 +53,7 @@ def rewrite_file(source: Path, dest: Path, *, stored: str | None, force: bool, o
         raise OutputError("exists", path=dest, hint="name another file, or use --force")
     given = read_file(source)
     tensors = {
-        name: cast(given[name], stored if stored and given[name].dtype in FLOATS else given[name].dtype, name=name)
+        name: cast(given[name], stored if stored and given[name].dtype in (*FLOATS, "F64") else given[name].dtype, name=name)
         for name in sorted(given)
     }
     make_folder(dest.parent)

@@ -73,7 +73,9 @@ def raw_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, RawTensor]:
 
 
 def cast(tensor: RawTensor, dtype: str, *, name: str) -> RawTensor:
-    """The tensor in another of the FLOATS, rounded to the nearest. Raises CheckpointError for a value that leaves its range."""
+    """The tensor, of the FLOATS or F64, in another of the FLOATS, rounded to the nearest.
+
+    Raises CheckpointError for a value that leaves its range."""
     if tensor.dtype == dtype:
         return tensor
 
@@ -93,7 +95,8 @@ def _values(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     bits = np.ascontiguousarray(bits)
     if dtype == "BF16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return bits.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float32)
 
 
 def _bits(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:

@@ -38,7 +38,7 @@ LEFT_OUT: tuple[tuple[str, str], ...] = (
     (r"model_ema\..+", "moving averages beside the weights"),
     (r"(?:betas|(?:sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(?:_prev)?)", SCHEDULE),
     (r"posterior_(?:variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar", SCHEDULE),
-    (r"(?:first_stage_model|vae_model)\.(?:loss|model_ema)\..+", "of the VAE's training"),
+    (r"(?:(?:first_stage_model|vae_model)\.)?(?:loss|model_ema)\..+", "of the VAE's training"),
     (r".*\bposition_ids", "position numbers"),
     (r".*\bnum_batches_tracked", "of the training"),
     (r".*\battn_mask", "the causal mask"),
@@ -49,12 +49,14 @@ LEFT_OUT: tuple[tuple[str, str], ...] = (
 
 @dataclass(kw_only=True)
 class Source:
-    """A file's tensors by layout, each with its name there and the whole one; why others are left out; the noise schedule."""
+    """A file's tensors by layout, each with its name there and the whole one; why others are left out; the noise schedule, by
+    either name."""
 
     networks: dict[Layout, dict[str, RawTensor]] = field(default_factory=dict)
     prefixes: dict[Layout, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     alphas_cumprod: RawTensor | None = None
+    betas: RawTensor | None = None
 
 
 def read_file(path: Path) -> dict[str, RawTensor]:
@@ -77,7 +79,7 @@ def read_file(path: Path) -> dict[str, RawTensor]:
 
 def sort_tensors(tensors: Mapping[str, RawTensor], *, path: Path) -> Source:
     """The networks in a file. Raises TensorMismatchError for tensors of which nobody knows what they are."""
-    source = Source(alphas_cumprod=tensors.get("alphas_cumprod"))
+    source = Source(alphas_cumprod=tensors.get("alphas_cumprod"), betas=tensors.get("betas"))
     marks: list[Layout] = [layout for mark, layout in MARKS if mark in tensors]
     whole: list[tuple[str, Layout]] = [
         (prefix, layout) for prefix, layout in PREFIXES if any(name.startswith(prefix) for name in tensors)

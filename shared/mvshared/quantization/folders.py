@@ -21,10 +21,10 @@ from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig, UNetConfig
 from mvshared.conversion.convert import PLAIN_FOLDERS
-from mvshared.conversion.folders import WEIGHTS, Progress, copy_files, fingerprint, write_weights
+from mvshared.conversion.folders import Progress, copy_files, fingerprint, remove_weights, write_weights
 from mvshared.conversion.raw import RawTensor, cast, read_safetensors
 from mvshared.errors import CheckpointError, OptionError
-from mvshared.files import atomic_file, make_folder, remove_others, write_atomic, write_json
+from mvshared.files import atomic_file, make_folder, write_atomic, write_json
 from mvshared.quantization.groups import GROUP_SIZES, Packed
 from mvshared.quantization.plans import (
     METADATA,
@@ -320,7 +320,7 @@ def _copy_component(folder: Path, dest: Path, name: Component) -> None:
     target, files = make_folder(dest / name), weight_files(folder, name)
     copy_files(folder / name, target, only=("config.json",))
     indices = [index for index in (folder / name).glob("*.index*.json") if len(files) > 1]
-    remove_others(target, WEIGHTS, keep=[path.name for path in (*files, *indices)])
+    remove_weights(dest, name, keep=[path.name for path in (*files, *indices)])
     for path in (*files, *indices):
         with path.open("rb") as source, atomic_file(target / path.name) as file:
             shutil.copyfileobj(source, file, COPY_BYTES)
