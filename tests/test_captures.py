@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mvshared import camera, captures
 from mvshared.errors import CameraError, DatasetError, OptionError, OutputError
+from mvshared.images import load_image
 
 POSES = camera.orbit([0, 30, 200], [0, 10, -20], radius=1.5)
 RGBA = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 4), dtype=np.uint8)
@@ -225,3 +226,20 @@ def test_a_missing_folder_or_file_is_refused(folder: Path) -> None:
     shutil.rmtree(folder)
     with pytest.raises(DatasetError, match="no such folder"):
         captures.load_capture(folder)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_the_size_of_a_picture_is_that_of_the_upright_one(tmp_path: Path, format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "picture"
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(path, format, exif=exif.tobytes())
+    height, width = load_image(path).shape[:2]
+    assert captures.size_px(path) == (width, height)
+
+
+def test_a_damaged_orientation_is_none(tmp_path: Path) -> None:
+    as_text = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04up!\0\0\0\0\0"
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.jpg", exif=as_text)
+    assert captures.size_px(tmp_path / "a.jpg") == (30, 20)

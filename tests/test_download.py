@@ -175,6 +175,7 @@ def test_what_cannot_be_downloaded_is_said_in_one_line(
     cases = {
         ("owner/other",): "owner/other: is no repository of the hub, or a private one",
         (REPOSITORY, "--revision", commit_of(9)): "owner/tiny: has no such revision",
+        ("owner/na me",): "owner/na me: is no name of a repository",
     }
     for arguments, message in cases.items():
         assert run(["download", *arguments]) == 11

@@ -123,6 +123,56 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_one(
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_a_link_stays_one_and_the_file_that_it_names_is_written(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "a")
+    files.write_atomic(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "a").read_bytes() == b"new"
+    assert os.listdir(tmp_path / "real") == ["a"]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_atomic(tmp_path / "pipe", b"new")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_to_nowhere_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone" / "x")
+    for folder in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        with pytest.raises(OutputError, match="is a link to what is not there") as caught:
+            export.check_free(folder)
+        assert caught.value.path == tmp_path / "out"
+
+
+def test_two_runs_are_not_written_into_one_folder_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, save = np.zeros((2, 4, 4, 3), np.uint8), export.save_png
+
+    def beside(path: Path, image: np.ndarray) -> None:
+        with pytest.raises(OutputError, match="is being written to by another run"):
+            export.write_views(tmp_path / "out", images, latents=None, cameras=None, document={}, force=True)
+        save(path, image)
+
+    monkeypatch.setattr(export, "save_png", beside)
+    export.write_views(tmp_path / "out", images, latents=None, cameras=None, document={"a": 1})
+    monkeypatch.undo()
+    export.write_views(tmp_path / "out", images, latents=None, cameras=None, document={"a": 2}, force=True)
+    assert json.loads((tmp_path / "out" / "metadata.json").read_text()) == {"a": 2}
+
+
+def test_what_a_killed_run_was_writing_goes(tmp_path: Path) -> None:
+    folder = export.prepare(tmp_path / "out")
+    for name in (".view_000.png.0a1b2c3d.tmp", ".metadata.json.0a1b2c3d.tmp", ".mine.png.0a1b2c3d.tmp"):
+        (folder / name).touch()
+    export.prepare(folder)
+    assert sorted(os.listdir(folder)) == [".mine.png.0a1b2c3d.tmp", ".unfinished"]
+
+
 def test_a_write_into_a_missing_folder_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file or directory") as caught:
         files.write_atomic(tmp_path / "none" / "a", b"new")

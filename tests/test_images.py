@@ -22,6 +22,7 @@ from mvshared.images import (
     from_model,
     grid,
     load_image,
+    load_values,
     resize_bilinear,
     resize_rgba,
     save_png,
@@ -460,3 +461,24 @@ def test_pictures_are_composited_in_bands_and_pixels_looked_at_are_put_into_the_
         resized = resize_bilinear(whole[0], size)
         np.testing.assert_array_equal(resized, resize_bilinear(to_model(whole[0]), size))
         assert resized.dtype == np.float32
+
+
+@pytest.mark.parametrize(("bits", "step"), [(1, 255), (2, 85), (4, 17), (8, 1)])
+def test_the_transparent_value_of_a_grey_png_of_few_bits_has_alpha_zero(tmp_path: Path, bits: int, step: int) -> None:
+    values = np.arange(min(2**bits, 8)).repeat(8)[: 8 * min(2**bits, 8)]
+    packed = np.packbits(((values[:, None] >> np.arange(bits)[::-1]) & 1).astype(np.uint8))
+    header = struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)
+    parts = (
+        chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(">H", 1)) + chunk(b"IDAT", zlib.compress(b"\0" + packed.tobytes()))
+    )
+    loaded = load_image(written(tmp_path / "a.png", b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b"")))
+    np.testing.assert_array_equal(loaded[0, :, 0], values * step)
+    np.testing.assert_array_equal(loaded[0, :, 3], np.where(values == 1, 0, 255))
+
+
+@pytest.mark.parametrize("load", [load_image, load_values])
+def test_the_transparent_colour_of_a_16_bit_png_has_alpha_zero(tmp_path: Path, load: Any) -> None:
+    values = np.array([[[0, 0, 0], [0x8012, 0x8012, 0x8012], [65535, 0, 0]]], np.uint16)
+    transparent = chunk(b"tRNS", struct.pack(">HHH", 0x8012, 0x8012, 0x8012))
+    path = written(tmp_path / "a.png", png_16_bit(values, color_type=2, extra=transparent))
+    np.testing.assert_array_equal(load(path)[0, :, 3], [255, 0, 255])

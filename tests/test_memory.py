@@ -406,11 +406,21 @@ def test_a_budget_that_is_too_small_is_refused_with_what_would_fit(public: Any) 
     assert error.needed_bytes > error.budget_bytes
     assert "--quantize q8" in error.hint
     for backend, device, dtype in (("torch", "cpu", "bfloat16"), ("mlx", "gpu", "float16")):
-        wide = replace(offered, backend=backend, device=device, dtype="float32")
+        wide = replace(offered, backend=backend, device=device, dtype="float32", half_size=replace(small, dtype=dtype))
         with pytest.raises(MemoryBudgetError, match=f"what would fit: --dtype {dtype} "):
             fit(wide, RUN, MemoryOptions(budget_bytes=10**9 + 8 * 10**8), process_bytes=0)
     with pytest.raises(MemoryBudgetError, match="no smaller size, dtype or quantisation fits either"):
         fit(offered, RUN, MemoryOptions(budget_bytes=10**6), process_bytes=0)
+
+
+@pytest.mark.parametrize("quantize", [None, "q8"])
+def test_what_half_precision_would_take_is_what_a_model_in_it_takes(quantize: str | None) -> None:
+    wide, half = (
+        model_size(IMAGEDREAM_FOLDER, backend="torch", device="cpu", dtype=dtype, quantize=quantize)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert wide.half_size == replace(half, quantized_sizes=wide.half_size.quantized_sizes if wide.half_size else {})
+    assert half.half_size is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import assert_close
 from numpy.typing import NDArray
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from mvshared import clip_images
 from mvshared.clip_images import clip_pixels, read_clip_image_config
 from mvshared.config import CLIPImageConfig
 from mvshared.conversion.configs import image_processor_document
@@ -101,3 +103,12 @@ def test_other_preparations_are_refused(document: dict[str, Any], message: str, 
 def test_a_crop_larger_than_the_picture_is_refused() -> None:
     with pytest.raises(OptionError, match="crop_size must be from 1 to shortest_edge"):
         CLIPImageConfig(shortest_edge=10, crop_size=11)
+
+
+@pytest.mark.parametrize("shape", [(2, 9000), (9000, 2), (5, 4001)])
+def test_the_middle_of_a_narrow_strip_is_what_counts(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    waves = np.sin(np.arange(shape[0])[:, None] / 3 + np.arange(shape[1]) / 3)[..., None] * np.array([100, 60, 20]) + 120
+    strip = waves.astype(np.uint8)
+    ours = clip_pixels(strip, CLIPImageConfig())
+    monkeypatch.setattr(clip_images, "MOST_ELONGATED", 10**6)
+    assert_close(ours, clip_pixels(strip, CLIPImageConfig()), rms=2e-2)

@@ -183,9 +183,9 @@ def test_enlarging_keeps_plain_pictures_and_latents() -> None:
         ({"method": "lanczos", "steps": 3}, "steps of the upscaler must be left out for lanczos"),
         ({"method": "bilinear", "upscaler": "x2"}, "upscaler must be left out for bilinear"),
         ({"method": "sd-x2"}, "upscaler must be a name or a folder for sd-x2"),
-        ({"steps": 0}, "steps must be a whole number"),
+        ({"steps": 0}, "steps of the upscaler must be a whole number"),
         ({"guidance": 3}, "guidance of the upscaler must be 0 or 1: this upscaler takes no text"),
-        ({"noise_level": 2}, "noise_level must be a number from 0 to 1"),
+        ({"noise_level": 2}, "noise level of the upscaler must be a number from 0 to 1"),
         ({"budget_bytes": 10}, "memory budget of the upscaler must be at least"),
     ],
 )
@@ -302,9 +302,9 @@ def test_what_cannot_be_upscaled_is_refused_before_anything_is_generated(
         (["--upscale-steps", "3"], 2, "steps of the upscaler must be left out without --upscale"),
         (["--upscale", "lanczos", "--upscale-budget", "3"], 2, "budget_bytes of the upscaler must be left out for lanczos"),
         (["--upscale", "lanczos", "--upscale-steps", "3"], 2, "left out for lanczos"),
-        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-steps", "0"], 2, "steps must be"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-steps", "0"], 2, "steps of the upscaler must be"),
         (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-guidance", "30"], 2, "guidance of the upscaler must be"),
-        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-noise", "3"], 2, "noise_level must be"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-noise", "3"], 2, "noise level of the upscaler must be"),
         (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-budget", "0"], 2, "budget of the upscaler must be"),
     ]
     for options, code, says in rows:
@@ -330,6 +330,39 @@ def test_upscale_takes_the_folder_of_a_run(desk: Path, capfd: pytest.CaptureFixt
     assert document["parameters"]["upscaler"].endswith("x2")
     assert document["parameters"]["seed"] == 4
     assert any(name.startswith("upscaler/unet/") for name in document["weights"])
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        *[("lanczos", option, value) for option, value in (("model", "tiny"), ("device", "cpu"), ("backend", "torch"))],
+        *[(method, "prompt", "owl") for method in ("lanczos", "bilinear", "sd-x2")],
+        *[
+            (method, option, value)
+            for method in ("lanczos", "bilinear")
+            for option, value in (("seed", "3"), ("quantize", "q8"))
+        ],
+    ],
+)
+def test_what_has_no_effect_on_an_upscaling_is_refused(
+    desk: Path, capfd: pytest.CaptureFixture[str], method: str, option: str, value: str
+) -> None:
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save("a.png")
+    upscaler = ["--upscaler", "x2"] if method == "sd-x2" else ["--model", "tiny"] if method == "bilinear" else []
+    assert run(["upscale", "a.png", "-o", "large", "--upscale", method, *upscaler, f"--{option}", value]) == 2
+    assert f"{option} must be left out" in capfd.readouterr().err
+    assert not (desk / "large").exists()
+    assert run(["upscale", "a.png", "-o", "large", "--upscale", method, *upscaler]) == 0
+    parameters = json.loads((desk / "large" / "metadata.json").read_text())["parameters"]
+    assert parameters["prompt"] is None
+    assert parameters["seed"] == (0 if method == "sd-x2" else None)
+
+
+def test_numbers_of_numpy_are_numbers(folders: Path) -> None:
+    upscaler, latents = load_upscaler(folders / "x2", backend="torch", device="cpu"), np.zeros((1, 4, 4, 4), np.float32)
+    plain = upscaler.upscale(latents, steps=1, guidance=1, noise_level=0)
+    given = upscaler.upscale(latents, steps=np.int64(1), guidance=np.float32(1), noise_level=np.float64(0))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(plain, given)
 
 
 def test_lanczos_needs_no_model_and_a_run_of_another_backend_not_its_device(desk: Path) -> None:

@@ -17,17 +17,16 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from mvshared.camera import read_transforms, validate_poses
 from mvshared.consistency import foreground
 from mvshared.errors import DatasetError, OptionError, OutputError
 from mvshared.export import transforms
 from mvshared.files import read_json_object, write_atomic, write_json
-from mvshared.images import composite, load_image
+from mvshared.images import PICTURE_SUFFIXES, composite, load_image, orientation
 
 PNG_LEVEL = 1  # of zlib: a third of the time of its default, for files that are a seventh larger
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Capture(NamedTuple):
@@ -191,8 +190,9 @@ def size_px(path: Path) -> tuple[int, int]:
     """Width and height of a picture once it is upright, from its header. Raises DatasetError if it is none."""
     try:
         with Image.open(path) as image:
-            turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a PNG would be decoded
-            return (image.height, image.width) if turned else image.size
+            # Pillow turns the size of a TIFF itself, and would decode a PNG to look for metadata behind its pixels.
+            known = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+            return (image.height, image.width) if not known and orientation(image) >= 5 else image.size
     except (OSError, ValueError, Image.DecompressionBombError) as cause:
         raise DatasetError(f"is no picture that can be read: {cause}", path=path) from cause
 

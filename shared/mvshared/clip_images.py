@@ -14,6 +14,7 @@ from mvshared.config import CLIPImageConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import read_json_object
 
+MOST_ELONGATED = 256  # times its width, a picture is as high at most: of a longer one the middle counts
 ALWAYS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
@@ -45,6 +46,11 @@ def read_clip_image_config(path: Path) -> CLIPImageConfig:
 def clip_pixels(image: NDArray[np.uint8], config: CLIPImageConfig) -> NDArray[np.float32]:
     """Normalised pixels float32 (crop_size, crop_size, 3) of a picture uint8 (h, w, 3) of any size."""
     height, width = image.shape[:2]
+    if not config.squeeze:  # what lies beyond is cut away in any case, but would be resized before
+        length = MOST_ELONGATED * min(height, width)
+        down, right = (max(0, side - length) // 2 for side in (height, width))
+        image = image[down : height - down, right : width - right]
+        height, width = image.shape[:2]
     long = config.shortest_edge if config.squeeze else int(config.shortest_edge * max(height, width) / min(height, width))
     size = (config.shortest_edge, long) if width <= height else (long, config.shortest_edge)
     resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling(config.resample)))

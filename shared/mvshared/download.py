@@ -4,6 +4,7 @@ The first download of a repository pins its revision and the SHA-256 of every fi
 What is there needs no network. Broken downloads go on where they stopped.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvshared.errors import DownloadError, OptionError
+from mvshared.errors import DownloadError, OptionError, OutputError
 from mvshared.models import REPOSITORIES, Pin, PinnedFile, read_pins, repository_of, write_pin
 
 ATTEMPTS = 3
@@ -192,6 +193,8 @@ def _call(repository: str, function: Callable[[], Any]) -> Any:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return function()
+        except errors.HFValidationError as refused:
+            raise DownloadError("is no name of a repository", repository=repository, hint=_first_line(refused)) from refused
         except errors.GatedRepoError as refused:
             hint = f"accept its licence at https://huggingface.co/{repository}, then run: hf auth login"
             raise DownloadError("asks for a login", repository=repository, hint=hint) from refused
@@ -203,6 +206,8 @@ def _call(repository: str, function: Callable[[], Any]) -> Any:
             if not isinstance(missing, errors.LocalEntryNotFoundError) or attempt == ATTEMPTS:
                 raise DownloadError(_first_line(missing), repository=repository, hint=_AGAIN) from missing
         except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as broken:
+            if isinstance(broken, OSError) and broken.errno in _DISK:
+                raise OutputError(f"cannot be written: {broken.strerror}", path=broken.filename or repository) from broken
             if isinstance(broken, errors.OfflineModeIsEnabled) or attempt == ATTEMPTS:
                 raise DownloadError(_first_line(broken), repository=repository, hint=_AGAIN) from broken
         except Exception as broken:  # of the HTTP library underneath, whichever that is
@@ -211,6 +216,7 @@ def _call(repository: str, function: Callable[[], Any]) -> Any:
     raise AssertionError("unreachable")
 
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _AGAIN = "check the connection, and run it again: it goes on where it stopped"
 
 

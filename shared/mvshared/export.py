@@ -10,6 +10,7 @@ import math
 import platform
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mvshared.camera import validate_poses
 from mvshared.errors import ConfigError, OptionError, OutputError
-from mvshared.files import check_folder, make_folder, read_json_object, write_atomic, write_json
+from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, write_atomic, write_json
 from mvshared.images import encode_png, grid, save_png, save_turntable
 
 METADATA = "metadata.json"
@@ -65,7 +66,7 @@ def prepare(folder: Path | str, *, force: bool = False) -> Path:
     make_folder(folder)
     try:
         write_atomic(folder / UNFINISHED, b"")
-        for path in (folder / METADATA, *_run_files(folder)):
+        for path in (folder / METADATA, *_run_files(folder), *_partial_files(folder)):
             path.unlink(missing_ok=True)
     except OSError as cause:
         raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause
@@ -93,6 +94,12 @@ def _run_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name))
 
 
+def _partial_files(folder: Path) -> list[Path]:
+    """What a killed run was writing."""
+    partial = re.compile(rf"\.({RUN_FILES.pattern}|{METADATA})\.[0-9a-f]{{8}}\.tmp")
+    return [path for path in folder.iterdir() if partial.fullmatch(path.name)]
+
+
 def view_names(count: int) -> list[str]:
     """The file names of views: view_000.png ..."""
     return [f"view_{index:03}.png" for index in range(count)]
@@ -108,19 +115,24 @@ def write_views(
     force: bool = False,
 ) -> Path:
     """Write views uint8 (v, h, w, 3), grid.png, turntable.gif and, where they are known, latents.npy and transforms.json, which
-    gets `cameras`; last the metadata.json `document`. Returns the folder. Raises OutputError as `prepare` does."""
-    target = prepare(folder, force=force)
-    for name, image in zip(view_names(len(images)), images, strict=True):
-        save_png(target / name, image)
-    write_atomic(target / "grid.png", encode_png(grid(images)))
-    save_turntable(target / "turntable.gif", images)
-    if latents is not None:
-        with BytesIO() as file:
-            np.save(file, latents)
-            write_atomic(target / "latents.npy", file.getvalue())
-    if cameras is not None:
-        write_json(target / "transforms.json", cameras)
-    finish(target, document)
+    gets `cameras`; last the metadata.json `document`. Returns the folder. Raises OutputError as `prepare` does, and if another
+    process writes a run there."""
+    folder = Path(folder)
+    check_free(folder, force=force)
+    with ExitStack() as stack:
+        stack.callback(lock_folder(make_folder(folder), busy="is being written to by another run"))
+        target = prepare(folder, force=force)
+        for name, image in zip(view_names(len(images)), images, strict=True):
+            save_png(target / name, image)
+        write_atomic(target / "grid.png", encode_png(grid(images)))
+        save_turntable(target / "turntable.gif", images)
+        if latents is not None:
+            with BytesIO() as file:
+                np.save(file, latents)
+                write_atomic(target / "latents.npy", file.getvalue())
+        if cameras is not None:
+            write_json(target / "transforms.json", cameras)
+        finish(target, document)
     return target
 
 

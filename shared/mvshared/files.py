@@ -51,19 +51,23 @@ def check_folder(path: Path | str) -> None:
     """Raise OutputError if no folder can be made there, or written to: before work whose result it is for. Nothing is made."""
     path = Path(path)
     try:
-        there = next((part for part in (path, *path.parents) if part.exists()), None)
+        there = next((part for part in (path, *path.parents) if part.exists() or part.is_symlink()), None)
+        broken = there is not None and not there.exists()
     except OSError as cause:
         raise OutputError(f"cannot be read: {cause.strerror or cause}", path=path) from cause
+    if there is not None and broken:
+        raise OutputError("is a link to what is not there", path=there, hint="name another folder")
     if there is not None and not there.is_dir():
         raise _is_file(there)
     if there is not None and not os.access(there, os.W_OK | os.X_OK):
         raise OutputError("cannot be written: no permission, or a read-only disk", path=there, hint="name another folder")
 
 
-def lock_folder(path: Path, *, busy: str) -> Callable[[], None]:
+def lock_folder(path: Path, *, busy: str | None) -> Callable[[], None]:
     """Keep a folder for this process until the function that is returned is called, or the process ends, however it does.
 
-    Raises OutputError, saying `busy`, if another process has it. On Windows, and on file systems without locks, it is not kept.
+    Raises OutputError, saying `busy`, if another process has it; with None it waits. On Windows, and on file systems without
+    locks, it is not kept.
     """
     try:
         import fcntl  # not on Windows
@@ -74,10 +78,10 @@ def lock_folder(path: Path, *, busy: str) -> Callable[[], None]:
     except OSError:  # whoever reads or writes it says so
         return lambda: None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
     except BlockingIOError as cause:
         os.close(descriptor)
-        raise OutputError(busy, path=path) from cause
+        raise OutputError(str(busy), path=path) from cause
     except OSError:  # no locks there
         os.close(descriptor)
         return lambda: None
@@ -100,16 +104,24 @@ def write_atomic(path: Path | str, data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
-    """A file to write piece by piece, which gets its name as `write_atomic` says. Raises OutputError."""
+    """A file to write piece by piece, which gets its name as `write_atomic` says. Raises OutputError.
+
+    Of a symbolic link it is the file that it names. Pipes and devices are written to as they are.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        target = path.resolve()  # a link stays one
+        if target.exists() and not target.is_file():  # a pipe or a device; a folder is refused
+            with target.open("wb") as file:
+                yield file
+            return
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

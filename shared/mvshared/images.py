@@ -23,6 +23,7 @@ BAND = 2**20  # pixels that are mixed at once
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PALETTE_SAMPLES = 20_000  # pixels of a turntable that its palette is made from
 
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # of a PNG's fewer bits among 8, by Pillow's raw mode
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's; some of its others start programs
 GREY_PEAKS = {"I;16": 65535.0, "I;16L": 65535.0, "I;16B": 65535.0, "I;16N": 65535.0, "I": 65535.0, "F": 1.0}
 UPRIGHT = {
@@ -53,7 +54,8 @@ def load_image(source: Source) -> NDArray[np.uint8]:
 
 def load_values(source: Source) -> NDArray[np.float32]:
     """The numbers that a picture stores, RGBA float32 (h, w, 4) from 0 to 255, upright: for pictures of something else than
-    colours, whose colour profile says nothing. Of PNG all 16 bits are kept. Takes and raises what `load_image` does."""
+    colours, whose colour profile says nothing. Of PNG all 16 bits are kept, but of grey with alpha. Takes and raises what
+    `load_image` does."""
     return _scaled(source).astype(np.float32) if isinstance(source, np.ndarray) else _load(source, _stored)
 
 
@@ -119,6 +121,7 @@ def _decode(image: Image.Image, path: Path | None, convert: Convert) -> NDArray[
 
 
 def _colors(image: Image.Image, path: Path | None) -> NDArray[np.uint8]:
+    _scale_transparency(image)
     image.load()
     image = _upright(image)
     if image.mode in GREY_PEAKS:
@@ -128,6 +131,7 @@ def _colors(image: Image.Image, path: Path | None) -> NDArray[np.uint8]:
 
 def _stored(image: Image.Image, path: Path | None) -> NDArray[np.float32]:
     encoded, raw_mode = _png_of_16_bits(image)
+    _scale_transparency(image)
     image.load()
     upper = _upright(image)
     if upper.mode in GREY_PEAKS:
@@ -142,6 +146,16 @@ def _stored(image: Image.Image, path: Path | None) -> NDArray[np.float32]:
         channels = lower.shape[2]
         values[..., :channels] = (values[..., :channels] * 256 + lower) / 257
     return values
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Bring a PNG's transparent colour to the 8 bits that Pillow will decode to, which it leaves in those of the file."""
+    tile, colour = getattr(image, "tile", None), image.info.get("transparency")
+    raw_mode = tile[0][3] if image.format == "PNG" and tile else ""
+    if isinstance(colour, int) and raw_mode in GREY_STEPS:
+        image.info["transparency"] = colour * GREY_STEPS[raw_mode]
+    elif isinstance(colour, tuple) and raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _png_of_16_bits(image: Image.Image) -> tuple[bytes, str]:
@@ -162,11 +176,17 @@ def _png_of_16_bits(image: Image.Image) -> tuple[bytes, str]:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation says; not ImageOps.exif_transpose, which fails on other damaged tags."""
+    found = orientation(image)
+    return image.transpose(UPRIGHT[found]) if found in UPRIGHT else image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, which is upright, if there is none that can be read."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        found = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # as in _open; damaged metadata does not spoil the picture
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return 1
+    return found if found in UPRIGHT else 1
 
 
 def _grey(image: Image.Image, path: Path | None) -> NDArray[np.float64]:

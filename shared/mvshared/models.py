@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvshared.errors import ConfigError
-from mvshared.files import make_folder, read_json_object, user_home, write_json
+from mvshared.files import lock_folder, make_folder, read_json_object, user_home, write_json
 
 EMBEDDED = {"demo": "demo"}  # names, and folders in the package
 # Names, and the repositories on huggingface.co that have the model in diffusers' layout.
@@ -99,6 +99,9 @@ def _pin(name: str, entry: dict[str, Any]) -> Pin:
 
 def write_pin(pin: Pin) -> None:
     """Add or replace a pin. Raises OutputError."""
-    pins = {**read_pins(), pin.repository: pin}
-    make_folder(pins_path().parent)
-    write_json(pins_path(), {name: asdict(each) for name, each in sorted(pins.items())})
+    unlock = lock_folder(make_folder(pins_path().parent), busy=None)
+    try:
+        pins = {**read_pins(), pin.repository: pin}
+        write_json(pins_path(), {name: asdict(each) for name, each in sorted(pins.items())})
+    finally:
+        unlock()

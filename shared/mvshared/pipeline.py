@@ -146,8 +146,9 @@ class Pipeline(Generic[A]):
         `mvshared.samplers.SAMPLERS`, `spacing` is leading, trailing, linspace or karras, `eta` the noise of ddim. `kv_pooling`
         is that of `mvshared.attention.AttentionOptions`. `latents` float32 (v, h, w, c), or an .npy file of them, replaces the
         initial noise of `seed`; with reference frames it may have as many more, which are ignored. What is None comes from the
-        model's defaults. `on_step` is called after every step. `check_numerics` is a folder: every block of every network is
-        looked at, and the inputs of the first one that gives NaN or infinity are saved there.
+        model's defaults. `upscale` is what `upscale_as` will be called with: it is counted in the memory plan and noted in the
+        parameters, and nothing is upscaled here. `on_step` is called after every step. `check_numerics` is a folder: every
+        block of every network is looked at, and the inputs of the first one that gives NaN or infinity are saved there.
 
         Raises OptionError, CameraError and ImageError for arguments that are not allowed and MemoryBudgetError for a run that
         does not fit, before any long work, and NumericsError if the latents or the pictures end in NaN or infinity, or at the

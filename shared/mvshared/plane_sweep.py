@@ -82,7 +82,7 @@ def _reduced(scene: Scene) -> Scene:
     scale = SWEEP_PX / max(height, width)
     if scale >= 1:
         return scene
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    size = max(2, round(width * scale)), max(2, round(height * scale))  # what can be sampled
 
     def shrink(picture: NDArray) -> NDArray[np.uint8]:
         return np.asarray(Image.fromarray(np.rint(picture * 255.0).astype(np.uint8)).resize(size, Image.Resampling.BOX))

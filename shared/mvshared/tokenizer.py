@@ -95,7 +95,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
-            settings |= read_json_object(folder / name, error=CheckpointError)
+            document = read_json_object(folder / name, error=CheckpointError)
+            settings |= {field: value for field, value in document.items() if value is not None}
     return settings
 
 
@@ -135,7 +136,7 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) ->
 
 def _max_length(folder: Path, settings: dict[str, Any]) -> int:
     value = settings.get("model_max_length", MAX_LENGTH)
-    if not isinstance(value, int | float) or value < 3:
+    if not isinstance(value, int | float) or not value >= 3:
         raise CheckpointError(f"model_max_length must be a number of at least 3, got {value!r}", path=folder)
     return MAX_LENGTH if value > 1_000_000 else int(value)  # 1e30 stands for no limit
 

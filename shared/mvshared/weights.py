@@ -106,7 +106,7 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
 
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"has a malformed header: {error}", path=path) from error
     if not text.startswith(b"{") or not isinstance(entries, dict):
         raise CheckpointError("has a malformed header: it is no JSON object", path=path)

@@ -157,7 +157,8 @@ def measure_growth(suite: Suite, axis: Axis, *, limit_bytes: int, environment: M
     rest = iter(measured)
     rows = [row if row.failure else next(rest) for row in rows]
     title = f"{TITLES[axis]}: {suite.found.name}, {suite.place.dtype}, {suite.place.backend}"
-    return Table(title=title, rows=rows, notes=(format_table(verdicts(rows)),))
+    grown = verdicts(rows)
+    return Table(title=title, rows=rows, notes=(format_table(grown),) if grown else ())
 
 
 def _guided(suite: Suite) -> bool:

@@ -49,6 +49,8 @@ class Settings:
             raise OptionError("name", expected=f"one of {', '.join((*NAMES, GROWTH))}", got=unknown[0])
         if GROWTH in self.names and len(self.names) > 1:
             raise OptionError("names", expected=f"{GROWTH} alone, or others", got=" ".join(self.names))
+        if GROWTH in self.names and self.against is not None:
+            raise OptionError("against", expected=f"left out with {GROWTH}, which compares sizes", got=self.against)
         if self.guidance not in get_args(Guided):
             raise OptionError("guidance", expected="on, off or both", got=self.guidance)
         if self.against not in (None, "diffusers"):

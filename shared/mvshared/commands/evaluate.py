@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from mvshared.backend import load
 from mvshared.errors import CameraError, DatasetError, OptionError
-from mvshared.files import check_folder, make_folder, remove_others, write_atomic, write_json
+from mvshared.files import check_folder, make_folder, write_atomic, write_json
 from mvshared.images import encode_png, sheet
 
 SHEET_ROWS = 8
@@ -133,7 +134,9 @@ def _write(output: Path, rows: Sequence[NDArray[np.uint8]], document: dict[str, 
         picture = sheet(np.stack(rows[first : first + SHEET_ROWS]))
         write_atomic(output / f"sheet_{first // SHEET_ROWS:02}.png", encode_png(picture))
     written = [f"sheet_{number:02}.png" for number in range(-(-len(rows) // SHEET_ROWS))]
-    remove_others(output, "sheet_[0-9]*.png", keep=written)
+    for file in output.iterdir():
+        if re.fullmatch(r"sheet_\d{2,}\.png", file.name) and file.name not in written:  # of more heads
+            file.unlink()
     write_json(output / "evaluation.json", document)
 
 

@@ -18,7 +18,7 @@ from mvshared.checkpoint import find_model, read_model_config
 from mvshared.config import ModelConfig
 from mvshared.errors import MvError, MvWarning, OptionError
 from mvshared.export import check_free
-from mvshared.files import check_folder, make_folder, write_atomic
+from mvshared.files import check_folder, make_folder, remove_others, write_atomic
 from mvshared.images import encode_png, grid
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.quantization.plans import preset_of
@@ -54,6 +54,8 @@ class Reporter:
     def step(self, progress: Progress) -> None:
         """Show a sampling step."""
         if self.stepwise is not None:
+            if progress.step == 1:  # those of an earlier run, which may have had more
+                remove_others(make_folder(self.stepwise), "step_[0-9][0-9][0-9][0-9].png", keep=())
             write_atomic(make_folder(self.stepwise) / f"step_{progress.step:04}.png", encode_png(grid(progress.preview())))
         self.event("step", step=progress.step, steps=progress.steps, timestep=progress.timestep)
         self._advance("sampling", progress.step, progress.steps)
@@ -152,7 +154,8 @@ def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
         if options["config"] is not None:
             config = options["config"].resolve()
             source = config if config.is_dir() else config.parent
-        output = Path(f"{source.stem}-views") if source is not None else Path("views")
+        name = None if source is None else source.name if source.is_dir() else source.stem
+        output = Path("views" if name is None else f"{name}-views")
     return [output] if len(seeds) == 1 else [output / f"seed_{seed}" for seed in seeds]
 
 

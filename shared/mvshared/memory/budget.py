@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mvshared.backend import Dtype
 from mvshared.errors import MemoryBudgetError, OptionError
 from mvshared.memory.estimate import Estimate, ModelSize, RunSize, estimate
 from mvshared.memory.plan import MemoryPlan, plans
@@ -82,10 +81,8 @@ def _what_fits(model: ModelSize, run: RunSize, *, budget_bytes: int, process_byt
 
 def _changes(model: ModelSize, run: RunSize) -> Iterator[tuple[str, ModelSize, RunSize]]:
     """Options of the command line that save memory, and what they make of the sizes."""
-    if model.dtype == "float32":
-        weights, packing = ({name: size // 2 for name, size in sizes.items()} for sizes in (model.weights, model.packing))
-        half: Dtype = "float16" if model.backend == "mlx" else "bfloat16"  # which Metal has no exact convolutions in
-        yield f"--dtype {half}", replace(model, dtype=half, weights=weights, packing=packing), run
+    if model.half_size is not None:
+        yield f"--dtype {model.half_size.dtype}", model.half_size, run
     for preset, smaller in model.quantized_sizes.items():
         yield f"--quantize {preset}", smaller, run
     for size_px in SMALLER_SIZES_PX:

@@ -38,7 +38,7 @@ LOADING_BYTES = 160_000_000  # of a file that are in memory at once while its we
 class ModelSize:
     """A model in a backend: its config and, by component, bytes of a network's weights, `packing` of what they take more where
     memory is not to be spared, and how many numbers the largest one and the largest quantised one have. `quantized_sizes` are
-    those of the same model quantised, by preset."""
+    those of the same model quantised, by preset, `half_size` that of one in float32 in half precision."""
 
     config: ModelConfig | UpscalerConfig
     backend: BackendName
@@ -49,6 +49,7 @@ class ModelSize:
     largest: Mapping[str, int]
     quantized: Mapping[str, int]
     quantized_sizes: Mapping[str, "ModelSize"] = field(default_factory=dict)
+    half_size: "ModelSize | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def config_size(
     networks: dict[str, NetworkConfig] = {component: getattr(config, component) for component in stored}
     shapes = {component: module.network_shapes(network) for component, network in networks.items()}
 
-    def sized(preset: str | None) -> ModelSize:
+    def sized(preset: str | None, dtype: Dtype) -> ModelSize:
         layers = {name: stored[name] or preset_layers(networks[name], shapes[name], preset) for name in networks}
         packing = {
             name: 0 if layers[name] else module.packing_bytes(network, dtype=dtype, device=device)
@@ -148,10 +149,13 @@ def config_size(
             quantized={name: max((prod(each.shape) for each in layers[name].values()), default=0) for name in networks},
         )
 
-    size = sized(quantize)
-    if quantize is None and not any(stored.values()):
-        return replace(size, quantized_sizes={preset: sized(preset) for preset in PRESETS})
-    return size
+    presets = PRESETS if quantize is None and not any(stored.values()) else ()
+    half: Dtype = "float16" if backend == "mlx" else "bfloat16"  # which Metal has no exact convolutions in
+    return replace(
+        sized(quantize, dtype),
+        quantized_sizes={preset: sized(preset, dtype) for preset in presets},
+        half_size=sized(quantize, half) if dtype == "float32" else None,
+    )
 
 
 def estimate(model: ModelSize, run: RunSize, plan: MemoryPlan, *, process_bytes: int = 0) -> Estimate:

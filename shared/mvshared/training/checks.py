@@ -12,8 +12,8 @@ from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig, TrainConfig
 
 
-def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, model: ModelConfig) -> None:
-    """Look at named lists of captures: sizes, numbers of views, normal maps. Pictures are opened, not decoded.
+def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, model: ModelConfig) -> list[Capture]:
+    """The captures of named lists, looked at: sizes, numbers of views, normal maps. Pictures are opened, not decoded.
 
     Raises DatasetError for captures that cannot be learned from, and warns (MvWarning) of those that are left out and of
     views without normal maps.
@@ -24,7 +24,8 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
     for _, folder, capture in captures:
         if len(capture.image_paths) < 2:
             raise DatasetError("a capture needs at least 2 views", path=folder)
-    check_sizes([capture for *_, capture in captures], factor=model.vae.downscale * model.unet.downscale)
+    everything = [capture for *_, capture in captures]
+    check_sizes(everything, factor=model.vae.downscale * model.unet.downscale)
     for name, folders in named:
         own = [(folder, capture) for part, folder, capture in captures if part == name]
         left_out = [folder for folder, capture in own if not _is_usable(capture, config)]
@@ -35,7 +36,8 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
             text = f"{left_out[0]} and {len(left_out) - 1} more" if left_out[1:] else str(left_out[0])
             warnings.warn(f"not learned from, for there is {lack}: {text}", MvWarning, stacklevel=2)
     if model.unet.normal_channels and config.normals and model.family == "gaf":
-        _check_normals([capture for *_, capture in captures], folder=config.folder)
+        _check_normals(everything, folder=config.folder)
+    return everything
 
 
 def check_sizes(captures: list[Capture], *, factor: int, smallest: int = 0) -> None:

@@ -218,9 +218,9 @@ def _unet_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str
     unet = model.unet
     captures = find_captures(config.data.folder, held_out=config.data.held_out)
     names = [(name, folders) for name, folders in zip(("training", "held-out"), captures, strict=True) if folders]
-    check_captures(names, config.data, model)
+    loaded = check_captures(names, config.data, model)
     if config.unet_loss.detail_weight:
-        check_details([load_capture(each) for _, folders in names for each in folders], folder=config.data.folder)
+        check_details(loaded, folder=config.data.folder)
     shapes = network_shapes(unet, backend=backend)
     check_frozen(config, shapes)
     weights = _initial(config, "unet", shapes, unet=unet)

@@ -155,12 +155,21 @@ class Upscaler(Generic[A]):
             report()
         return self.model.to_numpy(x)
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether it has a text encoder."""
+        return self.model.config.text_encoder is not None
+
+    def check_prompts(self, prompt: str | None, negative_prompt: str | None) -> None:
+        """Raise OptionError for a prompt that an upscaler without text is given."""
+        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if value is not None and not self.takes_text:
+                raise OptionError(name, expected="left out: this upscaler takes no text", got=value)
+
     def _text(self, prompt: str | None, negative_prompt: str | None, *, guidance: float) -> TextStates[A] | None:
         """States of the prompt, those of the negative one before it if it is needed; None for an upscaler without text."""
-        if self.model.config.text_encoder is None:
-            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-                if value is not None:
-                    raise OptionError(name, expected="left out: this upscaler takes no text", got=value)
+        self.check_prompts(prompt, negative_prompt)
+        if not self.takes_text:
             return None
         positive = "" if prompt is None or guidance == 0 else prompt
         texts = [negative_prompt or "", positive] if guidance > 1 else [positive]
@@ -176,17 +185,19 @@ def resolve(
 ) -> UpscaleSettings:
     """The settings of a run, defaults filled in. Raises OptionError for what is not allowed."""
     defaults = config.defaults
-    steps = whole("steps", defaults.steps if steps is None else steps, 1, MAX_UPSCALE_STEPS)
+    steps = whole("steps of the upscaler", defaults.steps if steps is None else steps, 1, MAX_UPSCALE_STEPS)
     guidance = defaults.guidance if guidance is None else guidance
     low, high = GUIDANCE_RANGE
-    is_number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
-    if not is_number or not (guidance == 0 or low <= guidance <= high):  # 0 leaves the prompt out
+    guidance = number("guidance of the upscaler", guidance, 0, high)
+    if 0 < guidance < low:  # 0 leaves the prompt out
         raise OptionError("guidance of the upscaler", expected=f"0, or a number from {low:g} to {high:g}", got=guidance)
     if guidance > 1 and config.text_encoder is None:
         raise OptionError("guidance of the upscaler", expected="0 or 1: this upscaler takes no text", got=guidance)
-    level = number("noise_level", defaults.noise_level if noise_level is None else noise_level, 0, MAX_NOISE_LEVEL)
+    level = number(
+        "noise level of the upscaler", defaults.noise_level if noise_level is None else noise_level, 0, MAX_NOISE_LEVEL
+    )
     noise_embedding(level, channels=config.noise_channels, frequencies=config.noise_frequencies)
-    return UpscaleSettings(steps, float(guidance), level, whole("seed", seed, 0, 2**63 - 1))
+    return UpscaleSettings(steps, guidance, level, whole("seed", seed, 0, 2**63 - 1))
 
 
 def check_latents(latents: NDArray[np.floating], config: UpscalerConfig) -> NDArray[np.float32]:

@@ -27,6 +27,11 @@ from mvshared.weights import sha256_of_files
 
 FORMAT = "mvmlx-upscale"
 WHITE = (255, 255, 255)
+ASKED_BY_UPSCALER = ("prompt", "negative_prompt", "seed", "quantize")
+UNUSED = {  # by method: what has no effect on it
+    "lanczos": ("model", "backend", "dtype", "device", *ASKED_BY_UPSCALER),
+    "bilinear": ASKED_BY_UPSCALER,
+}
 
 
 class Source(NamedTuple):
@@ -109,6 +114,11 @@ def upscale_source(
     upscaler. What is None or auto is taken from the run, if there is one. Raises OptionError, CheckpointError and OutputError
     before any long work, and NumericsError for latents that are not finite.
     """
+    given: dict[str, Any] = {"model": model, "backend": backend, "dtype": dtype, "device": device, "quantize": quantize}
+    given |= {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+    for name in UNUSED.get(options.method, ()):
+        if given[name] not in (None, "auto"):
+            raise OptionError(name, expected=f"left out with {options.method}, which has no use for it", got=given[name])
     run = source.run
     output = output or (source.paths[0] / UPSCALED if run else Path(f"{source.paths[0].stem}-{UPSCALED}"))
     check_free(output, force=force)
@@ -117,10 +127,8 @@ def upscale_source(
         if backend in ("auto", run.backend):  # another backend has other devices
             dtype, device = dtype or run.dtype, run.device if device == "auto" else device
             backend = run.backend
-        prompt = run.prompt if prompt is None else prompt
-        negative_prompt = run.negative_prompt if negative_prompt is None else negative_prompt
         seed = run.seed if seed is None else seed
-        quantize = quantize or preset_of(run.quantization)
+        quantize = quantize or (preset_of(run.quantization) if options.method == "sd-x2" else None)
     seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
     parse_dtype(dtype, default="float32")
     planned, upscaler, codec, latents = UpscaleParameters(method="lanczos"), None, None, source.latents
@@ -135,6 +143,11 @@ def upscale_source(
         package = importlib.import_module(f"{PACKAGES[chosen]}.upscaling")
         codec = package.load_latent_model(folder, dtype=dtype, device=device)
         upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device, quantize=quantize)
+        if upscaler is not None:
+            upscaler.check_prompts(prompt, negative_prompt)
+            if run is not None and upscaler.takes_text:
+                prompt = run.prompt if prompt is None else prompt
+                negative_prompt = run.negative_prompt if negative_prompt is None else negative_prompt
         if latents is None:
             assert source.images is not None
             latents = codec.to_numpy(codec.encode_latents(to_model(source.images)))
@@ -151,7 +164,7 @@ def upscale_source(
     )
     document = {
         **asdict(planned),
-        "seed": seed,
+        "seed": None if upscaler is None else seed,
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "model": model,

@@ -186,11 +186,10 @@ def upscale_arrays(
             larger = enlarge_latents(latents)
     else:
         assert upscaler is not None
-        takes_text = upscaler.model.config.text_encoder is not None
         larger = upscaler.upscale(
             latents,
-            prompt=prompt if takes_text else None,
-            negative_prompt=negative_prompt if takes_text else None,
+            prompt=prompt if upscaler.takes_text else None,
+            negative_prompt=negative_prompt if upscaler.takes_text else None,
             steps=parameters.steps,
             guidance=parameters.guidance,
             noise_level=parameters.noise_level,
