@@ -15,7 +15,7 @@ from mlx.nn.utils import checkpoint
 from mvmlx.group_norm import fused_group_norm, usable
 from mvshared.errors import OptionError
 
-_SUMMED = 256  # pixels that are added up one after the other
+_SUMMED = 1024  # pixels that are added up one after the other
 
 
 class GroupNorm(nn.Module):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 import mvshared.commands.checkpoints
 from mvshared import __version__
 from mvshared.cli import cli, run
+from mvshared.errors import MvWarning
 from mvshared.images import load_image
 
 MVMLX = str(Path(sys.executable).with_name("mvmlx"))
@@ -256,6 +258,17 @@ def test_render_heads_writes_captures_and_keeps_those_that_are_there(desk: Path,
     assert run(command) == 0
     assert {path: path.read_bytes() for path in (desk / "heads").rglob("*.png")} == before
     assert capfd.readouterr().out.splitlines() == ["2 heads rendered, 2 in heads", "0 heads rendered, 2 in heads"]
+    more = [*command[:3], "100002:100003", *command[4:]]
+    assert run(more) == 0
+    assert capfd.readouterr().out == "1 heads rendered, 3 in heads\n"
+    for option, says in (
+        ("--size", "2 views of 32 pixels, 2 of 64 were asked for"),
+        ("--views", "2 views of 32 pixels, 3 of 32"),
+    ):
+        other = [*more[:3], "100003:100004", *more[4:]]
+        other[other.index(option) + 1] = {"--size": "64", "--views": "3"}[option]
+        assert run(other) == 7
+        assert says in capfd.readouterr().err
 
 
 def test_train_trains_and_goes_on(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -378,6 +391,42 @@ def test_a_file_name_that_the_terminal_cannot_show_is_shown_in_another_way(desk:
     result = subprocess.run(command, cwd=desk, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True)
     assert result.returncode == 0, result.stderr
     assert b"p\\udcff-views" in result.stdout
+
+
+QUICK = [MVMLX, "generate", "picture.png", "--model", "tiny", "--backend", "torch", "--device", "cpu", "--steps", "1"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX closes streams")
+def test_a_run_ends_well_where_nobody_can_be_told(desk: Path) -> None:
+    shell = " ".join(QUICK)
+    assert subprocess.run(f"{shell} -o closed --json 2>&- >events", cwd=desk, shell=True).returncode == 0
+    assert [each["event"] for each in events((desk / "events").read_text())][-1] == "saved"
+    assert files(desk / "closed") == RUN_FILES
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code(desk: Path) -> None:
+    assert subprocess.run(f"{MVMLX} generate gone.png 2>/dev/full", cwd=desk, shell=True).returncode == 3
+
+
+def test_what_a_path_names_is_looked_at_by_who_reads_it() -> None:
+    """With the exit code of its kind: click would call a file that may not be read a wrong use of the command line."""
+    commands = [command for command in cli.commands.values() if not isinstance(command, click.Group)]
+    paths = [each.type for command in commands for each in command.params if isinstance(each.type, click.Path)]
+    assert len(paths) > 20
+    assert not any(each.readable or each.exists for each in paths)
+
+
+def test_warnings_of_every_command_are_one_line_each(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def warned(**options: Any) -> None:
+        for _ in range(2):
+            warnings.warn("something is odd", MvWarning, stacklevel=1)
+
+    monkeypatch.setattr(mvshared.commands.checkpoints, "list_models", warned)
+    assert run(["models"]) == 0
+    assert capfd.readouterr().err == "mvmlx: warning: something is odd\n"
 
 
 @pytest.mark.parametrize(("file", "told"), [("b.json", False), ("-", True)])

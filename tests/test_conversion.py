@@ -377,6 +377,17 @@ def test_a_scheduler_that_comes_along_decides_what_the_model_predicts(
     assert (config.family, config.scheduler.prediction_type) == ("sd21-768", "v_prediction")
 
 
+def test_a_file_is_not_converted_onto_itself(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(3)}, file)
+    before = file.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(file)
+    for dest in (file, tmp_path / "link.safetensors"):
+        with pytest.raises(OptionError, match="dest must be another place than the source's"):
+            convert(file, dest, dtype="float16", force=True)
+    assert file.read_bytes() == before
+
+
 def test_a_folder_is_of_the_family_that_it_is_of(folders: dict[str, Path], tmp_path: Path) -> None:
     for family in ("sd21-768", "mvdream"):
         with pytest.raises(OptionError, match=f"family must be sd21, which this folder is, or left out, got '{family}'"):

@@ -124,6 +124,12 @@ def test_all_numbers_of_views_look_from_all_quarters_alike(views: int) -> None:
     assert sorted((azimuths + 90) % 360) == sorted(azimuths) and 45 in azimuths
 
 
+def test_a_model_that_takes_no_picture_is_not_evaluated() -> None:
+    pipe = load(Path(__file__).parent / "fixtures" / "tiny-mvdream", backend="torch", device="cpu")
+    with pytest.raises(OptionError, match=r"model must be one that takes a picture: .* got '.*tiny-mvdream'"):
+        evaluate(pipe, [0])
+
+
 def test_an_evaluation_covers_all_views_of_all_identities(evaluation: Evaluation) -> None:
     assert (evaluation.identities, evaluation.views) == (2, 4)
     assert evaluation.summaries().keys() == FIGURES

@@ -137,6 +137,14 @@ def test_the_first_block_that_is_wrong_is_named(
     assert run([*arguments, "--tolerance", "0.1"]) == 0
 
 
+def test_a_reference_of_other_networks_is_refused_before_anything_runs(
+    families: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mvshared.validation, "_Comparer", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(OptionError, match="reference must be a folder of the same networks, and its unet is another, got"):
+        validate(families["imagedream"], against="diffusers", backend="torch", device="cpu", reference=families["mvdream"])
+
+
 def test_a_table_or_json_is_printed_and_both_sides_are_saved(
     families: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ import click
 
 from mvshared import __version__
 from mvshared.errors import MemoryBudgetError, MvError, OutputError
+from mvshared.messages import say, warnings_in_lines
 
 USAGE_EXIT, INTERNAL_EXIT, INTERRUPT_EXIT = 2, 70, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # What the allocators of PyTorch and MLX say, in errors that have no class of their own but for CUDA's.
 _NO_MEMORY = re.compile(r"out ?of ?memory|can't allocate memory|not enough memory|(unable|attempting) to allocate", re.I)
+
+
+PATH = click.Path(path_type=Path, readable=False)  # whoever reads it says what is wrong with it, with its own exit code
 
 
 class NumberList(click.ParamType):
@@ -110,7 +115,7 @@ def camera_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that has views."""
     for option in (
         click.option("--elevation", type=float, help="Degrees above the horizon.  [default: the model's]"),
-        click.option("--cameras", type=click.Path(path_type=Path), help="JSON file of cameras, such as a transforms.json."),
+        click.option("--cameras", type=PATH, help="JSON file of cameras, such as a transforms.json."),
         click.option(
             "--azimuths", type=NumberList(), help="Degrees around the object, as 45,135: 0 is its front, 90 its left."
         ),
@@ -127,14 +132,12 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("image", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("image", nargs=-1, type=PATH)
 @click.option("--model", default="demo", show_default=True, help="A model's name (see `mvmlx models`), or a checkpoint folder.")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
 @QUANTIZE
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Output folder.  [default: the picture's name with -views]"
-)
+@click.option("-o", "--output", type=PATH, help="Output folder.  [default: the picture's name with -views]")
 @click.option("--prompt", help="What to show, for a model that takes text.")
 @click.option("--negative-prompt", help="What not to show.  [default: the model's]")
 @click.option("--image-scale", type=float, default=1.0, show_default=True, help="Weight of the pictures' tokens, 0 to 2.")
@@ -164,16 +167,16 @@ def cli() -> None:
 )
 @click.option("--seed", "seeds", type=int, multiple=True, help="Seed; give it again for more results.  [default: 0]")
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
-@click.option("--latents", type=click.Path(path_type=Path), help="Initial latents instead of the seed's noise, an .npy file.")
-@click.option("--normals", type=click.Path(path_type=Path), multiple=True, help="Folder of normal maps, or one per view.")
+@click.option("--latents", type=PATH, help="Initial latents instead of the seed's noise, an .npy file.")
+@click.option("--normals", type=PATH, multiple=True, help="Folder of normal maps, or one per view.")
 @click.option(
     "--normal-space", help="camera or world; see docs/normals.md.  [default: what their transforms.json says, or camera]"
 )
 @memory_options
 @upscale_options(default="none")
-@click.option("--stepwise", type=click.Path(path_type=Path), help="Folder for a preview of every step.")
-@click.option("--check-numerics", type=click.Path(path_type=Path), help="Look for NaN in every block; folder for what had it.")
-@click.option("--config", type=click.Path(path_type=Path), help="Repeat the run of a metadata.json.")
+@click.option("--stepwise", type=PATH, help="Folder for a preview of every step.")
+@click.option("--check-numerics", type=PATH, help="Look for NaN in every block; folder for what had it.")
+@click.option("--config", type=PATH, help="Repeat the run of a metadata.json.")
 @click.option("--force", is_flag=True, help="Overwrite a finished run in the output folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print events, one JSON object a line.")
 @click.pass_context
@@ -190,8 +193,8 @@ def generate(ctx: click.Context, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("source", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder.  [default: upscaled, in the run's]")
+@click.argument("source", nargs=-1, required=True, type=PATH)
+@click.option("-o", "--output", type=PATH, help="Output folder.  [default: upscaled, in the run's]")
 @upscale_options(default=None)
 @click.option("--model", help="The model whose VAE the latents are of.  [default: the run's, or the upscaler has one]")
 @click.option("--prompt", help="What is shown, for an upscaler that takes text.  [default: the run's]")
@@ -268,14 +271,12 @@ def info(model: str | None, backend: str, device: str, estimate: bool, as_json: 
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("source", type=PATH)
+@click.argument("dest", type=PATH)
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: as it is stored]")
 @click.option("--family", help="What the tensors do not tell: sd21-768 or imagedream-local.  [default: what they are]")
-@click.option(
-    "--with", "extra", type=click.Path(path_type=Path), multiple=True, help="File or folder with what SOURCE lacks; repeatable."
-)
-@click.option("--like", type=click.Path(path_type=Path), help="Folder of the same sizes to take configs and tokenizer from.")
+@click.option("--with", "extra", type=PATH, multiple=True, help="File or folder with what SOURCE lacks; repeatable.")
+@click.option("--like", type=PATH, help="Folder of the same sizes to take configs and tokenizer from.")
 @click.option("--shard-gb", type=float, default=5.0, show_default=True, help="Largest size of a weight file.")
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty, or over a file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -293,7 +294,7 @@ def convert(source: Path, dest: Path, **options: Any) -> None:
 
 @cli.command()
 @click.argument("source")
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dest", type=PATH)
 @click.option("--preset", help="q8, or q4, which keeps the layers that lose most in 8 bits.  [default: q8]")
 @click.option("--bits", type=int, help="2, 3, 4, 5, 6 or 8 for every layer, instead of a preset.")
 @click.option(
@@ -301,7 +302,7 @@ def convert(source: Path, dest: Path, **options: Any) -> None:
 )
 @click.option("--components", help="With commas between.  [default: unet,text_encoder,image_encoder, where they are there]")
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Run the network once per layer for its error.")
-@click.option("--report", type=click.Path(path_type=Path), help="File for every layer's figures, .csv or .json.")
+@click.option("--report", type=PATH, help="File for every layer's figures, .csv or .json.")
 @backend_options
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -321,9 +322,9 @@ def init() -> None:
 
 
 @init.command()
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dest", type=PATH)
 @click.option("--from", "source", required=True, help="Folder of ImageDream, MVDream or Stable Diffusion 2.1.")
-@click.option("--image-encoder", type=click.Path(path_type=Path), help="CLIPVisionModel folder, for a source that has none.")
+@click.option("--image-encoder", type=PATH, help="CLIPVisionModel folder, for a source that has none.")
 @click.option("--cameras", is_flag=True, help="Add a camera embedding to a source without one.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the new weights that are not zero.")
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
@@ -342,7 +343,7 @@ def gaf(dest: Path, **options: Any) -> None:
 @click.option("--quantize", help="q8 or q4: quantise MODEL, and compare it with its weights of full precision.")
 @click.option("--reference", help="The model whose weights the other side has, such as the one MODEL was quantised from.")
 @click.option("--tolerance", type=float, help="Relative RMS that a block may differ by.  [default: 2e-5 in float32]")
-@click.option("--save", type=click.Path(path_type=Path), help="Folder for the activations of both sides, as .npy files.")
+@click.option("--save", type=PATH, help="Folder for the activations of both sides, as .npy files.")
 @click.option("--summary", is_flag=True, help="Print a line per network instead of one per block.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per block, or per network.")
 def validate(model: str, **options: Any) -> None:
@@ -354,9 +355,7 @@ def validate(model: str, **options: Any) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option(
-    "--image", type=click.Path(path_type=Path), multiple=True, help="Picture of the subject.  [default: a made-up one]"
-)
+@click.option("--image", type=PATH, multiple=True, help="Picture of the subject.  [default: a made-up one]")
 @click.option("--prompt", help="What to show, for a model that takes text.")
 @click.option("--negative-prompt", help="What not to show.  [default: the model's]")
 @camera_options
@@ -371,7 +370,7 @@ def validate(model: str, **options: Any) -> None:
 @click.option(
     "--depth", type=click.IntRange(1), default=2, show_default=True, help="How deep blocks inside of blocks are shown."
 )
-@click.option("--trace", type=click.Path(path_type=Path), help="File for a trace, to be opened at ui.perfetto.dev.")
+@click.option("--trace", type=PATH, help="File for a trace, to be opened at ui.perfetto.dev.")
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as one JSON object.")
 def profile(model: str, **options: Any) -> None:
     """Say where the time and the memory of a run of MODEL go: by stage, by block, and its three largest costs."""
@@ -401,7 +400,7 @@ def profile(model: str, **options: Any) -> None:
     flag_value="max-autotune",
     help="With --against, torch.compile too, which takes minutes; --compiled=MODE for another mode than max-autotune.",
 )
-@click.option("--json", "file", type=click.Path(path_type=Path), metavar="FILE", help="Write the results here; - prints them.")
+@click.option("--json", "file", type=PATH, metavar="FILE", help="Write the results here; - prints them.")
 def benchmark(name: tuple[str, ...], **options: Any) -> None:
     """Measure this machine: time, memory, arithmetic per second and its share of what the machine can do.
 
@@ -414,11 +413,11 @@ def benchmark(name: tuple[str, ...], **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Run folder; a run in it goes on.")
+@click.argument("config", required=False, type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="Run folder; a run in it goes on.")
 @click.option("--family", help="Train by this family's recipe instead of a CONFIG: gaf.")
 @click.option("--from", help="The model that the recipe starts from, such as `mvmlx init gaf` writes it.")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of captures that the recipe trains on.")
+@click.option("--data", type=PATH, help="Folder of captures that the recipe trains on.")
 @click.option("--steps", type=int, help="Training steps.  [default: the recipe's, like all of these]")
 @click.option("--batch-size", type=int, help="Subjects per step.")
 @click.option("--learning-rate", type=float, help="After the warm-up.")
@@ -437,7 +436,7 @@ def train(config: Path | None, output: Path, backend: str, device: str, **option
 
 
 @cli.command("render-heads")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PATH)
 @click.option(
     "--identities", type=NumberRange(), default="100000:104000", show_default=True, help="Numbers of the heads, first:end."
 )
@@ -452,8 +451,8 @@ def render_heads(output: Path, identities: range, views: int, size: int, process
 
 
 @cli.command("render-normals")
-@click.argument("mesh", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Output folder.")
+@click.argument("mesh", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="Output folder.")
 @click.option("--model", default="demo", show_default=True, help="The model whose cameras, size and framing are taken.")
 @camera_options
 @click.option("--size", type=int, help="Width and height in pixels.  [default: the model's]")
@@ -470,7 +469,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.argument("folder", required=False, type=PATH)
 @click.option("--model", default="demo", show_default=True, help="An embedded model's name, or a checkpoint folder.")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
@@ -486,7 +485,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @click.option("--upscale-steps", type=int, help="Steps of the upscaler.  [default: the upscaler's]")
 @click.option("--upscale-noise", type=float, help="Noise level of the upscaler, 0 to 1.  [default: the upscaler's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for evaluation.json and sheets.")
+@click.option("-o", "--output", type=PATH, help="Folder for evaluation.json and sheets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.pass_context
 def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
@@ -513,17 +512,24 @@ def main() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, by `2>&-` for example; who prints need not know
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as the program runs
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be what the terminal can show
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stderr.flush()
+    except OSError:  # nobody can be told, and the exit code is to be that of the command
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     as_json = _wants_json(arguments)
     try:
-        with cli.make_context("mvmlx", list(arguments)) as context:
+        with cli.make_context("mvmlx", list(arguments)) as context, warnings_in_lines():
             cli.invoke(context)
         return 0
     except click.exceptions.Exit as end:  # of --help and --version
@@ -565,6 +571,7 @@ def _wants_json(arguments: list[str]) -> bool:
 
 def _fail(message: str, code: int, *, kind: str, as_json: bool) -> int:
     if as_json:
-        click.echo(json.dumps({"event": "error", "kind": kind, "message": message, "exit_code": code}))
-    click.echo(f"mvmlx: error: {message}", err=True)
+        with suppress(OSError):
+            click.echo(json.dumps({"event": "error", "kind": kind, "message": message, "exit_code": code}))
+    say(f"error: {message}")
     return code

@@ -160,6 +160,8 @@ def evaluate(
     if not len(identities):
         raise OptionError("identities", expected="one or more numbers of heads", got=identities)
     model, size_px = pipeline.model, pipeline.model.config.defaults.size_px
+    if not model.config.unet.takes_pictures:
+        raise OptionError("model", expected="one that takes a picture: views of heads are compared", got=pipeline.name)
     measured: dict[str, list[NDArray[np.float64]]] = {
         name: [] for name, field in Evaluation.__dataclass_fields__.items() if field.type in (Summary, Summary | None)
     }

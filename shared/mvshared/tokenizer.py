@@ -67,13 +67,14 @@ class CLIPTokenizer:
         for row, text in zip(ids, texts, strict=True):
             if not isinstance(text, str):
                 raise OptionError("prompt", expected="a text", got=text)
-            # Lone surrogates are no characters, and the library takes UTF-8 only.
-            clean = text.encode("utf-8", "replace").decode("utf-8")
-            encoding = self._tokenizer.encode(clean, add_special_tokens=False)
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                hint = "is the terminal's locale UTF-8?"
+                raise OptionError("prompt", expected="a text of characters, and has bytes that are none", got=text, hint=hint)
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
             room = self.max_length - 2
             kept = encoding.ids[:room]
             row[: len(kept) + 2] = [self.bos_token_id, *kept, self.eos_token_id]
-            cut.append(clean[encoding.offsets[room][0] :] if len(encoding.ids) > room else "")
+            cut.append(text[encoding.offsets[room][0] :] if len(encoding.ids) > room else "")
         return Tokens(ids, tuple(cut))
 
 

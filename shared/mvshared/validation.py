@@ -27,7 +27,7 @@ from mvshared.backend import (
     parse_dtype,
 )
 from mvshared.camera import camera_vectors, even_azimuths, orbit
-from mvshared.checkpoint import find_model
+from mvshared.checkpoint import find_model, read_model_config
 from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
 from mvshared.errors import OptionError, OutputError
@@ -36,7 +36,7 @@ from mvshared.framing import load_framed
 from mvshared.guidance import ALL, Guidance
 from mvshared.quantization.plans import check_preset
 from mvshared.tokenizer import CLIPTokenizer
-from mvshared.upscaling.folder import is_upscaler
+from mvshared.upscaling.folder import is_upscaler, read_upscaler_config
 
 Against = Literal["mlx", "torch", "diffusers", "float32"]
 
@@ -171,6 +171,8 @@ def validate(
         quantization = model.quantization
         if tolerance is None and reference is not None and quantization is not None:
             limit = max(limit, QUANTIZED_TOLERANCES.get(quantization.rpartition(" ")[2], max(QUANTIZED_TOLERANCES.values())))
+        if reference is not None:
+            _check_reference(model.config, reference)
         inputs = suite.inputs(model.config, find_model(name))
         states = suite.run(model, inputs, recorder, states=None)
         del model
@@ -193,6 +195,16 @@ def validate(
         checks=checks,
         unmatched=tuple(name for name in recorder.blocks if name not in comparer.checks),
     )
+
+
+def _check_reference(config: Any, reference: str | Path) -> None:
+    """Raise OptionError unless a reference has the networks of a model with this config."""
+    folder = find_model(reference)
+    other = read_upscaler_config(folder) if is_upscaler(folder) else read_model_config(folder)
+    for name in ("unet", "vae", "text_encoder", "image_encoder"):
+        if getattr(config, name, None) != getattr(other, name, None):
+            expected = f"a folder of the same networks, and its {name} is another"
+            raise OptionError("reference", expected=expected, got=str(reference))
 
 
 def _backend_under_test(backend: str, *, against: Against) -> BackendName:

@@ -20,6 +20,7 @@ from mvshared.errors import MvError, MvWarning, OptionError
 from mvshared.export import check_free
 from mvshared.files import check_folder, make_folder, remove_others, write_atomic
 from mvshared.images import encode_png, grid
+from mvshared.messages import say
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.quantization.plans import preset_of
 from mvshared.repetition import repeat
@@ -144,7 +145,7 @@ def shown_warnings(reporter: Reporter) -> Iterator[None]:
         reporter.close()
         for text in sorted({str(each.message) for each in caught if issubclass(each.category, MvWarning)}):
             reporter.event("warning", message=text)
-            click.echo(f"mvmlx: warning: {text}", err=True)
+            say(f"warning: {text}")
 
 
 def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:

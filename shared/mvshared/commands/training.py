@@ -1,14 +1,12 @@
 """`mvmlx train` and `mvmlx render-heads`."""
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mvshared.errors import MvWarning, OptionError
+from mvshared.errors import OptionError
 
 if TYPE_CHECKING:
     from mvshared.training.config import TrainConfig
@@ -21,8 +19,7 @@ def train_model(config: Path | None, output: Path, options: Mapping[str, Any], *
 
     settings = _settings(config, {name: value for name, value in options.items() if value is not None})
     write_sample = sample_writer(settings, output, backend=backend, device=device)
-    with _warnings_in_a_line():
-        folder = train(settings, output, backend=backend, device=device, on_sample=write_sample)
+    folder = train(settings, output, backend=backend, device=device, on_sample=write_sample)
     click.echo(f"trained model in {folder}")
 
 
@@ -44,31 +41,12 @@ def _settings(config: Path | None, given: dict[str, Any]) -> "TrainConfig":
     return preset(family, source=given.pop("from"), data=given.pop("data"), changes=given)
 
 
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Print each MvWarning once, when it is raised: a training is long."""
-    said: set[str] = set()
-
-    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        if not issubclass(category, MvWarning):
-            usual(message, category, *rest)
-        elif str(message) not in said:
-            said.add(str(message))
-            click.echo(f"mvmlx: warning: {message}", err=True)
-
-    usual = warnings.showwarning
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", MvWarning)
-        warnings.showwarning = show
-        yield
-
-
 def render_head_dataset(output: Path, identities: range, *, views: int, size_px: int, processes: int | None) -> None:
     """`mvmlx render-heads`."""
     from mvshared.evaluation import HELD_OUT
     from mvshared.heads.dataset import render_dataset
 
     count = render_dataset(output, identities, views=views, size_px=size_px, processes=processes)
-    click.echo(f"{count} heads rendered, {len(identities)} in {output}")
+    click.echo(f"{count} heads rendered, {sum(1 for _ in output.glob('head_*/transforms.json'))} in {output}")
     if identities.start < HELD_OUT:
         click.echo(f"note: identities below {HELD_OUT} are those that `mvmlx evaluate` holds out", err=True)

@@ -86,7 +86,7 @@ def convert(
         source = find_model(source)
     sources = [source, *extra, *([find_model(like)] if like else [])]
     if dest.suffix == ".safetensors":
-        check_apart(dest, [path for path in sources if path.is_dir()])
+        check_apart(dest, [path for path in sources if path.is_dir() or path.resolve() == dest.resolve()])
         shards = None if shard_bytes == DEFAULT_SHARD_BYTES else shard_bytes
         for name, given in (("extra files", extra), ("like", like), ("family", family), ("shard size", shards)):
             if given:

@@ -87,8 +87,8 @@ def render_dataset(
     `poses` and `details` are called in the processes that render: functions of a module, or `functools.partial` of one. That
     the heads of a folder have those of earlier calls is not checked.
 
-    Raises OptionError for numbers out of range, OutputError if the folder cannot be written, or has some of the identities in
-    another size, with another number of views or from another version of the renderer, MvError if a process was ended.
+    Raises OptionError for numbers out of range, OutputError if the folder cannot be written, or has heads of another size, with
+    another number of views or from another version of the renderer, MvError if a process was ended.
     """
     if not 2 <= views <= MAX_VIEWS:
         raise OptionError("views", expected=f"at least 2, at most {MAX_VIEWS}", got=views)
@@ -102,6 +102,9 @@ def render_dataset(
     folder = Path(folder)
     check_folder(folder)
     _remove_left_over(folder)
+    other = next((path.name for path in folder.glob("head_*") if path.name.removeprefix("head_").isdecimal()), None)
+    if other is not None:  # any of them: all pictures of a data set have one size
+        _is_there(folder, int(other.removeprefix("head_")), views=views, size_px=size_px)
     missing = [number for number in identities if not _is_there(folder, number, views=views, size_px=size_px)]
     work = partial(_render_one, folder=folder, views=views, size_px=size_px, poses=poses, details=details)
     progress = tqdm(total=len(missing), desc="rendering", unit="head", disable=None)

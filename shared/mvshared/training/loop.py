@@ -126,7 +126,9 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
                 raise NumericsError(
                     f"loss {result.loss}, gradient norm {result.gradient_norm}",
                     where=f"training step {step}",
-                    hint="lower the learning rate, or train in float32; the last state is kept",
+                    hint="lower the learning rate"
+                    + ", or train in float32" * (config.dtype != "float32")
+                    + "; the last state is kept" * run.state_path.exists(),
                 )
             losses.append(result.loss)
             if not result.skipped:
