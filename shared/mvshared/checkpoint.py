@@ -29,7 +29,7 @@ from mvshared.config import (
 )
 from mvshared.embedded import embedded_folder
 from mvshared.errors import CheckpointError, OptionError
-from mvshared.files import FileError, read_json_object, write_atomic, write_json
+from mvshared.files import FileError, make_folder, read_json_object, write_atomic, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins, repository_of
 from mvshared.public_configs import (
     SET_BY_PIPELINES,
@@ -342,9 +342,8 @@ def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
 def write_component(
     folder: Path, component: Literal["unet", "vae"], config: UNetConfig | VAEConfig, weights: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Write config.json and the weights of a component, each atomically."""
-    target = folder / component
-    target.mkdir(parents=True, exist_ok=True)
+    """Write config.json and the weights of a component, each atomically. Raises OutputError."""
+    target = make_folder(folder / component)
     contiguous = {name: np.ascontiguousarray(weights[name]) for name in sorted(weights)}
     write_atomic(target / WEIGHT_FILE, save(contiguous, metadata={"format": "pt"}))
     write_json(target / "config.json", asdict(config))
@@ -355,8 +354,7 @@ def write_model_config(folder: Path, config: ModelConfig) -> None:
 
     Encoders, whose files are transformers' own, are read wherever their folders are.
     """
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", asdict(config.scheduler))
+    write_json(make_folder(folder / "scheduler") / "scheduler_config.json", asdict(config.scheduler))
     parts = {f.name: asdict(getattr(config, f.name)) for f in fields(config) if f.name in ("camera", "defaults", "framing")}
     document = {"_class_name": "MultiViewPipeline", "format_version": FORMAT_VERSION, "family": config.family, **parts}
     write_json(folder / "model_index.json", document)

@@ -6,6 +6,7 @@ Only click is imported at start-up, so that --help answers at once.
 import errno
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -517,6 +518,7 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as the program runs
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be what the terminal can show
+    logging.basicConfig(format="mvmlx: note: %(message)s")  # what a backend logs once, of kernels that are not there
     code = run(sys.argv[1:])
     try:
         sys.stderr.flush()

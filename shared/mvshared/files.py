@@ -125,8 +125,9 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as cause:
-        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=path) from cause
+    except OSError as cause:  # numpy's says how much of an array was written, and no more
+        reason = cause.strerror or f"no room on the disk, perhaps ({cause})"
+        raise OutputError(f"cannot be written: {reason}", path=path) from cause
 
 
 def file_stamps(path: Path) -> list[str]:
