@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
 from mvshared import camera, captures
 from mvshared.errors import CameraError, DatasetError, OptionError, OutputError
@@ -237,6 +238,15 @@ def test_the_size_of_a_picture_is_that_of_the_upright_one(tmp_path: Path, format
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(path, format, exif=exif.tobytes())
     height, width = load_image(path).shape[:2]
     assert captures.size_px(path) == (width, height)
+
+
+def test_orientation_may_stand_in_a_png_s_xmp(tmp_path: Path) -> None:
+    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png", pnginfo=info)
+    height, width = load_image(tmp_path / "a.png").shape[:2]
+    assert (width, height) == captures.size_px(tmp_path / "a.png") == (20, 30)
 
 
 def test_a_damaged_orientation_is_none(tmp_path: Path) -> None:

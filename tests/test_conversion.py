@@ -388,6 +388,49 @@ def test_a_file_is_not_converted_onto_itself(tmp_path: Path) -> None:
     assert file.read_bytes() == before
 
 
+def test_stable_diffusion_1_5_may_predict_the_velocity(
+    originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    velocity = with_scheduler(folders["sd15"], tmp_path / "v", prediction_type="v_prediction")
+    for family in (None, "sd15"):
+        out = tmp_path / str(family)
+        assert convert(originals["sd15"], out, family=family, extra=[velocity]).family == "sd15"
+        assert read_model_config(out).scheduler.prediction_type == "v_prediction"
+
+
+def test_a_folder_of_one_network_does_not_take_the_place_of_a_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["sd15"] / "unet", tmp_path / "alone" / "unet")
+    shutil.copytree(folders["sd15"], tmp_path / "model")
+    with pytest.raises(OutputError, match="holds vae, text_encoder too, which this would remove"):
+        convert(tmp_path / "alone", tmp_path / "model", family="sd15", force=True)
+    assert not inspect(tmp_path / "model").faults
+    assert "vae" in convert(tmp_path / "alone", tmp_path / "part", family="sd15").missing
+
+
+def test_networks_of_folders_that_make_no_model_are_not_written_as_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    unet = save_unet(replace(SD15, cross_attention_dim=32), tmp_path / "unet.safetensors")
+    with pytest.raises(CheckpointError, match="cross_attention_dim must be the text encoder's hidden_size, 64, got 32"):
+        convert(unet, tmp_path / "out", extra=[folders["sd15"]])
+    assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_a_local_folder_stays_local(originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
+    convert(originals["imagedream"], tmp_path / "local", family="imagedream-local", extra=[TOKENIZER])
+    convert(tmp_path / "local", tmp_path / "half", family="imagedream-local", dtype="float16")
+    assert not read_model_config(tmp_path / "half").unet.reference_frame
+    with pytest.raises(OptionError, match="family must be imagedream, which this folder is"):
+        convert(folders["imagedream"], tmp_path / "other", family="imagedream-local")
+
+
+def test_linked_weights_are_not_written_to(folders: dict[str, Path], tmp_path: Path) -> None:
+    (file,) = weight_files(folders["sd15"], "unet")
+    before, link = file.read_bytes(), tmp_path / "out" / "unet" / file.name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(file)
+    convert(folders["sd15"], tmp_path / "out", dtype="float16", force=True)
+    assert file.read_bytes() == before
+
+
 def test_a_folder_is_of_the_family_that_it_is_of(folders: dict[str, Path], tmp_path: Path) -> None:
     for family in ("sd21-768", "mvdream"):
         with pytest.raises(OptionError, match=f"family must be sd21, which this folder is, or left out, got '{family}'"):
@@ -450,7 +493,12 @@ def test_mvdream_on_stable_diffusion_1_5_is_converted(folders: dict[str, Path], 
 
 def test_image_tokens_without_cameras_keep_their_resampler(folders: dict[str, Path], tmp_path: Path) -> None:
     config = replace(IMAGEDREAM, camera_dim=None)
+    report = convert(save_unet(config, tmp_path / "unet.safetensors"), tmp_path / "part", extra=[folders["mvdream"]])
+    assert report.missing == ("image_encoder", "feature_extractor")
     convert(save_unet(config, tmp_path / "unet.safetensors"), tmp_path / "out", extra=[folders["imagedream"]])
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["unet"] == ["mv_unet", "MultiViewUNetModel"]
+    assert "image_encoder" in index
     assert read_model_config(tmp_path / "out").unet == config
     assert not inspect(tmp_path / "out").faults
 
@@ -795,6 +843,9 @@ def test_numbers_of_64_bits_are_rounded_where_a_dtype_is_asked_for(folders: dict
     assert torch.equal(found["n"], torch.arange(3))
     with pytest.raises(CheckpointError, match="a: 1 values are too large for float16"):
         convert(source, dest, dtype="float16", force=True)
+    safetensors.torch.save_file({"a": torch.tensor([1e300, 1.0], dtype=torch.float64)}, source)
+    with pytest.raises(CheckpointError, match="a: 1 values are too large for float32"):
+        convert(source, dest, dtype="float32", force=True)
 
 
 def test_what_is_there_is_not_overwritten(originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:

@@ -123,14 +123,14 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_one(
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_link_stays_one_and_the_file_that_it_names_is_written(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "a").write_bytes(b"old")
-    (tmp_path / "link").symlink_to(tmp_path / "real" / "a")
+def test_what_a_link_names_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"of another checkpoint")
+    (tmp_path / "link").symlink_to(tmp_path / "model" / "weights")
     files.write_atomic(tmp_path / "link", b"new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real" / "a").read_bytes() == b"new"
-    assert os.listdir(tmp_path / "real") == ["a"]
+    assert (tmp_path / "link").read_bytes() == b"new"
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "model" / "weights").read_bytes() == b"of another checkpoint"
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
@@ -140,6 +140,8 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     assert os.read(reader, 10) == b"new"
     os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
+    code = "from mvshared.files import write_atomic; write_atomic('/dev/stdout', b'new')"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout == b"new"
 
 
 def test_a_link_to_nowhere_is_no_folder_for_a_run(tmp_path: Path) -> None:
@@ -154,8 +156,12 @@ def test_two_runs_are_not_written_into_one_folder_together(tmp_path: Path, monke
     images, save = np.zeros((2, 4, 4, 3), np.uint8), export.save_png
 
     def beside(path: Path, image: np.ndarray) -> None:
+        options: dict[str, Any] = {"latents": None, "cameras": None, "document": {}, "force": True}
+        (tmp_path / "out" / "upscaled").mkdir(exist_ok=True)
+        (tmp_path / "out" / "upscaled" / "metadata.json").touch()
         with pytest.raises(OutputError, match="is being written to by another run"):
-            export.write_views(tmp_path / "out", images, latents=None, cameras=None, document={}, force=True)
+            export.write_views(tmp_path / "out", images, **options, obsolete=tmp_path / "out" / "upscaled")
+        assert (tmp_path / "out" / "upscaled" / "metadata.json").exists()
         save(path, image)
 
     monkeypatch.setattr(export, "save_png", beside)

@@ -478,7 +478,8 @@ def test_the_transparent_value_of_a_grey_png_of_few_bits_has_alpha_zero(tmp_path
 
 @pytest.mark.parametrize("load", [load_image, load_values])
 def test_the_transparent_colour_of_a_16_bit_png_has_alpha_zero(tmp_path: Path, load: Any) -> None:
-    values = np.array([[[0, 0, 0], [0x8012, 0x8012, 0x8012], [65535, 0, 0]]], np.uint16)
+    values = np.array([[[0, 0, 0], [0x8012, 0x8012, 0x8012], [65535, 0, 0], [0x8013, 0x8012, 0x8012]]], np.uint16)
     transparent = chunk(b"tRNS", struct.pack(">HHH", 0x8012, 0x8012, 0x8012))
     path = written(tmp_path / "a.png", png_16_bit(values, color_type=2, extra=transparent))
-    np.testing.assert_array_equal(load(path)[0, :, 3], [255, 0, 255])
+    # Colours have 8 bits, numbers all 16.
+    np.testing.assert_array_equal(load(path)[0, :, 3], [255, 0, 255, 0 if load is load_image else 255])

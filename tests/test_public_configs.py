@@ -207,6 +207,7 @@ def test_a_sampler_that_is_here_is_the_default_with_its_spacing(
         (diffusers_scheduler, SD_SCHEDULER | {"steps_offset": 1.5}, "steps_offset is malformed"),
         (diffusers_scheduler, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "_class_name must be one of"),
         (diffusers_scheduler, {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "_class_name must be one of"),
+        (diffusers_scheduler, {"_class_name": ["DDIMScheduler"]}, "_class_name must be one of"),
         (diffusers_scheduler, {"_class_name": "EulerDiscreteScheduler", "sigma_min": 0.1}, "sigma_min must be None"),
         (diffusers_scheduler, {"_class_name": "UniPCMultistepScheduler", "sigma_max": 5.0}, "sigma_max must be None"),
         (diffusers_scheduler, DPM | {"lambda_min_clipped": -2.0}, "lambda_min_clipped must be at most -2.68"),
@@ -225,6 +226,8 @@ def test_configs_that_the_models_here_cannot_be_are_refused(read: Any, document:
         ("PNDMScheduler", {"clip_sample": True, "rescale_betas_zero_snr": True, "thresholding": True}),
         ("DPMSolverMultistepScheduler", {"clip_sample": True, "set_alpha_to_one": True, "lambda_min_clipped": -math.inf}),
         ("EulerDiscreteScheduler", {"lambda_min_clipped": -2.0, "clip_sample": True}),
+        ("EulerDiscreteScheduler", {"use_lu_lambdas": True, "use_flow_sigmas": True}),
+        ("UniPCMultistepScheduler", {"use_lu_lambdas": True}),
     ],
 )
 def test_fields_of_another_scheduler_s_class_count_for_nothing(name: str, leftover: dict[str, Any]) -> None:
@@ -383,9 +386,10 @@ def test_pickled_weights_are_pointed_to(tmp_path: Path) -> None:
     folder = stable_diffusion(tmp_path)
     (file,) = weight_files(folder, "unet")
     file.rename(file.with_name("diffusion_pytorch_model.bin"))
-    hint = "mvmlx convert diffusion_pytorch_model.bin diffusion_pytorch_model.safetensors makes one of what is there"
-    with pytest.raises(CheckpointError, match=hint):
+    (file.with_name("training_args.bin")).touch()
+    with pytest.raises(CheckpointError) as caught:
         weight_files(folder, "unet")
+    assert caught.value.hint == f"mvmlx convert {file.with_suffix('.bin')} {file} makes it of what is there"
 
 
 def test_a_vae_of_other_than_three_colours_is_refused(tmp_path: Path) -> None:

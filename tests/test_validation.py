@@ -1,6 +1,7 @@
 """`mvmlx validate`: every family against diffusers and against the other backend, and faults found where they are."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,14 @@ def test_a_reference_of_other_networks_is_refused_before_anything_runs(
     monkeypatch.setattr(mvshared.validation, "_Comparer", lambda *_, **__: pytest.fail("ran"))
     with pytest.raises(OptionError, match="reference must be a folder of the same networks, and its unet is another, got"):
         validate(families["imagedream"], against="diffusers", backend="torch", device="cpu", reference=families["mvdream"])
+
+
+def test_a_reference_may_name_another_size_of_pictures(families: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(families["mvdream"], tmp_path / "other")
+    path = tmp_path / "other" / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 768}))
+    found = validate(families["mvdream"], against="mlx", backend="torch", device="cpu", reference=tmp_path / "other")
+    assert found.checks
 
 
 def test_a_table_or_json_is_printed_and_both_sides_are_saved(

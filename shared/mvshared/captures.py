@@ -26,6 +26,7 @@ from mvshared.export import transforms
 from mvshared.files import read_json_object, write_atomic, write_json
 from mvshared.images import PICTURE_SUFFIXES, composite, load_image, orientation
 
+METADATA = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})  # of a PNG, that may say how it is turned
 PNG_LEVEL = 1  # of zlib: a third of the time of its default, for files that are a seventh larger
 
 
@@ -191,7 +192,7 @@ def size_px(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             # Pillow turns the size of a TIFF itself, and would decode a PNG to look for metadata behind its pixels.
-            known = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+            known = image.format == "TIFF" or (image.format == "PNG" and METADATA.isdisjoint(image.info))
             return (image.height, image.width) if not known and orientation(image) >= 5 else image.size
     except (OSError, ValueError, Image.DecompressionBombError) as cause:
         raise DatasetError(f"is no picture that can be read: {cause}", path=path) from cause

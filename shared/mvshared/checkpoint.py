@@ -122,9 +122,10 @@ def weight_files(folder: Path, component: Component) -> list[Path]:
         for index in (path.with_name(f"{path.name}.index.json"), path.with_name(f"{stem}.safetensors.index{variant}.json")):
             if index.is_file():
                 return _shards(index)
-    pickled = next((folder / component).glob("*.bin"), None)
-    hint = "" if pickled is None else f"mvmlx convert {pickled.name} {stem}.safetensors makes one of what is there"
-    raise CheckpointError("the weight file is missing", path=folder / component / f"{stem}.safetensors", hint=hint)
+    missing = folder / component / f"{stem}.safetensors"
+    pickled = next((file for name in (stem, "pytorch_model") if (file := missing.with_name(f"{name}.bin")).is_file()), None)
+    hint = "" if pickled is None else f"mvmlx convert {pickled} {missing} makes it of what is there"
+    raise CheckpointError("the weight file is missing", path=missing, hint=hint)
 
 
 def _shards(index: Path) -> list[Path]:

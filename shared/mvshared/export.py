@@ -113,15 +113,18 @@ def write_views(
     cameras: Mapping[str, Any] | None,
     document: Mapping[str, Any],
     force: bool = False,
+    obsolete: Path | None = None,
 ) -> Path:
     """Write views uint8 (v, h, w, 3), grid.png, turntable.gif and, where they are known, latents.npy and transforms.json, which
-    gets `cameras`; last the metadata.json `document`. Returns the folder. Raises OutputError as `prepare` does, and if another
-    process writes a run there."""
+    gets `cameras`; last the metadata.json `document`. Returns the folder. `obsolete` is the
+    folder of a run that goes, too. Raises OutputError as `prepare` does, and if another process writes a run there."""
     folder = Path(folder)
     check_free(folder, force=force)
     with ExitStack() as stack:
         stack.callback(lock_folder(make_folder(folder), busy="is being written to by another run"))
         target = prepare(folder, force=force)
+        if obsolete is not None:
+            discard(obsolete)
         for name, image in zip(view_names(len(images)), images, strict=True):
             save_png(target / name, image)
         write_atomic(target / "grid.png", encode_png(grid(images)))

@@ -106,22 +106,22 @@ def write_atomic(path: Path | str, data: bytes) -> None:
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write piece by piece, which gets its name as `write_atomic` says. Raises OutputError.
 
-    Of a symbolic link it is the file that it names. Pipes and devices are written to as they are.
+    Pipes and devices are written to as they are. In the place of a symbolic link there is a file then, as after any renaming:
+    what the link named may be another checkpoint's.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        target = path.resolve()  # a link stays one
-        if target.exists() and not target.is_file():  # a pipe or a device; a folder is refused
-            with target.open("wb") as file:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as file:
                 yield file
             return
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

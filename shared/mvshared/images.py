@@ -131,6 +131,7 @@ def _colors(image: Image.Image, path: Path | None) -> NDArray[np.uint8]:
 
 def _stored(image: Image.Image, path: Path | None) -> NDArray[np.float32]:
     encoded, raw_mode = _png_of_16_bits(image)
+    transparent = image.info.get("transparency")
     _scale_transparency(image)
     image.load()
     upper = _upright(image)
@@ -144,7 +145,10 @@ def _stored(image: Image.Image, path: Path | None) -> NDArray[np.float32]:
         second.load()
         lower = np.asarray(_upright(second), dtype=np.float32)
         channels = lower.shape[2]
-        values[..., :channels] = (values[..., :channels] * 256 + lower) / 257
+        whole = values[..., :channels] * 256 + lower
+        values[..., :channels] = whole / 257
+        if isinstance(transparent, tuple):
+            values[..., 3] = np.where((whole == transparent).all(axis=-1), 0, 255)
     return values
 
 

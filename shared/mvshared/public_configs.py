@@ -84,16 +84,16 @@ VAE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_post_quant_conv": (True,),
 }
 # Samplers by diffusers' class names, and what the fields must be, where they are given, for it to be the one here.
-SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False, "use_flow_sigmas": False, "use_lu_lambdas": False}
-SIGMAS |= {"final_sigmas_type": "zero"}
-DPM_SOLVER = SIGMAS | {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
-UNIPC = SIGMAS | {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []}
+SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False, "final_sigmas_type": "zero"}
+FLOW = {"use_flow_sigmas": False}
+DPM_SOLVER = SIGMAS | FLOW | {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+UNIPC = SIGMAS | FLOW | {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []}
 UNIPC |= {"solver_p": None, "lower_order_final": True}
 EULER = SIGMAS | {"interpolation_type": "linear", "timestep_type": "discrete"}
 DIFFUSERS_SAMPLERS: dict[str, dict[SamplerName, dict[str, Any]]] = {
     "DPMSolverMultistepScheduler": {
-        "dpmpp-2m": DPM_SOLVER,
-        "dpmpp-2m-sde": DPM_SOLVER | {"algorithm_type": "sde-dpmsolver++"},
+        "dpmpp-2m": DPM_SOLVER | {"use_lu_lambdas": False},
+        "dpmpp-2m-sde": DPM_SOLVER | {"use_lu_lambdas": False, "algorithm_type": "sde-dpmsolver++"},
     },
     "DPMSolverSinglestepScheduler": {"dpmpp-2s": DPM_SOLVER},
     "UniPCMultistepScheduler": {"unipc": UNIPC},
@@ -355,7 +355,7 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
     What a file leaves out has diffusers' default. Raises CheckpointError.
     """
     given, kind = document, document.get("_class_name", "DDIMScheduler")
-    if kind not in SCHEDULER_FIELDS:
+    if not isinstance(kind, str) or kind not in SCHEDULER_FIELDS:
         allowed = "one of diffusers' schedulers with the noise schedule of Stable Diffusion, such as DDIMScheduler"
         raise CheckpointError(f"_class_name must be {allowed}, got {kind!r}", path=path)
     document = {name: value for name, value in document.items() if name in SCHEDULER_FIELDS[kind]}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,6 @@ from mvshared.config import TimestepSpacing
 from mvshared.errors import ConfigError, OptionError
 from mvshared.export import (
     check_free,
-    discard,
     metadata,
     parameters_from_metadata,
     transforms,
@@ -143,8 +142,8 @@ class Views:
         document = metadata(asdict(self.parameters), weights=weights, details={"width_px": width, "height_px": height})
         for place in (Path(folder), Path(folder) / UPSCALED):
             check_free(place, force=force)
-        discard(Path(folder) / UPSCALED)
-        return write_views(folder, self.images, latents=self.latents, cameras=cameras, document=document, force=force)
+        files: dict[str, Any] = {"latents": self.latents, "cameras": cameras, "document": document}
+        return write_views(folder, self.images, **files, force=force, obsolete=Path(folder) / UPSCALED)
 
 
 def read_run(path: Path | str) -> Run:

@@ -9,7 +9,7 @@ import importlib
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,7 +29,7 @@ from mvshared.backend import (
 from mvshared.camera import camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.clip_images import clip_pixels
-from mvshared.config import ModelConfig
+from mvshared.config import ModelConfig, VAEConfig
 from mvshared.errors import OptionError, OutputError
 from mvshared.files import make_folder
 from mvshared.framing import load_framed
@@ -202,7 +202,10 @@ def _check_reference(config: Any, reference: str | Path) -> None:
     folder = find_model(reference)
     other = read_upscaler_config(folder) if is_upscaler(folder) else read_model_config(folder)
     for name in ("unet", "vae", "text_encoder", "image_encoder"):
-        if getattr(config, name, None) != getattr(other, name, None):
+        ours, theirs = (getattr(each, name, None) for each in (config, other))
+        if isinstance(ours, VAEConfig) and isinstance(theirs, VAEConfig):
+            theirs = replace(theirs, sample_size=ours.sample_size)  # which says nothing about the network
+        if ours != theirs:
             expected = f"a folder of the same networks, and its {name} is another"
             raise OptionError("reference", expected=expected, got=str(reference))
 

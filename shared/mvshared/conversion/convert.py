@@ -4,6 +4,7 @@ A folder is made file by file, each written whole or not at all, model_index.jso
 broken run has finished, the next one finds and keeps.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,13 +28,13 @@ from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.names import BUFFERS
 from mvshared.public_configs import SET_BY_PIPELINES, diffusers_scheduler
 from mvshared.schedule import alphas_cumprod
-from mvshared.upscaling.config import SigmaConfig
+from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
 from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
 from mvshared.weights import match_network
 
 UPSCALER = "sd-x2-latent-upscaler"
 FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-768", UPSCALER)
-PREDICTS: dict[str, PredictionType] = {"sd15": "epsilon", "sd21": "epsilon", "sd21-768": "v_prediction"}
+PREDICTS: dict[str, PredictionType] = {"sd21": "epsilon", "sd21-768": "v_prediction"}  # all that tells them apart
 SIZES_PX = {"sd15": 512, "sd21": 512, "sd21-768": 768}
 REPORT = "conversion.json"
 PLAIN_FOLDERS = ("tokenizer", "feature_extractor", "scheduler")
@@ -86,7 +87,7 @@ def convert(
         source = find_model(source)
     sources = [source, *extra, *([find_model(like)] if like else [])]
     if dest.suffix == ".safetensors":
-        check_apart(dest, [path for path in sources if path.is_dir() or path.resolve() == dest.resolve()])
+        check_apart(dest, [path for path in sources if path.is_dir() or os.path.realpath(path) == os.path.realpath(dest)])
         shards = None if shard_bytes == DEFAULT_SHARD_BYTES else shard_bytes
         for name, given in (("extra files", extra), ("like", like), ("family", family), ("shard size", shards)):
             if given:
@@ -99,9 +100,10 @@ def convert(
         _collect(collected, each, local=family == "imagedream-local")
     if source.is_dir() and (family is None or (source / "model_index.json").is_file()):
         own_family = _check_model(source)
-        if family not in (None, own_family):
+        local = own_family == "imagedream" and family == "imagedream-local" and _is_local(source)
+        if family not in (None, own_family) and not local:
             raise OptionError("family", expected=f"{own_family}, which this folder is, or left out", got=family)
-        family = own_family
+        family = family or own_family
     if like is not None:
         _take_configs(collected, sources[-1])
     chosen = _family(collected, family)
@@ -122,7 +124,7 @@ def convert(
         stored=stored,
         shard_bytes=shard_bytes,
         state=Progress(dest, fingerprint(sources, stored, chosen, shard_bytes), sources=sources, force=force),
-        index=source / "model_index.json" if source.is_dir() else None,
+        index=source / "model_index.json" if (source / "model_index.json").is_file() else None,
         on_tensor=on_tensor,
     )
 
@@ -130,9 +132,20 @@ def convert(
 # Reading
 
 
+def _read(folder: Path) -> ModelConfig | UpscalerConfig:
+    """The config of a model's or an upscaler's folder. Raises CheckpointError."""
+    return read_upscaler_config(folder) if is_upscaler(folder) else read_model_config(folder)
+
+
+def _is_local(folder: Path) -> bool:
+    """Whether a folder's model has image tokens and no reference frame."""
+    config = _read(folder)
+    return isinstance(config, ModelConfig) and config.unet.resampler is not None and not config.unet.reference_frame
+
+
 def _check_model(folder: Path) -> str:
     """The family of a model or an upscaler whose tensors are all that it needs. Raises CheckpointError, TensorMismatchError."""
-    config = read_upscaler_config(folder) if is_upscaler(folder) else read_model_config(folder)
+    config = _read(folder)
     named = components(config) if isinstance(config, ModelConfig) else component_folders(folder, config)
     for component in named:
         if (folder / component).is_dir():  # an upscaler's VAE may be another model's
@@ -312,7 +325,9 @@ def _write(
         _check_dtypes(tensors)
         tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
         planned[component] = tensors, documents
-    needed = () if index is not None else _needed(family)
+    part = collected.parts.get("unet")
+    unet = part.config if part is not None and isinstance(part.config, UNetConfig) else None
+    needed = () if index is not None else _needed(family, unet)
     there = {*planned, *collected.folders, "scheduler"}
     state.begin(planned, whole=index is not None or (family != "custom" and there.issuperset(needed)))
     parts = []
@@ -338,7 +353,12 @@ def _write(
     if index is not None:
         copy_files(index.parent, dest, only=("model_index.json",))
     elif not missing and family != "custom":
-        write_json(dest / "model_index.json", _model_index(family))
+        write_json(dest / "model_index.json", _model_index(family, unet))
+        try:
+            _read(dest)
+        except CheckpointError:
+            (dest / "model_index.json").unlink()
+            raise
     state.finish()
     return report
 
@@ -349,7 +369,10 @@ def _set_sample_size(collected: _Collected, size_px: int) -> None:
     for component, divisor in (("unet", downscale), ("vae", 1)):
         if component in collected.parts:
             part = collected.parts[component]
-            documents = {name: {**each, "sample_size": size_px // divisor} for name, each in part.documents.items()}
+            documents = {
+                name: {**each, "image_size" if "image_size" in each else "sample_size": size_px // divisor}
+                for name, each in part.documents.items()
+            }
             collected.parts[component] = replace(part, documents=documents)
 
 
@@ -373,10 +396,14 @@ def _check_dtypes(tensors: Mapping[str, RawTensor]) -> None:
             raise CheckpointError(f"{name!r} must be one of {allowed}, got {tensor.dtype}")
 
 
-def _needed(family: str) -> tuple[str, ...]:
-    """The folders that a family needs."""
+def _needed(family: str, unet: UNetConfig | None) -> tuple[str, ...]:
+    """The folders that a family needs, with a U-Net if one is converted."""
     base = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    return (*base, "image_encoder", "feature_extractor") if family.startswith("imagedream") else base
+    return (*base, "image_encoder", "feature_extractor") if _takes_images(family, unet) else base
+
+
+def _takes_images(family: str, unet: UNetConfig | None) -> bool:
+    return family.startswith("imagedream") or (unet is not None and unet.resampler is not None)
 
 
 def _scheduler(family: str) -> dict[str, Any]:
@@ -386,8 +413,8 @@ def _scheduler(family: str) -> dict[str, Any]:
     return scheduler_document(SchedulerConfig(prediction_type=PREDICTS.get(family, "epsilon")))
 
 
-def _model_index(family: str) -> dict[str, Any]:
-    """model_index.json as the public folders of a family have it."""
+def _model_index(family: str, unet: UNetConfig | None) -> dict[str, Any]:
+    """model_index.json as the public folders of a family have it; image tokens have MVDream's pipeline."""
     parts: dict[str, Any] = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -395,14 +422,14 @@ def _model_index(family: str) -> dict[str, Any]:
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "EulerDiscreteScheduler" if family == UPSCALER else "DDIMScheduler"],
     }
-    if family.startswith("sd"):
+    if family.startswith("sd") and not _takes_images(family, unet):
         pipeline = "StableDiffusionLatentUpscalePipeline" if family == UPSCALER else "StableDiffusionPipeline"
         if family != UPSCALER:
             parts |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     else:
         pipeline = "MVDreamPipeline"
         parts |= {"unet": ["mv_unet", "MultiViewUNetModel"], "requires_safety_checker": False}
-        if family != "mvdream":
+        if _takes_images(family, unet):
             parts["image_encoder"] = ["transformers", "CLIPVisionModel"]
             parts["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     return {"_class_name": pipeline, **parts}

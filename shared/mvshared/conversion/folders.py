@@ -1,6 +1,7 @@
 """Folders that are written file by file, and go on where a broken run stopped."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ OnTensor = Callable[[str, int], None]
 
 def check_apart(dest: Path, sources: Sequence[Path]) -> None:
     """Raise OptionError if writing to `dest` could overwrite what is read: the same place, or one inside of the other."""
-    to = dest.resolve()
-    for source in (path.resolve() for path in sources):
+    to = Path(os.path.realpath(dest))  # which takes links that go in a circle, too
+    for source in (Path(os.path.realpath(path)) for path in sources):
         beside = source.is_file() and source.parent == to  # a file may lie where a folder's files are written
         if to == source or to.is_relative_to(source) or (source.is_relative_to(to) and not beside):
             raise OptionError("dest", expected="another place than the source's", got=str(dest))

@@ -80,10 +80,12 @@ def cast(tensor: RawTensor, dtype: str, *, name: str) -> RawTensor:
         return tensor
 
     def read() -> NDArray[Any]:
-        values = _values(tensor.read(), tensor.dtype)
+        given = tensor.read()
+        values = _values(given, tensor.dtype)
         with np.errstate(over="ignore"):
             bits = _bits(values, dtype)
-        lost = int((np.isfinite(values) & ~np.isfinite(_values(bits, dtype))).sum())
+        finite = np.isfinite(given.view(np.float64) if tensor.dtype == "F64" else values)
+        lost = int((finite & ~np.isfinite(_values(bits, dtype))).sum())
         if lost:
             raise CheckpointError(f"{name}: {lost} values are too large for {FLOATS[dtype]}", hint="use float32 or bfloat16")
         return bits
