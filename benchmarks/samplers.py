@@ -99,6 +99,8 @@ def sweep(pipeline: Pipeline[Any], heads: Sequence[int], folder: Path, *, curves
 
 def read_runs(path: Path) -> tuple[dict[str, Any], list[Run]]:
     """What the runs of a file are of, and the runs."""
+    if not path.is_file():
+        raise ConfigError("no such file: nothing was measured there", path=path)
     first, *lines = path.read_text(encoding="utf-8").splitlines()
     return json.loads(first), [Run(**json.loads(line)) for line in lines]
 
@@ -128,8 +130,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--report-only", action="store_true", help="draw what is there")
     arguments = parser.parse_args()
-    folder = make_folder(arguments.output)
+    folder = arguments.output
     if not arguments.report_only:
+        make_folder(folder)
         load_options = {name: getattr(arguments, name) for name in ("backend", "device", "dtype")}
         pipeline = load(arguments.model, **load_options)
         sweep(pipeline, arguments.heads, folder, curves=curves_of(pipeline.model.config.defaults.guidance))
@@ -137,11 +140,15 @@ def main() -> None:
     guidance = about["guidance"]
     baseline: dict[str, Any] = {"guidance": guidance, "baseline": BASELINE, "baseline_steps": BASELINE_STEPS}
     heads = write_report(folder, runs, curves_of(guidance), **baseline)
+    if not heads:
+        raise MvError("no head has all of its runs yet", hint="the same command goes on")
     print(f"{heads} heads in {folder}/tables.md, samplers.png, guidance.png, savings.png")
 
 
 def _range(text: str) -> range:
     first, _, end = text.partition(":")
+    if not first.isdecimal() or not end.isdecimal() or int(first) >= int(end):
+        raise argparse.ArgumentTypeError(f"{text!r} must be two whole numbers, the second one larger, such as 0:16")
     return range(int(first), int(end))
 
 

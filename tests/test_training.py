@@ -30,14 +30,17 @@ from training_cases import (
 import mvmlx.model
 import mvmlx.train
 import mvshared.training.loop
+import mvshared.training.samples
 import mvtorch.model
 import mvtorch.train
 from mvshared.captures import load_capture
 from mvshared.checkpoint import find_model, read_model_config, weight_files
+from mvshared.config import GenerationDefaults, SchedulerConfig
 from mvshared.errors import (
     BackendError,
     ConfigError,
     DatasetError,
+    MvWarning,
     NumericsError,
     OptionError,
     OutputError,
@@ -56,6 +59,7 @@ from mvshared.training.data import Latents, VAEPictures, find_captures, read_pic
 from mvshared.training.kept import load_arrays
 from mvshared.training.log import LogRow, TrainingLog, read_log
 from mvshared.training.loop import learning_rate, train
+from mvshared.training.samples import sample_writer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -548,6 +552,44 @@ def test_a_beginning_that_no_weight_s_name_has_is_refused(stage: str, data: Path
     with pytest.raises(OptionError, match=r"frozen must be beginnings of names of weights, as of \S+, got 'encodre\.'"):
         run(replace(config, frozen=("encodre.",)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+DEFAULTS, VELOCITY = GenerationDefaults(steps=33), SchedulerConfig(prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        (
+            "vae",
+            {"scheduler": SchedulerConfig(prediction_type="v_prediction")},
+            "scheduler must be left out but for stage 'unet'",
+        ),
+        ("vae", {"first_step_share": 0.5}, "first_step_share must be left out but for stage 'upscaler'"),
+        ("unet", {"generated_captures": 3}, "generated_captures must be left out but for stage 'upscaler'"),
+        (
+            "unet",
+            {"unet": None, "vae_from": None, "init_from": "demo", "scheduler": SchedulerConfig(), "defaults": DEFAULTS},
+            "defaults must be left out without a table 'unet': all of the model is that of init_from",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(stage: str, changes: dict[str, Any], message: str, data: Path, vae: Path) -> None:
+    config = vae_config(data) if stage == "vae" else unet_config(data, vae)
+    with pytest.raises(OptionError, match=message):
+        replace(config, **changes)
+
+
+def test_a_sample_that_is_not_finite_does_not_end_the_training(
+    data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise NumericsError("the final latents of view 0 are not finite", where="sampling")
+
+    monkeypatch.setattr(mvshared.training.samples, "_generated", broken)
+    config = unet_config(data, vae, steps=1)
+    with pytest.warns(MvWarning, match="no sample sheet at step 1: sampling: the final latents of view 0 are not finite"):
+        run(config, tmp_path / "run", on_sample=sample_writer(config, tmp_path / "run", backend="torch", device="cpu"))
 
 
 def test_pictures_that_the_vae_cannot_halve_so_often_are_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What captures may be like, and what may happen to them between two calls of a run."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,38 @@ def test_parts_of_latents_that_a_kill_left_are_removed(data: Path, vae: Path, tm
     assert len(list((tmp_path / "run").glob("latents-*"))) == 2
 
 
+def test_a_capture_of_one_view_is_left_out_of_a_unet_s_stage_and_learned_by_the_vae(
+    data: Path, vae: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "own")
+    path = tmp_path / "own" / "object_1" / "transforms.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"frames": document["frames"][:1]}))
+    run(vae_config(tmp_path / "own", steps=1), tmp_path / "own-vae")
+    with pytest.warns(MvWarning, match="not learned from, for there is no view"):
+        run(unet_config(tmp_path / "own", vae, steps=1), tmp_path / "run", on_sample=None)
+
+
+def test_maps_that_are_not_used_may_have_another_size(data: Path, vae: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "own")
+    for path in (tmp_path / "own").glob("object_*/normal_*.png"):
+        Image.open(path).resize((8, 8)).save(path)
+    config = unet_config(tmp_path / "own", vae, steps=1)
+    run(replace(config, data=replace(config.data, normals=False)), tmp_path / "run")
+    with pytest.raises(DatasetError, match=r"normal_000\.png: all pictures must have one size, got 8 x 8"):
+        run(config, tmp_path / "other")
+
+
+def test_a_truncated_picture_is_named_once_with_what_to_do(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "own")
+    path = tmp_path / "own" / "object_0" / "view_000.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DatasetError) as caught:
+        read_picture(path, background=(255, 255, 255))
+    assert str(caught.value).count("cannot be decoded") == 1
+    assert caught.value.hint
+
+
 @pytest.mark.parametrize("limit", [5.0, 30.0, 50.0, 72.0])
 def test_a_view_at_the_limit_of_references_is_one_wherever_it_is_asked(tmp_path: Path, limit: float) -> None:
     white, azimuths = np.full((4, 8, 8, 4), 255, np.uint8), (limit, -limit, limit + 0.1, 180.0)
@@ -240,7 +273,7 @@ def test_something_must_be_left_to_train(data: Path, tmp_path: Path, frozen: tup
 
 
 def test_networks_that_captures_cannot_feed_are_refused(data: Path, vae: Path) -> None:
-    with pytest.raises(OptionError, match=r"vae\.in_channels, vae\.out_channels must be 3 and 3"):
+    with pytest.raises(OptionError, match=r"in_channels must be 3, which are red, green and blue"):
         vae_config(data, vae=replace(VAE, out_channels=4))
     with pytest.raises(OptionError, match=r"unet\.camera_dim must be 16, or left out, got 8"):
         unet_config(data, vae, unet=replace(UNET, camera_dim=8))

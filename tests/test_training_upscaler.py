@@ -1,6 +1,8 @@
 """Training of a latent upscaler: its batches, a run on tiny captures, and what the trained folder can do."""
 
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ from training_cases import SIZE, run, toml, vae_config, write_objects
 
 import mvshared.training.kept
 import mvshared.training.loop
+import mvshared.training.upscaler
 import mvshared.training.upscaler_data
 from mvshared.backend import load, load_upscaler
 from mvshared.camera import orbit
 from mvshared.captures import load_capture, write_capture
 from mvshared.checkpoint import read_vae_config
-from mvshared.config import KUNetConfig
+from mvshared.config import Framing, KUNetConfig
 from mvshared.errors import ConfigError, DatasetError, OptionError, OutputError
 from mvshared.heads import DEFAULT_FOV_DEG, render
 from mvshared.heads.dataset import dataset_poses
@@ -255,6 +258,24 @@ def test_a_run_killed_while_it_makes_pairs_takes_over_what_is_done(
         np.testing.assert_array_equal(ours.low, expected.low)
         np.testing.assert_array_equal(ours.high, expected.high)
     assert len(list((tmp_path / "run").glob("pairs-*"))) == 3
+
+
+def test_views_are_generated_in_groups_of_references_as_they_are(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cameras, reference = orbit([0.0, 90.0, 180.0], 0.0), np.full((16, 16, 3), 255, np.uint8)
+    reference[2:5, 3:9] = 0  # small, and not where the model's framing puts a subject
+    framed = tmp_path / "framed"
+    shutil.copytree(model, framed)
+    index = json.loads((framed / "model_index.json").read_text())
+    (framed / "model_index.json").write_text(json.dumps(index | {"framing": asdict(Framing(mode="subject"))}))
+    settings = config(tmp_path, framed, views_from=str(framed))
+    monkeypatch.setattr(mvshared.training.upscaler, "MAX_VIEWS", 2)
+    made = mvshared.training.upscaler._view_maker(settings, backend="torch", device="cpu")(reference, cameras)
+    pipeline = load(model, backend="torch", device="cpu")
+    pipeline.model.config = replace(pipeline.model.config, framing=Framing(mode="none"))
+    expected = [pipeline.generate(reference, cameras=part, size_px=16).latents for part in (cameras[:2], cameras[2:])]
+    np.testing.assert_array_equal(made, np.concatenate(expected))
 
 
 def test_the_generated_share_is_drawn_in_pairs() -> None:

@@ -14,6 +14,10 @@ from safetensors.numpy import load_file, save_file
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        sys.exit(__doc__)
+    if Path(sys.argv[1]).exists():
+        sys.exit(f"{sys.argv[1]} is there already")
     out, share, (before, *after) = Path(sys.argv[1]), float(sys.argv[2]), map(Path, sys.argv[3:])
     first, *others = (load_file(folder / WEIGHTS) for folder in (before, *after))
     mixed = {}

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mvshared.camera import azimuth_elevation
@@ -12,7 +13,9 @@ from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig, TrainConfig
 
 
-def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, model: ModelConfig) -> list[Capture]:
+def check_captures(
+    named: Sequence[tuple[str, list[Path]]], config: DataConfig, model: ModelConfig, *, with_detail: bool
+) -> list[Capture]:
     """The captures of named lists, looked at: sizes, numbers of views, normal maps. Pictures are opened, not decoded.
 
     Raises DatasetError for captures that cannot be learned from, and warns (MvWarning) of those that are left out and of
@@ -21,11 +24,12 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
     places = [(name, folder) for name, folders in named for folder in folders]
     loaded = ahead(load_capture, [folder for _, folder in places])
     captures = [(name, folder, capture) for (name, folder), capture in zip(places, loaded, strict=True)]
-    for _, folder, capture in captures:
-        if len(capture.image_paths) < 2:
-            raise DatasetError("a capture needs at least 2 views", path=folder)
     everything = [capture for *_, capture in captures]
-    check_sizes(everything, factor=model.vae.downscale * model.unet.downscale)
+    factor = model.vae.downscale * model.unet.downscale
+    check_sizes(everything, factor=factor, normals=config.normals, details=with_detail)
+    if config.background != (255, 255, 255):
+        text = f"learned over the background {config.background}, and generate puts cut-out pictures over white"
+        warnings.warn(text, MvWarning, stacklevel=2)
     for name, folders in named:
         own = [(folder, capture) for part, folder, capture in captures if part == name]
         left_out = [folder for folder, capture in own if not _is_usable(capture, config)]
@@ -40,11 +44,13 @@ def check_captures(named: Sequence[tuple[str, list[Path]]], config: DataConfig, 
     return everything
 
 
-def check_sizes(captures: list[Capture], *, factor: int, smallest: int = 0) -> None:
-    """Raise DatasetError unless all pictures, normal and detail maps have one size, a multiple of `factor` pixels, and no side
-    below `smallest`."""
+def check_sizes(
+    captures: list[Capture], *, factor: int, smallest: int = 0, normals: bool = False, details: bool = False
+) -> None:
+    """Raise DatasetError unless all pictures, and the normal and detail maps that are used, have one size, a multiple of
+    `factor` pixels, and no side below `smallest`."""
     expected = None
-    for sizes in ahead(_sizes_px, captures):
+    for sizes in ahead(partial(_sizes_px, normals=normals, details=details), captures):
         for path, size in sizes:
             if expected is None and (size[0] % factor or size[1] % factor):
                 reason = f"width and height must be multiples of {factor} for this model, got {size[0]} x {size[1]} pixels"
@@ -68,8 +74,8 @@ def check_details(captures: list[Capture], *, folder: str) -> None:
         )
 
 
-def _sizes_px(capture: Capture) -> list[tuple[Path, tuple[int, int]]]:
-    maps = (*capture.normal_paths, *capture.detail_paths)
+def _sizes_px(capture: Capture, *, normals: bool, details: bool) -> list[tuple[Path, tuple[int, int]]]:
+    maps = (*(capture.normal_paths if normals else ()), *(capture.detail_paths if details else ()))
     paths = [*capture.image_paths, *(path for path in maps if path is not None)]
     return [(path, size_px(path)) for path in paths]
 

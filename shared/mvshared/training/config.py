@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,9 @@ class DataConfig:
             raise OptionError("background", expected="0 to 255 in red, green and blue", got=self.background)
         if self.targets < 1:
             raise OptionError("targets", expected="at least 1", got=self.targets)
+        if not 0 <= self.reference_max_azimuth_deg <= 180:
+            got = self.reference_max_azimuth_deg
+            raise OptionError("reference_max_azimuth_deg", expected="0 to 180", got=got)
 
     def may_be_references(self, azimuths_deg: NDArray[np.floating]) -> NDArray[np.bool_]:
         """Which views may be references, of azimuths (n,) in degrees, rounded as they may be."""
@@ -139,6 +142,8 @@ class UNetLossConfig:
 
 
 PLAIN_UNET_LOSS = UNetLossConfig()
+_OF_UPSCALERS: tuple[str, ...] = ("upscaler", "first_step_share", "generated_share", "generated_captures", "upscale_defaults")
+_OF_MODELS: tuple[str, ...] = ("scheduler", "camera", "defaults", "framing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +210,6 @@ class TrainConfig:
             raise OptionError("unet.camera_dim", expected=f"{CAMERA_DIM}, or left out", got=self.unet.camera_dim)
         if self.stage == "unet" and self.unet_loss.distill_rest and self.init_from is None:
             raise OptionError("init_from", expected="a model whose outputs are distilled, for distill_rest", got=None)
-        if self.stage == "vae" and self.vae is not None and {self.vae.in_channels, self.vae.out_channels} != {3}:
-            got = (self.vae.in_channels, self.vae.out_channels)
-            raise OptionError("vae.in_channels, vae.out_channels", expected="3 and 3: red, green and blue", got=got)
         if self.stage == "upscaler" and (self.upscaler is None or self.vae_from is None):
             raise OptionError(
                 "upscaler", expected="a table of KUNetConfig fields, and vae_from, for stage 'upscaler'", got=None
@@ -220,6 +222,7 @@ class TrainConfig:
             for each in fields(loss) if self.stage != stage else ():
                 if (got := getattr(loss, each.name)) != each.default:
                     raise OptionError(f"{name}.{each.name}", expected=f"left out but for stage '{stage}'", got=got)
+        self._check_unused()
         for name in ("first_step_share", "generated_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(name, expected="0 to 1", got=getattr(self, name))
@@ -229,6 +232,20 @@ class TrainConfig:
         if self.unet is not None and self.unet.cross_attention_dim is not None:
             expected = "left out: a model with encoders comes whole from init_from"
             raise OptionError("cross_attention_dim", expected=expected, got=self.unet.cross_attention_dim)
+
+    def _check_unused(self) -> None:
+        """Raise OptionError for fields that have another value than theirs and no effect: a run's config.json would lie."""
+        unused: dict[str, str] = {}
+        if self.stage != "upscaler":
+            unused |= dict.fromkeys(_OF_UPSCALERS, "left out but for stage 'upscaler'")
+        if self.stage != "unet":
+            unused |= dict.fromkeys(_OF_MODELS, "left out but for stage 'unet'")
+        elif self.unet is None:
+            unused |= dict.fromkeys(_OF_MODELS, "left out without a table 'unet': all of the model is that of init_from")
+        for each in fields(self):
+            usual = each.default if each.default_factory is MISSING else each.default_factory()
+            if each.name in unused and (got := getattr(self, each.name)) != usual:
+                raise OptionError(each.name, expected=unused[each.name], got=got)
 
 
 TABLES = {

@@ -98,7 +98,8 @@ def _read(path: Path, load: Callable[[Path], NDArray[Any]], *, background: tuple
     try:
         rgba = load(path)
     except ImageError as error:
-        raise DatasetError(f"cannot be decoded: {error.message.removeprefix(f'{path}: ')}", path=path) from error
+        hint = error.hint or "replace the picture, or remove its capture"
+        raise DatasetError(error.message.removeprefix(f"{path}: "), path=path, hint=hint) from error
     alpha = np.divide(rgba[..., 3], 255, dtype=np.float32)
     pixels, plain = rgba[..., :3].astype(np.float32), np.asarray(background, np.float32)
     pixels -= plain
@@ -226,10 +227,10 @@ def encode_captures(
     """Encode every capture, and its mirror image if the config says so, with `encode` (pixels to scaled latents).
 
     With `with_detail` the latents have the captures' detail maps; `after_each` is called for every capture that was read.
-    Raises DatasetError for pictures of different sizes or captures with fewer than two views.
+    Raises DatasetError for pictures of different sizes.
     """
     images, normals, cameras, azimuths, first, details = [], [], [], [], [0], []
-    captures = [_load(folder) for folder in folders]
+    captures = [load_capture(folder) for folder in folders]
     for group in _groups(_read_views(captures, config, with_detail=with_detail, after_each=after_each)):
         latents = encode(_stack([pixels for views in group for pixels in views.pixels]))
         at = 0
@@ -285,13 +286,6 @@ class _Views(NamedTuple):
     pixels: list[NDArray[np.float32]]
     with_normals: list[int]
     detail: NDArray[np.float32] | None
-
-
-def _load(folder: Path) -> Capture:
-    capture = load_capture(folder)
-    if len(capture.image_paths) < 2:
-        raise DatasetError("a capture needs at least 2 views", path=folder)
-    return capture
 
 
 def _read_views(

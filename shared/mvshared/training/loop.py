@@ -183,8 +183,9 @@ def _vae_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str)
     )
     assert pictures is not None
     captures = [load_capture(each) for each in (*training, *held_out)]
-    check_sizes(captures, factor=vae.downscale)
-    if config.vae_loss.detail_weight:
+    details = config.vae_loss.detail_weight != 0
+    check_sizes(captures, factor=vae.downscale, normals=config.data.normals, details=details)
+    if details:
         check_details(captures, folder=config.data.folder)
     shapes = network_shapes(vae, backend=backend)
     check_frozen(config, shapes)
@@ -220,7 +221,7 @@ def _unet_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str
     unet = model.unet
     captures = find_captures(config.data.folder, held_out=config.data.held_out)
     names = [(name, folders) for name, folders in zip(("training", "held-out"), captures, strict=True) if folders]
-    loaded = check_captures(names, config.data, model)
+    loaded = check_captures(names, config.data, model, with_detail=config.unet_loss.detail_weight != 0)
     if config.unet_loss.detail_weight:
         check_details(loaded, folder=config.data.folder)
     shapes = network_shapes(unet, backend=backend)

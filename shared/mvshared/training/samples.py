@@ -14,7 +14,7 @@ from mvshared.camera import azimuth_elevation
 from mvshared.captures import load_capture
 from mvshared.checkpoint import read_vae_config, weight_files
 from mvshared.config import ModelConfig
-from mvshared.errors import CameraError, ImageError, MvWarning, OptionError
+from mvshared.errors import CameraError, ImageError, MvWarning, NumericsError, OptionError
 from mvshared.files import make_folder, write_atomic
 from mvshared.images import encode_png, from_model, sheet
 from mvshared.training.config import TrainConfig
@@ -35,7 +35,11 @@ def sample_writer(config: TrainConfig, folder: Path, *, backend: str, device: st
     def write(model: Path, step: int) -> None:
         training, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
         makers = {"vae": _reconstructions, "unet": _generated, "upscaler": _upscaled}
-        picture = makers[config.stage](config, (held_out or training)[:ROWS], model, backend=backend, device=device)
+        try:
+            picture = makers[config.stage](config, (held_out or training)[:ROWS], model, backend=backend, device=device)
+        except NumericsError as error:  # the training knows by itself whether its loss is finite
+            warnings.warn(f"no sample sheet at step {step}: {error.message}", MvWarning, stacklevel=2)
+            return
         if picture is not None:
             write_atomic(make_folder(folder / "samples") / f"step_{step:06}.png", encode_png(picture))
 
@@ -67,28 +71,29 @@ def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend
     rows = []
     for folder in folders:
         capture = load_capture(folder)
-        pixels = _read(config, capture.image_paths)
         azimuths = azimuth_elevation(capture.poses).azimuths_deg
-        reference = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
-        others = [view for view in range(len(pixels)) if view != reference][-VIEWS:]
-        images = from_model(pixels)
-        if images.shape[1] != images.shape[2]:
+        front = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
+        others = [view for view in range(len(azimuths)) if view != front][-VIEWS:]
+        if not others:
+            continue
+        reference, *truth = from_model(_read(config, [capture.image_paths[view] for view in (front, *others)]))
+        if reference.shape[0] != reference.shape[1]:
             warnings.warn("no sample sheets: the captures are not square, and what is generated is", MvWarning, stacklevel=2)
             return None
         normals = _normals(config, [capture.normal_paths[view] for view in others], pipeline.model.config)
         given: dict[str, Any] = {"cameras": capture.poses[others]}
         given["prompt"] = None if pipeline.model.config.text_encoder is None else config.data.prompt
         try:
-            views = pipeline.generate(images[reference], normals=normals, **given)
+            views = pipeline.generate(reference, normals=normals, **given)
         except (ImageError, CameraError, OptionError) as refused:
             if normals is None:  # such as a model that takes no picture
                 warnings.warn(f"no sample sheets: {refused}", MvWarning, stacklevel=2)
                 return None
             # What training takes may be no map to steer by.
             warnings.warn(f"sampled without the normal maps of {folder.name}: {refused}", MvWarning, stacklevel=2)
-            views = pipeline.generate(images[reference], **given)
-        rows.append(np.concatenate([images[reference : reference + 1], views.images, images[others]]))
-    return _sheet(rows)
+            views = pipeline.generate(reference, **given)
+        rows.append(np.stack([reference, *views.images, *truth]))
+    return _sheet(rows) if rows else None
 
 
 def _upscaled(config: TrainConfig, folders: list[Path], model: Path, *, backend: str, device: str) -> NDArray[np.uint8]:

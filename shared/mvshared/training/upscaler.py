@@ -3,6 +3,7 @@
 import importlib
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.arguments import MAX_VIEWS
 from mvshared.backend import PACKAGES, choose_backend, load
 from mvshared.captures import load_capture
 from mvshared.checkpoint import component_folder, find_model, read_model_config, read_vae_config, weight_files
@@ -155,12 +157,20 @@ def upscaler_batches(
 def _view_maker(
     config: TrainConfig, *, backend: str, device: str
 ) -> Callable[[NDArray[np.uint8], NDArray[np.float32]], NDArray[np.float32]]:
-    """A function that makes latents of views with the model of `views_from`, in float32."""
+    """A function that makes latents of views with the model of `views_from`, in float32.
+
+    The reference is taken as it is: framed otherwise, the views would show the subject in another size than the true ones.
+    """
     assert config.views_from is not None
     pipeline = load(config.views_from, backend=backend, device=device, dtype="float32")
+    model = pipeline.model.config
+    pipeline.model.config = replace(model, framing=replace(model.framing, mode="none"))
+    prompt = None if model.text_encoder is None else config.data.prompt
 
     def make(reference: NDArray[np.uint8], cameras: NDArray[np.float32]) -> NDArray[np.float32]:
-        return pipeline.generate(reference, cameras=cameras, size_px=len(reference)).latents
+        groups = [cameras[first : first + MAX_VIEWS] for first in range(0, len(cameras), MAX_VIEWS)]
+        options: dict[str, Any] = {"size_px": len(reference), "prompt": prompt}
+        return np.concatenate([pipeline.generate(reference, cameras=group, **options).latents for group in groups])
 
     return make
 
