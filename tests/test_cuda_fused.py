@@ -12,7 +12,7 @@ from helpers import assert_close
 from torch import Tensor
 
 from mvshared.attention import FUSED
-from mvtorch import cuda_fused
+from mvtorch import cpu_norms, cuda_fused
 from mvtorch.attention import TransformerBlock
 from mvtorch.layers import FeedForward, GroupNorm, ResnetBlock
 from mvtorch.observation import observe
@@ -195,7 +195,8 @@ def blocks_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(ours, layer(given).detach(), rms=1e-6)
 
 
-def test_the_first_call_of_a_kernel_is_checked_once(kernels: PlainKernels) -> None:
+def test_the_first_call_of_a_kernel_is_checked_once(kernels: PlainKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_norms, "is_for", lambda x: False)  # the CPU stands for a GPU
     norm, x = GroupNorm(8, 16, eps=1e-5), pictures(2, 16, 9, 8)
     with torch.no_grad():
         for _ in range(2):

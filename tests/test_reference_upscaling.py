@@ -210,13 +210,13 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(upscaler: Upscaler[Any]
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"steps": 0}, "steps must be a whole number from 1 to 1000"),
-        ({"steps": 2.0}, "steps must be a whole number"),
+        ({"steps": 0}, "steps of the upscaler must be a whole number from 1 to 1000"),
+        ({"steps": 2.0}, "steps of the upscaler must be a whole number"),
         ({"guidance": 0.5}, "guidance of the upscaler must be 0, or a number from 1 to 20"),
         ({"guidance": 20.5}, "guidance of the upscaler must be 0, or a number from 1 to 20"),
         ({"guidance": float("nan")}, "guidance of the upscaler must be"),
         ({"noise_level": 0.1}, "noise_level must be 0 for this upscaler"),
-        ({"noise_level": -1}, "noise_level must be a number from 0 to 1"),
+        ({"noise_level": -1}, "noise level of the upscaler must be a number from 0 to 1"),
         ({"seed": -1}, "seed must be"),
         ({"noise": np.zeros((1, 16, 8, 4), np.float32)}, "noise must be finite, of shape"),
         ({"budget_bytes": 2e9}, "budget_bytes must be a whole number"),

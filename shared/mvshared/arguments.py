@@ -77,10 +77,13 @@ def picture_size(config: ModelConfig, size_px: object, *, name: str = "size_px")
     return size
 
 
-def number(name: str, value: object, low: float, high: float) -> float:
-    """The value as a float. Raises OptionError for what is none, or out of bounds."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not low <= value <= high:
-        raise OptionError(name, expected=f"a number from {low:g} to {high:g}", got=value)
+def number(name: str, value: object, low: float, high: float, *, or_zero: bool = False) -> float:
+    """The value as a float. Raises OptionError for what is none, or out of bounds, where 0 may be allowed all the same."""
+    expected = f"{'0, or ' * or_zero}a number from {low:g} to {high:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise OptionError(name, expected=expected, got=value)
+    if not (low <= value <= high or (or_zero and value == 0)):
+        raise OptionError(name, expected=expected, got=value)
     return float(value)
 
 

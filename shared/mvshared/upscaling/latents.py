@@ -187,10 +187,7 @@ def resolve(
     defaults = config.defaults
     steps = whole("steps of the upscaler", defaults.steps if steps is None else steps, 1, MAX_UPSCALE_STEPS)
     guidance = defaults.guidance if guidance is None else guidance
-    low, high = GUIDANCE_RANGE
-    guidance = number("guidance of the upscaler", guidance, 0, high)
-    if 0 < guidance < low:  # 0 leaves the prompt out
-        raise OptionError("guidance of the upscaler", expected=f"0, or a number from {low:g} to {high:g}", got=guidance)
+    guidance = number("guidance of the upscaler", guidance, *GUIDANCE_RANGE, or_zero=True)  # 0 leaves the prompt out
     if guidance > 1 and config.text_encoder is None:
         raise OptionError("guidance of the upscaler", expected="0 or 1: this upscaler takes no text", got=guidance)
     level = number(
