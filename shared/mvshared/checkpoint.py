@@ -200,10 +200,7 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
             unet = ldm_unet(document, path=unet_path, linear=_linear_projections(folder))
         case "UNet2DConditionModel":
             unet = diffusers_unet(document, path=unet_path)
-            if unet.normal_channels:
-                got = f"{unet.in_channels} and {unet.out_channels}"
-                reason = f"in_channels must be as many as out_channels for a model of this layout, got {got}"
-                raise CheckpointError(reason, path=unet_path, hint="a model that edits or fills in pictures?")
+            check_in_channels(unet, path=unet_path)
         case other:
             expected = "MultiViewUNetModel or UNet2DConditionModel"
             raise CheckpointError(f"_class_name must be {expected}, got {other!r}", path=unet_path)
@@ -225,6 +222,14 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
         framing=Framing(mode="none", resample="bilinear"),  # as the reference code: squeezed to a square
         **encoders,
     )
+
+
+def check_in_channels(unet: UNetConfig, *, path: Path) -> None:
+    """Raise CheckpointError for a U-Net of Stable Diffusion's layout that is given more than the noisy latents."""
+    if unet.normal_channels:
+        got = f"{unet.in_channels} and {unet.out_channels}"
+        reason = f"in_channels must be as many as out_channels for a model of this layout, got {got}"
+        raise CheckpointError(reason, path=path, hint="a model that edits or fills in pictures?")
 
 
 def _linear_projections(folder: Path) -> bool:

@@ -20,12 +20,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from mvshared.camera import validate_poses
 from mvshared.errors import ConfigError, OptionError, OutputError
-from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, write_atomic, write_json
+from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, with_leftovers, write_atomic, write_json
 from mvshared.images import encode_png, grid, save_png, save_turntable
 
 METADATA = "metadata.json"
 UNFINISHED = ".unfinished"
 RUN_FILES = re.compile(r"view_\d{3,}\.png|grid\.png|turntable\.gif|latents\.npy|transforms\.json")
+LEFTOVERS = with_leftovers(rf"{RUN_FILES.pattern}|{re.escape(METADATA)}")  # of a run, killed or not
 
 METADATA_FORMAT = "mvmlx-run"
 METADATA_VERSION = 1
@@ -66,7 +67,7 @@ def prepare(folder: Path | str, *, force: bool = False) -> Path:
     make_folder(folder)
     try:
         write_atomic(folder / UNFINISHED, b"")
-        for path in (folder / METADATA, *_run_files(folder), *_partial_files(folder)):
+        for path in (folder / METADATA, *_run_files(folder, LEFTOVERS)):
             path.unlink(missing_ok=True)
     except OSError as cause:
         raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause
@@ -90,14 +91,8 @@ def discard(folder: Path | str) -> None:
         raise OutputError(f"cannot be removed: {cause.strerror or cause}", path=folder) from cause
 
 
-def _run_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name))
-
-
-def _partial_files(folder: Path) -> list[Path]:
-    """What a killed run was writing."""
-    partial = re.compile(rf"\.({RUN_FILES.pattern}|{METADATA})\.[0-9a-f]{{8}}\.tmp")
-    return [path for path in folder.iterdir() if partial.fullmatch(path.name)]
+def _run_files(folder: Path, names: re.Pattern[str] = RUN_FILES) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if names.fullmatch(path.name))
 
 
 def view_names(count: int) -> list[str]:

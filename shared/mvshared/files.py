@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -128,6 +129,11 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     except OSError as cause:  # numpy's says how much of an array was written, and no more
         reason = cause.strerror or f"no room on the disk, perhaps ({cause})"
         raise OutputError(f"cannot be written: {reason}", path=path) from cause
+
+
+def with_leftovers(names: str) -> re.Pattern[str]:
+    """The pattern of file names that match `names`, and of what a killed `atomic_file` has left of such files."""
+    return re.compile(rf"(?:{names})|\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
 
 
 def file_stamps(path: Path) -> list[str]:

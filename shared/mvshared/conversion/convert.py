@@ -4,7 +4,6 @@ A folder is made file by file, each written whole or not at all, model_index.jso
 broken run has finished, the next one finds and keeps.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,15 @@ from typing import Any, get_args
 import numpy as np
 
 from mvshared.backend import parse_dtype
-from mvshared.checkpoint import Component, components, find_model, read_config, read_model_config, weight_files
+from mvshared.checkpoint import (
+    Component,
+    check_in_channels,
+    components,
+    find_model,
+    read_config,
+    read_model_config,
+    weight_files,
+)
 from mvshared.config import SD_VAE, CLIPImageConfig, ModelConfig, PredictionType, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.conversion.configs import euler_document, scheduler_document
 from mvshared.conversion.folders import OnTensor, Progress, check_apart, copy_files, fingerprint, write_weights
@@ -87,7 +94,7 @@ def convert(
         source = find_model(source)
     sources = [source, *extra, *([find_model(like)] if like else [])]
     if dest.suffix == ".safetensors":
-        check_apart(dest, [path for path in sources if path.is_dir() or os.path.realpath(path) == os.path.realpath(dest)])
+        check_apart(dest, sources)
         shards = None if shard_bytes == DEFAULT_SHARD_BYTES else shard_bytes
         for name, given in (("extra files", extra), ("like", like), ("family", family), ("shard size", shards)):
             if given:
@@ -273,10 +280,8 @@ def _check_whole(collected: _Collected, family: str, schedule: SchedulerConfig, 
     unet = configs.get("unet")
     if collected.upscaler or not isinstance(unet, UNetConfig):
         return
-    if unet.normal_channels and unet.resampler is None:
-        got = f"{unet.in_channels} and {unet.out_channels}"
-        reason = f"in_channels must be as many as out_channels for a model of this layout, got {got}"
-        raise CheckpointError(reason, path=path, hint="a model that edits or fills in pictures?")
+    if unet.resampler is None:
+        check_in_channels(unet, path=path)
     if "vae" not in configs or (unet.cross_attention_dim is not None and "text_encoder" not in configs):
         return
     vision, processor = configs.get("image_encoder"), None

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -10,7 +9,7 @@ from typing import get_args
 from mvshared.checkpoint import WEIGHT_STEMS, Component
 from mvshared.conversion.raw import RawTensor, shards, write_safetensors
 from mvshared.errors import OptionError, OutputError
-from mvshared.files import file_stamps, make_folder, read_json_object, write_atomic, write_json
+from mvshared.files import file_stamps, make_folder, read_json_object, with_leftovers, write_atomic, write_json
 
 STATE = ".conversion.json"
 
@@ -131,8 +130,7 @@ def weight_names(folder: Path, component: Component) -> list[str]:
     """The files in a checkpoint folder that are a component's weights, whole, in shards or of a variant, their indices, and
     what a killed run has left of them."""
     name = rf"{WEIGHT_STEMS[component]}(\.\w+)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
-    weights = re.compile(rf"{name}|\.{name}\.[0-9a-f]{{8}}\.tmp")
-    place = folder / component
+    weights, place = with_leftovers(name), folder / component
     return sorted(file.name for file in place.iterdir() if weights.fullmatch(file.name)) if place.is_dir() else []
 
 
