@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvshared.attention import AttentionOptions, check_pooling, score_slices
-from mvtorch import cpu_attention, cuda_fused
+from mvtorch import cpu_attention, cuda_fused, widened
 from mvtorch.cpu_norms import is_observed
 from mvtorch.joined import JoinedLinears
 from mvtorch.layers import FeedForward, GroupNorm, repeat_objects
@@ -44,6 +44,8 @@ def attention(
         if not causal and cpu_attention.is_for(q, k):
             return cpu_attention.shifted_attention(q, k, v, key_bias=key_bias)
         mask = None if key_bias is None else key_bias.to(q.dtype)[None, None, None]
+        if widened.is_for_array(q):
+            return widened.attention(q, k, v, causal=causal, mask=mask)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=mask)
     if options.implementation == "plain":
         return _plain_attention(q, k, v, first=0 if causal else None, key_bias=key_bias)
@@ -67,6 +69,8 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first: int | None, key_
     if first is not None:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first + 1)
         scores = scores.masked_fill(later, -torch.inf)
+    if widened.is_for_array(v):
+        return (scores.softmax(dim=-1) @ v.float()).to(v.dtype)
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 

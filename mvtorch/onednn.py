@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from mvshared import precision
 from mvshared.errors import BackendError
+from mvtorch import widened
 
 
 @cache
 def computes_bfloat16_in_avx512() -> bool:
-    """Whether oneDNN has instructions for bfloat16, and those are of AVX-512 and not AMX, which is eight times as fast."""
-    instructions = precision.bfloat16_instructions() if torch.backends.mkldnn.is_available() else None
-    return instructions == precision.INSTRUCTIONS["avx512_bf16"]
+    """Whether oneDNN has fast instructions for bfloat16, and those are of AVX-512 and not AMX, which is eight times as fast."""
+    return torch.backends.mkldnn.is_available() and precision.bfloat16_instructions() == precision.AVX512
 
 
 class Packed(nn.Module):
@@ -49,17 +49,23 @@ def has_packed_linear() -> bool:
 
 
 def packed_matrix(matrix: Tensor) -> Tensor:
-    """A matrix (o, i) for `linear`."""
+    """A matrix (o, i) for `linear`; as it is where half precision is multiplied in float32."""
+    if widened.is_for(matrix.dtype):
+        return matrix.contiguous()
     return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous())
 
 
 def linear(x: Tensor, matrix: Tensor, bias: Tensor | None, *, activation: str = "none") -> Tensor:
     """(..., i) to (..., o)."""
+    if not matrix.is_mkldnn:
+        return widened.linear(x, matrix, bias, activation=activation)
     return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, activation, [], "none")
 
 
 def linear_times(x: Tensor, factors: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """(..., i) to (..., o), times factors of that shape."""
+    if not matrix.is_mkldnn:
+        return widened.linear(x, matrix, bias, factors=factors)
     return torch.ops.mkldnn._linear_pointwise.binary(x, factors, matrix, bias, "mul")
 
 
@@ -70,13 +76,15 @@ def packed_kernel(kernel: Tensor, *, stride: list[int], padding: list[int]) -> T
     the wrong ones; narrow layers gain nothing.
     """
     outputs, inputs = kernel.shape[:2]
-    if outputs % 64 or outputs % 48 == 0 or inputs < 16:
+    if widened.is_for(kernel.dtype) or outputs % 64 or outputs % 48 == 0 or inputs < 16:
         return kernel.contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._reorder_convolution_weight(kernel, padding, stride, [1, 1], 1)
 
 
 def convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, *, stride: list[int], padding: list[int]) -> Tensor:
     """x (n, i, h, w) through a kernel of `packed_kernel`."""
+    if widened.is_for(kernel.dtype):
+        return widened.convolution(x, kernel, bias, stride=stride, padding=padding)
     if not kernel.is_mkldnn:
         return F.conv2d(x, kernel, bias, stride=stride, padding=padding)
     return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, padding, stride, [1, 1], 1, "none", [], "")

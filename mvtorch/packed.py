@@ -18,7 +18,7 @@ from mvtorch.layers import FeedForward, Float32Conv2d, Upsample
 from mvtorch.onednn import Packed, linear, linear_times, packed_matrix
 from mvtorch.packed_convolutions import PackedConv2d, PackedFloat32Conv2d, PackedUpsample
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FREED_BYTES = 128_000_000
 _FEED_FORWARD_ROWS = 1024  # tokens at a time: their hidden states stay in the cache
 

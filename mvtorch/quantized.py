@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mvshared.quantization.groups import Packed, pack_sizes
 from mvshared.quantization.plans import QuantizedLayer
+from mvtorch import widened
 
 _CHUNK_NUMBERS = 1 << 17  # on the CPU: what fits a core's cache in float32
 
@@ -30,6 +31,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) to (..., o)."""
+        if widened.is_for_array(x):
+            return widened.linear(x, _dequantize(self, self.layer, torch.float32), self.bias)
         return F.linear(x, _dequantize(self, self.layer, x.dtype), self.bias)
 
 
@@ -45,7 +48,11 @@ class QuantizedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, i, h, w) to (n, o, h, w)."""
         outputs, inputs, height, width = self.layer.shape
-        kernel = _dequantize(self, self.layer, x.dtype).view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+        widens = widened.is_for_array(x)
+        matrix = _dequantize(self, self.layer, torch.float32 if widens else x.dtype)
+        kernel = matrix.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+        if widens:
+            return widened.convolution(x, kernel, self.bias, stride=self.stride, padding=self.padding)
         return F.conv2d(x, kernel, self.bias, stride=self.stride, padding=self.padding)
 
 

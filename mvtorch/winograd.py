@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvtorch import widened
 from mvtorch.onednn import Packed, computes_bfloat16_in_avx512, linear, packed_matrix
 
 _TILES = 512  # at a time and thread: what is made of them stays in the cache
@@ -23,10 +24,10 @@ _LEAST_CHANNELS = 256  # with fewer, the sums take as long as what they save
 def is_for(conv: nn.Conv2d) -> bool:
     """Whether a convolution is faster so: one of 3x3 with stride and padding 1, and many channels.
 
-    In bfloat16 that holds where a processor computes it in AVX-512; with AMX, products are so fast that sums would take longer.
+    In bfloat16 that does not hold where a processor has AMX, whose products are so fast that sums would take longer.
     """
     known = (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
-    fast = conv.weight.dtype == torch.float32 or computes_bfloat16_in_avx512()
+    fast = conv.weight.dtype == torch.float32 or computes_bfloat16_in_avx512() or widened.is_for(conv.weight.dtype)
     return known and fast and min(conv.in_channels, conv.out_channels) >= _LEAST_CHANNELS
 
 
@@ -68,7 +69,7 @@ class _TiledConv2d(Packed):
         super().__init__(conv.weight, conv.bias)
         factors, outputs = (torch.tensor(each, dtype=torch.float32) for each in (self.scheme.kernel, self.scheme.outputs))
         self.matrices = [packed_matrix(each) for each in _transformed(conv.weight.detach(), torch.kron(factors, factors))]
-        self.outputs = torch.kron(outputs, outputs).to(self.weight.dtype)  # (4, k k)
+        self.outputs = torch.kron(outputs, outputs)  # (4, k k)
         self.biased = int((self.outputs == 1).all(dim=0).nonzero()[0, 0])  # the product that is part of all four outputs
 
     def convolved(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -88,6 +89,7 @@ class _TiledConv2d(Packed):
     def _outputs(self, x: Tensor, height: int, width: int) -> Tensor:
         """Maps (n, h, w, i) to the four outputs of every tile, (2, 2, n, height, width, o)."""
         count, n, channels = len(self.scheme.sums), x.shape[0], x.shape[3]
+        x = x.to(widened.product_dtype(x.dtype, rows=n * height * width))
         rows = x.new_empty(count, n, x.shape[1], width, channels)  # sums along every row
         self._sum(x, width, axis=2, out=rows)
         sums = x.new_empty(count, count, n, height, width, channels)  # of columns of sums of rows
@@ -96,7 +98,7 @@ class _TiledConv2d(Packed):
             linear(each, matrix, self.bias if at == self.biased else None)
             for at, (each, matrix) in enumerate(zip(sums.view(count**2, -1, channels), self.matrices, strict=True))
         ]
-        return (self.outputs @ torch.stack(products).flatten(1)).view(2, 2, n, height, width, -1)
+        return (self.outputs.to(x.dtype) @ torch.stack(products).flatten(1)).view(2, 2, n, height, width, -1)
 
     def _sum(self, x: Tensor, tiles: int, *, axis: int, out: Tensor) -> None:
         """The sums of the inputs of tiles along an axis of x, each in one of `out`."""

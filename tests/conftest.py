@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,16 @@ def the_same_default_dtype_on_every_processor() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mvshared.precision, "bfloat16_instructions", lambda: None)
         yield
+
+
+@pytest.fixture
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of `helpers.multiplied`: a dtype, whose products of packed layers are in it or, where it is "widened", in float32."""
+    from mvtorch import widened
+
+    found, *widens = request.param
+    monkeypatch.setattr(widened, "is_for", lambda dtype: bool(widens) and dtype == found)
+    return found
 
 
 @cache

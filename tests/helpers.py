@@ -1,6 +1,6 @@
 """Helpers of the tests: comparisons that raise, tiny configurations, and the same call on both backends."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -61,13 +61,24 @@ TINY_MODEL = ModelConfig(
 def packs_bfloat16() -> bool:
     """Whether oneDNN lays weights in bfloat16 out on this processor: it needs instructions of AVX-512, or of AMX or Arm's."""
     try:
-        mvtorch.onednn.packed_matrix(torch.zeros((16, 16), dtype=torch.bfloat16))
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros((16, 16), dtype=torch.bfloat16))
     except RuntimeError:
         return False
     return True
 
 
 NEEDS_PACKED_BFLOAT16 = pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN packs no bfloat16 on this processor")
+
+
+def multiplied(rms: Mapping[torch.dtype, float]) -> pytest.MarkDecorator:
+    """Run a test with every way in which packed layers multiply: `dtype` is the fixture of conftest, `rms` the dtype's."""
+    ways = [
+        pytest.param((torch.float32,), rms[torch.float32], id="float32"),
+        pytest.param((torch.bfloat16,), rms[torch.bfloat16], id="bfloat16", marks=NEEDS_PACKED_BFLOAT16),
+        pytest.param((torch.bfloat16, "widened"), rms[torch.bfloat16], id="widened-bfloat16"),
+        pytest.param((torch.float16, "widened"), rms[torch.float16], id="widened-float16"),
+    ]
+    return pytest.mark.parametrize(("dtype", "rms"), ways, indirect=["dtype"])
 
 
 def to_numpy(x: Any) -> NDArray[Any]:

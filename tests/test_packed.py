@@ -13,13 +13,13 @@ import torch
 from helpers import (
     BFLOAT16_RMS,
     FLOAT32_RMS,
-    NEEDS_PACKED_BFLOAT16,
     TINY_UNET,
     TINY_VAE,
     assert_close,
     denoise,
     make_unet,
     make_vae,
+    multiplied,
     packs_bfloat16,
     unet_inputs,
 )
@@ -34,8 +34,8 @@ from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.config import VAEConfig
 from mvshared.errors import BackendError
 from mvshared.memory.plan import PLAIN, MemoryPlan
-from mvshared.precision import DTYPE_BYTES
-from mvtorch import cpu_attention, cpu_norms, onednn, winograd
+from mvshared.precision import SLOW_AVX512
+from mvtorch import cpu_attention, cpu_norms, onednn, widened, winograd
 from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
 from mvtorch.model import load_network, packing_bytes
 from mvtorch.packed import PackedFeedForward, PackedLinear, pack_network
@@ -43,10 +43,10 @@ from mvtorch.packed_convolutions import PackedConv2d, PackedUpsample
 from mvtorch.upscaling import load_latent_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
-BFLOAT16 = pytest.param(torch.bfloat16, 8e-3, id="bfloat16", marks=NEEDS_PACKED_BFLOAT16)  # a few roundings
-DTYPES = [pytest.param(torch.float32, 1e-5, id="float32"), BFLOAT16]
-NETWORK_DTYPES = [(torch.float32, FLOAT32_RMS), pytest.param(torch.bfloat16, BFLOAT16_RMS, marks=NEEDS_PACKED_BFLOAT16)]
+LAYERS = multiplied({torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3})  # a few roundings
+NETWORKS = multiplied({torch.float32: FLOAT32_RMS, torch.bfloat16: BFLOAT16_RMS, torch.float16: BFLOAT16_RMS / 8})
 # Widths that are no multiples of 16, beside one whose kernels are packed.
+NAMES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WIDE = replace(TINY_UNET, block_out_channels=(40, 64), layers_per_block=(1, 2))
 WIDE_VAE = replace(TINY_VAE, block_out_channels=(24, 40, 64))
 
@@ -86,14 +86,14 @@ def assert_same(module: nn.Module, x: Tensor, *, dtype: torch.dtype, rms: float)
     assert_close(packed(module, dtype)(x.to(dtype)), exact(x.to(dtype).float()), rms=rms)
 
 
-@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@LAYERS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 20), (2, 77, 20), (1, 3, 5, 20)])
 def test_a_packed_linear_layer_computes_what_it_did(shape: tuple[int, ...], bias: bool, dtype: torch.dtype, rms: float) -> None:
     assert_same(nn.Linear(20, 33, bias=bias), normal(*shape), dtype=dtype, rms=rms)
 
 
-@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@LAYERS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (2, 8), (3, 5), (9, 14)])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (3, 2, 0), (1, 1, 0), (1, 1, 1), (5, 1, 2)])
@@ -106,24 +106,24 @@ def test_a_packed_convolution_computes_what_it_did(
         assert_same(conv, pictures(3, inputs, height, width), dtype=dtype, rms=rms)
 
 
-@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@LAYERS
 def test_a_packed_convolution_takes_maps_of_changing_size(dtype: torch.dtype, rms: float) -> None:
     for outputs in (24, 64):
         conv = nn.Conv2d(24, outputs, 3, padding=1)
         layer, exact = packed(conv, dtype), copy.deepcopy(conv).to(dtype).float()
-        assert layer.packed.is_mkldnn == (outputs == 64)
+        assert layer.packed.is_mkldnn == (outputs == 64 and not widened.is_for(dtype))
         for batch, side in ((1, 8), (10, 4), (2, 16), (2, 3), (1, 9)):
             x = pictures(batch, 24, side, side).to(dtype)
             assert_close(layer(x), exact(x.float()), rms=rms)
 
 
-@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@LAYERS
 @pytest.mark.parametrize("shape", [(1, 24, 1, 1), (2, 64, 5, 7), (10, 24, 4, 8), (1, 128, 4, 4)])
 def test_packed_upsampling_computes_what_it_did(shape: tuple[int, ...], dtype: torch.dtype, rms: float) -> None:
     assert_same(Upsample(shape[1]), pictures(*shape), dtype=dtype, rms=rms)
 
 
-@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@LAYERS
 @pytest.mark.parametrize("tokens", [1, 1024, 1500])
 def test_a_packed_feed_forward_computes_what_it_did(tokens: int, dtype: torch.dtype, rms: float) -> None:
     assert_same(FeedForward(24), normal(2, tokens, 24), dtype=dtype, rms=rms)
@@ -178,6 +178,7 @@ def test_shifted_attention_is_as_exact_as_its_weights(
     q, k, v = (normal(2, 3, count, width, seed=count).bfloat16() for count in (queries, keys, keys))
     q = q * spread
     bias = normal(keys)
+    monkeypatch.setattr(widened, "is_for", lambda dtype: False)
     for key_bias in (None, bias):
         scores = q.double() @ k.double().transpose(-1, -2) * width**-0.5
         scores = scores if key_bias is None else scores + key_bias.double()
@@ -202,7 +203,7 @@ def test_shifted_attention_sees_large_scores_beside_those_of_its_estimate(spread
 
 def test_shifted_attention_is_for_processors_whose_kernel_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     q, few = torch.zeros(1, 1, 300, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 77, 8, dtype=torch.bfloat16)
-    for instructions, wanted in (("AVX-512", True), ("AMX", False), ("Arm's BF16", False), (None, False)):
+    for instructions, wanted in (("AVX-512", True), (SLOW_AVX512, False), ("AMX", False), ("Arm's BF16", False), (None, False)):
         onednn.computes_bfloat16_in_avx512.cache_clear()
         monkeypatch.setattr("mvshared.precision.bfloat16_instructions", lambda instructions=instructions: instructions)
         assert cpu_attention.is_for(q, q) is wanted
@@ -211,7 +212,7 @@ def test_shifted_attention_is_for_processors_whose_kernel_is_slow(monkeypatch: p
     onednn.computes_bfloat16_in_avx512.cache_clear()
 
 
-@pytest.mark.parametrize(("dtype", "rms"), NETWORK_DTYPES)
+@NETWORKS
 @pytest.mark.parametrize(("batch", "views", "size"), [(1, 1, (8, 12)), (2, 5, (10, 6)), (1, 10, (16, 16))])
 def test_a_packed_unet_computes_what_the_plain_one_and_diffusers_do(
     batch: int, views: int, size: tuple[int, int], dtype: torch.dtype, rms: float, convolutions: None
@@ -236,7 +237,7 @@ def test_every_kind_of_unet_is_packed_without_a_trace(name: str, convolutions: N
     assert_close(denoise(model, inputs), expected, rms=FLOAT32_RMS)
 
 
-@pytest.mark.parametrize(("dtype", "rms"), NETWORK_DTYPES)
+@NETWORKS
 @pytest.mark.parametrize("config", [TINY_VAE, WIDE_VAE], ids=["tiny", "wide"])
 def test_a_packed_vae_computes_what_the_plain_one_and_diffusers_do(
     config: VAEConfig, dtype: torch.dtype, rms: float, convolutions: None
@@ -279,15 +280,15 @@ def test_blocks_of_a_packed_network_have_the_names_the_kinds_and_the_arithmetic_
         assert_close(outputs[1][name], array, rms=FLOAT32_RMS)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=NEEDS_PACKED_BFLOAT16)])
-def test_what_packing_adds_is_known_before(dtype: Dtype, convolutions: None) -> None:
-    model = make_unet(WIDE, "torch").to(getattr(torch, dtype))
+@NETWORKS
+def test_what_packing_adds_is_known_before(dtype: torch.dtype, rms: float, convolutions: None) -> None:
+    model = make_unet(WIDE, "torch").to(dtype)
     before = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
-    added = packing_bytes(WIDE, dtype=dtype, device="cpu")
-    assert packing_bytes(WIDE, dtype=dtype, device="cuda") == packing_bytes(WIDE, dtype="float16", device="cpu") == 0
+    added, on_cuda = (packing_bytes(WIDE, dtype=NAMES[dtype], device=device) for device in ("cpu", "cuda"))
+    assert on_cuda == 0
     pack_network(model)
     fields = [value for layer in model.modules() for name, value in vars(layer).items() if name != "outputs"]
-    after = sum(DTYPE_BYTES[dtype] * each.numel() for each in arrays(fields) if each.ndim > 1 and not each.is_meta)
+    after = sum(dtype.itemsize * each.numel() for each in arrays(fields) if each.ndim > 1 and not each.is_meta)
     assert after == before + added > before
 
 
@@ -339,7 +340,6 @@ def test_a_vae_that_is_loaded_alone_is_packed_too() -> None:
     assert {"PackedConv2d", "PackedLinear"} <= {type(layer).__name__ for layer in vae.modules()}
 
 
-@NEEDS_PACKED_BFLOAT16
 def test_quantised_layers_stay_and_those_beside_them_are_packed() -> None:
     model: Any = load(FIXTURES / "tiny-mvdream", backend="torch", device="cpu", dtype="bfloat16", quantize="q8").model
     kinds = {type(layer).__name__ for layer in model.unet.modules()}
@@ -367,6 +367,6 @@ def test_without_the_private_operators_networks_stay_plain_and_one_line_is_logge
 
 
 def test_other_dtypes_stay_plain() -> None:
-    model = make_unet(TINY_UNET, "torch").half()
+    model = make_unet(TINY_UNET, "torch").double()
     pack_network(model)
     assert type(model.conv_in) is nn.Conv2d

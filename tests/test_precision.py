@@ -18,20 +18,23 @@ from mvshared.backend import Dtype
 from mvshared.checkpoint import weight_files, write_component
 from mvshared.cli import run
 from mvshared.inspection import inspect_devices
-from mvshared.precision import KEPT_FLOAT32, METAL, MLX_CPU, elsewhere, on_cpu, on_cuda
+from mvshared.precision import KEPT_FLOAT32, METAL, MLX_CPU, SLOW_AVX512, elsewhere, on_cpu, on_cuda
 
 MODELS: dict[Backend, Any] = {"torch": mvtorch.model, "mlx": mvmlx.model}
 READ_CPUINFO = mvshared.precision.bfloat16_instructions  # the fixture of conftest replaces it
-X86 = "processor\t: 0\nmodel name\t: a processor\nflags\t\t: fpu sse2 {flags} avx512_fp16\n\nprocessor\t: 1\n"
+X86 = "processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: a processor\nflags\t\t: fpu sse2 {flags}\n\nprocessor\t: 1\n"
+INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 ARM = "processor\t: 0\nFeatures\t: fp asimd {flags} svebf16x\n"
 
 
 @pytest.mark.parametrize(
     ("text", "instructions"),
     [
-        (X86.format(flags="avx512_bf16 amx_bf16"), "AMX"),
-        (X86.format(flags="avx512_bf16"), "AVX-512"),
-        (X86.format(flags="avx512f"), None),
+        (X86.format(vendor=INTEL, flags="avx512_bf16 avx512_fp16 amx_bf16"), "AMX"),
+        (X86.format(vendor=INTEL, flags="avx512_bf16"), "AVX-512"),
+        (X86.format(vendor=INTEL, flags="avx512_bf16 avx512_fp16"), SLOW_AVX512),
+        (X86.format(vendor=AMD, flags="avx512_bf16 avx512_fp16"), "AVX-512"),
+        (X86.format(vendor=INTEL, flags="avx512f avx512_fp16"), None),
         (ARM.format(flags="bf16 i8mm"), "Arm's BF16"),
         (ARM.format(flags="i8mm"), None),
         ("bugs : bf16\n", None),
@@ -50,13 +53,22 @@ def test_instructions_for_bfloat16_are_read_from_the_kernels_list(
 def test_without_the_kernels_list_no_instructions_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mvshared.precision, "CPUINFO", tmp_path / "none")
     assert READ_CPUINFO() is None
-    (tmp_path / "none").write_text(X86.format(flags="amx_bf16"))
+    (tmp_path / "none").write_text(X86.format(vendor=INTEL, flags="amx_bf16"))
     monkeypatch.setattr(mvshared.precision.platform, "system", lambda: "Darwin")
     assert READ_CPUINFO() is None
 
 
 def test_every_choice_names_a_dtype_and_one_sentence_of_reason() -> None:
-    choices = [METAL, MLX_CPU, on_cuda((9, 0)), on_cuda((6, 1)), on_cpu("AMX"), on_cpu(None), elsewhere("mps")]
+    choices = [
+        METAL,
+        MLX_CPU,
+        on_cuda((9, 0)),
+        on_cuda((6, 1)),
+        on_cpu("AMX"),
+        on_cpu(SLOW_AVX512),
+        on_cpu(None),
+        elsewhere("mps"),
+    ]
     for choice in choices:
         assert choice.dtype in get_args(Dtype)
         assert choice.reason and not choice.reason.endswith(".")
@@ -66,7 +78,8 @@ def test_every_choice_names_a_dtype_and_one_sentence_of_reason() -> None:
 
 
 def test_a_processor_never_computes_in_float16_by_default() -> None:
-    assert {on_cpu("AMX").dtype, on_cpu(None).dtype, MLX_CPU.dtype} == {"bfloat16", "float32"}
+    assert on_cpu("AMX").dtype == on_cpu("AVX-512").dtype == "bfloat16"
+    assert on_cpu(SLOW_AVX512).dtype == on_cpu(None).dtype == MLX_CPU.dtype == "float32"
 
 
 def test_info_names_device_dtype_and_reason_of_every_backend(

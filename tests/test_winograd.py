@@ -8,20 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import NEEDS_PACKED_BFLOAT16, TINY_UNET, assert_close, denoise, make_unet, unet_inputs
+from helpers import NEEDS_PACKED_BFLOAT16, TINY_UNET, assert_close, denoise, make_unet, multiplied, unet_inputs
 from torch import Tensor, nn
 
-from mvtorch import winograd
+from mvtorch import widened, winograd
 from mvtorch.layers import Upsample
 from mvtorch.packed import pack_network
 from mvtorch.packed_convolutions import PackedConv2d, PackedUpsampledConv2d
 from mvtorch.winograd import UpsampledConv2d, WinogradConv2d
 
 # float32 as exact as a plain convolution; bfloat16 with the rounding of sums of inputs and weights, and of products.
-DTYPES = [
-    pytest.param(torch.float32, 2e-6, id="float32"),
-    pytest.param(torch.bfloat16, 8e-3, id="bfloat16", marks=NEEDS_PACKED_BFLOAT16),
-]
+LAYERS = multiplied({torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3})
 SIZES = [(1, 1, 1), (3, 4, 4), (2, 1, 6), (1, 7, 5), (2, 18, 33), (9, 2, 3)]
 WIDE_UNET = replace(TINY_UNET, block_out_channels=(40, 64), layers_per_block=(1, 2))
 
@@ -47,7 +44,7 @@ def assert_as_exact(found: Tensor, layer: nn.Module, x: Tensor, *, rms: float) -
     assert_close(found, expected, rms=rms)
 
 
-@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@LAYERS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tiles", [5, 512], ids=["bands", "whole"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -62,7 +59,7 @@ def test_a_convolution_computes_what_the_plain_one_does(
     assert torch.equal(x, given)
 
 
-@pytest.mark.parametrize(("dtype", "rms"), DTYPES)
+@LAYERS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tiles", [5, 512], ids=["bands", "whole"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -90,8 +87,10 @@ def test_it_is_for_many_channels_and_for_processors_without_faster_products(monk
         nn.Conv2d(256, 256, 3),
         nn.Conv2d(256, 256, 1),
     ]
-    for fast, in_bfloat16 in ((True, True), (False, False)):
+    for fast, widens in ((True, False), (False, True), (False, False)):
+        in_bfloat16 = fast or widens
         monkeypatch.setattr(winograd, "computes_bfloat16_in_avx512", lambda fast=fast: fast)
+        monkeypatch.setattr(widened, "is_for", lambda dtype, widens=widens: widens and dtype == torch.bfloat16)
         assert winograd.is_for(wide.float())
         assert winograd.is_for(wide.bfloat16()) is in_bfloat16
         assert not any(winograd.is_for(each) for each in others)
@@ -108,6 +107,7 @@ def test_it_is_for_many_channels_and_for_processors_without_faster_products(monk
 @NEEDS_PACKED_BFLOAT16
 def test_in_bfloat16_a_unet_errs_hardly_more_than_with_plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "computes_bfloat16_in_avx512", lambda: True)
+    monkeypatch.setattr(widened, "is_for", lambda dtype: False)
     inputs = unet_inputs(WIDE_UNET, views=2, size=(24, 16))
     exact = denoise(make_unet(WIDE_UNET, "torch"), inputs)
     errors: list[float] = []

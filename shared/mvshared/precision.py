@@ -12,11 +12,10 @@ DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 KEPT_FLOAT32 = ("time_proj.weight", "decoder.conv_out.weight", "decoder.conv_out.bias")
 
 CPUINFO = Path("/proc/cpuinfo")
-INSTRUCTIONS = {
-    "amx_bf16": "AMX",
-    "avx512_bf16": "AVX-512",
-    "bf16": "Arm's BF16",
-}  # the kernel's names of what computes bfloat16
+AMX, AVX512, ARM = "AMX", "AVX-512", "Arm's BF16"
+# Intel's processors with AMX multiply bfloat16 in AVX-512 at half the speed of float32; virtual machines may hide their AMX.
+SLOW_AVX512 = "AVX-512 of a processor whose AMX is hidden"
+_INSTRUCTIONS = {"amx_bf16": AMX, "avx512_bf16": AVX512, "bf16": ARM}  # by the kernel's names
 TENSOR_CORES = (7, 0)  # compute capability
 
 
@@ -47,8 +46,10 @@ def on_cpu(instructions: str | None) -> DtypeChoice:
     """For a processor that computes bfloat16 with these instructions, or with none of its own."""
     if instructions is None:
         return DtypeChoice(
-            "float32", "this processor has no instructions for bfloat16 that are known, and float16 is slow on CPUs"
+            "float32", "this processor has no instructions for bfloat16 that are known, and half precision is slower"
         )
+    if instructions == SLOW_AVX512:
+        return DtypeChoice("float32", "this processor multiplies bfloat16 at half the speed of float32, without its AMX")
     return DtypeChoice(
         "bfloat16", f"this processor has instructions for it ({instructions}), and it halves the memory of float32"
     )
@@ -67,5 +68,9 @@ def bfloat16_instructions() -> str | None:
     if platform.system() != "Linux" or not CPUINFO.exists():
         return None
     lines = (line.partition(":") for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines())
-    flags = {flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()}
-    return next((words for flag, words in INSTRUCTIONS.items() if flag in flags), None)
+    known = {(name.strip(), word) for name, _, value in lines for word in value.split()}
+    flags = {word for name, word in known if name in ("flags", "Features")}
+    found = next((words for flag, words in _INSTRUCTIONS.items() if flag in flags), None)
+    # avx512_fp16 came with AMX.
+    hidden = found == AVX512 and ("vendor_id", "GenuineIntel") in known and "avx512_fp16" in flags
+    return SLOW_AVX512 if hidden else found
