@@ -14,7 +14,7 @@ from torch import Tensor
 from mvshared import precision
 
 _WEIGHTS = 1 << 21  # at a time
-_FEW_ROWS = 32
+_FEW_ROWS = 32  # of one thread: several widen a matrix in less time
 _PIXELS = 4096  # of a map at a time
 
 
@@ -32,8 +32,9 @@ def is_for_array(x: Tensor) -> bool:
 
 def product_dtype(dtype: torch.dtype, *, rows: int) -> torch.dtype:
     """What so many rows of a dtype are multiplied in with a matrix: few rows take less time than making the matrix float32."""
-    few = rows <= _FEW_ROWS and dtype == torch.bfloat16 and precision.bfloat16_instructions() is not None
-    return torch.float32 if is_for(dtype) and not few else dtype
+    few = rows * torch.get_num_threads() <= _FEW_ROWS
+    has_instructions = dtype == torch.bfloat16 and precision.bfloat16_instructions() is not None
+    return torch.float32 if is_for(dtype) and not (few and has_instructions) else dtype
 
 
 def linear(
