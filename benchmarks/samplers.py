@@ -21,7 +21,7 @@ from mvshared.backend import load
 from mvshared.errors import ConfigError, MvError
 from mvshared.evaluation import held_out_subject
 from mvshared.files import make_folder
-from mvshared.heads import composite
+from mvshared.images import composite
 from mvshared.metrics import psnr, ssim
 from mvshared.pipeline import Pipeline
 from mvshared.weights import sha256_of_files

@@ -17,8 +17,8 @@ from mvshared.captures import load_capture, read_views, write_capture
 from mvshared.cli import run
 from mvshared.consistency import Consistency, consistency, foreground, neighbour_pairs
 from mvshared.errors import CameraError, DatasetError, ImageError, MvError, OptionError
-from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, HeadViews, composite, render
-from mvshared.images import load_image
+from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, HeadViews, render
+from mvshared.images import composite, load_image
 from mvshared.projection import project, rays, sample, unproject
 
 SIZE_PX = 80

@@ -17,9 +17,9 @@ from mvshared.backend import load
 from mvshared.camera import azimuth_elevation
 from mvshared.errors import OptionError
 from mvshared.evaluation import Evaluation, evaluate, held_out_subject
-from mvshared.heads import DEFAULT_RADIUS, composite, render
+from mvshared.heads import DEFAULT_RADIUS, render
 from mvshared.heads.parts import Part
-from mvshared.images import from_model, to_model
+from mvshared.images import composite, from_model, to_model
 from mvshared.metrics import Summary, contrast
 from mvshared.pipeline import Pipeline
 

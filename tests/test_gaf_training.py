@@ -24,8 +24,8 @@ from mvshared.captures import write_capture
 from mvshared.checkpoint import find_model, read_model_config, read_vae_config, write_component, write_model_config
 from mvshared.conversion.gaf import init_gaf
 from mvshared.errors import DatasetError
-from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
-from mvshared.images import load_image
+from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
+from mvshared.images import composite, load_image
 from mvshared.metrics import psnr
 from mvshared.training.config import PLAIN_UNET_LOSS, DataConfig
 from mvshared.training.data import ViewBatches

@@ -14,12 +14,12 @@ from mvshared.heads import (
     HeadIdentity,
     HeadViews,
     Part,
-    composite,
     render,
     sample_identity,
 )
 from mvshared.heads.shape import HeadShape
 from mvshared.heads.trace import BOX, Tracer
+from mvshared.images import composite
 
 FACE_PARTS = (Part.EYE, Part.BROW, Part.MOUTH, Part.NOSE)
 
@@ -292,12 +292,6 @@ def test_cameras_that_are_no_poses_are_refused() -> None:
     for cameras in (pose[0], np.full((1, 4, 4), np.nan), scaled, np.zeros((0, 4, 4))):
         with pytest.raises(CameraError):
             render(0, cameras, size_px=16)
-
-
-def test_composite_mixes_by_coverage() -> None:
-    rgba = np.array([[[[200, 100, 0, 255], [200, 100, 0, 0], [200, 100, 0, 51]]]], np.uint8)
-    expected = [[[[200, 100, 0], [10, 20, 30], [48, 36, 24]]]]
-    np.testing.assert_array_equal(composite(rgba, background=(10, 20, 30)), expected)
 
 
 def test_looking_up_candidates_finds_the_same_surface_as_asking_every_part() -> None:

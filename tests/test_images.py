@@ -371,6 +371,7 @@ def test_values_that_are_not_finite_are_no_picture(bad: float) -> None:
 def test_compositing_mixes_by_alpha() -> None:
     rgba = np.array([[[100, 0, 200, 0], [100, 0, 200, 255], [100, 0, 200, 51]]], np.uint8)
     np.testing.assert_array_equal(composite(rgba, (255, 255, 0)), [[[255, 255, 0], [100, 0, 200], [224, 204, 40]]])
+    np.testing.assert_array_equal(composite(rgba[..., :1, :]), [[[255, 255, 255]]])
 
 
 def test_resizing_does_not_bring_in_the_colour_under_transparency() -> None:

@@ -19,8 +19,8 @@ from mvshared.captures import write_capture
 from mvshared.errors import CameraError, ConfigError, ImageError, MvError, MvWarning, OptionError
 from mvshared.export import transforms
 from mvshared.guidance import ALL
-from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
-from mvshared.images import load_image, load_values, save_png
+from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
+from mvshared.images import composite, load_image, load_values, save_png
 from mvshared.normals import NO_SURFACE, Normals, find_normals, load_normals
 from mvshared.repetition import repeat
 from mvshared.runs import read_run

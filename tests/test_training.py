@@ -602,7 +602,7 @@ def test_pictures_that_the_vae_cannot_halve_so_often_are_refused_before_anything
 def test_mlx_refuses_bfloat16_on_metal_before_it_encodes_anything(
     data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mvshared.training.loop, "encode_to_file", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(mvshared.training.loop, "kept_latents", lambda *_, **__: pytest.fail("encoded"))
     monkeypatch.setattr(mvmlx.train, "choose_device", lambda device: "gpu")
     monkeypatch.setattr(mvmlx.model.mx.metal, "is_available", lambda: True)
     with pytest.raises(BackendError, match="use float16 or float32"):

@@ -28,8 +28,8 @@ from mvshared.training.data import (
     VAEPictures,
     ViewBatches,
     encode_captures,
-    encode_to_file,
     find_captures,
+    kept_latents,
     read_normals,
     read_picture,
 )
@@ -123,15 +123,17 @@ def test_a_killed_call_s_encoded_captures_are_taken_over(data: Path, tmp_path: P
         return pixels[:, ::2, ::2]
 
     with pytest.raises(KeyboardInterrupt):
-        encode_to_file(path, folders, config, encode, with_detail=True)
+        kept_latents(path, folders, config, encode, replaces="latents*.npz", with_detail=True)
     assert not path.exists()
     assert len(list(tmp_path.iterdir())) == 2
-    encode_to_file(path, folders, config, encode, with_detail=True)
+    (tmp_path / "latents-of-others.npz").touch()
+    found = kept_latents(path, folders, config, encode, replaces="latents*.npz", with_detail=True)
     assert calls == [4 * len(AZIMUTHS)] * 5, "two captures, the one at which the call was killed, that one again and the last"
     assert list(tmp_path.iterdir()) == [path]
     whole = encode_captures(folders, config, lambda pixels: pixels[:, ::2, ::2], with_detail=True)
-    for ours, expected in zip(load_arrays(path, Latents), whole, strict=True):
-        assert ours is not None
+    for ours, kept, expected in zip(found, load_arrays(path, Latents), whole, strict=True):
+        assert ours is not None and kept is not None
+        np.testing.assert_array_equal(ours, kept)
         assert expected is not None
         assert ours.dtype == expected.dtype
         np.testing.assert_array_equal(ours, expected)

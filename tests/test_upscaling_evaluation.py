@@ -12,7 +12,7 @@ from upscalers import write_tiny_models
 from mvshared.backend import load
 from mvshared.cli import run
 from mvshared.evaluation import held_out_subject
-from mvshared.heads import composite
+from mvshared.images import composite
 from mvshared.metrics import psnr, ssim
 from mvshared.upscaling.evaluation import evaluate_upscaling
 from mvshared.upscaling.views import UpscaleOptions

@@ -15,9 +15,9 @@ from mvshared.arguments import whole
 from mvshared.camera import even_azimuths, orbit
 from mvshared.consistency import MAX_ANGLE_DEG, consistency
 from mvshared.errors import OptionError
-from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, composite, render
+from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
 from mvshared.heads.parts import Part, with_rim
-from mvshared.images import from_model, to_model
+from mvshared.images import composite, from_model, to_model
 from mvshared.metrics import Summary, alpha_mask, background_mask, contrast, iou, psnr, ssim, summary
 from mvshared.pipeline import Pipeline
 

@@ -245,7 +245,7 @@ def _scaled(array: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate([np.broadcast_to(color, (*array.shape[:2], 3)), alpha], axis=2)
 
 
-def composite(rgba: NDArray[np.uint8], background: tuple[int, int, int]) -> NDArray[np.uint8]:
+def composite(rgba: NDArray[np.uint8], background: tuple[int, int, int] = (255, 255, 255)) -> NDArray[np.uint8]:
     """Pictures uint8 (..., 3) of straight-alpha pictures (..., 4) over a plain background."""
     pixels = rgba.reshape(-1, 4)
     result = np.empty((len(pixels), 3), np.uint8)

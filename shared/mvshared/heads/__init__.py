@@ -2,6 +2,6 @@
 
 from mvshared.heads.identity import HeadIdentity, sample_identity
 from mvshared.heads.parts import Part
-from mvshared.heads.render import DEFAULT_FOV_DEG, DEFAULT_RADIUS, HeadViews, composite, render
+from mvshared.heads.render import DEFAULT_FOV_DEG, DEFAULT_RADIUS, HeadViews, render
 
-__all__ = ["DEFAULT_FOV_DEG", "DEFAULT_RADIUS", "HeadIdentity", "HeadViews", "Part", "composite", "render", "sample_identity"]
+__all__ = ["DEFAULT_FOV_DEG", "DEFAULT_RADIUS", "HeadIdentity", "HeadViews", "Part", "render", "sample_identity"]

@@ -61,13 +61,6 @@ def render(identity: HeadIdentity | int, cameras: ArrayLike, *, size_px: int, fo
     return HeadViews(*(np.concatenate(arrays) for arrays in zip(*groups, strict=True)))
 
 
-def composite(rgba: NDArray[np.uint8], *, background: tuple[int, int, int] = (255, 255, 255)) -> NDArray[np.uint8]:
-    """Pictures uint8 (..., 3) of straight-alpha pictures (..., 4) over a plain background."""
-    alpha = rgba[..., 3:].astype(np.float32) / 255
-    mixed = rgba[..., :3] * alpha + np.asarray(background, np.float32) * (1 - alpha)
-    return np.rint(mixed).astype(np.uint8)
-
-
 def _render_views(tracer: "Tracer", poses: Array, size_px: int, fov_deg: float) -> HeadViews:
     shape, count, total = (len(poses), size_px, size_px), size_px * size_px, len(poses) * size_px * size_px
     rows, columns = np.divmod(np.arange(count), size_px)

@@ -22,7 +22,7 @@ from mvshared.images import load_image, load_values
 from mvshared.schedule import alphas_cumprod
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
-from mvshared.training.kept import in_one, keep_arrays
+from mvshared.training.kept import in_one, kept_arrays
 
 ENCODED_TOGETHER = 2**20  # pixels that `encode` is given in one call, at least
 VAE_STREAM, UNET_STREAM = 1, 2  # first numbers of the random seeds, so that the stages draw differently
@@ -200,20 +200,21 @@ class Latents(NamedTuple):
         return cls(first=np.concatenate([[0], np.cumsum(counts)]), **arrays)
 
 
-def encode_to_file(
+def kept_latents(
     path: Path,
     folders: list[Path],
     config: DataConfig,
     encode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     *,
+    replaces: str,
     with_detail: bool = False,
-) -> None:
-    """Write what `encode_captures` gives, part by part as `keep` does. Raises DatasetError as `encode_captures` does."""
+) -> Latents:
+    """What `encode_captures` gives, from a file that is made of it as `kept_arrays` does. Raises DatasetError as both do."""
 
     def make(chosen: list[Path], after_each: Callable[[], object]) -> Latents:
         return encode_captures(chosen, config, encode, with_detail=with_detail, after_each=after_each)
 
-    keep_arrays(path, folders, make, Latents.joined, Latents, desc="encoding")
+    return kept_arrays(path, folders, make, Latents.joined, Latents, replaces=replaces, desc="encoding")
 
 
 def encode_captures(

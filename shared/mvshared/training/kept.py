@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvshared.errors import DatasetError
-from mvshared.files import write_atomic
+from mvshared.files import remove_others, write_atomic
 
 PART = 64  # captures whose arrays are written together
 
@@ -47,21 +47,31 @@ def keep(
         part.unlink()
 
 
-def keep_arrays(
+def kept_arrays(
     path: Path,
     captures: Sequence[Path],
     make: Callable[[list[Path], AfterEach], Arrays],
     join: Callable[[list[Arrays]], Arrays],
     kind: Callable[..., Arrays],
     *,
+    replaces: str,
     desc: str,
-) -> None:
-    """Make a file for `load_arrays` as `keep` does: `make(some captures, after each)` gives a part, `join(parts)` the whole."""
+) -> Arrays:
+    """The arrays of a file, which is made as `keep` does if it is not there; others of the pattern `replaces` are removed.
+
+    `make(some captures, after each)` gives a part, `join(parts)` the whole. Raises DatasetError as `load_arrays` does.
+    """
 
     def write(part: Path, chosen: list[Path], after_each: AfterEach) -> None:
         save_arrays(part, make(chosen, after_each))
 
-    keep(path, captures, write, lambda parts: save_arrays(path, join([load_arrays(part, kind) for part in parts])), desc=desc)
+    def write_joined(parts: list[Path]) -> None:
+        save_arrays(path, join([load_arrays(part, kind) for part in parts]))
+
+    if not path.exists():
+        keep(path, captures, write, write_joined, desc=desc)
+    remove_others(path.parent, replaces, keep=[path.name])
+    return load_arrays(path, kind)
 
 
 def save_arrays(path: Path, arrays: Any) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -35,7 +36,6 @@ from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConf
 from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.raw import raw_tensors, write_safetensors
 from mvshared.errors import NumericsError
-from mvshared.files import remove_others
 from mvshared.training.ahead import ahead
 from mvshared.training.checks import check_captures, check_details, check_frozen, check_sizes
 from mvshared.training.conditions import encode_conditions
@@ -45,11 +45,10 @@ from mvshared.training.data import (
     VAEPictures,
     ViewBatches,
     captures_digest,
-    encode_to_file,
     find_captures,
+    kept_latents,
 )
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
-from mvshared.training.kept import load_arrays
 from mvshared.training.log import LogRow, TrainingLog
 from mvshared.training.run_folder import RunFolder
 from mvshared.training.upscaler import check_pictures_of, save_upscaler, upscaler_batches, upscaler_config, upscaler_trainer
@@ -341,16 +340,26 @@ def _latents(
     paths = [folder / f"latents-{name}-{key}-{captures_digest(found)}.npz" for name, found in captures]
     vae = read_vae_config(source)
     raw = replace(vae, scaling_factor=1.0, latents_mean=None, latents_std=None)
-    missing, encode = [path for path in paths if not path.exists()], None
-    if missing:
+
+    @cache
+    def vae_encode() -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
-        encode = package.load_vae(raw, files, device=device).encode
+        return package.load_vae(raw, files, device=device).encode
+
+    if not all(path.exists() for path in paths):
+        vae_encode()  # before the run notes a VAE that cannot be loaded
     run.learn_latents_of(hashes, source)
-    for path, (name, folders) in zip(paths, captures, strict=True):
-        if encode is not None and path in missing:
-            encode_to_file(path, folders, config.data, encode, with_detail=with_detail)
-        remove_others(folder, f"latents-{name}-*.npz", keep=[path.name])
-    training, *held_out = (load_arrays(path, Latents) for path in paths)
+    training, *held_out = (
+        kept_latents(
+            path,
+            folders,
+            config.data,
+            lambda pictures: vae_encode()(pictures),
+            replaces=f"latents-{name}-*.npz",
+            with_detail=with_detail,
+        )
+        for path, (name, folders) in zip(paths, captures, strict=True)
+    )
     begun = folder / "model/vae/config.json"
     if begun.exists():
         vae = read_vae_config(folder / "model")

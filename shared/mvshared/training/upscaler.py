@@ -4,7 +4,7 @@ import importlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,13 +18,13 @@ from mvshared.captures import load_capture
 from mvshared.checkpoint import component_folder, find_model, read_model_config, read_vae_config, weight_files
 from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError
-from mvshared.files import make_folder, remove_others
+from mvshared.files import make_folder
 from mvshared.models import EMBEDDED
 from mvshared.training.checks import check_frozen, check_sizes
 from mvshared.training.config import TrainConfig
 from mvshared.training.data import captures_digest, find_captures
 from mvshared.training.initial import initial_upscaler_weights
-from mvshared.training.kept import keep_arrays, load_arrays
+from mvshared.training.kept import kept_arrays
 from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs, generated_pairs
 from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
 from mvshared.upscaling.folder import read_upscaler_config, write_upscaler
@@ -112,20 +112,18 @@ def upscaler_batches(
         package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
         return package.load_vae(upscaler.vae, files, device=device).encode
 
+    kept = partial(kept_arrays, join=LatentPairs.joined, kind=LatentPairs)
     generated = None
     if config.views_from is not None:
         denoiser = short_name(sha256_of_files(weight_files(find_model(config.views_from), "unet")))
         chosen = captures[0][: config.generated_captures]
         path = folder / f"pairs-generated-{vae}-{denoiser}-{captures_digest(chosen)}.npz"
-        if not path.exists():
-            views = _view_maker(config, backend=backend, device=device)
+        views = cache(partial(_view_maker, config, backend=backend, device=device))
 
-            def generate(some: list[Path], after_each: Callable[[], object]) -> LatentPairs:
-                return generated_pairs(some, config.data, views, encode(), multiple=multiple, after_each=after_each)
+        def generate(some: list[Path], after_each: Callable[[], object]) -> LatentPairs:
+            return generated_pairs(some, config.data, views(), encode(), multiple=multiple, after_each=after_each)
 
-            keep_arrays(path, chosen, generate, LatentPairs.joined, LatentPairs, desc="generating")
-        remove_others(folder, "pairs-generated-*.npz", keep=[path.name])
-        generated = load_arrays(path, LatentPairs)
+        generated = kept(path, chosen, generate, replaces="pairs-generated-*.npz", desc="generating")
 
     def make(some: list[Path], after_each: Callable[[], object]) -> LatentPairs:
         return encode_pairs(some, config.data, encode(), multiple=multiple, after_each=after_each)
@@ -135,14 +133,12 @@ def upscaler_batches(
         if not folders:
             continue
         path = folder / f"pairs-{name}-{vae}-{captures_digest(folders)}.npz"
-        if not path.exists():
-            keep_arrays(path, folders, make, LatentPairs.joined, LatentPairs, desc="encoding")
-        remove_others(folder, f"pairs-{name}-*.npz", keep=[path.name])
+        pairs = kept(path, folders, make, replaces=f"pairs-{name}-*.npz", desc="encoding")
         frequencies = upscaler.noise_frequencies
         assert frequencies is not None
         batches.append(
             UpscalerBatches(
-                load_arrays(path, LatentPairs),
+                pairs,
                 upscaler.sigmas,
                 channels=upscaler.noise_channels,
                 frequencies=frequencies,

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from mvshared.errors import OptionError
 from mvshared.evaluation import VIEWS, held_out_subject
-from mvshared.heads import composite
-from mvshared.images import from_model, to_model
+from mvshared.images import composite, from_model, to_model
 from mvshared.metrics import Summary, psnr, ssim, summary
 from mvshared.pipeline import Pipeline
 from mvshared.quantization.plans import preset_of

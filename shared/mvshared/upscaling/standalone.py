@@ -26,7 +26,6 @@ from mvshared.upscaling.views import Upscaled, UpscaleOptions, load_planned, pla
 from mvshared.weights import sha256_of_files
 
 FORMAT = "mvmlx-upscale"
-WHITE = (255, 255, 255)
 ASKED_BY_UPSCALER = ("prompt", "negative_prompt", "seed", "quantize")
 UNUSED = {  # by method: what has no effect on it
     "lanczos": ("model", "backend", "dtype", "device", *ASKED_BY_UPSCALER),
@@ -84,7 +83,7 @@ def _finite(latents: NDArray[Any] | None) -> NDArray[np.float32]:
 
 
 def _pictures(paths: Sequence[Path]) -> NDArray[np.uint8]:
-    pictures = [composite(load_image(path), WHITE) for path in paths]
+    pictures = [composite(load_image(path)) for path in paths]
     shapes = {picture.shape for picture in pictures}
     if len(shapes) != 1:
         sizes = sorted({f"{width} x {height}" for height, width, _ in shapes})
