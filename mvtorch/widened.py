@@ -15,6 +15,7 @@ from mvshared import precision
 
 _WEIGHTS = 1 << 21  # at a time
 _FEW_ROWS = 32  # of one thread: several widen a matrix in less time
+_ROWS = 1 << 13  # of tokens or pixels at a time
 _PIXELS = 4096  # of a map at a time
 
 
@@ -41,35 +42,48 @@ def linear(
     x: Tensor, matrix: Tensor, bias: Tensor | None, *, activation: str = "none", factors: Tensor | None = None
 ) -> Tensor:
     """(..., i) through a matrix (o, i), then "none" or "gelu", then times factors (..., o), as (..., o)."""
-    dtype = matrix.dtype if matrix.dtype == torch.float32 else product_dtype(x.dtype, rows=x.numel() // x.shape[-1])
-    x_wide, out = x.to(dtype), x.new_empty(*x.shape[:-1], len(matrix))
-    rows = math.ceil(len(matrix) / math.ceil(matrix.numel() / _WEIGHTS))
-    for first in range(0, len(matrix), rows):
-        some = slice(first, first + rows)
-        product = F.linear(x_wide, matrix[some].to(dtype), None if bias is None else bias[some].to(dtype))
-        if activation == "gelu":
-            product = F.gelu(product)
-        if factors is not None:
-            product *= factors[..., some]
-        out[..., some] = product
+    rows = x.numel() // x.shape[-1]
+    dtype = matrix.dtype if matrix.dtype == torch.float32 else product_dtype(x.dtype, rows=rows)
+    out = x.new_empty(*x.shape[:-1], len(matrix))
+    # Many rows are widened in pieces, for each of which the matrix is widened anew, at little cost beside so many products.
+    inputs, outputs = x.reshape(rows, -1).split(_ROWS), out.view(rows, -1).split(_ROWS)
+    others = [None] * len(inputs) if factors is None else factors.reshape(rows, -1).split(_ROWS)
+    for piece, into, times in zip(inputs, outputs, others, strict=True):
+        wide = piece.to(dtype)
+        for some in _pieces(matrix):
+            product = F.linear(wide, matrix[some].to(dtype), None if bias is None else bias[some].to(dtype))
+            if activation == "gelu":
+                product = F.gelu(product)
+            if times is not None:
+                product *= times[:, some]
+            into[:, some] = product
     return out
+
+
+def _pieces(matrix: Tensor) -> list[slice]:
+    """Rows of a matrix with at most `_WEIGHTS` numbers."""
+    rows = math.ceil(len(matrix) / math.ceil(matrix.numel() / _WEIGHTS))
+    return [slice(first, first + rows) for first in range(0, len(matrix), rows)]
 
 
 def convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, *, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Maps (n, i, h, w) through a kernel (o, i, kh, kw), some rows of them at a time, as (n, o, h', w')."""
-    top, left = padding
-    x = F.pad(x, (left, left, top, top))
-    height, width = ((x.shape[axis] - kernel.shape[axis]) // stride[axis - 2] + 1 for axis in (2, 3))
+    sizes = (x.shape[axis] + 2 * padding[axis - 2] - kernel.shape[axis] for axis in (2, 3))
+    height, width = (size // step + 1 for size, step in zip(sizes, stride, strict=True))
     out = torch.empty((len(x), len(kernel), height, width), dtype=x.dtype, memory_format=torch.channels_last)
     kernel, bias = kernel.float(), None if bias is None else bias.float()
     pictures = max(1, _PIXELS // (height * width))
     rows = max(1, _PIXELS // (min(len(x), pictures) * width))
+    top, left = padding
     for first in range(0, len(x), pictures):
         for row in range(0, height, rows):
             into = out[first : first + pictures, :, row : row + rows]
-            end = stride[0] * (row + into.shape[2] - 1) + kernel.shape[2]
-            piece = x[first : first + pictures, :, stride[0] * row : end]
-            into.copy_(F.conv2d(piece.float(), kernel, bias, stride=tuple(stride)))
+            start = stride[0] * row - top
+            end = start + stride[0] * (into.shape[2] - 1) + kernel.shape[2]
+            piece = x[first : first + pictures, :, max(0, start) : end].float()
+            above, below = max(0, -start), max(0, end - x.shape[2])
+            piece = F.pad(piece, (left, left, above, below)) if left or above or below else piece
+            into.copy_(F.conv2d(piece, kernel, bias, stride=tuple(stride)))
     return out
 
 

@@ -21,7 +21,7 @@ from mvshared.inspection import inspect_devices
 from mvshared.precision import KEPT_FLOAT32, METAL, MLX_CPU, SLOW_AVX512, elsewhere, on_cpu, on_cuda
 
 MODELS: dict[Backend, Any] = {"torch": mvtorch.model, "mlx": mvmlx.model}
-READ_CPUINFO = mvshared.precision.bfloat16_instructions  # the fixture of conftest replaces it
+READ_CPUINFO: Any = mvshared.precision.bfloat16_instructions  # the fixture of conftest replaces it
 X86 = "processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: a processor\nflags\t\t: fpu sse2 {flags}\n\nprocessor\t: 1\n"
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 ARM = "processor\t: 0\nFeatures\t: fp asimd {flags} svebf16x\n"
@@ -47,15 +47,15 @@ def test_instructions_for_bfloat16_are_read_from_the_kernels_list(
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(mvshared.precision, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(mvshared.precision.platform, "system", lambda: "Linux")
-    assert READ_CPUINFO() == instructions
+    assert READ_CPUINFO.__wrapped__() == instructions
 
 
 def test_without_the_kernels_list_no_instructions_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mvshared.precision, "CPUINFO", tmp_path / "none")
-    assert READ_CPUINFO() is None
+    assert READ_CPUINFO.__wrapped__() is None
     (tmp_path / "none").write_text(X86.format(vendor=INTEL, flags="amx_bf16"))
     monkeypatch.setattr(mvshared.precision.platform, "system", lambda: "Darwin")
-    assert READ_CPUINFO() is None
+    assert READ_CPUINFO.__wrapped__() is None
 
 
 def test_every_choice_names_a_dtype_and_one_sentence_of_reason() -> None:
@@ -129,4 +129,4 @@ def test_a_process_of_its_own_uses_what_this_processor_has() -> None:
         [sys.executable, "-c", code], cwd=root, env={"PYTHONPATH": f"{root}:{root / 'shared'}"}, text=True, capture_output=True
     )
     dtype, reason = done.stdout.strip().split("|")
-    assert (dtype, reason) == on_cpu(READ_CPUINFO())
+    assert (dtype, reason) == on_cpu(READ_CPUINFO.__wrapped__())

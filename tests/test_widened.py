@@ -2,20 +2,25 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvshared.precision
 from mvshared.attention import AttentionOptions
+from mvshared.backend import load
 from mvshared.precision import SLOW_AVX512
 from mvtorch import widened
 from mvtorch.attention import attention
 
+FIXTURES = Path(__file__).parent / "fixtures"
 HALVES = pytest.mark.parametrize(("dtype", "rms"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)  # one rounding
 
 
@@ -28,6 +33,7 @@ def inference() -> Iterator[None]:
 @pytest.fixture(params=[1, 1 << 21], ids=["pieces", "whole"])
 def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(widened, "_WEIGHTS", 50 * request.param)
+    monkeypatch.setattr(widened, "_ROWS", 7 * request.param)
     monkeypatch.setattr(widened, "_PIXELS", 15 * request.param)
 
 
@@ -61,6 +67,40 @@ def test_a_convolution_is_rounded_once(
         found = widened.convolution(x, conv.weight, conv.bias, stride=[stride] * 2, padding=[padding] * 2)
         assert found.dtype == dtype
         assert_close(found, copy.deepcopy(conv).double()(x.double()), rms=rms)
+
+
+@HALVES
+def test_pieces_alone_become_float32(dtype: torch.dtype, rms: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = list[tuple[int, int]]()
+    for name, limits in (("linear", {"_WEIGHTS": 60, "_ROWS": 4}), ("conv2d", {"_PIXELS": 20})):
+        product = getattr(F, name)
+
+        def told(x: Tensor, weights: Tensor, *others: Any, product: Any = product, **options: Any) -> Tensor:
+            assert x.dtype == weights.dtype == torch.float32
+            sizes.append((x.numel(), weights.numel()))
+            return product(x, weights, *others, **options)
+
+        monkeypatch.setattr(widened.F, name, told)
+        for limit, value in limits.items():
+            monkeypatch.setattr(widened, limit, value)
+    widened.linear(normal(2, 5, 6).to(dtype), normal(25, 6).to(dtype), None)
+    assert sizes == [(4 * 6, 9 * 6), (4 * 6, 9 * 6), (4 * 6, 7 * 6)] * 2 + [(2 * 6, 9 * 6), (2 * 6, 9 * 6), (2 * 6, 7 * 6)]
+    sizes.clear()
+    widened.convolution(normal(3, 2, 6, 8).to(dtype), normal(4, 2, 3, 3).to(dtype), None, stride=(1, 1), padding=(1, 1))
+    assert sizes == [(2 * 4 * 10, 4 * 2 * 9)] * 9, "two rows of one picture at a time, with one above and one below"
+    sizes.clear()
+    widened.convolution(normal(5, 2, 3, 3).to(dtype), normal(4, 2, 3, 3).to(dtype), None, stride=(1, 1), padding=(1, 1))
+    assert [size for size, _ in sizes] == [2 * 2 * 5 * 5] * 2 + [2 * 5 * 5], "two small pictures at a time"
+
+
+def test_few_rows_stay_in_bfloat16_where_a_processor_has_it_the_fewer_the_more_threads_share_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mvshared.precision, "bfloat16_instructions", lambda: SLOW_AVX512)
+    for threads, most in ((1, 32), (2, 16), (64, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert widened.product_dtype(torch.bfloat16, rows=most) == torch.bfloat16
+        assert widened.product_dtype(torch.bfloat16, rows=most + 1) == torch.float32
 
 
 @HALVES
@@ -121,3 +161,29 @@ def test_few_rows_stay_in_bfloat16_where_a_processor_has_it(monkeypatch: pytest.
         x = normal(rows, 6).bfloat16()
         assert_close(widened.linear(x, matrix, None), x.double() @ matrix.double().T, rms=8e-3)
     assert dtypes == [torch.bfloat16, torch.float32]
+
+
+class Products(TorchDispatchMode):
+    """Tells in which dtypes matrices and kernels are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if any(word in name for word in ("linear", "mm", "matmul", "conv", "attention")):
+            self.dtypes |= {(name, each.dtype) for each in args if isinstance(each, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", [None, "q8"])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_model_in_half_precision_multiplies_in_float32_alone(preset: str | None, low_memory: bool) -> None:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float16", "quantize": preset, "low_memory": low_memory}
+    pipeline = load(FIXTURES / "tiny-imagedream", backend="torch", **options)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with Products() as products:
+        pipeline.generate(picture, prompt="a head", negative_prompt="", steps=1, size_px=64)
+    names = ("conv2d", "linear", "scaled_dot_product_attention")
+    assert products.dtypes == {(name, torch.float32) for name in names}

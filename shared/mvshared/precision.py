@@ -1,6 +1,7 @@
 """Which dtype a device computes in if nothing is said, and why. The backends say what the device is; the words are here."""
 
 import platform
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,7 @@ def elsewhere(device: str) -> DtypeChoice:
     return DtypeChoice("float32", f"half precision was not tried on the device {device}")
 
 
+@cache
 def bfloat16_instructions() -> str | None:
     """The instructions by which this processor computes bfloat16; None for none, and where there is no /proc/cpuinfo.
 
