@@ -49,6 +49,7 @@ from mvshared.conversion.convert import convert
 from mvshared.conversion.folders import STATE
 from mvshared.conversion.raw import RawTensor, cast
 from mvshared.errors import CheckpointError, MvError, OptionError, OutputError, TensorMismatchError
+from mvshared.files import file_stamps, lock_folder, make_folder
 from mvshared.inspection import inspect
 from mvshared.names import ldm_unet_names
 from mvshared.schedule import alphas_cumprod
@@ -624,6 +625,104 @@ def test_parts_come_from_several_sources(originals: dict[str, Path], tmp_path: P
     assert (tmp_path / "again.safetensors").read_bytes() == originals["imagedream"].read_bytes()
     with pytest.raises(CheckpointError, match="holds another vae: one source has it already"):
         convert(originals["imagedream"], tmp_path / "twice", extra=[Path(vae)])
+
+
+def test_what_an_earlier_source_has_is_said_to_be_left_out(folders: dict[str, Path], tmp_path: Path) -> None:
+    report = convert(folders["sd21"], tmp_path / "out", extra=[folders["mvdream"]])
+    assert report.left_out[str(folders["mvdream"] / "vae")] == "another source, before this one, has it"
+    assert_same_tensors(tensors_of(tmp_path / "out", "vae"), tensors_of(folders["sd21"], "vae"))
+
+
+def test_a_network_in_a_folder_of_its_own_is_checked_as_well(originals: dict[str, Path], tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(originals["mvdream"])
+    convert(originals["mvdream"], tmp_path / "whole", extra=[TOKENIZER])
+    encoder = tensors_of(tmp_path / "whole", "text_encoder")
+    del encoder[next(name for name in encoder if name.endswith("layers.0.layer_norm2.weight"))]
+    shutil.copytree(tmp_path / "whole/text_encoder", tmp_path / "clip/text_encoder")
+    safetensors.torch.save_file(encoder, weight_files(tmp_path / "clip", "text_encoder")[0])
+    others = {name: each for name, each in tensors.items() if not name.startswith("clip_model.")}
+    others = {name: each for name, each in others.items() if not name.startswith("cond_stage_model.")}
+    safetensors.torch.save_file(others, tmp_path / "rest.safetensors")
+    with pytest.raises(TensorMismatchError, match=r"1 missing: .*encoder\.layers\.0\.layer_norm2\.weight"):
+        convert(tmp_path / "rest.safetensors", tmp_path / "out", extra=[tmp_path / "clip", TOKENIZER])
+    assert not (tmp_path / "out/model_index.json").exists()
+
+
+def test_a_tokenizer_takes_the_place_of_all_of_another(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(folders["mvdream"], tmp_path / "source")
+    shutil.copytree(source, tmp_path / "dest")
+    for name in ("added_tokens.json", "tokenizer.json", "special.model"):
+        (tmp_path / "dest/tokenizer" / name).write_text("{}")
+    convert(source, tmp_path / "dest", force=True)
+    names = {file.name for file in (tmp_path / "dest/tokenizer").iterdir()}
+    assert names == {file.name for file in (source / "tokenizer").iterdir()}
+
+
+def test_what_an_earlier_model_has_left_is_no_part_of_one(
+    originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["mvdream"], tmp_path / "dest")
+    report = convert(originals["mvdream"], tmp_path / "dest", force=True)
+    assert report.missing == ("tokenizer",)
+    assert not (tmp_path / "dest/model_index.json").exists()
+
+
+def test_two_runs_do_not_write_into_one_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    unlock = lock_folder(make_folder(tmp_path / "out"), busy="")
+    with pytest.raises(OutputError, match="is being written to by another run"):
+        convert(folders["mvdream"], tmp_path / "out")
+    unlock()
+    convert(folders["mvdream"], tmp_path / "out")
+
+
+def test_components_that_are_not_converted_are_not_in_the_index(originals: dict[str, Path], tmp_path: Path) -> None:
+    convert(originals["sd21"], tmp_path / "source", extra=[TOKENIZER])
+    source = tmp_path / "source"
+    document = json.loads((source / "model_index.json").read_text())
+    document |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    (source / "model_index.json").write_text(json.dumps(document))
+    convert(source, tmp_path / "out")
+    written = json.loads((tmp_path / "out/model_index.json").read_text())
+    expected = {"safety_checker": [None, None], "requires_safety_checker": False}
+    assert {name: written[name] for name in expected} == expected
+    assert written["unet"] == document["unet"]
+
+
+def test_float64_is_rounded_where_a_dtype_is_asked_for(originals: dict[str, Path], tmp_path: Path) -> None:
+    tensors = {name: each.double() for name, each in safetensors.torch.load_file(originals["mvdream"]).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "wide.safetensors")
+    with pytest.raises(CheckpointError, match=r"got F64 .*--dtype"):
+        convert(tmp_path / "wide.safetensors", tmp_path / "out", extra=[TOKENIZER])
+    convert(tmp_path / "wide.safetensors", tmp_path / "out", extra=[TOKENIZER], dtype="float32")
+    convert(originals["mvdream"], tmp_path / "expected", extra=[TOKENIZER])
+    for component in ("unet", "vae", "text_encoder"):
+        assert_same_tensors(tensors_of(tmp_path / "out", component), tensors_of(tmp_path / "expected", component))
+
+
+def test_projections_of_several_dtypes_become_one_tensor_of_float32(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(folders["mvdream"], tmp_path / "source")
+    encoder = tensors_of(source, "text_encoder")
+    key = "encoder.layers.0.self_attn.k_proj.weight"
+    encoder[key] = encoder[key].bfloat16()
+    safetensors.torch.save_file(encoder, weight_files(source, "text_encoder")[0])
+    convert(source, tmp_path / "one.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "one.safetensors")
+    found = next(each for name, each in tensors.items() if "0.attn.in_proj_weight" in name)
+    assert found.dtype == torch.float32
+    names = [f"encoder.layers.0.self_attn.{each}_proj.weight" for each in "qkv"]
+    assert torch.equal(found, torch.cat([encoder[name].float() for name in names]))
+
+
+def test_files_behind_linked_folders_are_part_of_a_source_s_state(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/weights").write_text("a")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/unet").symlink_to("../real")
+    (tmp_path / "source/loop").symlink_to(".")
+    before = file_stamps(tmp_path / "source")
+    (tmp_path / "real/weights").write_text("ab")
+    after = file_stamps(tmp_path / "source")
+    assert len(before) == len(after) == 1 and before != after
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

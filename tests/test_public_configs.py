@@ -1,11 +1,13 @@
 """Folders as the public checkpoints have them: families, sizes and schedules from their configs, weights in every layout."""
 
+import inspect
 import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -29,6 +31,7 @@ from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.config import MVDREAM, SD21, SD_VAE, SchedulerConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.public_configs import (
+    SCHEDULER_FIELDS,
     diffusers_sampler,
     diffusers_scheduler,
     diffusers_unet,
@@ -174,6 +177,34 @@ def test_a_sampler_that_is_here_is_the_default_with_its_spacing(
     document |= {"_class_name": cls.__name__, "clip_sample": False}
     assert diffusers_sampler(document) == name
     assert diffusers_scheduler(document, path=HERE).timestep_spacing == spacing
+
+
+ASIDE: dict[str, Any] = {  # what classes without such a field do
+    "num_train_timesteps": 1000,
+    "beta_start": None,
+    "beta_end": None,
+    "beta_schedule": None,
+    "prediction_type": None,
+    "steps_offset": 0,
+    "set_alpha_to_one": False,
+    "rescale_betas_zero_snr": False,
+    "timestep_spacing": "linspace",
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCHEDULER_FIELDS if kind != "DPMSolverSDEScheduler"])  # needs torchsde
+def test_what_a_scheduler_s_file_leaves_out_is_as_in_diffusers(kind: str) -> None:
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    ours = diffusers_scheduler({"_class_name": kind, "clip_sample": False}, path=HERE)
+    for field, without in ASIDE.items():
+        default = parameters[field].default if field in parameters else without
+        assert getattr(ours, field) == default, field
+
+
+def test_flow_matching_is_refused_of_every_solver() -> None:
+    for kind in ("DEISMultistepScheduler", "SASolverScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"):
+        with pytest.raises(CheckpointError, match="use_flow_sigmas must be False"):
+            diffusers_scheduler({"_class_name": kind, "use_flow_sigmas": True}, path=HERE)
 
 
 @pytest.mark.parametrize(

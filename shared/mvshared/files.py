@@ -140,9 +140,22 @@ def file_stamps(path: Path) -> list[str]:
     """Path, size and time of a file, or of every file in a folder in the order of their names."""
     files = [str(path)]
     if path.is_dir():
-        files = sorted(os.path.join(place, name) for place, _, names in os.walk(path) for name in names)
+        files = sorted(os.path.join(place, name) for place, names in _walk(path) for name in names)
     present = [(file, os.stat(file)) for file in files if os.path.isfile(file)]
     return [f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in present]
+
+
+def _walk(path: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Every folder in one, behind links too, and the names in it that are no folders; a link to a folder above is left out."""
+    real = os.path.realpath(path)
+    if real in above:
+        return
+    with os.scandir(path) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    yield str(path), [entry.name for entry in entries if not entry.is_dir()]
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(path / entry.name, (*above, real))
 
 
 def remove_others(folder: Path, pattern: str, *, keep: Collection[str]) -> None:

@@ -101,14 +101,15 @@ DIFFUSERS_SAMPLERS: dict[str, dict[SamplerName, dict[str, Any]]] = {
     "EulerAncestralDiscreteScheduler": {"euler-ancestral": {}},
 }
 SCHEDULER_NEUTRAL: dict[str, tuple[Any, ...]] = {"clip_sample": (False,), "thresholding": (False,), "trained_betas": (None,)}
-SCHEDULER_NEUTRAL |= {"sigma_min": (None,), "sigma_max": (None,)}
+SCHEDULER_NEUTRAL |= {"sigma_min": (None,), "sigma_max": (None,), "use_flow_sigmas": (False,)}
 # The schedulers of diffusers that have its noise schedule of betas, and the fields of each beside that schedule's. Files often
 # keep those of another class, which diffusers does not read.
 BETAS = {"_class_name", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
 SPACED = BETAS | {"timestep_spacing", "steps_offset"}
 CLIPPED = SPACED | {"clip_sample", "thresholding", "rescale_betas_zero_snr"}
 KARRAS = SPACED | {"use_karras_sigmas"}
-SOLVER = KARRAS | {"thresholding", "lambda_min_clipped", "rescale_betas_zero_snr"}
+FLOW = {"thresholding", "use_flow_sigmas"}
+SOLVER = KARRAS | FLOW | {"lambda_min_clipped", "rescale_betas_zero_snr"}
 SIGMA_RANGE = {"sigma_min", "sigma_max", "rescale_betas_zero_snr"}
 SCHEDULER_FIELDS = {
     "DDIMScheduler": CLIPPED | {"set_alpha_to_one"},
@@ -123,14 +124,28 @@ SCHEDULER_FIELDS = {
     "KDPM2DiscreteScheduler": KARRAS,
     "KDPM2AncestralDiscreteScheduler": KARRAS,
     "DPMSolverSDEScheduler": KARRAS,
-    "DEISMultistepScheduler": KARRAS | {"thresholding"},
-    "SASolverScheduler": KARRAS | {"thresholding", "lambda_min_clipped"},
+    "DEISMultistepScheduler": KARRAS | FLOW,
+    "SASolverScheduler": KARRAS | FLOW | {"lambda_min_clipped"},
     "DPMSolverMultistepScheduler": SOLVER,
-    "DPMSolverSinglestepScheduler": BETAS | {"use_karras_sigmas", "thresholding", "lambda_min_clipped"},
-    "UniPCMultistepScheduler": KARRAS | {"thresholding"} | SIGMA_RANGE,
+    "DPMSolverSinglestepScheduler": BETAS | FLOW | {"use_karras_sigmas", "lambda_min_clipped"},
+    "UniPCMultistepScheduler": KARRAS | FLOW | SIGMA_RANGE,
     "EulerDiscreteScheduler": KARRAS | SIGMA_RANGE,
     "EulerAncestralDiscreteScheduler": SPACED | {"rescale_betas_zero_snr"},
 }
+# Where a class of diffusers has another default than 0.0001 and 0.02, "linear", "leading", set_alpha_to_one False.
+_NARROW = {"beta_start": 0.00085, "beta_end": 0.012}
+_LATENT_CONSISTENCY = _NARROW | {"beta_schedule": "scaled_linear", "set_alpha_to_one": True}
+SCHEDULER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {"set_alpha_to_one": True},
+    "DDIMParallelScheduler": {"set_alpha_to_one": True},
+    "LCMScheduler": _LATENT_CONSISTENCY,
+    "TCDScheduler": _LATENT_CONSISTENCY,
+    "DDPMScheduler": {},
+    "DDPMParallelScheduler": {},
+    "PNDMScheduler": {},
+}
+_WITH_NARROW = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
+SCHEDULER_DEFAULTS |= {f"{name}Scheduler": _NARROW | {"timestep_spacing": "linspace"} for name in _WITH_NARROW}
 # What diffusers' pipelines of Stable Diffusion, and MVDream's, set whatever the file says.
 SET_BY_PIPELINES = {"clip_sample": False, "steps_offset": 1}
 # Fields that say nothing about the result: sizes of the training, precision of an implementation, regularisation.
@@ -352,7 +367,7 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
     """The noise schedule of a scheduler_config.json, whatever sampler it names; that sampler's own fields are left aside, but
     for Karras' noise levels of one that is here.
 
-    What a file leaves out has diffusers' default. Raises CheckpointError.
+    What a file leaves out has the default of that class in diffusers. Raises CheckpointError.
     """
     given, kind = document, document.get("_class_name", "DDIMScheduler")
     if not isinstance(kind, str) or kind not in SCHEDULER_FIELDS:
@@ -366,16 +381,18 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
             raise CheckpointError(f"{name} must be {neutral[0]!r} for the samplers here, got {value!r}", path=path)
     lowest = fields.take("lambda_min_clipped", (int, float), -math.inf)
     solver = kind in DIFFUSERS_SAMPLERS and diffusers_sampler(given) != "ddim"
-    spacing = fields.choice("timestep_spacing", ("leading", "trailing", "linspace"), "linspace" if solver else "leading")
+    default = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "leading"}
+    default |= SCHEDULER_DEFAULTS.get(kind, {"timestep_spacing": "linspace"})
+    spacing = fields.choice("timestep_spacing", ("leading", "trailing", "linspace"), default["timestep_spacing"])
     config = SchedulerConfig(
         num_train_timesteps=fields.take("num_train_timesteps", int, 1000),
-        beta_start=fields.take("beta_start", float, 0.0001),
-        beta_end=fields.take("beta_end", float, 0.02),
-        beta_schedule=fields.choice("beta_schedule", ("linear", "scaled_linear"), "linear"),
+        beta_start=fields.take("beta_start", float, default["beta_start"]),
+        beta_end=fields.take("beta_end", float, default["beta_end"]),
+        beta_schedule=fields.choice("beta_schedule", ("linear", "scaled_linear"), default["beta_schedule"]),
         prediction_type=fields.choice("prediction_type", ("epsilon", "v_prediction"), "epsilon"),
         timestep_spacing="karras" if solver and fields.take("use_karras_sigmas", (bool, type(None)), False) else spacing,
         steps_offset=fields.take("steps_offset", int, 0),
-        set_alpha_to_one=fields.take("set_alpha_to_one", bool, ddim),
+        set_alpha_to_one=fields.take("set_alpha_to_one", bool, default.get("set_alpha_to_one", False)),
         rescale_betas_zero_snr=fields.take("rescale_betas_zero_snr", bool, False),
     )
     with np.errstate(divide="ignore"):

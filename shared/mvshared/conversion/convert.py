@@ -29,7 +29,7 @@ from mvshared.conversion.one_file import rewrite_file, write_one_file
 from mvshared.conversion.raw import FLOATS, STORED, RawTensor, cast, read_safetensors
 from mvshared.conversion.report import Report, written
 from mvshared.conversion.sources import read_file, sort_tensors
-from mvshared.errors import CheckpointError, OptionError
+from mvshared.errors import CheckpointError, MvError, OptionError
 from mvshared.files import make_folder, read_json_object, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.names import BUFFERS
@@ -162,7 +162,7 @@ def _check_model(folder: Path) -> str:
 
 
 def _collect(collected: _Collected, path: Path, *, local: bool) -> None:
-    """Add what is in a file or a folder; the first source that has a component is the one that counts."""
+    """Add what is in a file or a folder. Of several that have a component the first counts; another file is refused."""
     if not path.exists():
         raise CheckpointError("no such file or folder", path=path)
     if path.is_dir():
@@ -201,10 +201,13 @@ def _collect_folder(collected: _Collected, path: Path) -> None:
         collected.folders.setdefault("image_encoder" if "vision" in kind else "text_encoder", path)
         if (path / "preprocessor_config.json").is_file():
             collected.folders.setdefault("feature_extractor", path)
-    for name in (*get_args(Component), *PLAIN_FOLDERS):
-        if (path / name).is_dir() and not collected.has(name):
+    there = [name for name in (*get_args(Component), *PLAIN_FOLDERS) if (path / name).is_dir()]
+    for name in there:
+        if collected.has(name):
+            collected.left_out[str(path / name)] = "another source, before this one, has it"
+        else:
             collected.folders[name] = path / name
-    if not any(part == path or path in part.parents for part in collected.folders.values()):
+    if not there and not any(part == path for part in collected.folders.values()):
         raise CheckpointError("holds no component of a checkpoint", path=path)
 
 
@@ -327,44 +330,48 @@ def _write(
             names[component] = {name: (name,) for name in tensors}
         else:
             continue
-        _check_dtypes(tensors)
+        _check_dtypes(tensors, stored)
         tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
         planned[component] = tensors, documents
     part = collected.parts.get("unet")
     unet = part.config if part is not None and isinstance(part.config, UNetConfig) else None
     needed = () if index is not None else _needed(family, unet)
-    there = {*planned, *collected.folders, "scheduler"}
-    state.begin(planned, whole=index is not None or (family != "custom" and there.issuperset(needed)))
-    parts = []
-    for component, (tensors, documents) in planned.items():
-        if component in collected.folders and component not in collected.parts:
-            copy_files(collected.folders[component], dest / component, only=("config.json",))
-        for name, document in documents.items():
-            make_folder((dest / name).parent)
-            write_json(dest / name, document)
-        files = write_weights(dest, component, tensors, shard_bytes=shard_bytes, state=state, on_tensor=on_tensor)
-        parts.append(written(component, tensors, files=files))
-    for name in PLAIN_FOLDERS:
-        if name in collected.folders:
-            copy_files(collected.folders[name], dest / name)
-    if "scheduler" not in collected.folders and family != "custom":
-        make_folder(dest / "scheduler")
-        write_json(dest / "scheduler" / "scheduler_config.json", _scheduler(family))
-    missing = tuple(name for name in needed if not (dest / name).is_dir())
-    report = Report(folder=dest, family=family, written=tuple(parts), names=names, left_out=collected.left_out, missing=missing)
-    write_json(
-        dest / REPORT, {"family": family, "names": names, "left_out": dict(collected.left_out), "missing": list(missing)}
-    )
-    if index is not None:
-        copy_files(index.parent, dest, only=("model_index.json",))
-    elif not missing and family != "custom":
-        write_json(dest / "model_index.json", _model_index(family, unet))
-        try:
-            _read(dest)
-        except CheckpointError:
-            (dest / "model_index.json").unlink()
-            raise
-    state.finish()
+    there = {*planned, *collected.folders, *([] if family == "custom" else ["scheduler"])}
+    there |= {name.partition("/")[0] for _, documents in planned.values() for name in documents}
+    with state.writing(planned, whole=index is not None or (family != "custom" and there.issuperset(needed))):
+        parts = []
+        for component, (tensors, documents) in planned.items():
+            if component in collected.folders and component not in collected.parts:
+                copy_files(collected.folders[component], dest / component, only=("config.json",))
+            for name, document in documents.items():
+                make_folder((dest / name).parent)
+                write_json(dest / name, document)
+            files = write_weights(dest, component, tensors, shard_bytes=shard_bytes, state=state, on_tensor=on_tensor)
+            parts.append(written(component, tensors, files=files))
+        for name in PLAIN_FOLDERS:
+            if name in collected.folders:
+                copy_files(collected.folders[name], dest / name)
+        if "scheduler" not in collected.folders and family != "custom":
+            make_folder(dest / "scheduler")
+            write_json(dest / "scheduler" / "scheduler_config.json", _scheduler(family))
+        missing = tuple(name for name in needed if name not in there)
+        report = Report(
+            folder=dest, family=family, written=tuple(parts), names=names, left_out=collected.left_out, missing=missing
+        )
+        write_json(
+            dest / REPORT, {"family": family, "names": names, "left_out": dict(collected.left_out), "missing": list(missing)}
+        )
+        if index is not None:
+            write_json(dest / "model_index.json", _without(read_json_object(index, error=CheckpointError), dest))
+        elif not missing and family != "custom":
+            write_json(dest / "model_index.json", _model_index(family, unet))
+        checked = index is not None and all(folder.parent == index.parent for folder in collected.folders.values())
+        if not checked and (dest / "model_index.json").is_file():
+            try:
+                _check_model(dest)  # networks that came in folders of their own, too
+            except MvError:
+                (dest / "model_index.json").unlink()
+                raise
     return report
 
 
@@ -394,17 +401,28 @@ def _folder_tensors(collected: _Collected, component: Component) -> dict[str, Ra
     return tensors
 
 
-def _check_dtypes(tensors: Mapping[str, RawTensor]) -> None:
+def _check_dtypes(tensors: Mapping[str, RawTensor], stored: str | None) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            allowed = ", ".join(FLOATS.values())
-            raise CheckpointError(f"{name!r} must be one of {allowed}, got {tensor.dtype}")
+        if tensor.dtype not in FLOATS and not (stored and tensor.dtype == "F64"):
+            allowed, hint = (
+                ", ".join(FLOATS.values()),
+                "say with --dtype what to round it to" if tensor.dtype == "F64" else "",
+            )
+            raise CheckpointError(f"{name!r} must be one of {allowed}, got {tensor.dtype}", hint=hint)
 
 
 def _needed(family: str, unet: UNetConfig | None) -> tuple[str, ...]:
     """The folders that a family needs, with a U-Net if one is converted."""
     base = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     return (*base, "image_encoder", "feature_extractor") if _takes_images(family, unet) else base
+
+
+def _without(index: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """model_index.json without components that are not in the folder: diffusers would look for their weights."""
+    named = [name for name, value in index.items() if isinstance(value, list) and len(value) == 2]  # library and class
+    gone = [name for name in named if all(isinstance(each, str) for each in index[name]) and not (folder / name).is_dir()]
+    unchecked = {"requires_safety_checker": False} if "safety_checker" in gone else {}
+    return {**index, **{name: [None, None] for name in gone}, **unchecked}
 
 
 def _takes_images(family: str, unet: UNetConfig | None) -> bool:

@@ -2,14 +2,23 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import get_args
 
 from mvshared.checkpoint import WEIGHT_STEMS, Component
 from mvshared.conversion.raw import RawTensor, shards, write_safetensors
 from mvshared.errors import OptionError, OutputError
-from mvshared.files import file_stamps, make_folder, read_json_object, with_leftovers, write_atomic, write_json
+from mvshared.files import (
+    file_stamps,
+    lock_folder,
+    make_folder,
+    read_json_object,
+    with_leftovers,
+    write_atomic,
+    write_json,
+)
 
 STATE = ".conversion.json"
 
@@ -28,7 +37,7 @@ def check_apart(dest: Path, sources: Sequence[Path]) -> None:
 class Progress:
     """Which files of a conversion are written; kept in the folder until it is complete. Raises OptionError, OutputError.
 
-    Nothing is written before `begin`.
+    Nothing is written before `writing`.
     """
 
     def __init__(self, dest: Path, fingerprint: str, *, sources: Sequence[Path], force: bool) -> None:
@@ -37,12 +46,8 @@ class Progress:
         self.done: dict[str, str] = {}
         if dest.exists() and not dest.is_dir():
             raise OutputError("is a file, and a folder is needed", path=dest, hint="name another folder")
-        state = dest / STATE
-        if state.is_file():
-            document = read_json_object(state)
-            if document.get("fingerprint") == fingerprint:
-                self.done = {name: sha for name, sha in dict(document.get("files", {})).items() if self._kept(name, sha)}
-        elif dest.is_dir() and any(not file.match(f".{STATE}.*.tmp") for file in dest.iterdir()) and not force:
+        begun = (dest / STATE).is_file()
+        if not begun and dest.is_dir() and any(not file.match(f".{STATE}.*.tmp") for file in dest.iterdir()) and not force:
             raise OutputError("is not empty", path=dest, hint="name another folder, or use --force")
 
     def _kept(self, name: str, sha256: str) -> bool:
@@ -52,16 +57,29 @@ class Progress:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
-    def begin(self, components: Collection[str], *, whole: bool = True) -> None:
-        """Make the folder one that a run can go on with, and no checkpoint; it will have these components, and no others.
+    @contextmanager
+    def writing(self, components: Collection[str], *, whole: bool = True) -> Iterator[None]:
+        """A context in which the folder is this run's alone, and no checkpoint but one that a run can go on with; after it the
+        folder is complete. It will have these components, and no others.
 
-        Raises OutputError if the folder has others already and these are not `whole`, a model that takes their place.
+        Raises OutputError if another process writes to it, and if it has others already and these are not `whole`, a model that
+        takes their place.
         """
+        with ExitStack() as stack:
+            stack.callback(lock_folder(make_folder(self.dest), busy="is being written to by another run"))
+            self._begin(components, whole=whole)
+            yield
+            (self.dest / STATE).unlink(missing_ok=True)
+
+    def _begin(self, components: Collection[str], *, whole: bool) -> None:
+        state = self.dest / STATE
+        document = read_json_object(state) if state.is_file() else {}
+        if document.get("fingerprint") == self.fingerprint:
+            self.done = {name: sha for name, sha in dict(document.get("files", {})).items() if self._kept(name, sha)}
         others = [name for name in get_args(Component) if name not in components and weight_names(self.dest, name)]
         if others and not whole:
             reason = f"holds {', '.join(others)} too, which this would remove, and {', '.join(components)} alone is no model"
             raise OutputError(reason, path=self.dest, hint="write to another folder, and copy what is to be replaced")
-        make_folder(self.dest)
         self._save()
         for leftover in self.dest.glob(f".{STATE}.*.tmp"):
             leftover.unlink()
@@ -79,9 +97,6 @@ class Progress:
 
     def _save(self) -> None:
         write_json(self.dest / STATE, {"fingerprint": self.fingerprint, "files": self.done})
-
-    def finish(self) -> None:
-        (self.dest / STATE).unlink(missing_ok=True)
 
 
 def fingerprint(paths: Sequence[Path], stored: str | None, family: str, shard_bytes: int) -> str:
@@ -142,9 +157,16 @@ def remove_weights(folder: Path, component: Component, *, keep: Collection[str])
 
 
 def copy_files(source: Path, dest: Path, *, only: Sequence[str] | None = None) -> None:
-    """Copy the files of a folder that are no weights, or those of the given names."""
+    """Copy the files of a folder that are no weights, in the place of all such files there, or those of the given names."""
     make_folder(dest)
-    for file in sorted(source.iterdir()):
-        weights_index = file.name.endswith(".index.json")
-        if file.is_file() and not weights_index and (file.name in only if only else file.suffix in (".json", ".txt", ".model")):
-            write_atomic(dest / file.name, file.read_bytes())
+    files = {file.name: file for file in sorted(source.iterdir()) if file.is_file() and _is_plain(file)}
+    for name, file in files.items():
+        if only is None or name in only:
+            write_atomic(dest / name, file.read_bytes())
+    for file in dest.iterdir() if only is None else ():
+        if file.name not in files and _is_plain(file):
+            file.unlink()  # a tokenizer is read from whichever of its files are there
+
+
+def _is_plain(file: Path) -> bool:
+    return file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json")

@@ -63,23 +63,22 @@ def init_gaf(
     folders = {"vae": folder / "vae", "text_encoder": folder / "text_encoder"}
     if vision_folder is not None:
         folders["image_encoder"] = vision_folder
-    state.begin(("unet", *folders))
-    make_folder(dest / "unet")
-    write_json(dest / "unet" / "config.json", asdict(gaf.unet))
-    parts = [written("unet", tensors, files=_write(dest, "unet", tensors, state, on_tensor))]
-    names = {"unet": {name: (name,) for name in tensors}}
-    for component, place in folders.items():
-        files = weight_files(folder, component) if place.parent == folder else sorted(place.glob("*.safetensors"))  # type: ignore[arg-type]
-        copied = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
-        copy_files(place, dest / component, only=("config.json",))
-        parts.append(written(component, copied, files=_write(dest, component, copied, state, on_tensor)))
-    copy_files(folder / "tokenizer", dest / "tokenizer")
-    if gaf.image_processor is not None:
-        make_folder(dest / "feature_extractor")
-        document = image_processor_document(gaf.image_processor)
-        write_json(dest / "feature_extractor" / "preprocessor_config.json", document)
-    write_model_config(dest, gaf)
-    state.finish()
+    with state.writing(("unet", *folders)):
+        make_folder(dest / "unet")
+        write_json(dest / "unet" / "config.json", asdict(gaf.unet))
+        parts = [written("unet", tensors, files=_write(dest, "unet", tensors, state, on_tensor))]
+        names = {"unet": {name: (name,) for name in tensors}}
+        for component, place in folders.items():
+            files = weight_files(folder, component) if place.parent == folder else sorted(place.glob("*.safetensors"))  # type: ignore[arg-type]
+            copied = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
+            copy_files(place, dest / component, only=("config.json",))
+            parts.append(written(component, copied, files=_write(dest, component, copied, state, on_tensor)))
+        copy_files(folder / "tokenizer", dest / "tokenizer")
+        if gaf.image_processor is not None:
+            make_folder(dest / "feature_extractor")
+            document = image_processor_document(gaf.image_processor)
+            write_json(dest / "feature_extractor" / "preprocessor_config.json", document)
+        write_model_config(dest, gaf)
     return Report(folder=dest, family="gaf", written=tuple(parts), names=names, left_out={}, missing=())
 
 

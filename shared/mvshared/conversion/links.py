@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mvshared.config import UNetConfig
-from mvshared.conversion.raw import RawTensor
+from mvshared.conversion.raw import RawTensor, cast
 from mvshared.names import ldm_unet_names
 
 
@@ -56,6 +56,8 @@ class Link:
     def to_other(self, own: Mapping[str, RawTensor]) -> RawTensor:
         """The tensor elsewhere of those here."""
         parts = [own[name] for name in self.own]
+        if len({part.dtype for part in parts}) > 1:  # in one tensor they have one dtype, which holds all of their values
+            parts = [cast(part, "F32", name=name) for part, name in zip(parts, self.own, strict=True)]
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else parts[0].shape
         if self.transposed:
             shape = shape[::-1]

@@ -148,53 +148,52 @@ def quantize_folder(
     options = f"{preset} {bits} {group_size} {measure} {' '.join(names)}"
     state = Progress(dest, fingerprint([folder], options, config.family, 0), sources=[folder], force=force)
     sources = [_source(folder, name, getattr(config, name), module.network_shapes) for name in names]
-    state.begin(here)
-    layer_reports: list[LayerReport] = []
-    component_reports = []
-    for each in sources:
-        layers = _planned(each, preset, bits, group_size)
-        probe = None
-        if measure:
-            probe = Network(
-                config, each.component, each.paths, backend=choose_backend(backend), device=module.choose_device(device)
+    with state.writing(here):
+        layer_reports: list[LayerReport] = []
+        component_reports = []
+        for each in sources:
+            layers = _planned(each, preset, bits, group_size)
+            probe = None
+            if measure:
+                probe = Network(
+                    config, each.component, each.paths, backend=choose_backend(backend), device=module.choose_device(device)
+                )
+            layers, errors, whole = _measured(
+                each, layers, probe, keep=preset == "q4" and each.component == "unet", on_layer=on_layer
             )
-        layers, errors, whole = _measured(
-            each, layers, probe, keep=preset == "q4" and each.component == "unet", on_layer=on_layer
-        )
-        del probe
-        label = preset or f"{bits} bits"
-        _write(dest, each, Quantization(preset=label, layers=layers), state, on_layer)
-        layer_reports += [
-            LayerReport(
-                component=each.component,
-                name=name,
-                bits=layer.bits,
-                group_size=layer.group_size,
-                weights=prod(layer.shape),
-                bytes=layer.bytes,
-                weight_error=errors[name][0],
-                output_error=errors[name][1],
+            del probe
+            label = preset or f"{bits} bits"
+            _write(dest, each, Quantization(preset=label, layers=layers), state, on_layer)
+            layer_reports += [
+                LayerReport(
+                    component=each.component,
+                    name=name,
+                    bits=layer.bits,
+                    group_size=layer.group_size,
+                    weights=prod(layer.shape),
+                    bytes=layer.bytes,
+                    weight_error=errors[name][0],
+                    output_error=errors[name][1],
+                )
+                for name, layer in layers.items()
+            ]
+            component_reports.append(
+                ComponentReport(
+                    name=each.component,
+                    preset=label,
+                    bytes_before=sum(tensor.bytes for tensor in each.tensors.values()),
+                    bytes=sum(tensor.bytes for tensor in _tensors(each, layers).values()),
+                    output_error=whole,
+                )
             )
-            for name, layer in layers.items()
-        ]
-        component_reports.append(
-            ComponentReport(
-                name=each.component,
-                preset=label,
-                bytes_before=sum(tensor.bytes for tensor in each.tensors.values()),
-                bytes=sum(tensor.bytes for tensor in _tensors(each, layers).values()),
-                output_error=whole,
-            )
-        )
-        copy_files(folder / each.component, dest / each.component, only=("config.json",))
-    for name in here:
-        if name not in names:
-            _copy_component(folder, dest, name)
-    for name in PLAIN_FOLDERS:
-        if (folder / name).is_dir():
-            copy_files(folder / name, dest / name)
-    copy_files(folder, dest, only=("model_index.json",))
-    state.finish()
+            copy_files(folder / each.component, dest / each.component, only=("config.json",))
+        for name in here:
+            if name not in names:
+                _copy_component(folder, dest, name)
+        for name in PLAIN_FOLDERS:
+            if (folder / name).is_dir():
+                copy_files(folder / name, dest / name)
+        copy_files(folder, dest, only=("model_index.json",))
     return Report(folder=dest, components=tuple(component_reports), layers=tuple(layer_reports))
 
 
