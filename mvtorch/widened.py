@@ -20,7 +20,8 @@ _PIXELS = 4096  # of a map at a time
 
 
 def is_for(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies a dtype faster as float32: float16, and bfloat16 without fast instructions for it."""
+    """Whether this processor multiplies large matrices of a dtype faster as float32: float16 on all that were tried, and
+    bfloat16 without fast instructions for it."""
     if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return dtype in (torch.bfloat16, torch.float16)
     return precision.bfloat16_instructions() in (None, precision.SLOW_AVX512)

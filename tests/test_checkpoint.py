@@ -128,3 +128,9 @@ def test_a_configuration_that_makes_no_sense_cannot_be_made(kind: type[Any], val
 def test_a_unet_and_a_vae_of_different_latents_make_no_model() -> None:
     with pytest.raises(OptionError, match="out_channels of the U-Net must be the VAE's 8, got 4"):
         replace(TINY_MODEL, vae=replace(TINY_MODEL.vae, latent_channels=8))
+
+
+@pytest.mark.parametrize("name", [None, 3, b"demo"])
+def test_what_is_no_name_of_a_model_is_refused(name: Any) -> None:
+    with pytest.raises(OptionError, match="model must be a name or a folder"):
+        find_model(name)

@@ -289,6 +289,12 @@ def test_a_failure_in_the_upscaler_keeps_the_views(
     assert not (desk / "out" / "upscaled" / "metadata.json").exists()
 
 
+def test_views_to_upscale_are_what_generate_returned(pipeline: Pipeline[Any]) -> None:
+    pictures: Any = np.zeros((2, 32, 32, 3), np.uint8)
+    with pytest.raises(OptionError, match="views must be what generate returned, got 'ndarray'"):
+        pipeline.upscale(pictures, method="lanczos")
+
+
 def test_what_cannot_be_upscaled_is_refused_before_anything_is_generated(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ Folders of this project name family, camera and generation defaults in `model_in
 `_class_name` in every config, which says what to make of it.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
@@ -72,8 +73,10 @@ def find_model(name: Path | str) -> Path:
     """The absolute folder of a model: the embedded one of that name, a folder on disk, or a downloaded model by its name or
     repository.
 
-    Raises CheckpointError if there is none of them.
+    Raises CheckpointError if there is none of them, OptionError for what is no name.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise OptionError("model", expected="a name or a folder", got=name)
     folder = Path(name)
     if str(name) in EMBEDDED:
         folder = embedded_folder(str(name))

@@ -195,7 +195,7 @@ def generate(ctx: click.Context, **options: Any) -> None:
 
 @cli.command()
 @click.argument("source", nargs=-1, required=True, type=PATH)
-@click.option("-o", "--output", type=PATH, help="Output folder.  [default: upscaled, in the run's]")
+@click.option("-o", "--output", type=PATH, help="Output folder.  [default: upscaled, in the run's; NAME-upscaled]")
 @upscale_options(default=None)
 @click.option("--model", help="The model whose VAE the latents are of.  [default: the run's, or the upscaler has one]")
 @click.option("--prompt", help="What is shown, for an upscaler that takes text.  [default: the run's]")

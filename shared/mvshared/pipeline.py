@@ -291,6 +291,8 @@ class Pipeline(Generic[A]):
             budget_bytes=budget_bytes,
             low_memory=not self._at_once,
         )
+        if not isinstance(views, Views):
+            raise OptionError("views", expected="what generate returned", got=type(views).__name__)
         height, width = views.latents.shape[1:3]
         model = self.model
         planned = plan_upscale(
