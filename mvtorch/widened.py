@@ -47,8 +47,8 @@ def linear(
     dtype = matrix.dtype if matrix.dtype == torch.float32 else product_dtype(x.dtype, rows=rows)
     out = x.new_empty(*x.shape[:-1], len(matrix))
     # Many rows are widened in pieces, for each of which the matrix is widened anew, at little cost beside so many products.
-    inputs, outputs = x.reshape(rows, -1).split(_ROWS), out.view(rows, -1).split(_ROWS)
-    others = [None] * len(inputs) if factors is None else factors.reshape(rows, -1).split(_ROWS)
+    inputs, outputs = x.reshape(rows, x.shape[-1]).split(_ROWS), out.view(rows, len(matrix)).split(_ROWS)
+    others = [None] * len(inputs) if factors is None else factors.reshape(rows, len(matrix)).split(_ROWS)
     for piece, into, times in zip(inputs, outputs, others, strict=True):
         wide = piece.to(dtype)
         for some in _pieces(matrix):
