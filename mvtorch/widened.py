@@ -47,17 +47,18 @@ def linear(
     dtype = matrix.dtype if matrix.dtype == torch.float32 else product_dtype(x.dtype, rows=rows)
     out = x.new_empty(*x.shape[:-1], len(matrix))
     # Many rows are widened in pieces, for each of which the matrix is widened anew, at little cost beside so many products.
-    inputs, outputs = x.reshape(rows, x.shape[-1]).split(_ROWS), out.view(rows, len(matrix)).split(_ROWS)
-    others = [None] * len(inputs) if factors is None else factors.reshape(rows, len(matrix)).split(_ROWS)
-    for piece, into, times in zip(inputs, outputs, others, strict=True):
-        wide = piece.to(dtype)
+    inputs, results = x.reshape(rows, x.shape[-1]), out.view(rows, len(matrix))
+    times = None if factors is None else factors.reshape(results.shape)
+    for first in range(0, rows, _ROWS):
+        piece = slice(first, first + _ROWS)
+        wide = inputs[piece].to(dtype)
         for some in _pieces(matrix):
             product = F.linear(wide, matrix[some].to(dtype), None if bias is None else bias[some].to(dtype))
             if activation == "gelu":
                 product = F.gelu(product)
             if times is not None:
-                product *= times[:, some]
-            into[:, some] = product
+                product *= times[piece, some]
+            results[piece, some] = product
     return out
 
 

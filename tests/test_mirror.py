@@ -12,7 +12,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # to the device by itself, settings of CUDA that belong to the program around this, products of weights that lie in one piece,
 # and on a CPU weights that are laid out once and kernels in the place of its slow ones.
 ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py", "graphs.py", "inference.py"}
-ONLY_TORCH |= {"onednn.py", "packed.py", "packed_convolutions.py", "winograd.py", "cpu_attention.py", "cpu_norms.py"}
+ONLY_TORCH |= {
+    "onednn.py",
+    "packed.py",
+    "packed_convolutions.py",
+    "widened.py",
+    "winograd.py",
+    "cpu_attention.py",
+    "cpu_norms.py",
+}
 ONLY_TORCH |= {"cuda_fused.py", "cuda_kernels.py", "joined.py"}
 # Compilation, and what is for a Mac's GPU.
 ONLY_MLX = {"compiled.py", "group_norm.py", "metal.py"}

@@ -52,6 +52,11 @@ def test_a_product_is_rounded_once(shape: tuple[int, ...], bias: bool, dtype: to
     assert_close(widened.linear(x, layer.weight, layer.bias, activation="gelu"), F.gelu(exact), rms=rms)
     assert_close(widened.linear(x, layer.weight, layer.bias, factors=factors), exact * factors.double(), rms=rms)
     assert widened.linear(x, layer.weight.float(), layer.bias).dtype == dtype  # of a quantised layer
+    with torch.inference_mode(False), torch.enable_grad():  # of a network that is called as it is
+        given = x.clone().requires_grad_()
+        assert_close(
+            widened.linear(given, layer.weight.clone(), None if layer.bias is None else layer.bias.clone()), exact, rms=rms
+        )
     assert widened.linear(x.new_empty(2, 0, 20), layer.weight, layer.bias).shape == (2, 0, 33)
 
 
