@@ -15,7 +15,6 @@ from mvshared.errors import BackendError
 from mvtorch import widened
 
 
-@cache
 def computes_bfloat16_in_avx512() -> bool:
     """Whether oneDNN has fast instructions for bfloat16, and those are of AVX-512 and not AMX, which is eight times as fast."""
     return torch.backends.mkldnn.is_available() and precision.bfloat16_instructions() == precision.AVX512

@@ -35,7 +35,7 @@ from mvshared.config import VAEConfig
 from mvshared.errors import BackendError
 from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.precision import SLOW_AVX512
-from mvtorch import cpu_attention, cpu_norms, onednn, widened, winograd
+from mvtorch import cpu_attention, cpu_norms, widened, winograd
 from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
 from mvtorch.model import load_network, packing_bytes
 from mvtorch.packed import PackedFeedForward, PackedLinear, pack_network
@@ -204,12 +204,10 @@ def test_shifted_attention_sees_large_scores_beside_those_of_its_estimate(spread
 def test_shifted_attention_is_for_processors_whose_kernel_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     q, few = torch.zeros(1, 1, 300, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 77, 8, dtype=torch.bfloat16)
     for instructions, wanted in (("AVX-512", True), (SLOW_AVX512, False), ("AMX", False), ("Arm's BF16", False), (None, False)):
-        onednn.computes_bfloat16_in_avx512.cache_clear()
         monkeypatch.setattr("mvshared.precision.bfloat16_instructions", lambda instructions=instructions: instructions)
         assert cpu_attention.is_for(q, q) is wanted
         assert not cpu_attention.is_for(q, few)
         assert not cpu_attention.is_for(q.float(), q.float())
-    onednn.computes_bfloat16_in_avx512.cache_clear()
 
 
 @NETWORKS

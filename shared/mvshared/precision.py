@@ -13,11 +13,11 @@ DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 KEPT_FLOAT32 = ("time_proj.weight", "decoder.conv_out.weight", "decoder.conv_out.bias")
 
 CPUINFO = Path("/proc/cpuinfo")
-AMX, AVX512, ARM = "AMX", "AVX-512", "Arm's BF16"
+AVX512 = "AVX-512"
 # Intel's processors since AVX512-FP16 multiply bfloat16 in AVX-512 at half the speed of float32 (measured on a Xeon of Emerald
 # Rapids): they have AMX for it, which virtual machines may hide.
 SLOW_AVX512 = "AVX-512 of a processor whose AMX is hidden"
-_INSTRUCTIONS = {"amx_bf16": AMX, "avx512_bf16": AVX512, "bf16": ARM}  # by the kernel's names
+_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": AVX512, "bf16": "Arm's BF16"}  # by the kernel's names
 TENSOR_CORES = (7, 0)  # compute capability
 
 
