@@ -110,6 +110,7 @@ def test_a_malformed_field_is_refused_by_name(folder: Path, tmp_path: Path, file
         (VAEConfig, {"latents_mean": (1.0,)}),
         (VAEConfig, {"latents_std": (1.0, 1.0, 1.0, -1.0)}),
         (SchedulerConfig, {"num_train_timesteps": 0}),
+        (SchedulerConfig, {"num_train_timesteps": 10**12}),
         (SchedulerConfig, {"beta_start": 0.0}),
         (SchedulerConfig, {"beta_end": 1.0}),
         (SchedulerConfig, {"steps_offset": -1}),

@@ -439,6 +439,22 @@ def test_a_folder_is_of_the_family_that_it_is_of(folders: dict[str, Path], tmp_p
     assert convert(folders["sd21"], tmp_path / "out", family="sd21").family == "sd21"
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "allowed"),
+    [("sd21", "mvdream", "sd21 or sd21-768"), ("imagedream", "sd15", "imagedream or imagedream-local")],
+)
+def test_a_folder_without_an_index_is_of_the_family_of_its_network(
+    name: str, family: str, allowed: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(folders[name], tmp_path / "source")
+    (source / "model_index.json").unlink()
+    with pytest.raises(OptionError, match=f"family must be {allowed}, which these tensors are, got '{family}'"):
+        convert(source, tmp_path / "out", family=family)
+    assert not (tmp_path / "out").exists()
+    assert convert(source, tmp_path / "out", family=name).family == name
+    assert read_model_config(tmp_path / "out") == read_model_config(folders[name])
+
+
 def test_the_noise_schedule_is_compared_with_that_of_the_scheduler_that_comes_along(
     originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -646,6 +662,18 @@ def test_a_network_in_a_folder_of_its_own_is_checked_as_well(originals: dict[str
     with pytest.raises(TensorMismatchError, match=r"1 missing: .*encoder\.layers\.0\.layer_norm2\.weight"):
         convert(tmp_path / "rest.safetensors", tmp_path / "out", extra=[tmp_path / "clip", TOKENIZER])
     assert not (tmp_path / "out/model_index.json").exists()
+
+
+def test_a_folder_of_one_network_of_diffusers_may_have_any_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    source, vae = shutil.copytree(folders["sd15"], tmp_path / "source"), tmp_path / "sd-vae-ft-mse"
+    shutil.move(source / "vae", vae)
+    (vae / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant, which is not read")
+    (source / "model_index.json").unlink()
+    report = convert(source, tmp_path / "out", family="sd15", extra=[vae])
+    assert not report.missing
+    assert_same_tensors(tensors_of(tmp_path / "out", "vae"), tensors_of(folders["sd15"], "vae"))
+    twice = convert(folders["sd15"], tmp_path / "twice", extra=[vae])
+    assert twice.left_out[str(vae)] == "another source, before this one, has it"
 
 
 def test_a_tokenizer_takes_the_place_of_all_of_another(folders: dict[str, Path], tmp_path: Path) -> None:

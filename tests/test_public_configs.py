@@ -462,3 +462,5 @@ def test_the_vae_preset_is_the_public_config() -> None:
         "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
     assert diffusers_vae(given, path=HERE) == SD_VAE
+    for size, read in (([256, 128], 256), (None, 256)):
+        assert diffusers_vae(given | {"sample_size": size}, path=HERE).sample_size == read

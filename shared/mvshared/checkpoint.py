@@ -117,15 +117,20 @@ def weight_files(folder: Path, component: Component) -> list[Path]:
 
     Raises CheckpointError if one is missing.
     """
+    return weight_files_in(folder / component, component)
+
+
+def weight_files_in(place: Path, component: Component) -> list[Path]:
+    """`weight_files` of a component whose folder may have any name."""
     stem = WEIGHT_STEMS[component]
     for variant in ("", ".fp16"):
-        path = folder / component / f"{stem}{variant}.safetensors"
+        path = place / f"{stem}{variant}.safetensors"
         if path.is_file():
             return [path]
         for index in (path.with_name(f"{path.name}.index.json"), path.with_name(f"{stem}.safetensors.index{variant}.json")):
             if index.is_file():
                 return _shards(index)
-    missing = folder / component / f"{stem}.safetensors"
+    missing = place / f"{stem}.safetensors"
     pickled = next((file for name in (stem, "pytorch_model") if (file := missing.with_name(f"{name}.bin")).is_file()), None)
     hint = "" if pickled is None else f"mvmlx convert {pickled} {missing} makes it of what is there"
     raise CheckpointError("the weight file is missing", path=missing, hint=hint)
@@ -198,15 +203,7 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
     """MVDream, ImageDream or Stable Diffusion, by the class names and sizes in the components' configs."""
     unet_path = folder / "unet" / "config.json"
     document = read_json_object(unet_path, error=CheckpointError)
-    match document.get("_class_name"):
-        case "MultiViewUNetModel":
-            unet = ldm_unet(document, path=unet_path, linear=_linear_projections(folder))
-        case "UNet2DConditionModel":
-            unet = diffusers_unet(document, path=unet_path)
-            check_in_channels(unet, path=unet_path)
-        case other:
-            expected = "MultiViewUNetModel or UNet2DConditionModel"
-            raise CheckpointError(f"_class_name must be {expected}, got {other!r}", path=unet_path)
+    unet = public_unet(document, place=folder / "unet")
     vae = read_vae_config(folder)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     sampling = read_json_object(scheduler_path, error=CheckpointError) | SET_BY_PIPELINES
@@ -227,6 +224,21 @@ def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def public_unet(document: Mapping[str, Any], *, place: Path) -> UNetConfig:
+    """The U-Net of a public model: its config.json, a document, is in the folder `place`. Raises CheckpointError."""
+    path = place / "config.json"
+    match document.get("_class_name"):
+        case "MultiViewUNetModel":
+            return ldm_unet(document, path=path, linear=_linear_projections(place))
+        case "UNet2DConditionModel":
+            unet = diffusers_unet(document, path=path)
+            check_in_channels(unet, path=path)
+            return unet
+        case other:
+            expected = "MultiViewUNetModel or UNet2DConditionModel"
+            raise CheckpointError(f"_class_name must be {expected}, got {other!r}", path=path)
+
+
 def check_in_channels(unet: UNetConfig, *, path: Path) -> None:
     """Raise CheckpointError for a U-Net of Stable Diffusion's layout that is given more than the noisy latents."""
     if unet.normal_channels:
@@ -235,9 +247,9 @@ def check_in_channels(unet: UNetConfig, *, path: Path) -> None:
         raise CheckpointError(reason, path=path, hint="a model that edits or fills in pictures?")
 
 
-def _linear_projections(folder: Path) -> bool:
+def _linear_projections(place: Path) -> bool:
     """Whether the projections around the U-Net's transformers are linear layers: (o, i), and not (o, i, 1, 1)."""
-    files = weight_files(folder, "unet")
+    files = weight_files_in(place, "unet")
     shapes = {name: info.shape for file in files for name, info in read_header(file).tensors.items()}
     shapes |= {f"{name}.weight": layer.shape for name, layer in stored_quantization(files).layers.items()}
     return not any(len(shape) == 4 and name.endswith(".proj_in.weight") for name, shape in shapes.items())

@@ -324,6 +324,9 @@ class KUNetConfig:
 NetworkConfig: TypeAlias = UNetConfig | VAEConfig | CLIPTextConfig | CLIPVisionConfig | KUNetConfig
 
 
+MAX_TRAIN_TIMESTEPS = 1_000_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """The noise schedule and the default spacing of timesteps (diffusers' scheduler_config.json)."""
@@ -340,6 +343,9 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "num_train_timesteps")
+        if self.num_train_timesteps > MAX_TRAIN_TIMESTEPS:
+            expected = f"at most {MAX_TRAIN_TIMESTEPS}"
+            raise OptionError("num_train_timesteps", expected=expected, got=self.num_train_timesteps)
         if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
             raise OptionError("num_train_timesteps", expected="at least 2 for zero terminal SNR", got=self.num_train_timesteps)
         for name in ("beta_start", "beta_end"):

@@ -1,4 +1,7 @@
-"""Configurations as the public checkpoints write them, read into this project's: every field is used, neutral, or refused.
+"""Configurations as the public checkpoints write them, read into this project's.
+
+Every field of a U-Net's or a VAE's is used, neutral, or refused. A scheduler's file has fields of many samplers, of which those
+of its own class count; a CLIP tower's has transformers' own, of which those count that say how it computes.
 
 Sources: diffusers' UNet2DConditionModel, AutoencoderKL and DDIMScheduler; MultiViewUNetModel of ashawkey/mvdream_diffusers,
 whose fields are those of LDM's openaimodel.py; transformers' CLIPTextConfig and CLIPVisionConfig.
@@ -108,8 +111,8 @@ BETAS = {"_class_name", "num_train_timesteps", "beta_start", "beta_end", "beta_s
 SPACED = BETAS | {"timestep_spacing", "steps_offset"}
 CLIPPED = SPACED | {"clip_sample", "thresholding", "rescale_betas_zero_snr"}
 KARRAS = SPACED | {"use_karras_sigmas"}
-FLOW = {"thresholding", "use_flow_sigmas"}
-SOLVER = KARRAS | FLOW | {"lambda_min_clipped", "rescale_betas_zero_snr"}
+THRESHOLD = {"thresholding", "use_flow_sigmas"}
+SOLVER = KARRAS | THRESHOLD | {"lambda_min_clipped", "rescale_betas_zero_snr"}
 SIGMA_RANGE = {"sigma_min", "sigma_max", "rescale_betas_zero_snr"}
 SCHEDULER_FIELDS = {
     "DDIMScheduler": CLIPPED | {"set_alpha_to_one"},
@@ -124,11 +127,11 @@ SCHEDULER_FIELDS = {
     "KDPM2DiscreteScheduler": KARRAS,
     "KDPM2AncestralDiscreteScheduler": KARRAS,
     "DPMSolverSDEScheduler": KARRAS,
-    "DEISMultistepScheduler": KARRAS | FLOW,
-    "SASolverScheduler": KARRAS | FLOW | {"lambda_min_clipped"},
+    "DEISMultistepScheduler": KARRAS | THRESHOLD,
+    "SASolverScheduler": KARRAS | THRESHOLD | {"lambda_min_clipped"},
     "DPMSolverMultistepScheduler": SOLVER,
-    "DPMSolverSinglestepScheduler": BETAS | FLOW | {"use_karras_sigmas", "lambda_min_clipped"},
-    "UniPCMultistepScheduler": KARRAS | FLOW | SIGMA_RANGE,
+    "DPMSolverSinglestepScheduler": BETAS | THRESHOLD | {"use_karras_sigmas", "lambda_min_clipped"},
+    "UniPCMultistepScheduler": KARRAS | THRESHOLD | SIGMA_RANGE,
     "EulerDiscreteScheduler": KARRAS | SIGMA_RANGE,
     "EulerAncestralDiscreteScheduler": SPACED | {"rescale_betas_zero_snr"},
 }
@@ -356,7 +359,7 @@ def diffusers_vae(document: Document, *, path: Path) -> VAEConfig:
         scaling_factor=fields.take("scaling_factor", float, 0.18215),
         latents_mean=fields.take_list("latents_mean", float, None),
         latents_std=fields.take_list("latents_std", float, None),
-        sample_size=fields.take("sample_size", int, 256),
+        sample_size=max(fields.per_level("sample_size", 2, None) or (256,)),
     )
     fields.finish(VAE_NEUTRAL)
     return config

@@ -17,9 +17,11 @@ from mvshared.checkpoint import (
     check_in_channels,
     components,
     find_model,
+    public_unet,
     read_config,
     read_model_config,
     weight_files,
+    weight_files_in,
 )
 from mvshared.config import SD_VAE, CLIPImageConfig, ModelConfig, PredictionType, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.conversion.configs import euler_document, scheduler_document
@@ -44,6 +46,13 @@ FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-7
 PREDICTS: dict[str, PredictionType] = {"sd21": "epsilon", "sd21-768": "v_prediction"}  # all that tells them apart
 SIZES_PX = {"sd15": 512, "sd21": 512, "sd21-768": 768}
 REPORT = "conversion.json"
+NETWORKS: dict[str, Component] = {  # by how the kind begins that their config.json names
+    "clip_text": "text_encoder",
+    "clip_vision": "image_encoder",
+    "AutoencoderKL": "vae",
+    "UNet2DConditionModel": "unet",
+    "MultiViewUNetModel": "unet",
+}
 PLAIN_FOLDERS = ("tokenizer", "feature_extractor", "scheduler")
 GIGABYTE = 1_000_000_000
 DEFAULT_SHARD_BYTES = 5 * GIGABYTE
@@ -192,22 +201,25 @@ def _collect(collected: _Collected, path: Path, *, local: bool) -> None:
 
 
 def _collect_folder(collected: _Collected, path: Path) -> None:
-    """A folder of diffusers' layout, a tokenizer's, or one with a CLIP tower of transformers."""
+    """A folder of diffusers' layout, or of one network of diffusers, one CLIP tower of transformers, or a tokenizer."""
+    there = {name: path / name for name in (*get_args(Component), *PLAIN_FOLDERS) if (path / name).is_dir()}
     if (path / "vocab.json").is_file() or (path / "tokenizer.json").is_file():
-        collected.folders.setdefault("tokenizer", path)
+        there["tokenizer"] = path
     config = read_json_object(path / "config.json") if (path / "config.json").is_file() else {}
-    kind = str(config.get("model_type", ""))
-    if kind.startswith(("clip_vision", "clip_text")):
-        collected.folders.setdefault("image_encoder" if "vision" in kind else "text_encoder", path)
-        if (path / "preprocessor_config.json").is_file():
-            collected.folders.setdefault("feature_extractor", path)
-    there = [name for name in (*get_args(Component), *PLAIN_FOLDERS) if (path / name).is_dir()]
-    for name in there:
+    kind = str(config.get("model_type") or config.get("_class_name"))
+    component = next((name for start, name in NETWORKS.items() if kind.startswith(start)), None)
+    if component is not None:
+        there[component] = path
+        if component == "image_encoder" and (path / "preprocessor_config.json").is_file():
+            there["feature_extractor"] = path
+    if kind == "clip":
+        collected.left_out[str(path)] = "both towers of CLIP together; a folder of the one that is needed is taken"
+    for name, folder in there.items():
         if collected.has(name):
-            collected.left_out[str(path / name)] = "another source, before this one, has it"
+            collected.left_out[str(folder)] = "another source, before this one, has it"
         else:
-            collected.folders[name] = path / name
-    if not there and not any(part == path for part in collected.folders.values()):
+            collected.folders[name] = folder
+    if not there:
         raise CheckpointError("holds no component of a checkpoint", path=path)
 
 
@@ -231,20 +243,30 @@ def _take_configs(collected: _Collected, like: Path) -> None:
 
 def _family(collected: _Collected, family: str | None) -> str:
     """The family that the tensors are of, or the given one if they can be of it. Raises OptionError if they cannot."""
-    if collected.upscaler:
-        allowed: tuple[str, ...] = (UPSCALER,)
-    elif "unet" not in collected.parts:
+    allowed = _families(collected)
+    if not allowed:
         return family or "custom"
-    else:
-        unet = collected.parts["unet"].config
-        assert isinstance(unet, UNetConfig)
-        if unet.camera_dim is not None:
-            allowed = ("mvdream",) if unet.resampler is None else ("imagedream", "imagedream-local")
-        else:
-            allowed = ("sd21", "sd21-768") if unet.use_linear_projection else ("sd15",)
     if family is not None and family not in allowed:
         raise OptionError("family", expected=f"{' or '.join(allowed)}, which these tensors are", got=family)
     return family or allowed[0]
+
+
+def _families(collected: _Collected) -> tuple[str, ...]:
+    """The families that the U-Net can be of, the likeliest first; none if there is no U-Net of a public model."""
+    unet: object = collected.parts["unet"].config if "unet" in collected.parts else None
+    place = collected.folders.get("unet")
+    upscaler = collected.upscaler
+    if "unet" not in collected.parts and place is not None:
+        document = read_json_object(place / "config.json", error=CheckpointError)
+        upscaler = any(str(name).startswith("K") for name in document.get("down_block_types") or ())  # k-diffusion's
+        unet = public_unet(document, place=place) if "_class_name" in document and not upscaler else None
+    if upscaler:
+        return (UPSCALER,)
+    if not isinstance(unet, UNetConfig):
+        return ()
+    if unet.camera_dim is not None:
+        return ("mvdream",) if unet.resampler is None else ("imagedream", "imagedream-local")
+    return ("sd21", "sd21-768") if unet.use_linear_projection else ("sd15",)
 
 
 def _schedule(collected: _Collected, family: str) -> SchedulerConfig:
@@ -391,10 +413,7 @@ def _set_sample_size(collected: _Collected, size_px: int) -> None:
 def _folder_tensors(collected: _Collected, component: Component) -> dict[str, RawTensor]:
     """The weights in a component's folder; buffers are left out."""
     folder = collected.folders[component]
-    files = weight_files(folder.parent, component) if folder.name == component else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError("holds no .safetensors weights", path=folder)
-    tensors = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
+    tensors = {name: each for file in weight_files_in(folder, component) for name, each in read_safetensors(file).items()}
     for name in [name for name in tensors if name.endswith(BUFFERS)]:
         del tensors[name]
         collected.left_out[name] = "numbers that every model knows by itself"
