@@ -20,6 +20,7 @@ from helpers import BACKENDS, Backend, write_tiny_model
 from PIL import Image
 
 import mvshared.commands.checkpoints
+import mvshared.commands.generate
 from mvshared import __version__
 from mvshared.cli import cli, run
 from mvshared.errors import MvWarning
@@ -57,6 +58,38 @@ def pictures(folder: Path) -> list[bytes]:
 
 def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+# Before weights are read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ("gone.png", 3, "gone.png: no such file"),
+        ("picture.png picture.png gone.png", 3, "gone.png"),
+        ("picture.png --size 36", 2, "--size must be a multiple of 8"),
+        ("picture.png --steps 0", 2, "--steps"),
+        ("picture.png --scheduler heun", 2, "--scheduler"),
+        ("picture.png --guidance 30", 2, "--guidance"),
+        ("picture.png --azimuths 0,1e30 --elevation 5", 4, "camera 1: the azimuth must be"),
+        ("picture.png --latents picture.png", 2, "--latents"),
+        ("picture.png --normals nowhere", 3, "nowhere"),
+        ("picture.png --seed 1 --seed -1", 2, "--seed"),
+        ("--config done", 2, "image must be as it was in the run; it has changed"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(
+    arguments: str, code: int, says: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--config" in arguments:
+        assert run(["generate", "picture.png", *TINY, "-o", "done"]) == 0
+        Image.new("RGB", (30, 40), "red").save("picture.png")
+    monkeypatch.setattr(mvshared.commands.generate, "load", lambda *_, **__: pytest.fail("the model is loaded"))
+    model = [] if "--config" in arguments else TINY
+    assert run(["generate", *arguments.split(), *model, "-o", "new"]) == code
+    assert says in capsys.readouterr().err
+    assert not (desk / "new").exists()
 
 
 # Help

@@ -290,3 +290,25 @@ def test_nothing_to_see_is_refused_for_every_framing() -> None:
     for framing in (BILINEAR, Framing(mode="none"), Framing(mode="subject")):
         with pytest.raises(ImageError, match="all of it is transparent"):
             frame_picture(np.zeros((8, 8, 4), np.uint8), size_px=8, framing=framing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "doubt"),
+    [
+        ("busy", "neither transparent nor of one colour"),
+        ("blank", "it has one colour, from one border to the other"),
+        ("faint", "hardly anything of it is opaque"),
+        ("plain", ""),
+    ],
+)
+def test_a_picture_without_a_subject_is_in_doubt(kind: str, doubt: str) -> None:
+    busy = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    pictures = {
+        "busy": load_image(busy),
+        "blank": load_image(np.full((60, 60, 3), 200, np.uint8)),
+        "faint": np.dstack([busy, np.full((60, 60), 90, np.uint8)]),
+        "plain": bust(60, 60),
+    }
+    framed = frame_picture(pictures[kind], size_px=32, framing=SUBJECT)
+    assert framed.doubt == "" if not doubt else doubt in framed.doubt
+    assert frame_picture(pictures[kind], size_px=32, framing=Framing(mode="pad")).doubt == ""

@@ -44,11 +44,11 @@ def load_latents(given: Latents | None) -> NDArray[Any] | None:
     return given
 
 
-def initial_latents(given: NDArray[Any] | None, shape: tuple[int, ...], *, seed: int, extra: int) -> NDArray[np.float32]:
-    """Noise of deviation 1, drawn view after view so that more views do not change the first ones; or the given latents,
-    without the `extra` frames at their end, if they have them."""
+def checked_latents(given: NDArray[Any] | None, shape: tuple[int, ...], *, extra: int) -> NDArray[np.float32] | None:
+    """Given latents as float32 of this shape, without the `extra` frames at their end if they have them; None for None.
+    Raises OptionError for others."""
     if given is None:
-        return np.random.default_rng(seed).standard_normal(shape, np.float32)
+        return None
     if given.dtype.kind != "f":
         raise OptionError("latents", expected="a numpy array of floats", got=given.dtype.name)
     frames = given[: shape[0]] if extra and given.ndim and len(given) == shape[0] + extra else given
@@ -59,6 +59,11 @@ def initial_latents(given: NDArray[Any] | None, shape: tuple[int, ...], *, seed:
     if not np.isfinite(latents).all():
         raise OptionError("latents", expected="finite in float32", got="NaN, infinity or more than that")
     return latents
+
+
+def noise(shape: tuple[int, ...], *, seed: int) -> NDArray[np.float32]:
+    """Noise of deviation 1, drawn view after view so that more views do not change the first ones."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def whole(name: str, value: object, low: int, high: int) -> int:

@@ -20,6 +20,8 @@ from mvshared.files import FileError, read_json
 TOLERANCE = 1e-3
 # Below this distance from the origin a position has no direction that float32 files would keep.
 MIN_RADIUS = 1e-6
+# Of larger numbers float64 has no digits left that would say where in its turn a camera stands.
+MAX_AZIMUTH_DEG = 1e6
 
 CAMERA_DIM = 16  # numbers of `camera_vectors`
 Y_UP_TO_Z_UP = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
@@ -57,8 +59,9 @@ def even_azimuths(views: int, *, start_deg: float = 0.0, span_deg: float = 360.0
 def orbit(azimuths_deg: ArrayLike, elevation_deg: ArrayLike, *, radius: float = 1.0) -> NDArray[np.float32]:
     """Poses float32 (v, 4, 4) of cameras that look at the origin from `azimuths_deg` (v,), in degrees.
 
-    `elevation_deg` is one number in [-90, 90] or one per view. At the poles the azimuth still turns the camera: the right
-    vector (cosA, 0, -sinA) follows from it and not from a cross product with the world's up, which is 0 there.
+    `elevation_deg` is one number in [-90, 90] or one per view; azimuths are at most 1e6 either way. At the poles the azimuth
+    still turns the camera: the right vector (cosA, 0, -sinA) follows from it and not from a cross product with the world's up,
+    which is 0 there.
 
     Raises CameraError with the view's index; OptionError for the radius and for a single elevation.
     """
@@ -77,8 +80,9 @@ def orbit(azimuths_deg: ArrayLike, elevation_deg: ArrayLike, *, radius: float = 
     if not (math.isfinite(radius) and MIN_RADIUS <= radius <= 1 / MIN_RADIUS):
         raise OptionError("radius", expected=f"{MIN_RADIUS:g} to {1 / MIN_RADIUS:g}", got=radius)
     for index, (azimuth, elevation) in enumerate(zip(azimuths, elevations, strict=True)):
-        if not math.isfinite(azimuth):
-            raise CameraError(f"the azimuth must be a finite number of degrees, got {azimuth}", index=index)
+        if not abs(azimuth) <= MAX_AZIMUTH_DEG:
+            expected = f"a finite number of degrees, at most {MAX_AZIMUTH_DEG:g} either way"
+            raise CameraError(f"the azimuth must be {expected}, got {azimuth}", index=index)
         if not -90 <= elevation <= 90:
             raise CameraError(f"the elevation must be -90 to 90 degrees, got {elevation}", index=index)
 

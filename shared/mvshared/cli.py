@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from mvshared import __version__
-from mvshared.errors import MemoryBudgetError, MvError, OutputError
+from mvshared.errors import MemoryBudgetError, MvError, OptionError, OutputError
 from mvshared.messages import say, warnings_in_lines
 
 USAGE_EXIT, INTERNAL_EXIT, INTERRUPT_EXIT = 2, 70, 130
@@ -544,7 +544,7 @@ def run(arguments: list[str]) -> int:
         message = " ".join(error.format_message().split())
         return _fail(f"{message} (see {command} --help)", USAGE_EXIT, kind=type(error).__name__, as_json=as_json)
     except MvError as error:
-        return _fail(" ".join(str(error).split()), error.exit_code, kind=type(error).__name__, as_json=as_json)
+        return _fail(_one_line(error, arguments), error.exit_code, kind=type(error).__name__, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted; nothing half-written is left", INTERRUPT_EXIT, kind="Interrupt", as_json=as_json)
     except BrokenPipeError:
@@ -563,6 +563,17 @@ def run(arguments: list[str]) -> int:
             return _fail(f"{text} ({hint})", MemoryBudgetError.exit_code, kind="OutOfMemory", as_json=as_json)
         hint = "this is a fault of mvmlx: please report it with what MVMLX_TRACEBACK=1 prints"
         return _fail(f"{text} ({hint})", INTERNAL_EXIT, kind="InternalError", as_json=as_json)
+
+
+def _one_line(error: MvError, arguments: list[str]) -> str:
+    """An error's text, with the option as it is written on the command line: --size where Python's parameter is size_px."""
+    text, command = str(error), cli.commands.get(arguments[0])
+    if isinstance(error, OptionError) and command is not None:
+        name = error.name.replace(" ", "-").replace("_", "-")
+        wanted = {f"--{each}" for each in (name, name.removesuffix("-px"), name.removesuffix("-deg"))}
+        known = {option for each in command.params if isinstance(each, click.Option) for option in each.opts}
+        text = next(iter(wanted & known), error.name) + text.removeprefix(error.name)
+    return " ".join(text.split())
 
 
 def _wants_json(arguments: list[str]) -> bool:

@@ -30,11 +30,13 @@ class Box(NamedTuple):
 
 class Framed(NamedTuple):
     """A picture for a model: `full` uint8 (h, w, 3) at its own size, for an encoder that scales it by itself; `picture` uint8
-    and `pixels` float32 in [-1, 1], both (size_px, size_px, 3)."""
+    and `pixels` float32 in [-1, 1], both (size_px, size_px, 3). `doubt` says why all of it is shown where a subject was looked
+    for and not found, else it is empty."""
 
     full: NDArray[np.uint8]
     picture: NDArray[np.uint8]
     pixels: NDArray[np.float32]
+    doubt: str = ""
 
 
 def load_framed(given: Source, *, size_px: int, framing: Framing) -> Framed:
@@ -51,8 +53,8 @@ def load_framed(given: Source, *, size_px: int, framing: Framing) -> Framed:
 def frame_picture(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing, background: Color = (255, 255, 255)) -> Framed:
     """A picture (h, w, 4) as a model with this framing is given it. Raises as `frame_subject` does."""
     if framing.mode == "subject" or framing.resample == "lanczos":
-        picture = frame_subject(rgba, size_px=size_px, framing=framing, background=background)
-        return Framed(picture, picture, to_model(picture))
+        picture, doubt = _framed(rgba, size_px=size_px, framing=framing, background=background)
+        return Framed(picture, picture, to_model(picture), doubt)
     _check_visible(rgba)
     full = composite(_squared(rgba) if framing.mode == "pad" else rgba, background)
     pixels = resize_bilinear(full, (size_px, size_px))
@@ -85,20 +87,25 @@ def frame_subject(
     square picture whose subject already fits is only resized, and not even that at the right size. Where no subject is found,
     the whole picture is padded to a square. Raises OptionError for a size below 1, ImageError if nothing is visible.
     """
+    return _framed(rgba, size_px=size_px, framing=framing, background=background)[0]
+
+
+def _framed(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing, background: Color) -> tuple[NDArray[np.uint8], str]:
+    """What `frame_subject` returns, and the `doubt` of `Framed`."""
     if size_px < 1:
         raise OptionError("size_px", expected="1 or more", got=size_px)
     _check_visible(rgba)
     if framing.mode == "none":
-        return composite(resize_rgba(rgba, size_px, size_px), background)
+        return composite(resize_rgba(rgba, size_px, size_px), background), ""
     small = _at_most(rgba, SEARCH_PX)
     mask = foreground_mask(small) if framing.mode == "subject" else None
     if mask is None:
-        return composite(_padded(rgba, size_px), background)
+        return composite(_padded(rgba, size_px), background), _doubt(small) if framing.mode == "subject" else ""
     box, color = _box(mask >= 0.5), None if _has_alpha(small) else _plain_background(small)
     kept = rgba.shape[0] == rgba.shape[1] and _fits(box, side=len(small), framing=framing)
     recolor = color is not None and np.abs(np.subtract(color, background)).max() > BORDER_TOLERANCE
     if kept and not recolor:
-        return composite(resize_rgba(rgba, size_px, size_px), background)
+        return composite(resize_rgba(rgba, size_px, size_px), background), ""
     picture = _at_most(rgba if kept else _crop(rgba, box, search=small.shape), DETAIL * size_px)
     empty = picture[..., 3] < 128 if color is None else _background(picture, color)
     if color is not None and recolor:
@@ -106,8 +113,17 @@ def frame_subject(
     elif color is not None:
         background = color  # so that the crop has no visible edge
     if kept:
-        return composite(resize_rgba(picture, size_px, size_px), background)
-    return composite(_placed(picture, _box(~empty), size_px=size_px, framing=framing), background)
+        return composite(resize_rgba(picture, size_px, size_px), background), ""
+    return composite(_placed(picture, _box(~empty), size_px=size_px, framing=framing), background), ""
+
+
+def _doubt(rgba: NDArray[np.uint8]) -> str:
+    """Why there is no `foreground_mask` of a picture of which something is visible."""
+    if _has_alpha(rgba):
+        return "hardly anything of it is opaque"
+    if _plain_background(rgba) is not None:
+        return "it has one colour, from one border to the other"
+    return "its background is neither transparent nor of one colour"
 
 
 def _check_visible(rgba: NDArray[np.uint8]) -> None:

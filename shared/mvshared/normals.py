@@ -225,7 +225,7 @@ def check_cameras(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: floa
             )
     if maps.fov_deg is not None and abs(maps.fov_deg - fov_deg) > FOV_TOLERANCE_DEG:
         text = f"the normal maps have a field of view of {maps.fov_deg:.1f} degrees, the model's views {fov_deg:.1f}"
-        warnings.warn(text, MvWarning, stacklevel=4)
+        warnings.warn(text, MvWarning, stacklevel=5)  # who called `Pipeline.generate`
 
 
 def _angle_deg(cosine: float) -> float:

@@ -4,7 +4,6 @@ The sampler's steps are plain floats (mvshared.samplers), noise is numpy's, and 
 products with floats here.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,49 +14,30 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mvshared.arguments import (
-    MAX_SEED,
-    Latents,
-    Pictures,
-    array_sha256,
-    config_sha256,
-    image_names,
-    initial_latents,
-    load_latents,
-    normals_names,
-    number,
-    picture_size,
-    pictures_sha256,
-    view_poses,
-    whole,
-)
-from mvshared.attention import check_pooling
+from mvshared.arguments import Latents, Pictures
 from mvshared.backend import A, Model
 from mvshared.camera import camera_vectors
 from mvshared.checkpoint import find_model, model_name
 from mvshared.clip_images import clip_pixels
-from mvshared.errors import MvWarning, OptionError
-from mvshared.framing import Framed, load_framed
-from mvshared.guidance import Branch, Call, Guidance, Mixture, check_scales
+from mvshared.errors import OptionError
+from mvshared.guidance import Mixture
 from mvshared.images import from_model
 from mvshared.memory.budget import MemoryOptions, fit
 from mvshared.memory.estimate import ModelSize, RunSize, model_size, process_bytes, with_upscaling
 from mvshared.memory.plan import PLAIN, MemoryPlan
-from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
+from mvshared.normals import Normals
 from mvshared.numerics import check_views, checked_numerics
 from mvshared.quantization.plans import preset_of
 from mvshared.reports import Reports
+from mvshared.request import Request, prepare
 from mvshared.runs import Parameters, UpscaleParameters, Views
-from mvshared.samplers import State, Step, advance, remembered, sampler_steps
-from mvshared.schedule import MAX_STEPS, with_spacing
+from mvshared.samplers import State, Step, advance, remembered
 from mvshared.stages import Stages
 from mvshared.upscaling.latents import UpscaleProgress, Upscaler
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views, upscaler_files
 
 if TYPE_CHECKING:
     from mvshared.tokenizer import CLIPTokenizer
-
-MAX_PICTURES = 8
 
 
 class Progress(NamedTuple):
@@ -71,14 +51,6 @@ class Progress(NamedTuple):
     timestep: float
     latents: Callable[[], NDArray[np.float32]]
     preview: Callable[[], NDArray[np.uint8]]
-
-
-class Prompts(NamedTuple):
-    """The prompt, the negative one, and token ids int64 (2, l): first those of the negative prompt."""
-
-    prompt: str
-    negative: str
-    ids: NDArray[np.int64]
 
 
 class Pipeline(Generic[A]):
@@ -136,7 +108,8 @@ class Pipeline(Generic[A]):
         """Views of what `image` shows, `prompt` says, or both, as the model takes them.
 
         Several pictures of one subject add their image tokens and reference frames, which `image_scale` and `reference_scale`
-        weigh. A prompt that is longer than the text encoder takes is cut, with an MvWarning that says where.
+        weigh. A prompt that is longer than the text encoder takes is cut, with an MvWarning that says where; a picture in which
+        no subject is found, for a model that frames it, is taken whole, with an MvWarning that says why.
 
         The cameras are, in this order: `cameras`, matrices (v, 4, 4) or pairs (azimuth_deg, elevation_deg); `azimuths_deg` at
         `elevation_deg`; `views` cameras spread evenly. Azimuth 0 looks at the object's front. `normals` is a folder or a list
@@ -154,109 +127,78 @@ class Pipeline(Generic[A]):
         does not fit, before any long work, and NumericsError if the latents or the pictures end in NaN or infinity, or at the
         first block with `check_numerics`.
         """
-        config, defaults = self.model.config, self.model.config.defaults
-        size_px = picture_size(config, size_px)
-        steps = whole("steps", defaults.steps if steps is None else steps, 1, MAX_STEPS)
-        strength = Guidance(
-            guidance=defaults.guidance if guidance is None else guidance,
+        request = prepare(
+            self.model.config,
+            lambda: self.tokenizer,
+            image=image,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            image_scale=image_scale,
+            reference_scale=reference_scale,
+            views=views,
+            azimuths_deg=azimuths_deg,
+            elevation_deg=elevation_deg,
+            cameras=cameras,
+            normals=normals,
+            normal_space=normal_space,
+            steps=steps,
+            guidance=guidance,
             guidance_text=guidance_text,
             guidance_image=guidance_image,
             guidance_normals=guidance_normals,
             guidance_interval=guidance_interval,
             guidance_every=guidance_every,
             guidance_rescale=guidance_rescale,
-        )
-        seed = whole("seed", seed, 0, MAX_SEED)
-        eta = number("eta", eta, 0, 1)
-        scheduler = defaults.scheduler if scheduler is None else scheduler
-        schedule = with_spacing(config.scheduler, spacing)
-        plan = sampler_steps(scheduler, schedule, steps=steps, eta=eta)
-        maps = self._normals(normals, normal_space)
-        poses = view_poses(
-            config,
-            views=views,
-            azimuths_deg=azimuths_deg,
-            elevation_deg=elevation_deg,
-            cameras=cameras,
-            without_cameras=None if maps is None else maps.poses,
-        )
-        count, size = len(poses), size_px // config.vae.downscale
-        kv_pooling = whole("kv_pooling", kv_pooling, 1, 2)
-        check_pooling(kv_pooling, size >> config.unet.finest_attention, size >> config.unet.finest_attention)
-        shape = (count, size, size, config.vae.latent_channels)
-        with self.stages("pictures"):
-            pictures = self._pictures(image, size_px=size_px)
-        scales = check_scales(config.unet, image_scale=image_scale, reference_scale=reference_scale)
-        prompts = self._prompts(prompt, negative_prompt, pictures=len(pictures))
-        given = load_latents(latents)
-        initial = initial_latents(given, shape, seed=seed, extra=len(pictures) if config.unet.reference_frame else 0)
-        fov_deg = config.camera.fov_deg
-        normal_pixels = None
-        if maps is not None:
-            with self.stages("pictures"):
-                normal_pixels = load_normals(maps, poses, fov_deg=fov_deg, size_px=size_px)
-        text = prompts is not None and bool(prompts.prompt or prompts.negative)
-        there = Branch(text=text, image=bool(pictures), normals=normal_pixels is not None)
-        strength.check_there(there, config)
-        calls = strength.calls(there, steps=len(plan))
-        mixtures = [call.mixture for call in calls]
-        memory = self._memory_plan(
-            RunSize(
-                views=count,
-                size_px=size_px,
-                pictures=len(pictures),
-                branches=max(len(mixture.branches) for mixture in mixtures),
-                texts=0 if prompts is None else len(prompts.ids),
-                normals=normal_pixels is not None,
-            ),
-            upscale,
-        )
-
-        parameters = Parameters(
-            model=self.name,
-            family=config.family,
-            backend=self.model.backend,
-            dtype=self.model.dtype,
-            device=self.model.device,
-            image=image_names(image),
-            image_sha256=pictures_sha256(pictures),
-            **scales,
-            prompt=None if prompts is None else prompts.prompt,
-            negative_prompt=None if prompts is None else prompts.negative,
-            normals=normals_names(normals),
-            normal_space=None if maps is None else maps.space,
-            normals_sha256=array_sha256(normal_pixels),
-            latents=str(Path(latents).resolve()) if isinstance(latents, str | Path) else None,
-            latents_sha256=array_sha256(given),
-            cameras=tuple(tuple(map(tuple, pose)) for pose in poses.tolist()),
-            fov_deg=fov_deg,
-            steps=len(plan),
-            **vars(strength),
             scheduler=scheduler,
-            spacing=schedule.timestep_spacing,
+            spacing=spacing,
             eta=eta,
             kv_pooling=kv_pooling,
             seed=seed,
             size_px=size_px,
-            config_sha256=config_sha256(config),
-            quantization=self.model.quantization,
+            latents=latents,
+            stages=self.stages,
+        )
+        return self.run(request, upscale=upscale, check_numerics=check_numerics, on_step=on_step)
+
+    def run(
+        self,
+        request: Request,
+        *,
+        upscale: UpscaleParameters | None = None,
+        check_numerics: str | Path | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Views:
+        """Views of what was asked for with `mvshared.request.prepare` of this model's config; the rest is that of `generate`.
+
+        Raises OptionError for a request to another model, MemoryBudgetError and NumericsError.
+        """
+        model = self.model
+        if request.config != model.config:
+            raise OptionError("request", expected="one to this model, and its config is another", got=request.config.family)
+        memory = self._memory_plan(request.size, upscale)
+        parameters = Parameters(
+            **request.options,
+            model=self.name,
+            backend=model.backend,
+            dtype=model.dtype,
+            device=model.device,
+            quantization=model.quantization,
+            seed=request.seed,
             upscale=upscale,
             memory=memory,
         )
-        pooled = replace(memory, attention=replace(memory.attention, kv_pooling=kv_pooling))
-        with checked_numerics({"": self.model}, self.stages, check_numerics), self.model.planned(pooled):
-            timesteps = [step.timestep for step in plan]
-            conditions = self._conditions(poses, pictures, normal_pixels, prompts, mixtures, timesteps, parameters)
-            final = self._sample(initial, plan, calls, conditions, parameters, on_step)
-            check_views(final, "the final latents", where="sampling", dtype=self.model.dtype)
-            images = self._decode(self.model.from_numpy(final))
+        pooled = replace(memory, attention=replace(memory.attention, kv_pooling=parameters.kv_pooling))
+        with checked_numerics({"": model}, self.stages, check_numerics), model.planned(pooled):
+            final = self._sample(request, self._conditions(request, parameters), parameters, on_step)
+            check_views(final, "the final latents", where="sampling", dtype=model.dtype)
+            images = self._decode(model.from_numpy(final))
         return Views(
             images=images,
             latents=final,
-            cameras=poses,
-            reference=pictures[0].picture if pictures else None,
+            cameras=request.poses,
+            reference=request.pictures[0].picture if request.pictures else None,
             parameters=parameters,
-            weight_files=self.model.weight_files,
+            weight_files=model.weight_files,
             upscaler_files=tuple(upscaler_files(upscale)),
         )
 
@@ -373,18 +315,10 @@ class Pipeline(Generic[A]):
         if not self.model.plan.networks_at_once:
             self.model.release(*components)
 
-    def _conditions(
-        self,
-        poses: NDArray[np.float32],
-        pictures: Sequence[Framed],
-        normals: NDArray[np.float32] | None,
-        prompts: Prompts | None,
-        mixtures: Sequence[Mixture],
-        timesteps: Sequence[float],
-        parameters: Parameters,
-    ) -> dict[Mixture, Any]:
+    def _conditions(self, request: Request, parameters: Parameters) -> dict[Mixture, Any]:
         """What the model's `condition` makes of all that stays constant over the steps, for every mixture once."""
-        model, config, wanted = self.model, self.model.config, dict.fromkeys(mixtures)
+        model, config, wanted = self.model, request.config, dict.fromkeys(call.mixture for call in request.calls)
+        pictures, prompts = request.pictures, request.prompts
         states = reference = text = normal_latents = None
         if config.image_processor is not None:
             with self.stages("image_encoder", what="picture"):
@@ -398,9 +332,9 @@ class Pipeline(Generic[A]):
         if config.unet.reference_frame:
             with self.stages("vae_encoder", what="picture"):
                 reference = model.encode_latents(np.stack([each.pixels for each in pictures]))
-        if normals is not None:
+        if request.normals is not None:
             with self.stages("vae_encoder", what="normal map"):
-                normal_latents = model.encode_latents(normals)
+                normal_latents = model.encode_latents(request.normals)
         self._done("vae")
         with self.stages("condition"):
             return {
@@ -408,31 +342,30 @@ class Pipeline(Generic[A]):
                     text=text,
                     image_states=states,
                     image_scale=parameters.image_scale,
-                    cameras=camera_vectors(poses) if config.unet.camera_dim else None,
+                    cameras=camera_vectors(request.poses) if config.unet.camera_dim else None,
                     reference=reference,
                     reference_scale=parameters.reference_scale,
                     normals=normal_latents,
                     branches=mixture.branches,
-                    timesteps=timesteps,
+                    timesteps=[step.timestep for step in request.steps],
                 )
                 for mixture in wanted
             }
 
     def _sample(
         self,
-        initial: NDArray[np.float32],
-        plan: Sequence[Step],
-        calls: Sequence[Call],
+        request: Request,
         conditions: Mapping[Mixture, Any],
         parameters: Parameters,
         on_step: Callable[[Progress], None] | None,
     ) -> NDArray[np.float32]:
         """Run the sampler from the initial latents to the final ones, both (v, h, w, c)."""
-        model, remember, reports = self.model, remembered(plan), Reports(self.model, self.stages)
+        model, plan, reports = self.model, request.steps, Reports(self.model, self.stages)
+        initial, remember = request.initial(), remembered(plan)
         with self.stages("unet"):
             state = State(model.from_numpy(initial))
             kept: Any = None
-            for index, (step, call) in enumerate(zip(plan, calls, strict=True)):
+            for index, (step, call) in enumerate(zip(plan, request.calls, strict=True)):
                 self.stages.step = index + 1
                 x, noise = state.x, None
                 arguments = conditions[call.mixture], call.mixture.weights, parameters.guidance_rescale
@@ -444,7 +377,7 @@ class Pipeline(Generic[A]):
                 if call.adds:
                     out = out + kept
                 if step.noise:
-                    random = np.random.default_rng([parameters.seed, index + 1])
+                    random = np.random.default_rng([request.seed, index + 1])
                     noise = model.from_numpy(random.standard_normal(initial.shape, np.float32))
                 state = advance(state, step, out, noise, remember=remember)
                 progress = self._progress(index + 1, len(plan), step, state.x, (x, out))
@@ -469,43 +402,3 @@ class Pipeline(Generic[A]):
             return picture
 
         return Progress(number, steps, step.timestep, lambda: self.model.to_numpy(x), preview)
-
-    def _pictures(self, image: Pictures | None, *, size_px: int) -> list[Framed]:
-        """The reference pictures, framed; none for a model that takes none."""
-        given: list[Any] = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
-        if not self.model.config.unet.takes_pictures:
-            if given:
-                raise OptionError("image", expected="left out: this model takes no picture", got=image_names(image) or "pixels")
-            return []
-        if not 1 <= len(given) <= MAX_PICTURES:
-            raise OptionError("image", expected=f"1 to {MAX_PICTURES} pictures for this model", got=len(given))
-        return [load_framed(each, size_px=size_px, framing=self.model.config.framing) for each in given]
-
-    def _prompts(self, prompt: str | None, negative_prompt: str | None, *, pictures: int) -> Prompts | None:
-        """Both prompts and their token ids; None for a model without text."""
-        config = self.model.config
-        if config.text_encoder is None:
-            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-                if value is not None:
-                    raise OptionError(name, expected="left out: this model takes no text", got=value)
-            return None
-        if prompt is None and not pictures:
-            raise OptionError("prompt", expected="given: this model makes its views from text", got=None)
-        positive = "" if prompt is None else prompt
-        negative = config.defaults.negative_prompt if negative_prompt is None else negative_prompt
-        tokens = self.tokenizer([negative, positive])
-        for name, cut in zip(("negative_prompt", "prompt"), tokens.cut, strict=True):
-            if cut:
-                room = self.tokenizer.max_length - 2
-                warnings.warn(f"the {name} is longer than {room} tokens; left out is: {cut}", MvWarning, stacklevel=3)
-        return Prompts(positive, negative, tokens.ids)
-
-    def _normals(self, normals: Normals | None, space: str | None) -> NormalMaps | None:
-        """The normal maps, found and not read; None without."""
-        if normals is None:
-            if space is not None:
-                raise OptionError("normal_space", expected="left out where no normals are given", got=space)
-            return None
-        if not self.model.config.unet.normal_channels:
-            raise OptionError("normals", expected="left out: this model takes no normal maps", got=normals_names(normals))
-        return find_normals(normals, space)

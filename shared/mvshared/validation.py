@@ -282,6 +282,13 @@ def textured_picture(size_px: int) -> NDArray[np.uint8]:
     return (np.stack([x, y, 1 - x], axis=-1) * 127 + 64 + texture).astype(np.uint8)
 
 
+def textured_subject(size_px: int) -> NDArray[np.uint8]:
+    """A disc of such texture before nothing, uint8 (size_px, size_px, 4): a picture that no framing has a doubt about."""
+    y, x = np.mgrid[:size_px, :size_px] * 2 / size_px - 1
+    alpha = np.where(x**2 + y**2 < 0.9, 255, 0).astype(np.uint8)
+    return np.dstack([textured_picture(size_px), alpha])
+
+
 def _frames(inputs: Inputs) -> tuple[int, ...]:
     """How often the reference may compute once per frame what this project computes once: for the views, with a reference."""
     return len(inputs.sample), len(inputs.sample) + 1

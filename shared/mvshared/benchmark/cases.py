@@ -27,7 +27,7 @@ from mvshared.precision import DTYPE_BYTES
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.latents import FACTOR
 from mvshared.upscaling.schedule import noise_embedding
-from mvshared.validation import textured_picture
+from mvshared.validation import textured_subject
 
 # How far a guided step is led costs no time; with more, the rounding of both branches would hide what they have in common.
 TIMESTEP, GUIDANCE = 500.0, 2.0
@@ -126,7 +126,7 @@ def generation(
     """`Pipeline.generate` of a loaded model with its own guidance, from a made-up picture and a text to views in memory."""
     pipeline = pipeline_of(model, backend=backend, device=device, dtype=dtype)
     config = pipeline.model.config
-    image = textured_picture(size_px) if config.unet.takes_pictures else None
+    image = textured_subject(size_px) if config.unet.takes_pictures else None
     prompt = None if config.text_encoder is None else "a head"  # with none at all there would be nothing to be guided by
     options: dict[str, Any] = {"prompt": prompt, "views": views, "size_px": size_px, "steps": steps, "seed": 0}
     return Prepared(lambda: pipeline.generate(image, **options).images, lambda: facts_of(pipeline.model) | {"made": views})

@@ -33,12 +33,12 @@ def generate(*, model: str, backend: str, device: str, dtype: str, views: int, s
     # Not before: the memory of this process is the least that its children's peak can be.
     from mvshared.benchmark.models import measured
     from mvshared.images import save_png
-    from mvshared.validation import textured_picture
+    from mvshared.validation import textured_subject
 
     folder, config = tempfile.TemporaryDirectory(prefix="mvmlx-benchmark-"), measured(model).config
     images = [Path(folder.name) / "picture.png"] if config.unet.takes_pictures else []
     for image in images:
-        save_png(image, textured_picture(size_px))
+        save_png(image, textured_subject(size_px))
     outputs = (Path(folder.name) / str(number) for number in count())
     options = ["--model", model, "--backend", backend, "--device", device, "--dtype", dtype, "--seed", "0"]
     options += ["--views", str(views), "--size", str(size_px), "--steps", str(steps)]

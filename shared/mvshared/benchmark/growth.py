@@ -22,7 +22,7 @@ from mvshared.benchmark.suite import Suite, sized, step_flops
 from mvshared.benchmark.worker import Prepared
 from mvshared.process_memory import trim_heap
 from mvshared.profiling import Recorder
-from mvshared.validation import textured_picture
+from mvshared.validation import textured_subject
 
 Axis = Literal["views", "pixels", "steps"]
 VIEWS = (1, 2, 4, 8, 16)
@@ -69,7 +69,7 @@ def series(
         prompt = None if loaded.config.text_encoder is None else "a head"
 
         def run(point: Point) -> Callable[[], object]:
-            image = textured_picture(point.size_px) if takes else None
+            image = textured_subject(point.size_px) if takes else None
             options: dict[str, Any] = {"views": point.views, "size_px": point.size_px, "steps": point.steps, "prompt": prompt}
             return lambda: pipeline.generate(image, **options)
 

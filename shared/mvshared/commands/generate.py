@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from tqdm import tqdm
 
-from mvshared.arguments import MAX_SEED, number, whole
+from mvshared.arguments import number
 from mvshared.backend import Model, choose_backend, chosen_dtype, load
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import find_model, read_model_config
@@ -23,10 +23,14 @@ from mvshared.images import encode_png, grid
 from mvshared.messages import say
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.quantization.plans import preset_of
-from mvshared.repetition import repeat
-from mvshared.runs import UPSCALED, UpscaleParameters, Views, read_run
+from mvshared.repetition import repeat, requested
+from mvshared.request import Request, prepare
+from mvshared.runs import UPSCALE_METHODS, UPSCALED, UpscaleParameters, Views, read_run
 from mvshared.upscaling.latents import UpscaleProgress
 from mvshared.upscaling.views import UpscaleOptions, plan_upscale
+
+if TYPE_CHECKING:
+    from mvshared.tokenizer import CLIPTokenizer
 
 LOAD_OPTIONS = ("backend", "dtype", "device", "quantize", "low_memory", "memory_budget")
 # What may stand beside --config: it changes where the result goes, not what it is.
@@ -97,7 +101,8 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
         if beside is not None:
             check_folder(beside)
     config = options["config"]
-    runs = _new_runs(options, seeds) if config is None else [_repeated_run(config, given, options["check_numerics"])]
+    with shown_warnings(reporter):
+        runs = _new_runs(options, seeds) if config is None else [_repeated_run(config, given, options["check_numerics"])]
     for folder, run in zip(folders, runs, strict=True):
         if len(folders) > 1 and options["stepwise"] is not None:
             reporter.stepwise = options["stepwise"] / folder.name
@@ -157,6 +162,8 @@ def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
             source = config if config.is_dir() else config.parent
         name = None if source is None else source.name if source.is_dir() else source.stem
         output = Path("views" if name is None else f"{name}-views")
+    elif str(output) == "-":
+        raise OptionError("output", expected="a folder: views do not go to standard output", got="-", hint="or ./-")
     return [output] if len(seeds) == 1 else [output / f"seed_{seed}" for seed in seeds]
 
 
@@ -169,6 +176,7 @@ def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) ->
         raise OptionError(name, expected="left out where --config is given", got=f"--config and {option}")
     run = read_run(config)
     parameters = run.parameters
+    request = requested(run, *_described(parameters.model))
 
     def repeated(reporter: Reporter) -> Result:
         pipeline = load(
@@ -180,9 +188,22 @@ def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) ->
             low_memory=not parameters.memory.networks_at_once,
         )
         reporter.loaded(parameters.model, pipeline.model)
-        return Result(pipeline, repeat(pipeline, run, check_numerics=check_numerics, on_step=reporter.step))
+        return Result(pipeline, repeat(pipeline, run, request=request, check_numerics=check_numerics, on_step=reporter.step))
 
     return repeated
+
+
+def _described(model: str) -> tuple[ModelConfig, Callable[[], "CLIPTokenizer"]]:
+    """The config of a model, and what loads its tokenizer."""
+    folder = find_model(model)
+    config = read_model_config(folder)
+
+    def tokenizer() -> "CLIPTokenizer":
+        from mvshared.tokenizer import load_tokenizer
+
+        return load_tokenizer(folder, config.text_encoder)
+
+    return config, tokenizer
 
 
 def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Reporter], Result]]:
@@ -194,56 +215,55 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
         raise OptionError("stepwise", expected=expected, got=str(options["stepwise"]))
     if len(set(seeds)) != len(seeds):
         raise OptionError("seed", expected="different for every result", got=seeds)
-    for seed in seeds:
-        whole("seed", seed, 0, MAX_SEED)
-    config = read_model_config(find_model(options["model"]))
-    cameras = None if options["cameras"] is None else load_cameras(options["cameras"], radius=config.camera.radius).poses
+    config, tokenizer = _described(options["model"])
     upscale = upscale_parameters(options, config)
-    normals = options["normals"][0] if len(options["normals"]) == 1 else list(options["normals"]) or None
+    request = prepare(
+        config,
+        tokenizer,
+        image=list(options["image"]) or None,
+        prompt=options["prompt"],
+        negative_prompt=options["negative_prompt"],
+        image_scale=options["image_scale"],
+        reference_scale=options["reference_scale"],
+        views=options["views"],
+        azimuths_deg=options["azimuths"],
+        elevation_deg=options["elevation"],
+        cameras=None if options["cameras"] is None else load_cameras(options["cameras"], radius=config.camera.radius).poses,
+        normals=options["normals"][0] if len(options["normals"]) == 1 else list(options["normals"]) or None,
+        normal_space=options["normal_space"],
+        steps=options["steps"],
+        guidance=options["guidance"],
+        guidance_text=options["guidance_text"],
+        guidance_image=options["guidance_image"],
+        guidance_normals=options["guidance_normals"],
+        guidance_interval=options["guidance_interval"],
+        guidance_every=options["guidance_every"],
+        guidance_rescale=options["guidance_rescale"],
+        scheduler=options["scheduler"],
+        spacing=options["spacing"],
+        eta=options["eta"],
+        kv_pooling=options["kv_pooling"],
+        seed=seeds[0],
+        size_px=options["size"],
+        latents=options["latents"],
+    )
     loaded: list[Pipeline[Any]] = []
 
-    def run(reporter: Reporter, seed: int) -> Result:
+    def run(reporter: Reporter, request: Request) -> Result:
         if not loaded:
             loaded.append(load(options["model"], **{name: options[name] for name in LOAD_OPTIONS}))
             reporter.loaded(options["model"], loaded[0].model)
-        views = loaded[0].generate(
-            list(options["image"]) or None,
-            prompt=options["prompt"],
-            negative_prompt=options["negative_prompt"],
-            image_scale=options["image_scale"],
-            reference_scale=options["reference_scale"],
-            views=options["views"],
-            azimuths_deg=options["azimuths"],
-            elevation_deg=options["elevation"],
-            cameras=cameras,
-            normals=normals,
-            normal_space=options["normal_space"],
-            steps=options["steps"],
-            guidance=options["guidance"],
-            guidance_text=options["guidance_text"],
-            guidance_image=options["guidance_image"],
-            guidance_normals=options["guidance_normals"],
-            guidance_interval=options["guidance_interval"],
-            guidance_every=options["guidance_every"],
-            guidance_rescale=options["guidance_rescale"],
-            scheduler=options["scheduler"],
-            spacing=options["spacing"],
-            eta=options["eta"],
-            kv_pooling=options["kv_pooling"],
-            seed=seed,
-            size_px=options["size"],
-            latents=options["latents"],
-            upscale=upscale,
-            check_numerics=options["check_numerics"],
-            on_step=reporter.step,
-        )
+        views = loaded[0].run(request, upscale=upscale, check_numerics=options["check_numerics"], on_step=reporter.step)
         return Result(loaded[0], views)
 
-    return [lambda reporter, seed=seed: run(reporter, seed) for seed in seeds]
+    requests = [request.with_seed(seed) for seed in seeds]
+    return [lambda reporter, request=request: run(reporter, request) for request in requests]
 
 
 def upscale_parameters(options: dict[str, Any], config: ModelConfig) -> UpscaleParameters | None:
     """What --upscale and the options beside it ask for, checked; None without it."""
+    if options["upscale"] not in ("none", *UPSCALE_METHODS):
+        raise OptionError("upscale", expected=f"one of none, {', '.join(UPSCALE_METHODS)}", got=options["upscale"])
     asked = upscale_options(options)
     if asked is None:
         return None

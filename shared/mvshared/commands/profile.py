@@ -20,7 +20,7 @@ from mvshared.files import check_folder, make_folder, write_atomic
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.profiling import LARGEST, Profile, Row, StageProfile, parts, profile, trace
 from mvshared.schedule import MAX_STEPS
-from mvshared.validation import textured_picture
+from mvshared.validation import textured_subject
 
 
 def profile_model(name: str, options: dict[str, Any]) -> None:
@@ -61,11 +61,11 @@ def profile_model(name: str, options: dict[str, Any]) -> None:
 
 
 def _arguments(pipeline: Pipeline[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """What `generate` is called with; a picture with texture everywhere, and no text, stand in for what is not given."""
+    """What `generate` is called with; a made-up picture, and no text, stand in for what is not given."""
     config = pipeline.model.config
     image: list[Any] = list(options["image"])
     if not image and config.unet.takes_pictures:
-        image = [textured_picture(picture_size(config, options["size"], name="size"))]
+        image = [textured_subject(picture_size(config, options["size"], name="size"))]
     prompt = options["prompt"]
     if prompt is None and config.text_encoder is not None:
         prompt = ""

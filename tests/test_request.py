@@ -1,0 +1,66 @@
+"""Requests: what a run is to be, without any model's weights."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import TINY_MODEL
+from numpy.typing import NDArray
+
+from mvshared.config import Framing, ModelConfig
+from mvshared.errors import MvWarning, OptionError
+from mvshared.request import Request, prepare
+
+BUSY = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+OPTIONS: dict[str, Any] = {
+    "image": BUSY,
+    "image_scale": 1.0,
+    "reference_scale": 1.0,
+    "guidance_interval": (0.0, 1.0),
+    "guidance_every": 1,
+    "guidance_rescale": 0.0,
+    "eta": 0.0,
+    "kv_pooling": 1,
+    "seed": 0,
+}
+LEFT_OUT = ("prompt", "negative_prompt", "cameras", "normals", "normal_space", "steps", "guidance", "guidance_text")
+LEFT_OUT += ("guidance_image", "guidance_normals", "scheduler", "spacing", "size_px", "latents")
+
+
+def no_tokenizer() -> Any:
+    pytest.fail("this model takes no text")
+
+
+def request_of(config: ModelConfig = TINY_MODEL, **options: Any) -> Request:
+    return prepare(config, no_tokenizer, **(dict.fromkeys(LEFT_OUT) | OPTIONS | options))
+
+
+def test_the_noise_is_that_of_the_seed_and_given_latents_take_its_place() -> None:
+    request = request_of(seed=3, views=2)
+    other: NDArray[np.float32] = request.with_seed(4).initial()
+    assert request.initial().shape == other.shape == (2, 8, 8, 4)
+    np.testing.assert_array_equal(request.initial(), request_of(seed=4, views=2).with_seed(3).initial())
+    assert not np.array_equal(request.initial(), other)
+    given = request_of(latents=other, views=2)
+    np.testing.assert_array_equal(given.with_seed(9).initial(), other)
+    with pytest.raises(OptionError, match="seed must be"):
+        request.with_seed(-1)
+
+
+def test_its_size_counts_what_memory_depends_on() -> None:
+    size = request_of(image=[BUSY, BUSY], views=3, guidance=1.0).size
+    assert (size.views, size.size_px, size.pictures, size.branches, size.texts, size.normals) == (3, 32, 2, 1, 0, False)
+    assert request_of(guidance=2.0).size.branches == 2
+
+
+def test_a_picture_whose_subject_is_not_found_is_warned_of_where_one_is_looked_for() -> None:
+    looking = replace(TINY_MODEL, framing=Framing(mode="subject"))
+    with pytest.warns(
+        MvWarning, match="no subject was found in the picture, and all of it is taken: its background is neither"
+    ):
+        request_of(looking)
+    subject = np.full((40, 40, 3), 255, np.uint8)
+    subject[4:, 10:30] = 60
+    request_of(looking, image=subject)
+    request_of(TINY_MODEL, image=BUSY)
