@@ -33,7 +33,8 @@ def no_tokenizer() -> Any:
 
 
 def request_of(config: ModelConfig = TINY_MODEL, **options: Any) -> Request:
-    return prepare(config, no_tokenizer, **(dict.fromkeys(LEFT_OUT) | OPTIONS | options))
+    given: dict[str, Any] = dict.fromkeys(LEFT_OUT) | OPTIONS | options
+    return prepare(config, no_tokenizer, **given)
 
 
 def test_the_noise_is_that_of_the_seed_and_given_latents_take_its_place() -> None:
