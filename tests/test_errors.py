@@ -36,7 +36,7 @@ ERRORS = [
     NumericsError("NaN", where="sampling"),
     DownloadError("has no such revision", repository="owner/name"),
     MeshError("holds no faces", path="head.obj", hint="make a mesh of it first"),
-    MemoryBudgetError(needed_bytes=3 * 10**9, budget_bytes=10**9, stage="unet", hint="--quantize q4"),
+    MemoryBudgetError(needed_bytes=3 * 10**9, budget_bytes=10**9, stage="unet", hint='quantize="q4"'),
 ]
 
 

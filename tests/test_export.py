@@ -230,7 +230,7 @@ def test_a_run_is_finished_when_its_metadata_is_there(tmp_path: Path) -> None:
 def test_a_finished_run_is_never_overwritten_without_force(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "out")
     before = contents(folder)
-    with pytest.raises(OutputError, match=r"holds a finished run.*--force"):
+    with pytest.raises(OutputError, match=r"holds a finished run.*force=True"):
         export.prepare(folder)
     assert contents(folder) == before
 
@@ -268,7 +268,7 @@ def test_an_unfinished_run_gives_way_without_force(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["view_000.png", "transforms.json", "metadata.json"])
 def test_files_that_no_run_left_are_not_overwritten_without_force(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         export.prepare(tmp_path)
     assert contents(tmp_path) == {name: b"mine"}
 

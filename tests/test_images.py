@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
@@ -243,8 +244,10 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=message) as caught:
             load_image(path)
         assert caught.value.path == path
-    with pytest.raises(ImageError, match="got NoneType"):
-        load_image(None)  # type: ignore[arg-type]
+    sources = {"NoneType$": None, r"BytesIO \(PIL.Image.open": io.BytesIO(b""), r"Tensor \(numpy.asarray": torch.zeros(2, 2, 3)}
+    for message, source in sources.items():
+        with pytest.raises(ImageError, match=f"got {message}"):
+            load_image(source)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("side", [10_001, 40_000])

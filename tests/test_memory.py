@@ -404,10 +404,10 @@ def test_a_budget_that_is_too_small_is_refused_with_what_would_fit(public: Any) 
     error = caught.value
     assert (error.stage, error.budget_bytes, error.exit_code) == ("unet", 1_800_000_000, 13)
     assert error.needed_bytes > error.budget_bytes
-    assert "--quantize q8" in error.hint
+    assert 'quantize="q8"' in error.hint
     for backend, device, dtype in (("torch", "cpu", "bfloat16"), ("mlx", "gpu", "float16")):
         wide = replace(offered, backend=backend, device=device, dtype="float32", half_size=replace(small, dtype=dtype))
-        with pytest.raises(MemoryBudgetError, match=f"what would fit: --dtype {dtype} "):
+        with pytest.raises(MemoryBudgetError, match=f'what would fit: dtype="{dtype}" '):
             fit(wide, RUN, MemoryOptions(budget_bytes=10**9 + 8 * 10**8), process_bytes=0)
     with pytest.raises(MemoryBudgetError, match="no smaller size, dtype or quantisation fits either"):
         fit(offered, RUN, MemoryOptions(budget_bytes=10**6), process_bytes=0)

@@ -144,7 +144,7 @@ def test_numbers_beyond_float16_are_found_where_they_leave_it(tmp_path: Path, ba
     with pytest.raises(NumericsError) as caught:
         generate(pipeline, tmp_path)
     assert (caught.value.where, caught.value.step) == ("unet.up_blocks.0.resnets.0.conv2", 1)
-    assert "--dtype float32" in caught.value.hint
+    assert 'dtype="float32"' in caught.value.hint
     assert caught.value.path is not None
     with np.load(caught.value.path) as inputs:
         assert inputs["x"].dtype == np.float16
@@ -246,7 +246,9 @@ def test_values_that_are_not_finite_name_their_view_and_the_way_out() -> None:
     assert check_views(values, "the pixels", where="decoding", dtype="float16") is values
     values[1, 0, 0, 0] = np.inf
     values[2] = np.nan
-    with pytest.raises(NumericsError, match=r"pixels of view 1 are not finite.*--dtype float32.*--check-numerics") as caught:
+    with pytest.raises(
+        NumericsError, match=r"pixels of view 1 are not finite.*dtype=.float32.*check_numerics=FOLDER"
+    ) as caught:
         check_views(values, "the pixels", where="decoding", dtype="float16")
     assert (caught.value.view, caught.value.where) == ("view 1", "decoding")
     with pytest.raises(NumericsError, match="weights damaged"):

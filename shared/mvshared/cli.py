@@ -24,6 +24,7 @@ from mvshared.messages import say, warnings_in_lines
 USAGE_EXIT, INTERNAL_EXIT, INTERRUPT_EXIT = 2, 70, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # What the allocators of PyTorch and MLX say, in errors that have no class of their own but for CUDA's.
+_ARGUMENT = re.compile(r'\b([a-z_]+)=("\w+"|\w+)')  # of a call in Python, as hints have it
 _NO_MEMORY = re.compile(r"out ?of ?memory|can't allocate memory|not enough memory|(unable|attempting) to allocate", re.I)
 
 
@@ -566,14 +567,23 @@ def run(arguments: list[str]) -> int:
 
 
 def _one_line(error: MvError, arguments: list[str]) -> str:
-    """An error's text, with the option as it is written on the command line: --size where Python's parameter is size_px."""
-    text, command = str(error), cli.commands.get(arguments[0])
-    if isinstance(error, OptionError) and command is not None:
-        name = error.name.replace(" ", "-").replace("_", "-")
-        wanted = {f"--{each}" for each in (name, name.removesuffix("-px"), name.removesuffix("-deg"))}
-        known = {option for each in command.params if isinstance(each, click.Option) for option in each.opts}
-        text = next(iter(wanted & known), error.name) + text.removeprefix(error.name)
-    return " ".join(text.split())
+    """An error's text, which speaks of Python's parameters, with the options of the command line: --size 64 for size_px=64."""
+    command, text = cli.commands.get(arguments[0]), error.message
+    known = {option for each in command.params for option in each.opts} if command is not None else set()
+
+    def option(name: str) -> str:
+        written = "--" + name.replace(" ", "-").replace("_", "-")
+        forms = (written, written.removesuffix("-px"), written.removesuffix("-deg"))
+        return next((each for each in forms if each in known), name)
+
+    def with_value(found: re.Match[str]) -> str:
+        name, value = option(found[1]), found[2].strip('"')
+        return found[0] if name == found[1] else name if value == "True" else f"{name} {value}"
+
+    if isinstance(error, OptionError):
+        text = option(error.name) + text.removeprefix(error.name)
+    hint = _ARGUMENT.sub(with_value, error.hint)
+    return " ".join((f"{text} ({hint})" if hint else text).split())
 
 
 def _wants_json(arguments: list[str]) -> bool:

@@ -1,7 +1,8 @@
 """The typed errors of mvmlx: one class per thing that a caller might want to tell apart.
 
-Every message says what happened, what is allowed, what was given and what to do. The command line prints it in one line
-and leaves with the class's `exit_code`; docs/exit-codes.md lists them.
+Every message says what happened, what is allowed, what was given and what to do. It names arguments as Python does, such as
+`size_px=64`; the command line prints it in one line, with its own options for them, and leaves with the class's `exit_code`.
+docs/exit-codes.md lists them.
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ PACKAGES = ("mvmlx", "mlx", "torch", "numpy", "pillow", "safetensors", "tokenize
 def check_free(folder: Path | str, *, force: bool = False) -> None:
     """Raise OutputError if `prepare` would refuse `folder` for what is there; nothing is changed."""
     folder = Path(folder)
-    overwrite = "name another folder, or overwrite it with --force"
+    overwrite = "name another folder, or overwrite it with force=True"
     check_folder(folder)
     if force:
         return

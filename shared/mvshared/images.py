@@ -65,7 +65,10 @@ def _load(source: Source, convert: Convert) -> NDArray[Any]:
         if isinstance(source, Image.Image):
             return _decode(source, None, convert)
         if not isinstance(source, str | Path):
-            raise ImageError(f"a picture must be a path, a Pillow image or an array, got {type(source).__name__}")
+            opened = isinstance(source, bytes) or hasattr(source, "read")
+            hint = "PIL.Image.open reads it" if opened else "numpy.asarray makes an array of it" * hasattr(source, "__array__")
+            expected = "a path, a Pillow image or an array"
+            raise ImageError(f"a picture must be {expected}, got {type(source).__name__}", hint=hint)
         return _from_file(Path(source), convert)
 
 
@@ -265,7 +268,7 @@ def to_model(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 def from_model(values: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Uint8 of values in [-1, 1], clipped and rounded, any shape. Raises NumericsError for NaN and infinity."""
     if not np.isfinite(values).all():
-        raise NumericsError("the picture is not finite", where="decoding", hint="use --dtype float32")
+        raise NumericsError("the picture is not finite", where="decoding", hint='use dtype="float32"')
     return np.rint((np.clip(values, -1, 1).astype(np.float32) + 1) * np.float32(127.5)).astype(np.uint8)
 
 

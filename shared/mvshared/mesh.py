@@ -260,7 +260,7 @@ class NormalRenderer:
             covered.append(samples.any(axis=-1).mean(axis=(1, 3)))
         alpha = np.concatenate(covered)[..., None]
         if not alpha.any():
-            raise CameraError("sees nothing of the mesh", index=index, hint="leave out --no-fit, or move the camera")
+            raise CameraError("sees nothing of the mesh", index=index, hint="let the mesh be fitted, or move the camera")
         sums = np.concatenate(summed)
         vectors = _unit(sums if space == "camera" else sums @ rotation.T)
         values = np.where(alpha > 0, np.rint((vectors + 1) * 127.5), 128)

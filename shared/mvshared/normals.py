@@ -74,7 +74,7 @@ def check_free(folder: Path | str, *, force: bool = False) -> None:
     if run:
         raise OutputError("holds a finished run, whose cameras would be lost", path=folder, hint="name another folder")
     if there and not force:
-        hint = "name another folder, or overwrite it with --force"
+        hint = "name another folder, or overwrite it with force=True"
         raise OutputError(f"holds {there[0]} already", path=folder, hint=hint)
 
 
@@ -318,9 +318,9 @@ def _check_surface(
     text = f"{share:.0%} of the surface in {view} faces away from the camera"
     fits = _share_away(other[rows, columns], to_camera) <= AWAY_SHARE
     if maps.space == "camera":
-        way_out = "as world-space normals they would fit: --normal-space world" if fits else "are they in world space?"
+        way_out = 'as world-space normals they would fit: normal_space="world"' if fits else "are they in world space?"
         raise ImageError(text, path=path, hint=f"camera space has x right, y up, z toward the camera; {way_out}")
-    way_out = "; as camera-space normals these would fit: --normal-space camera" if fits else ""
+    way_out = '; as camera-space normals these would fit: normal_space="camera"' if fits else ""
     raise CameraError(
         text if path is None else f"{text}, {path}", index=index, hint=f"do the cameras belong to the maps?{way_out}"
     )

@@ -38,13 +38,13 @@ def check_views(values: NDArray[np.float32], what: str, *, where: str, dtype: Dt
     if finite.all():
         return values
     number = int(np.flatnonzero(~finite.reshape(len(values), -1).all(axis=1))[0])
-    hint = f"{_cause(dtype)}; --check-numerics FOLDER finds the block where it begins"
+    hint = f"{_cause(dtype)}; check_numerics=FOLDER finds the block where it begins"
     raise NumericsError(f"{what} of view {number} are not finite", where=where, view=f"view {number}", hint=hint)
 
 
 def _cause(dtype: str) -> str:
     """What to look at first."""
-    return "are the weights damaged?" if dtype == "float32" else "use --dtype float32"
+    return "are the weights damaged?" if dtype == "float32" else 'use dtype="float32"'
 
 
 @contextmanager

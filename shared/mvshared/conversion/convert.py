@@ -424,7 +424,7 @@ def _check_dtypes(tensors: Mapping[str, RawTensor], stored: str | None) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS and not (stored and tensor.dtype == "F64"):
             allowed = ", ".join(FLOATS.values())
-            hint = "say with --dtype what to round it to" if tensor.dtype == "F64" else ""
+            hint = 'dtype="float32", or another one, rounds it' if tensor.dtype == "F64" else ""
             raise CheckpointError(f"{name!r} must be one of {allowed}, got {tensor.dtype}", hint=hint)
 
 

@@ -48,7 +48,7 @@ class Progress:
             raise OutputError("is a file, and a folder is needed", path=dest, hint="name another folder")
         begun = (dest / STATE).is_file()
         if not begun and dest.is_dir() and any(not file.match(f".{STATE}.*.tmp") for file in dest.iterdir()) and not force:
-            raise OutputError("is not empty", path=dest, hint="name another folder, or use --force")
+            raise OutputError("is not empty", path=dest, hint="name another folder, or use force=True")
 
     def _kept(self, name: str, sha256: str) -> bool:
         path = self.dest / name

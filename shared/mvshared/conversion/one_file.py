@@ -23,7 +23,7 @@ def write_one_file(
     `stored` is safetensors' name of the dtype, None keeps each tensor's. Raises OutputError and CheckpointError.
     """
     if dest.exists() and not force:
-        raise OutputError("exists", path=dest, hint="name another file, or use --force")
+        raise OutputError("exists", path=dest, hint="name another file, or use force=True")
     folder = find_model(source)
     config = read_model_config(folder)
     tensors: dict[str, RawTensor] = {}
@@ -50,7 +50,7 @@ def rewrite_file(source: Path, dest: Path, *, stored: str | None, force: bool, o
     CheckpointError.
     """
     if dest.exists() and not force:
-        raise OutputError("exists", path=dest, hint="name another file, or use --force")
+        raise OutputError("exists", path=dest, hint="name another file, or use force=True")
     given = read_file(source)
     tensors = {
         name: cast(given[name], stored if stored and given[name].dtype in (*FLOATS, "F64") else given[name].dtype, name=name)

@@ -74,21 +74,21 @@ def _what_fits(model: ModelSize, run: RunSize, *, budget_bytes: int, process_byt
     plan = plans(model.backend, model.device)[-1]
     for words, changed_model, changed_run in _changes(model, run):
         peak = estimate(changed_model, changed_run, plan, process_bytes=process_bytes).peak_bytes
-        if peak <= budget_bytes and words.split()[0] not in {each.split()[0] for each in fitting}:
+        if peak <= budget_bytes and words.partition("=")[0] not in {each.partition("=")[0] for each in fitting}:
             fitting.append(f"{words} ({peak / 1e9:.2f} GB)")
     return f"what would fit: {', '.join(fitting)}" if fitting else "no smaller size, dtype or quantisation fits either"
 
 
 def _changes(model: ModelSize, run: RunSize) -> Iterator[tuple[str, ModelSize, RunSize]]:
-    """Options of the command line that save memory, and what they make of the sizes."""
+    """Arguments that save memory, and what they make of the sizes."""
     if model.half_size is not None:
-        yield f"--dtype {model.half_size.dtype}", model.half_size, run
+        yield f'dtype="{model.half_size.dtype}"', model.half_size, run
     for preset, smaller in model.quantized_sizes.items():
-        yield f"--quantize {preset}", smaller, run
+        yield f'quantize="{preset}"', smaller, run
     for size_px in SMALLER_SIZES_PX:
         if size_px < run.size_px:
-            yield f"--size {size_px}", model, replace(run, size_px=size_px)
+            yield f"size_px={size_px}", model, replace(run, size_px=size_px)
     for views in range(run.views - 1, 0, -1):
-        yield f"--views {views}", model, replace(run, views=views)
+        yield f"views={views}", model, replace(run, views=views)
     if run.upscaler is not None:
-        yield "--upscale lanczos", model, replace(run, upscaler=None, enlarged=1)
+        yield 'upscale="lanczos"', model, replace(run, upscaler=None, enlarged=1)
