@@ -118,6 +118,7 @@ def test_a_malformed_field_is_refused_by_name(folder: Path, tmp_path: Path, file
         (CameraConfig, {"fov_deg": 0.0}),
         (Framing, {"height": 0.0}),
         (Framing, {"bottom": 1.5}),
+        (Framing, {"background": (0, 0, 256)}),
     ],
 )
 def test_a_configuration_that_makes_no_sense_cannot_be_made(kind: type[Any], values: dict[str, Any]) -> None:

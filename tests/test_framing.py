@@ -160,7 +160,7 @@ def test_a_nearly_white_background_is_kept_and_continued_without_a_seam() -> Non
 
 
 def test_transparent_pictures_take_the_wanted_background_and_no_hidden_colour() -> None:
-    picture = frame_subject(cut_out(bust(90, 140)), size_px=SIZE, framing=SUBJECT, background=(10, 0, 90))
+    picture = frame_subject(cut_out(bust(90, 140)), size_px=SIZE, framing=replace(SUBJECT, background=(10, 0, 90)))
     np.testing.assert_array_equal(picture[0], np.broadcast_to((10, 0, 90), (SIZE, 3)))
     _, green, _ = np.moveaxis(picture.astype(int), 2, 0)
     assert ((green > 150) & (picture[..., 0] < 100)).sum() == 0
@@ -191,7 +191,7 @@ def test_mode_none_keeps_any_square_picture_and_squeezes_others() -> None:
 @pytest.mark.parametrize("mode", ["pad", "subject"])
 def test_a_picture_without_a_subject_is_padded_to_a_square(mode: Literal["pad", "subject"]) -> None:
     busy = np.random.default_rng(0).integers(0, 200, (40, 80, 3)).astype(np.uint8)
-    picture = frame_subject(load_image(busy), size_px=80, framing=Framing(mode=mode), background=(1, 2, 255))
+    picture = frame_subject(load_image(busy), size_px=80, framing=Framing(mode=mode, background=(1, 2, 255)))
     np.testing.assert_array_equal(picture[20:60], busy)
     np.testing.assert_array_equal(picture[[19, 60]], np.broadcast_to((1, 2, 255), (2, 80, 3)))
 

@@ -16,6 +16,7 @@ from mvshared.captures import load_capture, write_capture
 from mvshared.checkpoint import read_model_config, read_vae_config
 from mvshared.config import GenerationDefaults, SchedulerConfig
 from mvshared.errors import DatasetError, MvWarning, OptionError, OutputError
+from mvshared.framing import frame_picture
 from mvshared.images import load_image, to_model
 from mvshared.training import loop
 from mvshared.training.checks import check_sizes
@@ -105,6 +106,22 @@ def test_a_run_without_a_state_begins_anew_with_another_vae(
         for name, weight in weights_of(tmp_path / "fresh", part).items():
             np.testing.assert_array_equal(weights_of(tmp_path / "run", part)[name], weight)
     assert read_model_config(tmp_path / "run/model") == read_model_config(tmp_path / "fresh/model")
+
+
+def test_a_model_puts_pictures_over_the_background_that_it_has_learned(data: Path, vae: Path, tmp_path: Path) -> None:
+    config = unet_config(data, vae, steps=1)
+    dark = replace(config, data=replace(config.data, background=(20, 0, 40)))
+    model = read_model_config(run(dark, tmp_path / "run"))
+    assert model.framing == replace(config.framing, background=(20, 0, 40))
+    clear = np.zeros((8, 8, 4), np.uint8)
+    clear[4:, 4:] = 255
+    framed = frame_picture(clear, size_px=8, framing=model.framing)
+    np.testing.assert_array_equal(framed.picture[0, 0], (20, 0, 40))
+    start = {"init_from": str(tmp_path / "run/model"), "unet": None, "vae_from": None, "scheduler": SchedulerConfig()}
+    further = replace(config, **start)
+    assert read_model_config(run(further, tmp_path / "further")).framing.background == (255, 255, 255)
+    with pytest.raises(OptionError, match=r"framing\.background must be that of the data, \(255, 255, 255\), or left out"):
+        replace(config, framing=replace(config.framing, background=(0, 0, 0)))
 
 
 def interrupted(*_: Any) -> None:

@@ -389,6 +389,12 @@ class GenerationDefaults:
                 raise OptionError(name, expected="a whole number of at least 1", got=getattr(self, name))
 
 
+def check_color(name: str, color: tuple[int, int, int]) -> None:
+    """Raise OptionError unless a colour's numbers are bytes."""
+    if not all(0 <= channel <= 255 for channel in color):
+        raise OptionError(name, expected="0 to 255 in red, green and blue", got=color)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Framing:
     """How the subject of a picture is placed in the square frame, in shares of its side.
@@ -396,7 +402,8 @@ class Framing:
     `subject` scales it to `height`, at most `width` wide, its lower edge at `bottom`, centred; a square picture whose subject
     has a height within `kept_heights` and stands within `kept_offset` of that place is kept. `pad` only pads to a square,
     `none` resizes the picture whatever its shape. `resample` is how: `bilinear` without anti-aliasing, as PyTorch's interpolate
-    does and the public models were given their pictures, only where nothing is framed.
+    does and the public models were given their pictures, only where nothing is framed. `background`, red, green and blue from 0
+    to 255, is put under what is transparent, and with `subject` in the place of a plain background.
     """
 
     mode: Literal["subject", "pad", "none"] = "pad"
@@ -406,8 +413,10 @@ class Framing:
     bottom: float = 1.0
     kept_heights: tuple[float, float] = (0.75, 1.0)
     kept_offset: float = 0.08
+    background: tuple[int, int, int] = (255, 255, 255)
 
     def __post_init__(self) -> None:
+        check_color("background", self.background)
         for name in ("height", "width", "bottom"):
             if not 0 < getattr(self, name) <= 1:
                 raise OptionError(name, expected="above 0, at most 1", got=getattr(self, name))

@@ -50,13 +50,13 @@ def load_framed(given: Source, *, size_px: int, framing: Framing) -> Framed:
         raise
 
 
-def frame_picture(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing, background: Color = (255, 255, 255)) -> Framed:
+def frame_picture(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing) -> Framed:
     """A picture (h, w, 4) as a model with this framing is given it. Raises as `frame_subject` does."""
     if framing.mode == "subject" or framing.resample == "lanczos":
-        picture, doubt = _framed(rgba, size_px=size_px, framing=framing, background=background)
+        picture, doubt = _framed(rgba, size_px=size_px, framing=framing)
         return Framed(picture, picture, to_model(picture), doubt)
     _check_visible(rgba)
-    full = composite(_squared(rgba) if framing.mode == "pad" else rgba, background)
+    full = composite(_squared(rgba) if framing.mode == "pad" else rgba, framing.background)
     pixels = resize_bilinear(full, (size_px, size_px))
     return Framed(full, from_model(pixels), pixels)
 
@@ -78,20 +78,19 @@ def foreground_mask(rgba: NDArray[np.uint8]) -> NDArray[np.float32] | None:
     return mask if mask.max() >= 0.5 else None
 
 
-def frame_subject(
-    rgba: NDArray[np.uint8], *, size_px: int, framing: Framing, background: Color = (255, 255, 255)
-) -> NDArray[np.uint8]:
-    """A square picture uint8 (size_px, size_px, 3) of a picture (h, w, 4) over the background, framed as `framing` says.
+def frame_subject(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing) -> NDArray[np.uint8]:
+    """A square picture uint8 (size_px, size_px, 3) of a picture (h, w, 4), framed as `framing` says.
 
-    In mode `subject` a plain background of clearly another colour becomes `background`, without its colour on the outline. A
+    In mode `subject` a plain background of clearly another colour becomes that one's, without its colour on the outline. A
     square picture whose subject already fits is only resized, and not even that at the right size. Where no subject is found,
     the whole picture is padded to a square. Raises OptionError for a size below 1, ImageError if nothing is visible.
     """
-    return _framed(rgba, size_px=size_px, framing=framing, background=background)[0]
+    return _framed(rgba, size_px=size_px, framing=framing)[0]
 
 
-def _framed(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing, background: Color) -> tuple[NDArray[np.uint8], str]:
+def _framed(rgba: NDArray[np.uint8], *, size_px: int, framing: Framing) -> tuple[NDArray[np.uint8], str]:
     """What `frame_subject` returns, and the `doubt` of `Framed`."""
+    background = framing.background
     if size_px < 1:
         raise OptionError("size_px", expected="1 or more", got=size_px)
     _check_visible(rgba)

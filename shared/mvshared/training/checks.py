@@ -27,9 +27,6 @@ def check_captures(
     everything = [capture for *_, capture in captures]
     factor = model.vae.downscale * model.unet.downscale
     check_sizes(everything, factor=factor, normals=config.normals, details=with_detail)
-    if config.background != (255, 255, 255):
-        text = f"learned over the background {config.background}, and generate puts cut-out pictures over white"
-        warnings.warn(text, MvWarning, stacklevel=2)
     for name, folders in named:
         own = [(folder, capture) for part, folder, capture in captures if part == name]
         left_out = [folder for folder, capture in own if not _is_usable(capture, config)]

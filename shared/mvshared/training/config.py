@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from mvshared.camera import CAMERA_DIM
 from mvshared.checkpoint import config_from_json
-from mvshared.config import CameraConfig, Framing, GenerationDefaults, KUNetConfig, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.config import (
+    CameraConfig,
+    Framing,
+    GenerationDefaults,
+    KUNetConfig,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+    check_color,
+)
 from mvshared.errors import ConfigError, OptionError
 from mvshared.upscaling.config import UpscaleDefaults
 
@@ -46,8 +55,7 @@ class DataConfig:
         for name in ("reference_dropout", "normals_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(name, expected="0 to 1", got=getattr(self, name))
-        if not all(0 <= channel <= 255 for channel in self.background):
-            raise OptionError("background", expected="0 to 255 in red, green and blue", got=self.background)
+        check_color("background", self.background)
         if self.targets < 1:
             raise OptionError("targets", expected="at least 1", got=self.targets)
         if not 0 <= self.reference_max_azimuth_deg <= 180:
@@ -196,6 +204,9 @@ class TrainConfig:
                 raise OptionError(name, expected="at least 1", got=getattr(self, name))
         if self.seed < 0:
             raise OptionError("seed", expected="at least 0", got=self.seed)
+        if self.framing.background not in (Framing.background, self.data.background):
+            expected = f"that of the data, {self.data.background}, or left out"
+            raise OptionError("framing.background", expected=expected, got=self.framing.background)
         if self.stage == "vae" and self.vae is None:
             raise OptionError("vae", expected="a table of VAEConfig fields for stage 'vae'", got=None)
         if self.stage == "unet" and self.init_from is None and self.unet is None:

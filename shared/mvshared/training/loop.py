@@ -296,10 +296,12 @@ def _model_source(config: TrainConfig) -> Path | None:
 
 
 def _base_model(config: TrainConfig, source: Path | None, vae_source: Path) -> ModelConfig:
-    """What is trained: the model in `source`, or the one that the configuration describes."""
+    """What is trained: the model in `source`, or the one that the configuration describes. It puts pictures over the background
+    that it learns them on."""
     if source is not None:
         model = read_model_config(source)
-        return model if config.family == "custom" else replace(model, family=config.family)
+        framing = replace(model.framing, background=config.data.background)
+        return replace(model, framing=framing, family=model.family if config.family == "custom" else config.family)
     assert config.unet is not None
     return ModelConfig(
         family=config.family,
@@ -308,7 +310,7 @@ def _base_model(config: TrainConfig, source: Path | None, vae_source: Path) -> M
         scheduler=config.scheduler,
         camera=config.camera,
         defaults=config.defaults,
-        framing=config.framing,
+        framing=replace(config.framing, background=config.data.background),
     )
 
 
