@@ -7,14 +7,13 @@ comes out as zero. `MVMLX_METAL_KERNELS=0` in the environment turns it off.
 """
 
 import os
-import warnings
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
 from mvmlx.metal import on_metal
-from mvshared.errors import MvWarning
+from mvshared.errors import warn
 
 THREADS, MANY_THREADS = 256, 512  # of a threadgroup, for groups of up to MANY numbers and of more
 MANY = 16384
@@ -137,6 +136,6 @@ def _works() -> bool:
                 raise RuntimeError(f"its result in {dtype} is wrong")
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        warnings.warn(f"group norms are computed without a Metal kernel: {reason}", MvWarning, stacklevel=2)
+        warn(f"group norms are computed without a Metal kernel: {reason}")
         return False
     return True

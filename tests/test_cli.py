@@ -60,6 +60,34 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+# Errors speak of the options that there are
+
+
+def test_arguments_of_python_are_called_by_their_options(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (desk / "seed=3").mkdir()
+    (desk / "seed=3" / "metadata.json").write_text("{}")
+    for arguments, says in (
+        (
+            f"init gaf seed=3 --from {FIXTURES / 'tiny-imagedream'}",
+            "seed=3: is not empty (name another folder, or use --force)",
+        ),
+        (f"init gaf new --from {FIXTURES / 'tiny-imagedream'} --seed -1", "--seed must be"),
+        (
+            "generate picture.png --model tiny -o seed=3",
+            "seed=3: holds a finished run (name another folder, or overwrite it with",
+        ),
+        ("-- generate picture.png --model tiny --size 7", "--size must be"),
+    ):
+        assert run(arguments.split())
+        assert f"error: {says}" in capsys.readouterr().err
+    assert run(["generate", "picture.png", *TINY, "-o", "done"]) == 0
+    document = json.loads((desk / "done/metadata.json").read_text())
+    document["parameters"]["size_px"] = 5
+    (desk / "done/metadata.json").write_text(json.dumps(document))
+    assert run(["generate", "--config", "done", "-o", "new"]) == 2
+    assert "error: size_px must be" in capsys.readouterr().err, "nobody has given --size"
+
+
 # Before weights are read
 
 

@@ -674,6 +674,28 @@ def test_a_folder_of_one_network_of_diffusers_may_have_any_name(folders: dict[st
     assert_same_tensors(tensors_of(tmp_path / "out", "vae"), tensors_of(folders["sd15"], "vae"))
     twice = convert(folders["sd15"], tmp_path / "twice", extra=[vae])
     assert twice.left_out[str(vae)] == "another source, before this one, has it"
+    (vae / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    (vae / "diffusion_pytorch_model.safetensors").rename(vae / "vae-ft-mse-840000.safetensors")
+    convert(source, tmp_path / "renamed", family="sd15", extra=[vae])
+    assert_same_tensors(tensors_of(tmp_path / "renamed", "vae"), tensors_of(folders["sd15"], "vae"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ({"_class_name": "AutoencoderKLTemporalDecoder"}, "holds no component of a checkpoint"),
+        ({"model_type": "clip"}, "holds both towers of CLIP; a folder of one of them can be taken"),
+    ],
+)
+def test_folders_of_other_networks_are_refused(
+    kind: dict[str, str], reason: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    other = shutil.copytree(folders["sd15"] / "vae", tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(kind))
+    with pytest.raises(CheckpointError, match=reason):
+        convert(folders["sd15"], tmp_path / "out", extra=[other])
+    with pytest.raises(CheckpointError, match=r"is no whole model: model_index.json is missing \(name the family"):
+        convert(folders["sd15"] / "vae", tmp_path / "out")
 
 
 def test_a_tokenizer_takes_the_place_of_all_of_another(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -719,7 +741,7 @@ def test_components_that_are_not_converted_are_not_in_the_index(originals: dict[
 def test_float64_is_rounded_where_a_dtype_is_asked_for(originals: dict[str, Path], tmp_path: Path) -> None:
     tensors = {name: each.double() for name, each in safetensors.torch.load_file(originals["mvdream"]).items()}
     safetensors.torch.save_file(tensors, tmp_path / "wide.safetensors")
-    with pytest.raises(CheckpointError, match=r"got F64 .*--dtype"):
+    with pytest.raises(CheckpointError, match=r"got F64 .*dtype="):
         convert(tmp_path / "wide.safetensors", tmp_path / "out", extra=[TOKENIZER])
     convert(tmp_path / "wide.safetensors", tmp_path / "out", extra=[TOKENIZER], dtype="float32")
     convert(originals["mvdream"], tmp_path / "expected", extra=[TOKENIZER])

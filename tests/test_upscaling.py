@@ -298,20 +298,20 @@ def test_views_to_upscale_are_what_generate_returned(pipeline: Pipeline[Any]) ->
 def test_what_cannot_be_upscaled_is_refused_before_anything_is_generated(
     desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Pipeline, "generate", lambda *args, **kwargs: pytest.fail("views were generated"))
+    monkeypatch.setattr(Pipeline, "run", lambda *args, **kwargs: pytest.fail("views were generated"))
     rows = [
         (["--upscale", "sd-x2"], 2, "upscaler must be a name or a folder"),
         (["--upscale", "sd-x2", "--upscaler", "tiny"], 5, "is no latent upscaler"),
         (["--upscale", "sd-x2", "--upscaler", "nowhere"], 5, "no such model"),
         (["--upscale", "nearest"], 2, "upscale must be one of"),
         (["--upscaler", "x2"], 2, "upscaler must be left out without --upscale"),
-        (["--upscale-steps", "3"], 2, "steps of the upscaler must be left out without --upscale"),
-        (["--upscale", "lanczos", "--upscale-budget", "3"], 2, "budget_bytes of the upscaler must be left out for lanczos"),
+        (["--upscale-steps", "3"], 2, "--upscale-steps must be left out without --upscale"),
+        (["--upscale", "lanczos", "--upscale-budget", "3"], 2, "--upscale-budget must be left out for lanczos"),
         (["--upscale", "lanczos", "--upscale-steps", "3"], 2, "left out for lanczos"),
-        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-steps", "0"], 2, "steps of the upscaler must be"),
-        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-guidance", "30"], 2, "guidance of the upscaler must be"),
-        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-noise", "3"], 2, "noise level of the upscaler must be"),
-        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-budget", "0"], 2, "budget of the upscaler must be"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-steps", "0"], 2, "--upscale-steps must be"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-guidance", "30"], 2, "--upscale-guidance must be"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-noise", "3"], 2, "--upscale-noise must be"),
+        (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-budget", "0"], 2, "--upscale-budget must be"),
     ]
     for options, code, says in rows:
         assert generate("-o", "out", *options) == code, options

@@ -20,7 +20,7 @@ from mvshared.files import FileError, read_json
 TOLERANCE = 1e-3
 # Below this distance from the origin a position has no direction that float32 files would keep.
 MIN_RADIUS = 1e-6
-# Of larger numbers float64 has no digits left that would say where in its turn a camera stands.
+# So many turns nobody means, and far larger numbers have no digits left for where in a turn a camera stands.
 MAX_AZIMUTH_DEG = 1e6
 
 CAMERA_DIM = 16  # numbers of `camera_vectors`

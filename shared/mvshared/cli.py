@@ -24,8 +24,18 @@ from mvshared.messages import say, warnings_in_lines
 USAGE_EXIT, INTERNAL_EXIT, INTERRUPT_EXIT = 2, 70, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # What the allocators of PyTorch and MLX say, in errors that have no class of their own but for CUDA's.
-_ARGUMENT = re.compile(r'\b([a-z_]+)=("\w+"|\w+)')  # of a call in Python, as hints have it
 _NO_MEMORY = re.compile(r"out ?of ?memory|can't allocate memory|not enough memory|(unable|attempting) to allocate", re.I)
+# Arguments of a call in Python, as hints have them; a path may have such parts as well.
+_ARGUMENT = re.compile(r'(?<!\S)(?:(size_px|views)=(\d+)|([a-z_]+)=("\w+"|True|FOLDER))(?=[\s,;)]|$)')
+# Names in errors that are not the option's; others are, but for the unit behind them.
+_WRITTEN = {
+    "method": "--upscale",
+    "steps of the upscaler": "--upscale-steps",
+    "guidance of the upscaler": "--upscale-guidance",
+    "noise level of the upscaler": "--upscale-noise",
+    "memory budget of the upscaler": "--upscale-budget",
+    "shard size": "--shard-gb",
+}
 
 
 PATH = click.Path(path_type=Path, readable=False)  # whoever reads it says what is wrong with it, with its own exit code
@@ -567,23 +577,38 @@ def run(arguments: list[str]) -> int:
 
 
 def _one_line(error: MvError, arguments: list[str]) -> str:
-    """An error's text, which speaks of Python's parameters, with the options of the command line: --size 64 for size_px=64."""
-    command, text = cli.commands.get(arguments[0]), error.message
-    known = {option for each in command.params for option in each.opts} if command is not None else set()
+    """An error's text, which speaks of Python's parameters, with the options of the command line: --size 64 for size_px=64.
+
+    Beside --config values are those of a file, and nobody has written an option for them.
+    """
+    command = _command(arguments)
+    known = {option for each in command.params for option in each.opts}
 
     def option(name: str) -> str:
         written = "--" + name.replace(" ", "-").replace("_", "-")
-        forms = (written, written.removesuffix("-px"), written.removesuffix("-deg"))
+        forms = (_WRITTEN.get(name), written, written.removesuffix("-px"), written.removesuffix("-deg"))
         return next((each for each in forms if each in known), name)
 
     def with_value(found: re.Match[str]) -> str:
-        name, value = option(found[1]), found[2].strip('"')
-        return found[0] if name == found[1] else name if value == "True" else f"{name} {value}"
+        given = found[1] or found[3]
+        name, value = option(given), (found[2] or found[4]).strip('"')
+        return found[0] if name == given else name if value == "True" else f"{name} {value}"
 
-    if isinstance(error, OptionError):
+    text = error.message
+    if isinstance(error, OptionError) and not any(word.startswith("--config") for word in arguments):
         text = option(error.name) + text.removeprefix(error.name)
     hint = _ARGUMENT.sub(with_value, error.hint)
     return " ".join((f"{text} ({hint})" if hint else text).split())
+
+
+def _command(arguments: list[str]) -> click.Command:
+    """The command that is called, or the group of commands as far as it can be told."""
+    command: click.Command = cli
+    for word in arguments:
+        if not isinstance(command, click.Group):
+            break
+        command = command.commands.get(word, command)
+    return command
 
 
 def _wants_json(arguments: list[str]) -> bool:

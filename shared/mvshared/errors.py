@@ -5,6 +5,8 @@ Every message says what happened, what is allowed, what was given and what to do
 docs/exit-codes.md lists them.
 """
 
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,19 @@ def _restore(kind: type[MvError], arguments: tuple[Any, ...], values: dict[str, 
     return error
 
 
+_PACKAGES = ("mvshared", "mvtorch", "mvmlx")
+
+
 class MvWarning(UserWarning):
     """Something that a caller gave was used only in part. The command line prints it in one line and goes on."""
+
+
+def warn(text: str) -> None:
+    """Give an MvWarning at the line that called into this project, however deep inside it is noticed."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, MvWarning, stacklevel=level)
 
 
 class OptionError(MvError):

@@ -6,7 +6,6 @@ those of `mvshared.camera`, or of the transforms.json beside the maps. docs/norm
 
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mvshared.camera import Y_UP_TO_Z_UP, read_transforms
-from mvshared.errors import CameraError, ConfigError, ImageError, MvWarning, OptionError, OutputError
+from mvshared.errors import CameraError, ConfigError, ImageError, OptionError, OutputError, warn
 from mvshared.export import METADATA, transforms
 from mvshared.files import check_folder, make_folder, read_json_object, write_json
 from mvshared.images import PICTURE_SUFFIXES, is_picture, load_values, resize_plane, save_png
@@ -225,7 +224,7 @@ def check_cameras(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: floa
             )
     if maps.fov_deg is not None and abs(maps.fov_deg - fov_deg) > FOV_TOLERANCE_DEG:
         text = f"the normal maps have a field of view of {maps.fov_deg:.1f} degrees, the model's views {fov_deg:.1f}"
-        warnings.warn(text, MvWarning, stacklevel=5)  # who called `Pipeline.generate`
+        warn(text)
 
 
 def _angle_deg(cosine: float) -> float:

@@ -18,7 +18,6 @@ from mvshared.arguments import Latents, Pictures
 from mvshared.backend import A, Model
 from mvshared.camera import camera_vectors
 from mvshared.checkpoint import find_model, model_name
-from mvshared.clip_images import clip_pixels
 from mvshared.errors import OptionError
 from mvshared.guidance import Mixture
 from mvshared.images import from_model
@@ -173,8 +172,13 @@ class Pipeline(Generic[A]):
         Raises OptionError for a request to another model, MemoryBudgetError and NumericsError.
         """
         model = self.model
+        if not isinstance(request, Request):
+            raise OptionError("request", expected="what mvshared.request.prepare made", got=type(request).__name__)
         if request.config != model.config:
             raise OptionError("request", expected="one to this model, and its config is another", got=request.config.family)
+        if upscale is not None and not isinstance(upscale, UpscaleParameters):
+            expected = "what mvshared.upscaling.views.plan_upscale made, or None; Pipeline.upscale enlarges views by name"
+            raise OptionError("upscale", expected=expected, got=upscale)
         memory = self._memory_plan(request.size, upscale)
         parameters = Parameters(
             **request.options,
@@ -196,7 +200,7 @@ class Pipeline(Generic[A]):
             images=images,
             latents=final,
             cameras=request.poses,
-            reference=request.pictures[0].picture if request.pictures else None,
+            reference=request.reference,
             parameters=parameters,
             weight_files=model.weight_files,
             upscaler_files=tuple(upscaler_files(upscale)),
@@ -318,20 +322,20 @@ class Pipeline(Generic[A]):
     def _conditions(self, request: Request, parameters: Parameters) -> dict[Mixture, Any]:
         """What the model's `condition` makes of all that stays constant over the steps, for every mixture once."""
         model, config, wanted = self.model, request.config, dict.fromkeys(call.mixture for call in request.calls)
-        pictures, prompts = request.pictures, request.prompts
+        prompts = request.prompts
         states = reference = text = normal_latents = None
-        if config.image_processor is not None:
+        if request.clip_pixels is not None:
             with self.stages("image_encoder", what="picture"):
-                states = model.encode_image(np.stack([clip_pixels(each.full, config.image_processor) for each in pictures]))
+                states = model.encode_image(request.clip_pixels)
                 self._done("image_encoder")
         if prompts is not None:
             negative = any(not branch.text for mixture in wanted for branch in mixture.branches)
             with self.stages("text_encoder", what="prompt"):
                 text = model.encode_prompt(prompts.ids[0 if negative else 1 :])
                 self._done("text_encoder")
-        if config.unet.reference_frame:
+        if config.unet.reference_frame and request.pictures is not None:
             with self.stages("vae_encoder", what="picture"):
-                reference = model.encode_latents(np.stack([each.pixels for each in pictures]))
+                reference = model.encode_latents(request.pictures)
         if request.normals is not None:
             with self.stages("vae_encoder", what="normal map"):
                 normal_latents = model.encode_latents(request.normals)

@@ -19,7 +19,7 @@ from mvshared.weights import sha256_of_files
 if TYPE_CHECKING:
     from mvshared.tokenizer import CLIPTokenizer
 
-_FROM_FILES = ("image", "normals", "latents")
+_FROM_FILES = {"image": "picture was", "normals": "normal maps were", "latents": "latents were"}
 
 
 def requested(run: Run, config: ModelConfig, tokenizer: Callable[[], "CLIPTokenizer"]) -> Request:
@@ -31,9 +31,9 @@ def requested(run: Run, config: ModelConfig, tokenizer: Callable[[], "CLIPTokeni
     parameters = run.parameters
     now = {"family": config.family, "fov_deg": config.camera.fov_deg, "config_sha256": config_sha256(config)}
     _check_same(parameters, now)
-    for what in _FROM_FILES:
+    for what, was in _FROM_FILES.items():
         if getattr(parameters, what) is None and getattr(parameters, f"{what}_sha256") is not None:
-            raise OptionError(what, expected="from files, and the run had it from memory", got=None)
+            raise OptionError(what, expected=f"in a file: the run's {was} given in memory", got=None)
     whole("size_px", parameters.size_px, *SIZE_RANGE_PX)
     request = prepare(
         config,

@@ -4,7 +4,6 @@
 wrong option is refused at once.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,8 +30,9 @@ from mvshared.arguments import (
     whole,
 )
 from mvshared.attention import check_pooling
+from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
-from mvshared.errors import MvWarning, OptionError
+from mvshared.errors import OptionError, warn
 from mvshared.framing import Framed, load_framed
 from mvshared.guidance import Branch, Call, Guidance, check_scales
 from mvshared.memory.estimate import RunSize
@@ -55,19 +55,23 @@ class Prompts(NamedTuple):
     ids: NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """A run of a model with this config, all but the model itself.
 
-    `poses` float32 (v, 4, 4); `normals` float32 (v, size_px, size_px, 3) in [-1, 1], or None; `prompts` None for a model
-    without text; `latents` float32 (v, h, w, c), None for the noise of `seed`; `steps` of the sampler, and the `calls` of the
-    network in them; `options` what `mvshared.runs.Parameters` says of all this, by the names of its fields.
+    `poses` float32 (v, 4, 4); `pictures` of the subject and `normals` of the views as the VAE takes them, float32 (n, size_px,
+    size_px, 3) in [-1, 1], `clip_pixels` (n, s, s, 3) as the vision tower takes the pictures, each None where there is none;
+    `reference` the first picture as it is framed; `prompts` None for a model without text; `latents` float32 (v, h, w, c), None
+    for the noise of `seed`; `steps` of the sampler, and the `calls` of the network in them; `options` what
+    `mvshared.runs.Parameters` says of all this, by the names of its fields.
     """
 
     config: ModelConfig
     poses: NDArray[np.float32]
     size_px: int
-    pictures: tuple[Framed, ...]
+    pictures: NDArray[np.float32] | None
+    clip_pixels: NDArray[np.float32] | None
+    reference: NDArray[np.uint8] | None
     normals: NDArray[np.float32] | None
     prompts: Prompts | None
     seed: int
@@ -92,7 +96,7 @@ class Request:
         return RunSize(
             views=len(self.poses),
             size_px=self.size_px,
-            pictures=len(self.pictures),
+            pictures=0 if self.pictures is None else len(self.pictures),
             branches=max(len(call.mixture.branches) for call in self.calls),
             texts=0 if self.prompts is None else len(self.prompts.ids),
             normals=self.normals is not None,
@@ -136,7 +140,7 @@ def prepare(
     `tokenizer` is called for a model that takes text. Pictures and normal maps are read within the stage of that name. Raises
     OptionError, CameraError and ImageError; CheckpointError for the tokenizer's folder.
     """
-    stages, defaults = stages or Stages(), config.defaults  # warnings below name the line that called `Pipeline.generate`
+    stages, defaults = stages or Stages(), config.defaults
     size_px = picture_size(config, size_px)
     steps = whole("steps", defaults.steps if steps is None else steps, 1, MAX_STEPS)
     strength = Guidance(
@@ -165,24 +169,28 @@ def prepare(
     kv_pooling = whole("kv_pooling", kv_pooling, 1, 2)
     check_pooling(kv_pooling, *(side >> config.unet.finest_attention for side in shape[1:3]))
     with stages("pictures"):
-        pictures = _framed_pictures(config, image, size_px=size_px)
+        framed = _framed_pictures(config, image, size_px=size_px)
+        processor = config.image_processor
+        clip = None if processor is None else np.stack([clip_pixels(each.full, processor) for each in framed])
     scales = check_scales(config.unet, image_scale=image_scale, reference_scale=reference_scale)
-    prompts = _tokenised(config, tokenizer, prompt, negative_prompt, pictures=len(pictures))
+    prompts = _tokenised(config, tokenizer, prompt, negative_prompt, pictures=len(framed))
     given = load_latents(latents)
-    fitting = checked_latents(given, shape, extra=len(pictures) if config.unet.reference_frame else 0)
+    fitting = checked_latents(given, shape, extra=len(framed) if config.unet.reference_frame else 0)
     fov_deg = config.camera.fov_deg
     normal_pixels = None
     if maps is not None:
         with stages("pictures"):
             normal_pixels = load_normals(maps, poses, fov_deg=fov_deg, size_px=size_px)
     text = prompts is not None and bool(prompts.prompt or prompts.negative)
-    there = Branch(text=text, image=bool(pictures), normals=normal_pixels is not None)
+    there = Branch(text=text, image=bool(framed), normals=normal_pixels is not None)
     strength.check_there(there, config)
     return Request(
         config=config,
         poses=poses,
         size_px=size_px,
-        pictures=pictures,
+        pictures=np.stack([each.pixels for each in framed]) if framed else None,
+        clip_pixels=clip,
+        reference=framed[0].picture if framed else None,
         normals=normal_pixels,
         prompts=prompts,
         seed=seed,
@@ -192,7 +200,7 @@ def prepare(
         options={
             "family": config.family,
             "image": image_names(image),
-            "image_sha256": pictures_sha256(pictures),
+            "image_sha256": pictures_sha256(framed),
             **scales,
             "prompt": None if prompts is None else prompts.prompt,
             "negative_prompt": None if prompts is None else prompts.negative,
@@ -237,7 +245,7 @@ def _framed_pictures(config: ModelConfig, image: Pictures | None, *, size_px: in
     for source, doubt in zip(given, (each.doubt for each in framed), strict=True):
         if doubt:
             name = source if isinstance(source, str | Path) else "the picture"
-            warnings.warn(f"no subject was found in {name}, and all of it is taken: {doubt}", MvWarning, stacklevel=4)
+            warn(f"no subject was found in {name}, and all of it is taken: {doubt}")
     return framed
 
 
@@ -264,7 +272,7 @@ def _tokenised(
     for name, cut in zip(("negative_prompt", "prompt"), tokens.cut, strict=True):
         if cut:
             room = made.max_length - 2
-            warnings.warn(f"the {name} is longer than {room} tokens; left out is: {cut}", MvWarning, stacklevel=4)
+            warn(f"the {name.replace('_', ' ')} is longer than {room} tokens; left out is: {cut}")
     return Prompts(positive, negative, tokens.ids)
 
 

@@ -131,8 +131,8 @@ def convert_checkpoint(source: Path, dest: Path, options: dict[str, Any]) -> Non
         click.echo(json.dumps(asdict(report) | {"folder": str(report.folder)}, default=dict))
         return
     _print_conversion(report)
-    for reason, tensors in Counter(report.left_out.values()).items():
-        click.echo(f"  left out: {tensors} tensor{'s' if tensors > 1 else ''}, {reason}")
+    for reason, count in Counter(report.left_out.values()).items():
+        click.echo(f"  left out ({count}): {reason}")
     if report.missing:
         click.echo(f"mvmlx: warning: not a whole model yet; add with --with: {', '.join(report.missing)}", err=True)
 

@@ -163,7 +163,7 @@ def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
         name = None if source is None else source.name if source.is_dir() else source.stem
         output = Path("views" if name is None else f"{name}-views")
     elif str(output) == "-":
-        raise OptionError("output", expected="a folder: views do not go to standard output", got="-", hint="or ./-")
+        raise OptionError("output", expected="a folder: views do not go to standard output", got="-")
     return [output] if len(seeds) == 1 else [output / f"seed_{seed}" for seed in seeds]
 
 
@@ -287,11 +287,11 @@ def upscale_options(options: dict[str, Any]) -> UpscaleOptions | None:
     }
     low_memory = options.get("low_memory", False) or options.get("memory_budget") is not None
     if options["upscale"] == "none":
-        for name, value in (*beside.items(), ("budget", options["upscale_budget"])):
+        for name, value in (*beside.items(), ("memory budget", options["upscale_budget"])):
             if value is not None:
-                label = "upscaler" if name == "upscaler" else f"{name} of the upscaler"
+                label = "upscaler" if name == "upscaler" else f"{name.replace('_', ' ')} of the upscaler"
                 raise OptionError(label, expected="left out without --upscale", got=value)
         return None
     budget = options["upscale_budget"]
-    budget_bytes = None if budget is None else round(1e9 * number("budget of the upscaler", budget, 1e-3, 1e6))
+    budget_bytes = None if budget is None else round(1e9 * number("memory budget of the upscaler", budget, 1e-3, 1e6))
     return UpscaleOptions(method=options["upscale"] or "sd-x2", budget_bytes=budget_bytes, low_memory=low_memory, **beside)

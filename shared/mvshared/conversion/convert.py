@@ -46,9 +46,9 @@ FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-7
 PREDICTS: dict[str, PredictionType] = {"sd21": "epsilon", "sd21-768": "v_prediction"}  # all that tells them apart
 SIZES_PX = {"sd15": 512, "sd21": 512, "sd21-768": 768}
 REPORT = "conversion.json"
-NETWORKS: dict[str, Component] = {  # by how the kind begins that their config.json names
-    "clip_text": "text_encoder",
-    "clip_vision": "image_encoder",
+NETWORKS: dict[str, Component] = {  # by the kind that their config.json names
+    "clip_text_model": "text_encoder",
+    "clip_vision_model": "image_encoder",
     "AutoencoderKL": "vae",
     "UNet2DConditionModel": "unet",
     "MultiViewUNetModel": "unet",
@@ -115,6 +115,9 @@ def convert(
     for each in extra:
         _collect(collected, each, local=family == "imagedream-local")
     if source.is_dir() and (family is None or (source / "model_index.json").is_file()):
+        if not (source / "model_index.json").is_file():
+            hint = f"name the family that it is of, {', '.join(map(repr, FAMILIES))}"
+            raise CheckpointError("is no whole model: model_index.json is missing", path=source, hint=hint)
         own_family = _check_model(source)
         local = own_family == "imagedream" and family == "imagedream-local" and _is_local(source)
         if family not in (None, own_family) and not local:
@@ -207,20 +210,21 @@ def _collect_folder(collected: _Collected, path: Path) -> None:
         there["tokenizer"] = path
     config = read_json_object(path / "config.json") if (path / "config.json").is_file() else {}
     kind = str(config.get("model_type") or config.get("_class_name"))
-    component = next((name for start, name in NETWORKS.items() if kind.startswith(start)), None)
+    component = NETWORKS.get(kind)
     if component is not None:
         there[component] = path
         if component == "image_encoder" and (path / "preprocessor_config.json").is_file():
             there["feature_extractor"] = path
+    both = "holds both towers of CLIP; a folder of one of them can be taken"
     if kind == "clip":
-        collected.left_out[str(path)] = "both towers of CLIP together; a folder of the one that is needed is taken"
+        collected.left_out[str(path)] = both
     for name, folder in there.items():
         if collected.has(name):
             collected.left_out[str(folder)] = "another source, before this one, has it"
         else:
             collected.folders[name] = folder
     if not there:
-        raise CheckpointError("holds no component of a checkpoint", path=path)
+        raise CheckpointError(both if kind == "clip" else "holds no component of a checkpoint", path=path)
 
 
 def _take_configs(collected: _Collected, like: Path) -> None:
@@ -413,7 +417,13 @@ def _set_sample_size(collected: _Collected, size_px: int) -> None:
 def _folder_tensors(collected: _Collected, component: Component) -> dict[str, RawTensor]:
     """The weights in a component's folder; buffers are left out."""
     folder = collected.folders[component]
-    tensors = {name: each for file in weight_files_in(folder, component) for name, each in read_safetensors(file).items()}
+    try:
+        files = weight_files_in(folder, component)
+    except CheckpointError:
+        files = list(folder.glob("*.safetensors"))  # whatever its name, if it is the only one
+        if len(files) != 1:
+            raise
+    tensors = {name: each for file in files for name, each in read_safetensors(file).items()}
     for name in [name for name in tensors if name.endswith(BUFFERS)]:
         del tensors[name]
         collected.left_out[name] = "numbers that every model knows by itself"

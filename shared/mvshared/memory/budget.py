@@ -91,4 +91,4 @@ def _changes(model: ModelSize, run: RunSize) -> Iterator[tuple[str, ModelSize, R
     for views in range(run.views - 1, 0, -1):
         yield f"views={views}", model, replace(run, views=views)
     if run.upscaler is not None:
-        yield 'upscale="lanczos"', model, replace(run, upscaler=None, enlarged=1)
+        yield 'method="lanczos"', model, replace(run, upscaler=None, enlarged=1)

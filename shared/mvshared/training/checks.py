@@ -1,6 +1,5 @@
 """What captures and settings must have for the model that learns, looked at before anything is loaded or encoded."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from mvshared.camera import azimuth_elevation
 from mvshared.captures import Capture, load_capture, size_px
 from mvshared.config import ModelConfig
-from mvshared.errors import DatasetError, MvWarning, OptionError
+from mvshared.errors import DatasetError, OptionError, warn
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig, TrainConfig
 
@@ -35,7 +34,7 @@ def check_captures(
             raise DatasetError(f"the {name} captures have {lack}", path=config.folder)
         if left_out:
             text = f"{left_out[0]} and {len(left_out) - 1} more" if left_out[1:] else str(left_out[0])
-            warnings.warn(f"not learned from, for there is {lack}: {text}", MvWarning, stacklevel=2)
+            warn(f"not learned from, for there is {lack}: {text}")
     if model.unet.normal_channels and config.normals and model.family == "gaf":
         _check_normals(everything, folder=config.folder)
     return everything
@@ -92,7 +91,7 @@ def _check_normals(captures: list[Capture], *, folder: str) -> None:
             hint="a TOML file with normals = false in its table data trains without",
         )
     if missing:
-        warnings.warn(f"{missing} of {len(views)} views have no normal map and are learned without", MvWarning, stacklevel=3)
+        warn(f"{missing} of {len(views)} views have no normal map and are learned without")
 
 
 def check_frozen(config: TrainConfig, names: Iterable[str]) -> None:

@@ -1,7 +1,6 @@
 """Sample sheets during training: what the averaged weights make of held-out captures, or of those that are learned."""
 
 import importlib
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mvshared.camera import azimuth_elevation
 from mvshared.captures import load_capture
 from mvshared.checkpoint import read_vae_config, weight_files
 from mvshared.config import ModelConfig
-from mvshared.errors import CameraError, ImageError, MvWarning, NumericsError, OptionError
+from mvshared.errors import CameraError, ImageError, NumericsError, OptionError, warn
 from mvshared.files import make_folder, write_atomic
 from mvshared.images import encode_png, from_model, sheet
 from mvshared.training.config import TrainConfig
@@ -38,7 +37,7 @@ def sample_writer(config: TrainConfig, folder: Path, *, backend: str, device: st
         try:
             picture = makers[config.stage](config, (held_out or training)[:ROWS], model, backend=backend, device=device)
         except NumericsError as error:  # the training knows by itself whether its loss is finite
-            warnings.warn(f"no sample sheet at step {step}: {error.message}", MvWarning, stacklevel=2)
+            warn(f"no sample sheet at step {step}: {error.message}")
             return
         if picture is not None:
             write_atomic(make_folder(folder / "samples") / f"step_{step:06}.png", encode_png(picture))
@@ -78,7 +77,7 @@ def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend
             continue
         reference, *truth = from_model(_read(config, [capture.image_paths[view] for view in (front, *others)]))
         if reference.shape[0] != reference.shape[1]:
-            warnings.warn("no sample sheets: the captures are not square, and what is generated is", MvWarning, stacklevel=2)
+            warn("no sample sheets: the captures are not square, and what is generated is")
             return None
         normals = _normals(config, [capture.normal_paths[view] for view in others], pipeline.model.config)
         given: dict[str, Any] = {"cameras": capture.poses[others]}
@@ -87,10 +86,10 @@ def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend
             views = pipeline.generate(reference, normals=normals, **given)
         except (ImageError, CameraError, OptionError) as refused:
             if normals is None:  # such as a model that takes no picture
-                warnings.warn(f"no sample sheets: {refused}", MvWarning, stacklevel=2)
+                warn(f"no sample sheets: {refused}")
                 return None
             # What training takes may be no map to steer by.
-            warnings.warn(f"sampled without the normal maps of {folder.name}: {refused}", MvWarning, stacklevel=2)
+            warn(f"sampled without the normal maps of {folder.name}: {refused}")
             views = pipeline.generate(reference, **given)
         rows.append(np.stack([reference, *views.images, *truth]))
     return _sheet(rows) if rows else None

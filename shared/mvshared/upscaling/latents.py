@@ -3,7 +3,6 @@
 Views do not see each other here, so they are upscaled a few at a time, as many as a memory budget allows.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Generic, NamedTuple
@@ -15,7 +14,7 @@ from mvshared.arguments import number, whole
 from mvshared.backend import A, BackendName, Dtype, TextStates, UpscalerModel
 from mvshared.checkpoint import find_model, model_name
 from mvshared.config import KUNetConfig
-from mvshared.errors import MvWarning, NumericsError, OptionError
+from mvshared.errors import NumericsError, OptionError, warn
 from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.numerics import check_views
 from mvshared.precision import DTYPE_BYTES
@@ -176,7 +175,7 @@ class Upscaler(Generic[A]):
         tokens = self.tokenizer(texts)
         for cut in filter(None, tokens.cut):
             room = self.tokenizer.max_length - 2
-            warnings.warn(f"the upscaler's prompt is longer than {room} tokens; left out is: {cut}", MvWarning, stacklevel=3)
+            warn(f"the upscaler's prompt is longer than {room} tokens; left out is: {cut}")
         return self.model.encode_text(tokens.ids)
 
 

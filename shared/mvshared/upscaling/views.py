@@ -38,6 +38,9 @@ from mvshared.weights import sha256_of_files, stored_quantization
 Decode: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # pixels in [-1, 1] of scaled latents
 
 
+_LABELS = {"noise_level": "noise level", "budget_bytes": "memory budget"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
     """What a caller asks for; None is the upscaler's default. `upscaler` is a name or a folder, for sd-x2 alone. With
@@ -56,7 +59,7 @@ class UpscaleOptions:
             raise OptionError("upscale", expected=f"one of {', '.join(UPSCALE_METHODS)}", got=self.method)
         for name in ("upscaler", "steps", "guidance", "noise_level", "budget_bytes"):
             if self.method != "sd-x2" and getattr(self, name) is not None:
-                label = name if name == "upscaler" else f"{name} of the upscaler"
+                label = name if name == "upscaler" else f"{_LABELS.get(name, name)} of the upscaler"
                 raise OptionError(label, expected=f"left out for {self.method}", got=getattr(self, name))
 
 
