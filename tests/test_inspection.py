@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from helpers import BACKENDS, Backend
+from public_folders import stable_diffusion
 
 from mvshared.checkpoint import weight_files
 from mvshared.cli import run
@@ -87,3 +88,16 @@ def test_the_report_is_printed_for_people_and_for_programs(capfd: pytest.Capture
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such model"):
         inspect(tmp_path / "nowhere")
+
+
+def test_a_scheduler_that_is_not_here_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = stable_diffusion(tmp_path / "sd")
+    path = folder / "scheduler" / "scheduler_config.json"
+    document = json.loads(path.read_text())
+    for kind, replaced in (("LCMScheduler", True), ("DDIMScheduler", False), ("EulerDiscreteScheduler", False)):
+        path.write_text(json.dumps(document | {"_class_name": kind}))
+        assert inspect(folder).replaced_scheduler == (kind if replaced else None)
+        assert run(["info", str(folder)]) == 0
+        said = "scheduler_config.json names LCMScheduler, which is not here: ddim takes its place"
+        assert (said in capfd.readouterr().out) == replaced
+    assert inspect("demo").replaced_scheduler is None

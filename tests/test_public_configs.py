@@ -32,6 +32,7 @@ from mvshared.config import MVDREAM, SD21, SD_VAE, SchedulerConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.public_configs import (
     SCHEDULER_FIELDS,
+    clip_text,
     diffusers_sampler,
     diffusers_scheduler,
     diffusers_unet,
@@ -218,7 +219,7 @@ def test_flow_matching_is_refused_of_every_solver() -> None:
         (ldm_unet, MVDREAM_UNET | {"context_dim": True}, "context_dim is malformed"),
         (ldm_unet, MVDREAM_UNET | {"ip_dim": 16, "ip_weight": 0.5}, "ip_weight must be 1"),
         (diffusers_unet, SD21_UNET | {"class_embed_type": "projection"}, "class_embed_type must be None"),
-        (diffusers_unet, SD21_UNET | {"down_block_types": ["KDownBlock2D"] * 4}, "down_block_types is malformed"),
+        (diffusers_unet, SD21_UNET | {"down_block_types": ["KDownBlock2D"] * 4}, "down_block_types must be 4 of Cross"),
         (diffusers_unet, SD21_UNET | {"up_block_types": ["CrossAttnUpBlock2D"] * 4}, "the other way round"),
         (diffusers_unet, SD21_UNET | {"attention_head_dim": [5, 10]}, "attention_head_dim is malformed"),
         (ldm_unet, MVDREAM_UNET | {"channel_mult": [1, None]}, "channel_mult is malformed"),
@@ -227,7 +228,11 @@ def test_flow_matching_is_refused_of_every_solver() -> None:
         (diffusers_unet, SD21_UNET | {"attention_head_dim": True}, "attention_head_dim is malformed"),
         (diffusers_unet, SD21_UNET | {"down_block_types": [["DownBlock2D"]] * 4}, "down_block_types is malformed"),
         (diffusers_unet, SD21_UNET | {"norm_num_groups": 7}, "config.json: block_out_channels must be multiples of"),
-        (diffusers_vae, {"block_out_channels": [32], "down_block_types": ["X"]}, "down_block_types is malformed"),
+        (
+            diffusers_vae,
+            {"block_out_channels": [32], "down_block_types": ["X"]},
+            "down_block_types must be 1 times DownEncoderBlock2D",
+        ),
         (diffusers_vae, VAE | {"latents_std": ["a", 1.0, 1.0, 1.0]}, "latents_std is malformed"),
         (diffusers_vae, VAE | {"latents_mean": [0.0, 0.0, 0.0, float("nan")]}, "latents_mean is malformed"),
         (diffusers_vae, VAE | {"scaling_factor": float("inf")}, "scaling_factor is malformed"),
@@ -302,6 +307,34 @@ def test_the_size_of_the_latents_is_one_number_or_two_that_are_the_same(size: An
     assert latent_size({"sample_size": size}, path=HERE, default=32) == expected
     assert latent_size({"image_size": size}, path=HERE, default=32) == expected
     assert latent_size({}, path=HERE, default=32) == 32
+
+
+def test_folders_of_old_diffusers_are_as_large_as_its_pipeline_makes_them() -> None:
+    for version, size, expected in (("0.8.0", 8, 64), ("0.8.1", 96, 96), ("0.10.2", 8, 8), ("0.42.1", 8, 8)):
+        assert latent_size({"sample_size": size, "_diffusers_version": version}, path=HERE, default=32) == expected
+    old: dict[str, Any] = {"image_size": 32, "_diffusers_version": "0.8.0"}
+    assert latent_size(old, path=HERE, default=64) == 32, "MVDream's, whose pipeline does not"
+
+
+def test_what_diffusers_takes_for_the_same_is_the_same() -> None:
+    same = {"cross_attention_dim": [1024] * 4, "act_fn": "swish"}
+    assert diffusers_unet(SD21_UNET | same, path=HERE) == diffusers_unet(SD21_UNET, path=HERE)
+    assert diffusers_vae(VAE | {"act_fn": "swish"}, path=HERE) == diffusers_vae(VAE, path=HERE)
+    with pytest.raises(CheckpointError, match="cross_attention_dim is malformed"):
+        diffusers_unet(SD21_UNET | {"cross_attention_dim": [1024, 1024, 768, 1024]}, path=HERE)
+    unused = {"block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": [3, 10, 20, 20]}
+    without = {"down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 3]}
+    without |= {"up_block_types": [*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"]}
+    assert diffusers_unet(SD21_UNET | unused | without, path=HERE).heads(0) == 3
+    with pytest.raises(CheckpointError, match="num_attention_heads must be a divisor of 320 at level 0"):
+        diffusers_unet(SD21_UNET | unused, path=HERE)
+
+
+def test_a_text_tower_with_an_attention_mask_is_refused() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    clip_text(sizes | {"use_attention_mask": False}, path=HERE, projection=False)
+    with pytest.raises(CheckpointError, match="use_attention_mask must be false"):
+        clip_text(sizes | {"use_attention_mask": True}, path=HERE, projection=False)
 
 
 @pytest.mark.parametrize("size", [8.0, True, 0, "16", [16, 24], [16], [[16], [16]]])
@@ -427,7 +460,7 @@ def test_a_vae_of_other_than_three_colours_is_refused(tmp_path: Path) -> None:
     folder = stable_diffusion(tmp_path)
     path = folder / "vae" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 4, "out_channels": 4}))
-    with pytest.raises(CheckpointError, match=r"in_channels must be 3, which are red, .* got '4 and 4'"):
+    with pytest.raises(CheckpointError, match=r"in_channels must be 3, which are red, .* got \(4, 4\)"):
         read_model_config(folder)
 
 

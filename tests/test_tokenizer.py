@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 
 from mvshared.config import CLIPTextConfig
 from mvshared.errors import CheckpointError, OptionError
@@ -159,3 +160,19 @@ def test_a_tokenizer_with_tokens_that_the_text_encoder_does_not_know_is_refused(
     variant(tmp_path / "tokenizer", added_tokens={"<owl>": 525})
     with pytest.raises(CheckpointError, match="has token ids up to 525, the text encoder knows 525 tokens"):
         load_tokenizer(tmp_path, text)
+
+
+CONCEPTS = ("<cat>", "<cat>_1", "<cat>_2", "<dog>", "mat_1")
+CONCEPT_TEXTS = ("a <cat> on a mat", "<dog>", "", "<cat> and <cat>, <dog>s", "an owl", "<cat>_1 alone", "x" * 99 + " <cat>")
+
+
+@pytest.mark.parametrize("beside", [(), ("vocab.json", "merges.txt")])
+def test_concepts_are_expanded_as_diffusers_expands_them(beside: tuple[str, ...], tmp_path: Path) -> None:
+    folder = one_file(tmp_path / "tokenizer", added=CONCEPTS)
+    for name in beside:  # which transformers leaves there, and reads no more
+        shutil.copy(FOLDER / name, folder)
+    theirs, ours = transformers.CLIPTokenizer.from_pretrained(folder), CLIPTokenizer(folder)
+    for text in CONCEPT_TEXTS:
+        expanded = TextualInversionLoaderMixin().maybe_convert_prompt(text, theirs)
+        expected = theirs(expanded, padding="max_length", truncation=True, max_length=ours.max_length).input_ids
+        assert ours([text]).ids.tolist() == [expected], text

@@ -136,7 +136,8 @@ class UNetConfig:
                 raise OptionError(
                     "block_out_channels", expected=f"multiples of norm_num_groups ({self.norm_num_groups})", got=channels
                 )
-            if channels % self.heads(level):
+            attends = self.attention_levels[level] or (level == levels - 1 and self.mid_attention)
+            if attends and channels % self.heads(level):
                 raise OptionError(
                     "num_attention_heads", expected=f"a divisor of {channels} at level {level}", got=self.heads(level)
                 )
@@ -193,7 +194,7 @@ class VAEConfig:
         check_counts(self, "norm_num_groups", "sample_size")
         if self.in_channels != 3 or self.out_channels != 3:
             expected = "3, which are red, green and blue, as many as out_channels"
-            raise OptionError("in_channels", expected=expected, got=f"{self.in_channels} and {self.out_channels}")
+            raise OptionError("in_channels", expected=expected, got=(self.in_channels, self.out_channels))
         if not self.scaling_factor > 0:
             raise OptionError("scaling_factor", expected="above 0", got=self.scaling_factor)
         if self.latents_std is not None and not all(value > 0 for value in self.latents_std):

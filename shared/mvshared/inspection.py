@@ -9,8 +9,10 @@ from pathlib import Path
 from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, choose_backend
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig
-from mvshared.errors import MvError
+from mvshared.errors import CheckpointError, MvError
+from mvshared.files import read_json_object
 from mvshared.precision import DTYPE_BYTES
+from mvshared.public_configs import diffusers_sampler
 from mvshared.tokenizer import load_tokenizer
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
@@ -36,12 +38,17 @@ class ComponentReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A checkpoint folder: its config (None if it cannot be read), its sound components, and every fault in one line."""
+    """A checkpoint folder: its config (None if it cannot be read), its sound components, and every fault in one line.
+
+    `replaced_scheduler` is the class of diffusers that a public folder names and that is not here, else None: DDIM takes its
+    place, with its noise schedule.
+    """
 
     folder: Path
     config: ModelConfig | UpscalerConfig | None
     components: tuple[ComponentReport, ...]
     faults: tuple[str, ...]
+    replaced_scheduler: str | None = None
 
     def memory_bytes(self) -> dict[str, int]:
         """What the weights of the sound components need, by dtype; activations come on top."""
@@ -118,4 +125,16 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
             load_tokenizer(folder, config.text_encoder)
         except MvError as fault:
             faults.append(str(fault))
-    return Report(folder=folder, config=config, components=tuple(reports), faults=tuple(faults))
+    return Report(
+        folder=folder,
+        config=config,
+        components=tuple(reports),
+        faults=tuple(faults),
+        replaced_scheduler=_replaced_scheduler(folder) if isinstance(config, ModelConfig) else None,
+    )
+
+
+def _replaced_scheduler(folder: Path) -> str | None:
+    document = read_json_object(folder / "scheduler" / "scheduler_config.json", error=CheckpointError)
+    named = document.get("_class_name", "DDIMScheduler")
+    return named if named != "DDIMScheduler" and diffusers_sampler(document) == "ddim" else None

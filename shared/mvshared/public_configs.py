@@ -8,6 +8,7 @@ whose fields are those of LDM's openaimodel.py; transformers' CLIPTextConfig and
 """
 
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -47,7 +48,7 @@ LDM_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_heads_upsample": (-1, None),
 }
 DIFFUSERS_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
+    "act_fn": ("silu", "swish"),
     "addition_embed_type": (None,),
     "addition_embed_type_num_heads": (64,),
     "addition_time_embed_dim": (None,),
@@ -81,7 +82,7 @@ DIFFUSERS_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
 }
 VAE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
+    "act_fn": ("silu", "swish"),
     "shift_factor": (None,),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
@@ -199,6 +200,13 @@ class Fields:
             raise self.malformed(name, value)
         return values
 
+    def one_of_levels(self, name: str, default: int) -> int:
+        """A field that is one whole number for all levels, be it said once or for each. Raises CheckpointError."""
+        value = self.take(name, (int, list, tuple), default)
+        if not _is_of(_alike(value), (int,)):
+            raise self.malformed(name, value)
+        return _alike(value)
+
     def choice(self, name: str, allowed: tuple[str, ...], default: str) -> Any:
         """A field with one of a few values. Raises CheckpointError for another."""
         value = self.take(name, str, default)
@@ -310,7 +318,7 @@ def diffusers_unet(document: Document, *, path: Path) -> UNetConfig:
         transformer_layers_per_block=fields.per_level("transformer_layers_per_block", levels, 1),
         attention_levels=attention,
         num_attention_heads=heads,
-        cross_attention_dim=fields.take("cross_attention_dim", int, 1280),
+        cross_attention_dim=fields.one_of_levels("cross_attention_dim", 1280),
         use_linear_projection=fields.take("use_linear_projection", bool, False),
         norm_num_groups=fields.take("norm_num_groups", int, 32),
         norm_eps=fields.take("norm_eps", float, 1e-5),
@@ -322,20 +330,23 @@ def diffusers_unet(document: Document, *, path: Path) -> UNetConfig:
 def latent_size(document: Document, *, path: Path, default: int) -> int:
     """Height and width of the latents that a U-Net's config names, in `sample_size` or `image_size`; the default for none.
 
-    Raises CheckpointError for what is no number, or two that are not the same.
+    Below 64 in a file of diffusers before 0.9 it is 64, as in diffusers' pipeline. Raises CheckpointError for what is no
+    number, or two that are not the same.
     """
     name = "sample_size" if "sample_size" in document else "image_size"
     given = Fields({name: document.get(name)}, path=path).per_level(name, 2, None) or (default, default)
     if given[0] != given[1] or given[0] < 1:
         raise CheckpointError(f"{name} must be one number above 0, or two that are the same, got {document[name]!r}", path=path)
-    return given[0]
+    old = re.match(r"0\.[0-8]\.", str(document.get("_diffusers_version", ""))) and isinstance(document.get("sample_size"), int)
+    return max(64, given[0]) if old else given[0]
 
 
 def attention_levels(fields: Fields, name: str, kinds: Mapping[str, bool], levels: int) -> tuple[bool, ...]:
     """Which levels attend, by the kinds of their blocks. Raises CheckpointError for other kinds or another number."""
     blocks = fields.take_list(name, str)
     if len(blocks) != levels or not all(block in kinds for block in blocks):
-        raise fields.malformed(name, blocks)
+        expected = f"{levels} of {' and '.join(kinds)} for the models here"
+        raise CheckpointError(f"{name} must be {expected}, got {list(blocks)!r}", path=fields.path)
     return tuple(kinds[block] for block in blocks)
 
 
@@ -347,7 +358,7 @@ def diffusers_vae(document: Document, *, path: Path) -> VAEConfig:
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         blocks = fields.take_list(name, str)
         if list(blocks) != [kind] * len(channels):
-            raise fields.malformed(name, blocks)
+            raise CheckpointError(f"{name} must be {len(channels)} times {kind}, got {list(blocks)!r}", path=path)
     config = VAEConfig(
         in_channels=fields.take("in_channels", int, 3),
         out_channels=fields.take("out_channels", int, 3),
@@ -381,7 +392,8 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
     for name, neutral in SCHEDULER_NEUTRAL.items():
         value = fields.left.get(name, ddim if name == "clip_sample" else neutral[0])
         if value not in neutral:
-            raise CheckpointError(f"{name} must be {neutral[0]!r} for the samplers here, got {value!r}", path=path)
+            got = f"a list of {len(value)}" if isinstance(value, list | tuple) else repr(value)
+            raise CheckpointError(f"{name} must be {neutral[0]!r} for the samplers here, got {got}", path=path)
     lowest = fields.take("lambda_min_clipped", (int, float), -math.inf)
     solver = kind in DIFFUSERS_SAMPLERS and diffusers_sampler(given) != "ddim"
     default = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "leading"}
@@ -419,6 +431,8 @@ def diffusers_sampler(document: Document) -> SamplerName:
 def clip_text(document: Document, *, path: Path, projection: bool) -> CLIPTextConfig:
     """The text tower of a transformers config; `projection` says whether the weights have one. Raises CheckpointError."""
     fields = Fields(document, path=path)
+    if fields.take("use_attention_mask", bool, False):
+        raise CheckpointError("use_attention_mask must be false: all tokens are attended to, padding too", path=path)
     return CLIPTextConfig(
         vocab_size=fields.take("vocab_size", int, 49408),
         max_position_embeddings=fields.take("max_position_embeddings", int, 77),

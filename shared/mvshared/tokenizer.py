@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from mvshared.config import CLIPTextConfig
@@ -38,7 +38,9 @@ class Tokens(NamedTuple):
 class CLIPTokenizer:
     """The tokenizer of a folder with vocab.json and merges.txt, or tokenizer.json.
 
-    Tokens that were added to the vocabulary are read too: added_tokens.json, `added_tokens_decoder` in tokenizer_config.json.
+    Tokens that were added to the vocabulary are read too: added_tokens.json, `added_tokens_decoder` in tokenizer_config.json,
+    and `added_tokens` in tokenizer.json. The token of a concept of several vectors (textual inversion, arXiv 2208.01618) stands
+    for all of them, which are called token_1, token_2 and so on, as in diffusers' pipelines.
     Fields: `max_length`, the tokens per text, start and end included; `bos_token_id`, `eos_token_id`, `pad_token_id`;
     `largest_id`, the largest of all tokens.
     """
@@ -50,7 +52,7 @@ class CLIPTokenizer:
         special = {name: _token(folder, settings.get(name, content)) for name, content in SPECIAL_TOKENS.items()}
         self.max_length = _max_length(folder, settings)
         self._tokenizer = _bpe(folder, unk_token=special["unk_token"].content)
-        _add_tokens(self._tokenizer, folder, settings)
+        self._several = _of_several_vectors(_add_tokens(self._tokenizer, folder, settings))
         vocabulary = self._tokenizer.get_vocab()
         for name, token in special.items():
             if token.content not in vocabulary:
@@ -70,12 +72,22 @@ class CLIPTokenizer:
             if any("\ud800" <= character <= "\udfff" for character in text):
                 hint = "is the terminal's locale UTF-8?"
                 raise OptionError("prompt", expected="a text of characters, and has bytes that are none", got=text, hint=hint)
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            text, encoding = self._encoded(text)
             room = self.max_length - 2
             kept = encoding.ids[:room]
             row[: len(kept) + 2] = [self.bos_token_id, *kept, self.eos_token_id]
             cut.append(text[encoding.offsets[room][0] :] if len(encoding.ids) > room else "")
         return Tokens(ids, tuple(cut))
+
+    def _encoded(self, text: str) -> tuple[str, Encoding]:
+        """The text with every vector of its concepts, and its encoding."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        short = {token for token in encoding.tokens if token in self._several}
+        if not short:
+            return text, encoding
+        for token in sorted(short):
+            text = text.replace(token, self._several[token])
+        return text, self._tokenizer.encode(text, add_special_tokens=False)
 
 
 def load_tokenizer(folder: Path, text: CLIPTextConfig | None) -> CLIPTokenizer:
@@ -111,10 +123,13 @@ def _token(folder: Path, value: Any, *, special: bool = True) -> AddedToken:
     return AddedToken(content, special=special, **({"normalized": False} | options))
 
 
-def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
-    """Add the tokens that are not in the vocabulary, whose ids must be the next ones."""
-    path = folder / "added_tokens.json"
+def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> set[str]:
+    """Add the tokens that are not in the vocabulary, whose ids must be the next ones; all that the files say were added."""
+    path, whole = folder / "added_tokens.json", folder / "tokenizer.json"
     plain = read_json_object(path, error=CheckpointError) if path.exists() else {}
+    listed = read_json_object(whole, error=CheckpointError).get("added_tokens") if whole.exists() else []
+    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        raise CheckpointError(f"added_tokens must be a list of objects, got {listed!r}", path=whole)
     decoder = settings.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict) or not all(isinstance(each, dict) for each in decoder.values()):
         raise CheckpointError(f"added_tokens_decoder must map ids to objects, got {decoder!r}", path=folder)
@@ -122,6 +137,9 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) ->
     for number, fields in decoder.items():
         token = _token(folder, fields, special=bool(fields.get("special", False)))
         added[token.content] = (int(number) if number.isdecimal() else number, token)
+    for fields in listed:  # of transformers 5, which leaves older files beside it as they were
+        token = _token(folder, fields, special=bool(fields.get("special", False)))
+        added.setdefault(token.content, (fields.get("id"), token))
     known = tokenizer.get_vocab()
     new = [pair for text, pair in added.items() if text not in known]
     if not all(isinstance(number, int) and not isinstance(number, bool) for number, _ in new):
@@ -133,6 +151,19 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) ->
             raise CheckpointError(
                 f"the added token {token.content!r} must have the next id, {given}, got {number}", path=folder
             )
+    return set(added)
+
+
+def _of_several_vectors(added: set[str]) -> dict[str, str]:
+    """The tokens that stand for more than themselves, and what for: "<cat> <cat>_1 <cat>_2"."""
+    several = {}
+    for token in added:
+        vectors = [token]
+        while f"{token}_{len(vectors)}" in added:
+            vectors.append(f"{token}_{len(vectors)}")
+        if len(vectors) > 1:
+            several[token] = " ".join(vectors)
+    return several
 
 
 def _max_length(folder: Path, settings: dict[str, Any]) -> int:

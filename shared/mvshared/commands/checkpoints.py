@@ -86,7 +86,7 @@ def show_model(name: str | None, *, backend: str, as_json: bool) -> None:
         if report is not None:
             document |= {"folder": str(report.folder), "family": report.config.family if report.config else None}
             document |= {"components": [asdict(each) for each in report.components], "faults": report.faults}
-            document |= {"memory_bytes": report.memory_bytes()}
+            document |= {"memory_bytes": report.memory_bytes(), "replaced_scheduler": report.replaced_scheduler}
         click.echo(json.dumps(document | {"devices": [asdict(each) for each in devices]}))
     else:
         if report is not None:
@@ -108,6 +108,8 @@ def _print_report(report: Report) -> None:
         views = f"{defaults.views} view{'s' if defaults.views > 1 else ''} of {defaults.size_px} pixels"
         how = f"{defaults.steps} steps of {defaults.scheduler}, guidance {defaults.guidance:g}"
         click.echo(f"family {report.config.family}: {views}, {how}")
+        if report.replaced_scheduler is not None:
+            click.echo(f"scheduler_config.json names {report.replaced_scheduler}, which is not here: ddim takes its place")
     for each in report.components:
         dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in sorted(each.dtypes.items()))
         files = f"{each.files} file{'s' if each.files > 1 else ''}"
