@@ -260,7 +260,11 @@ DEPTH = np.ones((2, 32, 32), np.float32)
         ("depth", {"depth": -DEPTH}),
         ("depth", {"depth": DEPTH.astype(np.float64) * 1e-60}),  # zero in float32
         ("depth", {"depth": DEPTH.astype(np.int64)}),
-        ("masks", {"depth": DEPTH * np.inf}),
+        ("depth", {"depth": DEPTH * np.inf}),
+        ("depth", {"depth": [[1.0]]}),
+        ("masks", {"depth": None, "masks": [[True]]}),
+        ("pictures", {"pictures": [[0.5]]}),
+        ("fov_deg", {"fov_deg": "30"}),
         ("masks", {"depth": None, "masks": np.zeros((2, 32, 32), np.bool_)}),
         ("masks", {"depth": None, "masks": np.ones((2, 8, 8), np.bool_)}),
         ("masks", {"depth": None, "masks": np.ones((2, 32, 32))}),
@@ -282,6 +286,7 @@ def test_arrays_that_do_not_fit_are_refused_by_name(name: str, changes: dict[str
         (orbit([0, 0], 0), "5 to 100 degrees apart"),
         (orbit([0, 180], 0), "5 to 100 degrees apart"),
         (np.concatenate([orbit([0], 0), orbit([40], 0) @ np.diag([-1, 1, -1, 1])]), "degrees apart"),
+        (orbit([0, 40], 0, radius=1e6) @ np.diag([1, 1, 1, 1]) + 1e30 * np.eye(1, 16, 3).reshape(4, 4), r"is 1e\+30 from the"),
         (np.stack([orbit([0], 0)[0], orbit([40], 0)[0] + np.eye(4, k=3) * 0 + 50 * np.eye(1, 16, 7).reshape(4, 4)]), "look"),
     ],
 )

@@ -228,7 +228,7 @@ def test_what_a_model_cannot_use_is_refused(name: str, changes: dict[str, Any], 
 
 def test_a_picture_alone_is_enough_and_has_the_family_s_defaults() -> None:
     picture = FIXTURES / "tiny-imagedream" / "input.png"
-    with pytest.warns(MvWarning, match="the negative_prompt is longer"):  # in the tiny vocabulary
+    with pytest.warns(MvWarning, match="the negative prompt is longer"):  # in the tiny vocabulary
         used = pipeline("tiny-imagedream", "torch", "float32").generate(picture, steps=1).parameters
     assert (used.prompt, used.negative_prompt) == ("", IMAGEDREAM_NEGATIVE_PROMPT)
     assert (used.guidance, used.size_px, len(used.cameras)) == (5.0, 128, 4)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mvshared.heads import (
     render,
     sample_identity,
 )
+from mvshared.heads.dataset import render_dataset
 from mvshared.heads.shape import HeadShape
 from mvshared.heads.trace import BOX, Tracer
 from mvshared.images import composite
@@ -272,6 +274,11 @@ def test_depth_is_measured_along_the_optical_axis() -> None:
     turned[0, :3, :3] = pose[0, :3, :3] @ np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]], np.float32)
     aside = render(9, turned, size_px=65, fov_deg=60).depth[0]
     assert aside[np.isfinite(aside)].min() == pytest.approx(nose_to_camera * c, abs=0.15)
+
+
+def test_more_heads_than_can_be_counted_in_memory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="identities must be at most 10,000,000 heads at a time"):
+        render_dataset(tmp_path / "out", range(10**11), views=2, size_px=16)
 
 
 @pytest.mark.parametrize("size_px", [0, 7, 2049, -8, 32.0, True])

@@ -281,13 +281,16 @@ def test_mlx_s_cache_has_a_limit_during_a_run_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("6GB", 6e9), ("1.5", 1.5e9), (2, 2e9), ("500 mb", 5e8), ("6GiB", 6 * 2**30), ("64MiB", 2**26)]
+    ("text", "size"),
+    [("6GB", 6e9), ("1.5", 1.5e9), (2, 2e9), (1e-7, 100), (1e20, 1e29), ("500 mb", 5e8), ("6GiB", 6 * 2**30), ("64MiB", 2**26)],
 )
 def test_a_budget_has_a_unit_or_is_in_gigabytes(text: Any, size: float) -> None:
     assert memory_options(memory_budget=text) == MemoryOptions(budget_bytes=round(size))
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1GB", "6TB", "GB", "1e3", "six", float("nan"), "6 G B"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1GB", "6TB", "GB", "1e3", "six", float("nan"), float("inf"), True, "6 G B", "\u0663GB"]
+)
 def test_other_budgets_are_refused(text: Any) -> None:
     with pytest.raises(OptionError, match="memory budget must be a size above 0"):
         memory_options(memory_budget=text)
@@ -411,6 +414,10 @@ def test_a_budget_that_is_too_small_is_refused_with_what_would_fit(public: Any) 
             fit(wide, RUN, MemoryOptions(budget_bytes=10**9 + 8 * 10**8), process_bytes=0)
     with pytest.raises(MemoryBudgetError, match="no smaller size, dtype or quantisation fits either"):
         fit(offered, RUN, MemoryOptions(budget_bytes=10**6), process_bytes=0)
+    plan = plans(public.backend, public.device)[-1]
+    both = estimate(small, replace(RUN, size_px=64), plan, process_bytes=0).peak_bytes
+    with pytest.raises(MemoryBudgetError, match=r'what would fit: quantize="q8" and size_px=\d+ \('):
+        fit(offered, RUN, MemoryOptions(budget_bytes=both), process_bytes=0)
 
 
 @pytest.mark.parametrize("quantize", [None, "q8"])

@@ -66,6 +66,7 @@ def metadata(file: Path) -> str:
 # Both backends
 
 
+@pytest.mark.filterwarnings("ignore:no subject was found")  # noise has none
 @pytest.mark.parametrize("name", ["tiny-imagedream", "tiny-mvdream", "demo"])
 def test_a_quantised_folder_gives_the_same_views_in_both_backends(name: str, tmp_path: Path) -> None:
     source: Any = name if name == "demo" else FIXTURES / name

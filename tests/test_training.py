@@ -1,6 +1,7 @@
 """The training loop and its configuration, on tiny data; on PyTorch unless the backend matters."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -590,6 +591,24 @@ def test_a_sample_that_is_not_finite_does_not_end_the_training(
     config = unet_config(data, vae, steps=1)
     with pytest.warns(MvWarning, match="no sample sheet at step 1: sampling: the final latents of view 0 are not finite"):
         run(config, tmp_path / "run", on_sample=sample_writer(config, tmp_path / "run", backend="torch", device="cpu"))
+
+
+@pytest.mark.parametrize("held_out", [0.25, 0.0])
+def test_a_state_that_is_not_finite_is_not_kept(held_out: float, data: Path, tmp_path: Path) -> None:
+    config = vae_config(data, steps=1)
+    config = replace(config, data=replace(config.data, held_out=held_out))
+    wild = replace(config, optimizer=replace(config.optimizer, learning_rate=1e30, warmup_steps=0))
+    with pytest.raises(NumericsError, match=r"training step 0: loss (nan|inf) after it \(lower the learning rate, in another"):
+        run(wild, tmp_path / "run")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"model", "state.safetensors", "log.csv"}, left
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "gradient_clip", "eps", "weight_decay", "final_learning_rate"])
+def test_settings_of_the_optimiser_are_finite(name: str) -> None:
+    for value in (math.inf, math.nan):
+        with pytest.raises(OptionError, match=f"{name} must be"):
+            replace(OptimizerConfig(), **{name: value})  # pyright: ignore[reportArgumentType]
 
 
 def test_pictures_that_the_vae_cannot_halve_so_often_are_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def _vertical_fov_deg(
         if name in fields:
             value, limit = fields[name], math.pi if name.startswith("camera_angle") else 1e9
             if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value < limit:
-                raise error(f"{name} must be a number from 1e-6 to {limit:g}, got {value!r}", path=path)
+                raise error(f"{name} must be a number from 1e-6 to below {limit:g}, got {value!r}", path=path)
             values[name] = value
     focal = values.get("fl_y", values.get("fl_x"))
     if focal is not None and "h" in values:

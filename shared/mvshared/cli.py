@@ -567,10 +567,14 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in _NO_ROOM):
             text = error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
             hint = "the system does not let mvmlx read or write there"
+            if error.errno in _NO_ROOM and error.filename is None:
+                hint = "there is no room for what is written, such as where standard output goes"
             return _fail(f"{text} ({hint})", OutputError.exit_code, kind=type(error).__name__, as_json=as_json)
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
-            hint = "memory ran out; smaller runs are those with --low-memory, --memory-budget, --size, --views or --dtype"
+            known = {option for each in _command(arguments).params for option in each.opts}
+            smaller = [each for each in ("--low-memory", "--memory-budget", "--size", "--views", "--dtype") if each in known]
+            hint = f"memory ran out; what helps may be {', '.join(smaller)}" if smaller else "memory ran out"
             return _fail(f"{text} ({hint})", MemoryBudgetError.exit_code, kind="OutOfMemory", as_json=as_json)
         hint = "this is a fault of mvmlx: please report it with what MVMLX_TRACEBACK=1 prints"
         return _fail(f"{text} ({hint})", INTERNAL_EXIT, kind="InternalError", as_json=as_json)

@@ -30,7 +30,8 @@ def check_counts(config: Any, *names: str) -> None:
         value = getattr(config, name)
         entries = value if isinstance(value, tuple) else (value,)
         if value is not None and (not entries or not all(_at_least(entry, 1) for entry in entries)):
-            raise OptionError(name, expected="a whole number of at least 1", got=value)
+            expected = "a whole number of at least 1" if entries else "one or more whole numbers of at least 1"
+            raise OptionError(name, expected=expected, got=value)
 
 
 def _check_transformer(config: "CLIPTextConfig | CLIPVisionConfig") -> None:

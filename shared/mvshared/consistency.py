@@ -14,7 +14,7 @@ docs/evaluation.md has measured numbers.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +28,7 @@ from mvshared.plane_sweep import Scene, make_scene, pair_depth
 from mvshared.projection import corners, project, sample, unproject
 
 # Between neighbours: nearer cameras show the same in any case, farther ones no common surface of a convex object to speak of.
+FARTHEST = 1e12  # of a camera: squares of more leave float32 soon
 MIN_ANGLE_DEG, MAX_ANGLE_DEG = 5.0, 100.0
 # A view's two nearest neighbours, and up to four if they are hardly farther than the nearest.
 NEIGHBOURS, MOST_NEIGHBOURS, HARDLY_FARTHER = 2, 4, 1.5
@@ -95,20 +96,23 @@ def consistency(
     Raises OptionError for arrays that do not fit and for an empty mask; CameraError for cameras that are no poses, of which no
     two are 5 to 100 degrees apart, or, without depth, that do not look at one point.
     """
-    x = _checked_pictures(pictures)
+    given: Any = np.asarray(pictures)
+    x = _checked_pictures(given)
     shape = x.shape[:3]
     cameras = validate_poses(poses).astype(np.float64)
     if len(cameras) != len(x):
         raise CameraError(f"there must be one camera per picture ({len(x)}), got {len(cameras)}")
-    if not 1 <= fov_deg <= 150:
+    if isinstance(fov_deg, bool | str) or not 1 <= fov_deg <= 150:
         raise OptionError("fov_deg", expected="1 to 150 degrees", got=fov_deg)
+    if (far := np.abs(cameras[:, :3, 3]).max(axis=1)).max() > FARTHEST:
+        raise CameraError(f"it is {far.max():.3g} from the origin, at most {FARTHEST:g} is allowed", index=int(far.argmax()))
     pairs = neighbour_pairs(cameras)
     if depth is None:
-        silhouettes = _checked_masks(foreground(pictures) if masks is None else masks, shape)
+        silhouettes = _checked_masks(foreground(given) if masks is None else np.asarray(masks), shape)
         scene = make_scene(x, silhouettes, cameras, fov_deg)
         depths = None
     else:
-        depths = _checked_depth(depth, shape)
+        depths = _checked_depth(np.asarray(depth), shape)
         silhouettes = _checked_masks(np.isfinite(depths), shape)
         scene = Scene(x, silhouettes, cameras, fov_deg, np.zeros(3), 0.0)
     warps, exchanged = [], []
@@ -243,6 +247,8 @@ def _checked_depth(depth: NDArray[np.floating], shape: tuple[int, ...]) -> Float
         raise OptionError("depth", expected=f"floats of shape {shape}", got=(depth.dtype.name, depth.shape))
     with np.errstate(over="ignore"):
         result = depth.astype(np.float32)
+    if len(nothing := np.flatnonzero(np.isinf(result).all(axis=(1, 2)))):
+        raise OptionError("depth", expected="finite somewhere in every view", got=f"nothing in view {nothing[0]}")
     if not (result > 0).all():
         raise OptionError("depth", expected="positive everywhere, infinite where nothing is", got=float(depth.min()))
     return result

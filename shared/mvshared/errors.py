@@ -212,6 +212,6 @@ class MemoryBudgetError(MvError):
     exit_code = 13
 
     def __init__(self, *, needed_bytes: int, budget_bytes: int, stage: str, hint: str = "") -> None:
-        needed, budget = f"{needed_bytes / 1e9:.2f} GB", f"{budget_bytes / 1e9:.2f} GB"
+        needed, budget = (f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.3g} MB" for n in (needed_bytes, budget_bytes))
         super().__init__(f"this run needs at least {needed} in its stage {stage}, the budget is {budget}", hint=hint)
         self.needed_bytes, self.budget_bytes, self.stage = needed_bytes, budget_bytes, stage

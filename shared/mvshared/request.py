@@ -184,6 +184,7 @@ def prepare(
     text = prompts is not None and bool(prompts.prompt or prompts.negative)
     there = Branch(text=text, image=bool(framed), normals=normal_pixels is not None)
     strength.check_there(there, config)
+    _warn_of_doubts(image, framed)
     return Request(
         config=config,
         poses=poses,
@@ -241,12 +242,15 @@ def _framed_pictures(config: ModelConfig, image: Pictures | None, *, size_px: in
         return ()
     if not 1 <= len(given) <= MAX_PICTURES:
         raise OptionError("image", expected=f"1 to {MAX_PICTURES} pictures for this model", got=len(given))
-    framed = tuple(load_framed(each, size_px=size_px, framing=config.framing) for each in given)
-    for source, doubt in zip(given, (each.doubt for each in framed), strict=True):
+    return tuple(load_framed(each, size_px=size_px, framing=config.framing) for each in given)
+
+
+def _warn_of_doubts(image: Pictures | None, framed: Sequence[Framed]) -> None:
+    given = image if isinstance(image, list | tuple) else [image]
+    for source, doubt in zip(given, (each.doubt for each in framed), strict=False):  # a model that takes none has framed none
         if doubt:
             name = source if isinstance(source, str | Path) else "the picture"
             warn(f"no subject was found in {name}, and all of it is taken: {doubt}")
-    return framed
 
 
 def _tokenised(

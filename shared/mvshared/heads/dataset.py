@@ -29,6 +29,7 @@ from mvshared.processors import usable_processors
 FRONT_DEG = 35.0  # the first quarter of the views looks at the face from within this azimuth
 ELEVATIONS_DEG = (-5.0, 30.0)
 MAX_VIEWS = 1000
+MAX_HEADS = 10_000_000  # of a call, whose numbers are kept in memory
 RENDERER = 3  # which heads a number stands for: raised when they look otherwise, so that no folder holds both
 MIN_SIZE_PX, MAX_SIZE_PX = 8, 2048
 LEFT_OVER_S = 3600.0  # since when an unfinished head has not changed whose process must be gone: heads take seconds
@@ -96,6 +97,8 @@ def render_dataset(
         raise OptionError("size", expected=f"{MIN_SIZE_PX} to {MAX_SIZE_PX} pixels", got=size_px)
     if processes is not None and processes < 1:
         raise OptionError("processes", expected="at least 1", got=processes)
+    if len(identities) > MAX_HEADS:
+        raise OptionError("identities", expected=f"at most {MAX_HEADS:,} heads at a time", got=f"{len(identities):,}")
     identities = list(dict.fromkeys(identities))
     if identities and min(identities) < 0:
         raise OptionError("identities", expected="at least 0", got=min(identities))

@@ -1,7 +1,8 @@
 """Fitting a run into memory: the fastest plan that a budget allows, or what would fit instead."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mvshared.errors import MemoryBudgetError, OptionError
@@ -37,10 +38,14 @@ def memory_options(*, low_memory: bool = False, memory_budget: str | float | Non
     """The options of a budget such as "6GB", "500MB", "6GiB", or a number of GB. Raises OptionError for any other."""
     if memory_budget is None:
         return MemoryOptions(low_memory=low_memory)
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(memory_budget).lower())
-    if found is None or found[2] not in UNITS or not float(found[1]) > 0:
+    size = 0.0
+    if isinstance(memory_budget, int | float) and not isinstance(memory_budget, bool):
+        size = memory_budget * UNITS["gb"]
+    elif found := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", str(memory_budget).lower()):
+        size = float(found[1]) * UNITS.get(found[2], 0)
+    if not 0 < size < math.inf:
         raise OptionError("memory budget", expected="a size above 0 such as 6GB, 500MB or 6GiB", got=memory_budget)
-    return MemoryOptions(low_memory=low_memory, budget_bytes=round(float(found[1]) * UNITS[found[2]]))
+    return MemoryOptions(low_memory=low_memory, budget_bytes=max(1, round(size)))
 
 
 def fit(model: ModelSize, run: RunSize, options: MemoryOptions, *, process_bytes: int) -> Fitted:
@@ -69,26 +74,39 @@ def fit(model: ModelSize, run: RunSize, options: MemoryOptions, *, process_bytes
 
 
 def _what_fits(model: ModelSize, run: RunSize, *, budget_bytes: int, process_bytes: int) -> str:
-    """The changes that make a run fit, each alone, the mildest ones first."""
-    fitting = []
+    """The changes that make a run fit, each alone, the mildest ones first; where none does, a smaller model's with a smaller
+    run."""
     plan = plans(model.backend, model.device)[-1]
-    for words, changed_model, changed_run in _changes(model, run):
-        peak = estimate(changed_model, changed_run, plan, process_bytes=process_bytes).peak_bytes
-        if peak <= budget_bytes and words.partition("=")[0] not in {each.partition("=")[0] for each in fitting}:
-            fitting.append(f"{words} ({peak / 1e9:.2f} GB)")
-    return f"what would fit: {', '.join(fitting)}" if fitting else "no smaller size, dtype or quantisation fits either"
+
+    def fitting(changes: Iterable[tuple[str, ModelSize, RunSize]]) -> list[str]:
+        found: dict[str, str] = {}  # by the argument
+        for words, changed_model, changed_run in changes:
+            peak = estimate(changed_model, changed_run, plan, process_bytes=process_bytes).peak_bytes
+            if peak <= budget_bytes:
+                found.setdefault(words.partition("=")[0], f"{words} ({peak / 1e9:.2f} GB)")
+        return list(found.values())
+
+    models, runs = list(_smaller_models(model)), list(_smaller_runs(run))
+    alone = [*((words, each, run) for words, each in models), *((words, model, each) for words, each in runs)]
+    pairs = ((f"{a} and {b}", smaller, shorter) for a, smaller in models for b, shorter in runs)
+    found = fitting(alone) or fitting(pairs)
+    return f"what would fit: {', '.join(found)}" if found else "no smaller size, dtype or quantisation fits either"
 
 
-def _changes(model: ModelSize, run: RunSize) -> Iterator[tuple[str, ModelSize, RunSize]]:
-    """Arguments that save memory, and what they make of the sizes."""
+def _smaller_models(model: ModelSize) -> Iterator[tuple[str, ModelSize]]:
+    """Arguments that make weights smaller, and what they make of them."""
     if model.half_size is not None:
-        yield f'dtype="{model.half_size.dtype}"', model.half_size, run
+        yield f'dtype="{model.half_size.dtype}"', model.half_size
     for preset, smaller in model.quantized_sizes.items():
-        yield f'quantize="{preset}"', smaller, run
+        yield f'quantize="{preset}"', smaller
+
+
+def _smaller_runs(run: RunSize) -> Iterator[tuple[str, RunSize]]:
+    """Arguments that make a run smaller, and what they make of it."""
     for size_px in SMALLER_SIZES_PX:
         if size_px < run.size_px:
-            yield f"size_px={size_px}", model, replace(run, size_px=size_px)
+            yield f"size_px={size_px}", replace(run, size_px=size_px)
     for views in range(run.views - 1, 0, -1):
-        yield f"views={views}", model, replace(run, views=views)
+        yield f"views={views}", replace(run, views=views)
     if run.upscaler is not None:
-        yield 'method="lanczos"', model, replace(run, upscaler=None, enlarged=1)
+        yield 'method="lanczos"', replace(run, upscaler=None, enlarged=1)

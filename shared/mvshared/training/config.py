@@ -82,14 +82,12 @@ class OptimizerConfig:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise OptionError("learning_rate", expected="above 0", got=self.learning_rate)
-        for name in ("gradient_clip", "eps"):
-            if not getattr(self, name) > 0:
-                raise OptionError(name, expected="above 0", got=getattr(self, name))
+        for name in ("learning_rate", "gradient_clip", "eps"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise OptionError(name, expected="finite" if value > 0 else "above 0", got=value)
         for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise OptionError(name, expected="at least 0", got=getattr(self, name))
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise OptionError(name, expected="finite" if value > 0 else "at least 0", got=value)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise OptionError("betas", expected="two numbers from 0 to below 1", got=self.betas)
         if not 0 <= self.ema_decay < 1:

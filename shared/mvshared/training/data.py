@@ -69,6 +69,8 @@ def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], l
     Each side has one at least. Raises DatasetError if there are too few for that.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise DatasetError("no such folder", path=folder, hint="make one with: mvmlx render-heads")
     found = sorted(path.parent for path in folder.glob("*/transforms.json") if not path.parent.name.startswith("."))
     needed = 2 if held_out else 1
     if len(found) < needed:

@@ -122,13 +122,7 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
             rate = learning_rate(config.optimizer, step=step, steps=config.steps)
             result = stage.trainer.step(batch, learning_rate=rate)
             if not (math.isfinite(result.loss) and (math.isfinite(result.gradient_norm) or result.skipped)):
-                raise NumericsError(
-                    f"loss {result.loss}, gradient norm {result.gradient_norm}",
-                    where=f"training step {step}",
-                    hint="lower the learning rate"
-                    + ", or train in float32" * (config.dtype != "float32")
-                    + "; the last state is kept" * run.state_path.exists(),
-                )
+                raise _diverged(f"loss {result.loss}, gradient norm {result.gradient_norm}", run, step=step)
             losses.append(result.loss)
             if not result.skipped:
                 norms.append(result.gradient_norm)
@@ -138,6 +132,10 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
             saves = last or done % config.checkpoint_every == 0
             if saves or done % config.log_every == 0:
                 held_out = _held_out_loss(stage) if saves else None
+                if saves:
+                    after = stage.trainer.evaluate(batch) if held_out is None else held_out
+                    if not math.isfinite(after):
+                        raise _diverged(f"loss {after} after it", run, step=step)
                 seconds = (time.perf_counter() - started) / len(losses)
                 norm = float(np.mean(norms)) if norms else None
                 scale, skipped = stage.trainer.loss_scale, len(losses) - len(norms)
@@ -155,6 +153,12 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
             if not losses:
                 started = time.perf_counter()
     return folder / "model"
+
+
+def _diverged(what: str, run: RunFolder, *, step: int) -> NumericsError:
+    hint = "lower the learning rate" + ", or train in float32" * (run.config.dtype != "float32") + ", in another folder"
+    kept = "; the last state is kept" * run.state_path.exists()
+    return NumericsError(what, where=f"training step {step}", hint=hint + kept)
 
 
 def _held_out_loss(stage: Stage) -> float | None:
