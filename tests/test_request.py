@@ -1,5 +1,6 @@
 """Requests: what a run is to be, without any model's weights."""
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,12 @@ from mvshared.backend import load
 from mvshared.config import Framing, ModelConfig
 from mvshared.errors import MvWarning, OptionError
 from mvshared.images import save_png
+from mvshared.pipeline import Pipeline
 from mvshared.repetition import repeat
 from mvshared.request import Request, prepare
 from mvshared.runs import read_run
 
 BUSY = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-OPTIONS: dict[str, Any] = {
-    "image": BUSY,
-    "image_scale": 1.0,
-    "reference_scale": 1.0,
-    "guidance_interval": (0.0, 1.0),
-    "guidance_every": 1,
-    "guidance_rescale": 0.0,
-    "eta": 0.0,
-    "kv_pooling": 1,
-    "seed": 0,
-}
-LEFT_OUT = ("prompt", "negative_prompt", "cameras", "normals", "normal_space", "steps", "guidance", "guidance_text")
-LEFT_OUT += ("guidance_image", "guidance_normals", "scheduler", "spacing", "size_px", "latents")
 
 
 def no_tokenizer() -> Any:
@@ -38,8 +27,20 @@ def no_tokenizer() -> Any:
 
 
 def request_of(config: ModelConfig = TINY_MODEL, **options: Any) -> Request:
-    given: dict[str, Any] = dict.fromkeys(LEFT_OUT) | OPTIONS | options
+    given: dict[str, Any] = {"image": BUSY} | options
     return prepare(config, no_tokenizer, **given)
+
+
+def test_its_arguments_are_those_of_generate() -> None:
+    theirs, ours = (dict(inspect.signature(each).parameters) for each in (Pipeline.generate, prepare))
+    for name in ("self", "upscale", "check_numerics", "on_step"):
+        del theirs[name]
+    for name in ("config", "tokenizer", "stages"):
+        del ours[name]
+    assert {name: (each.default, each.annotation) for name, each in ours.items()} == {
+        name: (each.default, each.annotation) for name, each in theirs.items()
+    }
+    assert list(ours) == list(theirs)
 
 
 def test_the_noise_is_that_of_the_seed_and_given_latents_take_its_place() -> None:
