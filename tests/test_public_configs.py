@@ -147,7 +147,8 @@ def test_every_field_of_diffusers_own_configs_is_known() -> None:
 def test_what_a_scheduler_leaves_out_has_the_default_of_diffusers() -> None:
     config = diffusers_scheduler({"_class_name": "DDIMScheduler", "clip_sample": False}, path=HERE)
     oracle = DDIMScheduler(clip_sample=False).config
-    assert {name: oracle[name] for name in vars(config)} == vars(config)
+    fields = {name: value for name, value in vars(config).items() if name != "karras_ends"}
+    assert {name: oracle[name] for name in fields} == fields
     other = diffusers_scheduler({"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}, path=HERE)
     assert (other.set_alpha_to_one, other.prediction_type) == (False, "v_prediction")
 
@@ -178,6 +179,21 @@ def test_a_sampler_that_is_here_is_the_default_with_its_spacing(
     document |= {"_class_name": cls.__name__, "clip_sample": False}
     assert diffusers_sampler(document) == name
     assert diffusers_scheduler(document, path=HERE).timestep_spacing == spacing
+
+
+def test_karras_ends_are_those_of_the_file_s_spacing_for_euler_alone() -> None:
+    karras = SD_SCHEDULER | {"use_karras_sigmas": True}
+    del karras["clip_sample"], karras["set_alpha_to_one"]
+    for kind, spacing, expected in (
+        ("EulerDiscreteScheduler", "leading", "leading"),
+        ("EulerDiscreteScheduler", "trailing", "trailing"),
+        ("EulerDiscreteScheduler", "linspace", "training"),
+        ("DPMSolverMultistepScheduler", "leading", "training"),
+    ):
+        config = diffusers_scheduler(karras | {"_class_name": kind, "timestep_spacing": spacing}, path=HERE)
+        assert (config.timestep_spacing, config.karras_ends) == ("karras", expected)
+    plain = diffusers_scheduler(karras | {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": False}, path=HERE)
+    assert plain.karras_ends == "training"
 
 
 ASIDE: dict[str, Any] = {  # what classes without such a field do

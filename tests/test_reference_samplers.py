@@ -189,6 +189,26 @@ def test_in_float32_a_sampler_differs_from_diffusers_by_rounding() -> None:
         np.testing.assert_allclose(levels.sigmas, scheduler.sigmas.tolist(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("ends", ["leading", "trailing"])
+def test_euler_between_the_ends_of_a_spacing_is_that_of_diffusers(ends: Any, prediction: PredictionType) -> None:
+    for steps in (1, 2, 5, 10, 30, 333):
+        config = replace(SD21, timestep_spacing="karras", karras_ends=ends, prediction_type=prediction)
+        with in_float64():
+            theirs = SCHEDULERS["euler"](
+                **{name: getattr(config, name) for name in ("beta_start", "beta_end", "beta_schedule", "prediction_type")},
+                use_karras_sigmas=True,
+                timestep_spacing=ends,
+                steps_offset=1,
+            )
+            theirs.set_timesteps(steps)
+        levels = schedule.euler_levels(config, steps)
+        np.testing.assert_allclose(levels.sigmas, theirs.sigmas.tolist(), rtol=1e-6)
+        np.testing.assert_allclose(levels.timesteps, theirs.timesteps.tolist(), rtol=1e-5, atol=1e-3)
+        assert len(samplers.sampler_steps("euler", config, steps=steps)) == steps
+    assert schedule.solver_levels(config, 10) == schedule.solver_levels(replace(config, karras_ends="training"), 10)
+
+
 # Where diffusers is not followed
 
 

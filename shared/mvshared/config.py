@@ -331,7 +331,11 @@ MAX_TRAIN_TIMESTEPS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """The noise schedule and the default spacing of timesteps (diffusers' scheduler_config.json)."""
+    """The noise schedule and the default spacing of timesteps (diffusers' scheduler_config.json).
+
+    `karras_ends` says between which noise levels Karras' are for Euler's method: those of the whole training, or the first and
+    the last one of a spacing, as in diffusers' EulerDiscreteScheduler with that `timestep_spacing`.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -342,6 +346,7 @@ class SchedulerConfig:
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     rescale_betas_zero_snr: bool = False
+    karras_ends: Literal["training", "leading", "trailing"] = "training"
 
     def __post_init__(self) -> None:
         check_counts(self, "num_train_timesteps")

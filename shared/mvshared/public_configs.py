@@ -399,13 +399,15 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
     default = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "leading"}
     default |= SCHEDULER_DEFAULTS.get(kind, {"timestep_spacing": "linspace"})
     spacing = fields.choice("timestep_spacing", ("leading", "trailing", "linspace"), default["timestep_spacing"])
+    karras = solver and fields.take("use_karras_sigmas", (bool, type(None)), False)
     config = SchedulerConfig(
         num_train_timesteps=fields.take("num_train_timesteps", int, 1000),
         beta_start=fields.take("beta_start", float, default["beta_start"]),
         beta_end=fields.take("beta_end", float, default["beta_end"]),
         beta_schedule=fields.choice("beta_schedule", ("linear", "scaled_linear"), default["beta_schedule"]),
         prediction_type=fields.choice("prediction_type", ("epsilon", "v_prediction"), "epsilon"),
-        timestep_spacing="karras" if solver and fields.take("use_karras_sigmas", (bool, type(None)), False) else spacing,
+        timestep_spacing="karras" if karras else spacing,
+        karras_ends=spacing if karras and kind == "EulerDiscreteScheduler" and spacing != "linspace" else "training",
         steps_offset=fields.take("steps_offset", int, 0),
         set_alpha_to_one=fields.take("set_alpha_to_one", bool, default.get("set_alpha_to_one", False)),
         rescale_betas_zero_snr=fields.take("rescale_betas_zero_snr", bool, False),

@@ -116,7 +116,10 @@ def euler_levels(config: SchedulerConfig, steps: int) -> Levels:
     Linspace spacing is not rounded to timesteps of training. Raises OptionError.
     """
     if config.timestep_spacing == "karras":
-        return _karras_levels(config, steps)
+        if config.karras_ends == "training":
+            return _karras_levels(config, steps)
+        spaced = _levels(config, timesteps(replace(config, timestep_spacing=config.karras_ends), steps))
+        return _karras_levels(config, steps, ends=(spaced.sigmas[0], spaced.sigmas[-2]))
     if config.timestep_spacing == "linspace":
         count = config.num_train_timesteps
         steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, count))
@@ -175,8 +178,9 @@ def _levels(config: SchedulerConfig, called_at: Sequence[float]) -> Levels:
     )
 
 
-def _karras_levels(config: SchedulerConfig, steps: int) -> Levels:
+def _karras_levels(config: SchedulerConfig, steps: int, *, ends: tuple[float, float] | None = None) -> Levels:
     """Noise levels evenly spaced in sigma^(1/7), and the timesteps where ln sigma is interpolated between those of training.
+    The largest and the smallest are `ends`, or those of training.
 
     With zero terminal SNR there is no largest sigma. The first step is at the last timestep, and the others have the levels of
     the schedule as it was before it was rescaled. diffusers takes alphas_cumprod to be 2^-24 there, sigma 4096, and of 10 steps
@@ -184,7 +188,8 @@ def _karras_levels(config: SchedulerConfig, steps: int) -> Levels:
     """
     steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, config.num_train_timesteps))
     plain = training_sigmas(replace(config, rescale_betas_zero_snr=False))
-    roots = np.linspace(plain[-1] ** (1 / KARRAS_RHO), plain[0] ** (1 / KARRAS_RHO), steps)
+    first, last = (plain[-1], plain[0]) if ends is None or config.rescale_betas_zero_snr else ends
+    roots = np.linspace(first ** (1 / KARRAS_RHO), last ** (1 / KARRAS_RHO), steps)
     sigmas = roots**KARRAS_RHO
     levels = training_sigmas(config)
     called_at = np.interp(np.log(sigmas), np.log(levels), np.arange(len(levels)))

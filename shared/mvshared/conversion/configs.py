@@ -333,7 +333,7 @@ def upscaler_document(shapes: Shapes) -> dict[str, Any]:
 def scheduler_document(config: SchedulerConfig) -> dict[str, Any]:
     """The config of diffusers' DDIMScheduler."""
     document = {"_class_name": "DDIMScheduler", "_diffusers_version": DIFFUSERS_VERSION, "clip_sample": False}
-    return document | vars(config)
+    return document | {name: value for name, value in vars(config).items() if name != "karras_ends"}  # which is Euler's
 
 
 def euler_document(config: SigmaConfig) -> dict[str, Any]:
