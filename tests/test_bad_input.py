@@ -256,7 +256,7 @@ CALLS = [
         9,
         ("evaluate gone -o new", "gone: no such folder"),
         ("evaluate mine -o new", "transforms.json: no such file"),
-        ("train configs/no-data.toml -o new", "at least 2 captures | render-heads"),
+        ("train configs/no-data.toml -o new", "gone: no such folder | render-heads"),
         ("train configs/bad-data.toml -o new", "transforms.json"),
     ),
     *calls(10, ("generate picture.png --model broken/nan -o new", "not finite")),

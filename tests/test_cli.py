@@ -436,13 +436,17 @@ def test_a_fault_of_the_program_is_one_line_and_a_traceback_on_request(
 def test_memory_that_runs_out_is_no_fault_of_the_program(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    def full(**options: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise error
 
+    monkeypatch.setattr(mvshared.commands.generate, "generate_views", full)
     monkeypatch.setattr(mvshared.commands.checkpoints, "list_models", full)
-    assert run(["models"]) == 13
+    assert run(["generate", "picture.png"]) == 13
     printed = capfd.readouterr().err
     assert "memory ran out" in printed and "--low-memory" in printed and "fault of mvmlx" not in printed
+    assert run(["models"]) == 13
+    printed = capfd.readouterr().err
+    assert printed.endswith("(memory ran out)\n") and "--low-memory" not in printed, "which it has not"
 
 
 def test_a_file_name_that_the_terminal_cannot_show_is_shown_in_another_way(desk: Path) -> None:
@@ -503,7 +507,7 @@ def test_errors_of_a_benchmark_are_json_only_where_its_results_are(
     ("fault", "message"),
     [
         (PermissionError(errno.EACCES, "Permission denied", "locked/model_index.json"), "locked/model_index.json: Permission"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device (the system"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device (there is no room"),
     ],
 )
 def test_what_the_system_refuses_is_no_fault_of_the_program(
