@@ -278,7 +278,7 @@ def test_depth_is_measured_along_the_optical_axis() -> None:
 
 def test_more_heads_than_can_be_counted_in_memory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="identities must be at most 10,000,000 heads at a time"):
-        render_dataset(tmp_path / "out", range(10**11), views=2, size_px=16)
+        render_dataset(tmp_path / "out", range(10**23), views=2, size_px=16)
 
 
 @pytest.mark.parametrize("size_px", [0, 7, 2049, -8, 32.0, True])

@@ -71,6 +71,11 @@ FOLDERS = {
     "no settings": lambda path: variant(path, special_tokens_map=None, tokenizer_config=None),
     "one file": one_file,
     "added tokens": lambda path: variant(path, added_tokens={"<owl>": 525, "kåt": 526}),
+    "added tokens of the vocabulary": lambda path: variant(
+        path,
+        vocab=json.loads((FOLDER / "vocab.json").read_text(encoding="utf-8")) | {"<owl>": 525, "kåt": 526},
+        added_tokens={"<owl>": 525, "kåt": 526},
+    ),
     "one file with added tokens": lambda path: one_file(path, added=["<owl>", "kåt"]),
 }
 

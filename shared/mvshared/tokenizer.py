@@ -124,7 +124,7 @@ def _token(folder: Path, value: Any, *, special: bool = True) -> AddedToken:
 
 
 def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> set[str]:
-    """Add the tokens that are not in the vocabulary, whose ids must be the next ones; all that the files say were added."""
+    """Add tokens, with their ids in the vocabulary or else the next ones; all that the files say were added."""
     path, whole = folder / "added_tokens.json", folder / "tokenizer.json"
     plain = read_json_object(path, error=CheckpointError) if path.exists() else {}
     listed = read_json_object(whole, error=CheckpointError).get("added_tokens") if whole.exists() else []
@@ -141,6 +141,7 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) ->
         token = _token(folder, fields, special=bool(fields.get("special", False)))
         added.setdefault(token.content, (fields.get("id"), token))
     known = tokenizer.get_vocab()
+    tokenizer.add_tokens([token for text, (_, token) in added.items() if text in known and not token.special])  # whole, then
     new = [pair for text, pair in added.items() if text not in known]
     if not all(isinstance(number, int) and not isinstance(number, bool) for number, _ in new):
         raise CheckpointError("an added token's id must be a whole number", path=folder)

@@ -421,7 +421,7 @@ def _folder_tensors(collected: _Collected, component: Component) -> dict[str, Ra
         files = weight_files_in(folder, component)
     except CheckpointError:
         files = list(folder.glob("*.safetensors"))  # whatever its name, if it is the only one
-        if len(files) != 1:
+        if len(files) != 1 or any(folder.glob("*.index*.json")) or any(folder.glob("*.bin")):
             raise
     tensors = {name: each for file in files for name, each in read_safetensors(file).items()}
     for name in [name for name in tensors if name.endswith(BUFFERS)]:
