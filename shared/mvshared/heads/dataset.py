@@ -97,7 +97,7 @@ def render_dataset(
         raise OptionError("size", expected=f"{MIN_SIZE_PX} to {MAX_SIZE_PX} pixels", got=size_px)
     if processes is not None and processes < 1:
         raise OptionError("processes", expected="at least 1", got=processes)
-    if identities[MAX_HEADS:]:  # a range may have more than `len` can count
+    if len(identities[MAX_HEADS : MAX_HEADS + 1]):  # a range may have more than `len` can count
         raise OptionError("identities", expected=f"at most {MAX_HEADS:,} heads at a time", got=f"more from {identities[0]} on")
     identities = list(dict.fromkeys(identities))
     if identities and min(identities) < 0:
