@@ -572,7 +572,7 @@ def run(arguments: list[str]) -> int:
             return _fail(f"{text} ({hint})", OutputError.exit_code, kind=type(error).__name__, as_json=as_json)
         text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
-            known = {option for each in _command(arguments).params for option in each.opts}
+            known = _options(arguments)
             smaller = [each for each in ("--low-memory", "--memory-budget", "--size", "--views", "--dtype") if each in known]
             hint = f"memory ran out; what helps may be {', '.join(smaller)}" if smaller else "memory ran out"
             return _fail(f"{text} ({hint})", MemoryBudgetError.exit_code, kind="OutOfMemory", as_json=as_json)
@@ -585,8 +585,7 @@ def _one_line(error: MvError, arguments: list[str]) -> str:
 
     Beside --config values are those of a file, and nobody has written an option for them.
     """
-    command = _command(arguments)
-    known = {option for each in command.params for option in each.opts}
+    known = _options(arguments)
 
     def option(name: str) -> str:
         written = "--" + name.replace(" ", "-").replace("_", "-")
@@ -605,14 +604,14 @@ def _one_line(error: MvError, arguments: list[str]) -> str:
     return " ".join((f"{text} ({hint})" if hint else text).split())
 
 
-def _command(arguments: list[str]) -> click.Command:
-    """The command that is called, or the group of commands as far as it can be told."""
+def _options(arguments: list[str]) -> set[str]:
+    """The options of the command that is called, or of the group of commands as far as it can be told."""
     command: click.Command = cli
     for word in arguments:
         if not isinstance(command, click.Group):
             break
         command = command.commands.get(word, command)
-    return command
+    return {option for each in command.params for option in each.opts}
 
 
 def _wants_json(arguments: list[str]) -> bool:

@@ -27,8 +27,8 @@ from mvshared.metrics import SSIM_WINDOW, Pictures, ssim
 from mvshared.plane_sweep import Scene, make_scene, pair_depth
 from mvshared.projection import corners, project, sample, unproject
 
-# Between neighbours: nearer cameras show the same in any case, farther ones no common surface of a convex object to speak of.
 FARTHEST = 1e12  # of a camera: squares of more leave float32 soon
+# Between neighbours: nearer cameras show the same in any case, farther ones no common surface of a convex object to speak of.
 MIN_ANGLE_DEG, MAX_ANGLE_DEG = 5.0, 100.0
 # A view's two nearest neighbours, and up to four if they are hardly farther than the nearest.
 NEIGHBOURS, MOST_NEIGHBOURS, HARDLY_FARTHER = 2, 4, 1.5
