@@ -27,7 +27,7 @@ from mvshared.repetition import repeat, requested
 from mvshared.request import Request, prepare
 from mvshared.runs import UPSCALE_METHODS, UPSCALED, UpscaleParameters, Views, read_run
 from mvshared.upscaling.latents import UpscaleProgress
-from mvshared.upscaling.views import UpscaleOptions, plan_upscale
+from mvshared.upscaling.views import UpscaleOptions, option_label, plan_upscale
 
 if TYPE_CHECKING:
     from mvshared.tokenizer import CLIPTokenizer
@@ -287,11 +287,10 @@ def upscale_options(options: dict[str, Any]) -> UpscaleOptions | None:
     }
     low_memory = options.get("low_memory", False) or options.get("memory_budget") is not None
     if options["upscale"] == "none":
-        for name, value in (*beside.items(), ("memory budget", options["upscale_budget"])):
+        for name, value in (*beside.items(), ("budget_bytes", options["upscale_budget"])):
             if value is not None:
-                label = "upscaler" if name == "upscaler" else f"{name.replace('_', ' ')} of the upscaler"
-                raise OptionError(label, expected="left out without --upscale", got=value)
+                raise OptionError(option_label(name), expected="left out without --upscale", got=value)
         return None
     budget = options["upscale_budget"]
-    budget_bytes = None if budget is None else round(1e9 * number("memory budget of the upscaler", budget, 1e-3, 1e6))
+    budget_bytes = None if budget is None else round(1e9 * number(option_label("budget_bytes"), budget, 1e-3, 1e6))
     return UpscaleOptions(method=options["upscale"] or "sd-x2", budget_bytes=budget_bytes, low_memory=low_memory, **beside)

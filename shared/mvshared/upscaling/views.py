@@ -38,7 +38,11 @@ from mvshared.weights import sha256_of_files, stored_quantization
 Decode: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # pixels in [-1, 1] of scaled latents
 
 
-_LABELS = {"noise_level": "noise level", "budget_bytes": "memory budget"}
+_LABELS = {
+    "upscaler": "upscaler",
+    "noise_level": "noise level of the upscaler",
+    "budget_bytes": "memory budget of the upscaler",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +63,12 @@ class UpscaleOptions:
             raise OptionError("upscale", expected=f"one of {', '.join(UPSCALE_METHODS)}", got=self.method)
         for name in ("upscaler", "steps", "guidance", "noise_level", "budget_bytes"):
             if self.method != "sd-x2" and getattr(self, name) is not None:
-                label = name if name == "upscaler" else f"{_LABELS.get(name, name)} of the upscaler"
-                raise OptionError(label, expected=f"left out for {self.method}", got=getattr(self, name))
+                raise OptionError(option_label(name), expected=f"left out for {self.method}", got=getattr(self, name))
+
+
+def option_label(name: str) -> str:
+    """What errors call a field of `UpscaleOptions`."""
+    return _LABELS.get(name, f"{name} of the upscaler")
 
 
 def plan_upscale(
