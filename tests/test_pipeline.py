@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from mvshared.backend import load
 from mvshared.camera import camera_vectors, orbit
 from mvshared.config import ModelConfig, SchedulerConfig
+from mvshared.conversion.configs import scheduler_document
 from mvshared.errors import CameraError, OptionError
 from mvshared.guidance import ALL, PLAIN, Guidance
 from mvshared.images import to_model
@@ -220,7 +221,7 @@ def test_the_sampler_is_a_loop_over_diffusers_ddim_scheduler(
     pipeline = configured(pipeline, scheduler=scheduler)
     model, guidance, seed = pipeline.model, 3.0, 2
     views = generate(pipeline, steps=steps, eta=eta, guidance=guidance, seed=seed, normals=NORMALS)
-    oracle = DDIMScheduler(**vars(scheduler), clip_sample=False)
+    oracle = DDIMScheduler.from_config(scheduler_document(scheduler))
     oracle.set_timesteps(steps)
     guided = Guidance(guidance=guidance).mixture(ALL)
     condition = model.condition(
