@@ -70,6 +70,19 @@ class Trainer:
 
     def step(self, batch: Any, *, learning_rate: float) -> StepResult:
         """Learn from one batch (a NamedTuple of float32 arrays)."""
+        result, learned, gradients = self._measure(batch)
+        self.steps, self.loss_scale = counted(result, self.steps, self.loss_scale)
+        if result.learned:
+            with _on_device(self.device):
+                self._update(learned, gradients, learning_rate=learning_rate)
+        return result
+
+    def measure(self, batch: Any) -> StepResult:
+        """What a step would come to with this batch; nothing is learned."""
+        return self._measure(batch)[0]
+
+    def _measure(self, batch: Any) -> tuple[StepResult, dict[str, mx.array], dict[str, mx.array]]:
+        """Also the weights that learn, and their gradient, clipped."""
         with _on_device(self.device):
             arrays, scale = _to_arrays(batch), 1.0 if self.loss_scale is None else self.loss_scale.scale
 
@@ -87,11 +100,7 @@ class Trainer:
                 gradients = {name: gradient / scale for name, gradient in gradients.items()}
             gradients, norm = clip_grad_norm(gradients, self.config.gradient_clip)
             mx.eval(loss, norm, gradients)
-            result = step_result(_float(loss), _float(norm), self.loss_scale)
-            self.steps, self.loss_scale = counted(result, self.steps, self.loss_scale)
-            if result.learned:
-                self._update(learned, gradients, learning_rate=learning_rate)
-            return result
+            return step_result(_float(loss), _float(norm), self.loss_scale), learned, gradients
 
     def evaluate(self, batch: Any) -> float:
         """The loss of a batch under the EMA weights; nothing is learned."""

@@ -86,12 +86,7 @@ class Trainer:
 
     def step(self, batch: Any, *, learning_rate: float) -> StepResult:
         """Learn from one batch (a NamedTuple of float32 arrays)."""
-        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
-        tensors, factor = self._tensors(batch), torch.full((), scale, device=self.device)
-        measured = (
-            self._gradients(tensors, factor) if self._recorded is None else self._recorded(self._gradients, tensors, factor)
-        )
-        result = step_result(*measured.tolist(), self.loss_scale)
+        result = self.measure(batch)  # its gradient is the parameters' now
         self.steps, self.loss_scale = counted(result, self.steps, self.loss_scale)
         if result.learned:
             self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -100,6 +95,16 @@ class Trainer:
             with torch.no_grad():
                 _FOREACH._foreach_lerp_(list(self.ema.values()), [self.parameters[name] for name in self.ema], share)
         return result
+
+    def measure(self, batch: Any) -> StepResult:
+        """What a step would come to with this batch; nothing is learned."""
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        tensors, factor = self._tensors(batch), torch.full((), scale, device=self.device)
+        measured = (
+            self._gradients(tensors, factor) if self._recorded is None else self._recorded(self._gradients, tensors, factor)
+        )
+        loss, norm = measured.tolist()
+        return step_result(loss, norm, self.loss_scale)
 
     def evaluate(self, batch: Any) -> float:
         """The loss of a batch under the EMA weights; nothing is learned."""

@@ -234,6 +234,18 @@ def test_evaluation_uses_the_average_and_changes_nothing(backend: Backend, stage
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_measured_is_what_the_next_step_finds_and_nothing_is_learned(backend: Backend, stage: str) -> None:
+    trainer, batch = make_trainer(backend, stage), make_batch(stage, seed=3)
+    trainer.step(make_batch(stage, seed=2), learning_rate=1e-3)
+    before = trainer.state()
+    measured = trainer.measure(batch)
+    for name, array in trainer.state().items():
+        np.testing.assert_array_equal(array, before[name])
+    assert measured == trainer.step(batch, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_failed_evaluation_leaves_the_weights(backend: Backend) -> None:
     trainer = make_trainer(backend, "unet")
     run(trainer, "unet", 1)

@@ -221,7 +221,7 @@ def test_the_sampler_is_a_loop_over_diffusers_ddim_scheduler(
     pipeline = configured(pipeline, scheduler=scheduler)
     model, guidance, seed = pipeline.model, 3.0, 2
     views = generate(pipeline, steps=steps, eta=eta, guidance=guidance, seed=seed, normals=NORMALS)
-    oracle = DDIMScheduler.from_config(scheduler_document(scheduler))
+    oracle: Any = DDIMScheduler.from_config(scheduler_document(scheduler))
     oracle.set_timesteps(steps)
     guided = Guidance(guidance=guidance).mixture(ALL)
     condition = model.condition(

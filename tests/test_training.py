@@ -593,15 +593,33 @@ def test_a_sample_that_is_not_finite_does_not_end_the_training(
         run(config, tmp_path / "run", on_sample=sample_writer(config, tmp_path / "run", backend="torch", device="cpu"))
 
 
-@pytest.mark.parametrize("held_out", [0.25, 0.0])
-def test_a_state_that_is_not_finite_is_not_kept(held_out: float, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("learning_rate", "held_out", "message"),
+    [
+        (1e30, 0.25, "loss (nan|inf) and gradient norm (nan|inf) after it, loss (nan|inf) of the averaged weights"),
+        (1e30, 0.0, "loss (nan|inf) and gradient norm (nan|inf) after it, loss (nan|inf) of the averaged weights"),
+        (1e4, 0.25, r"loss \d\S+ and gradient norm (nan|inf) after it, loss \d\S+ of the averaged weights"),
+    ],
+)
+def test_a_state_that_is_not_finite_is_not_kept(
+    learning_rate: float, held_out: float, message: str, backend: str, data: Path, tmp_path: Path
+) -> None:
     config = vae_config(data, steps=1)
     config = replace(config, data=replace(config.data, held_out=held_out))
-    wild = replace(config, optimizer=replace(config.optimizer, learning_rate=1e30, warmup_steps=0))
-    with pytest.raises(NumericsError, match=r"training step 0: loss (nan|inf) after it \(lower the learning rate, in another"):
-        run(wild, tmp_path / "run")
+    wild = replace(config, optimizer=replace(config.optimizer, learning_rate=learning_rate, warmup_steps=0))
+    with pytest.raises(NumericsError, match=rf"training step 0: {message} \(lower the learning rate, in another"):
+        run(wild, tmp_path / "run", backend=backend)
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not left & {"model", "state.safetensors", "log.csv"}, left
+
+
+def test_no_sample_is_made_of_weights_that_are_not_finite(data: Path, tmp_path: Path) -> None:
+    config = replace(vae_config(data, steps=2), checkpoint_every=2, sample_every=1)
+    wild = replace(config, optimizer=replace(config.optimizer, learning_rate=1e30, warmup_steps=0))
+    with pytest.raises(NumericsError, match="training step 0: loss"):
+        run(wild, tmp_path / "run", on_sample=lambda *_: pytest.fail("a sample"))
+    assert not (tmp_path / "run/model").exists()
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "gradient_clip", "eps", "weight_decay", "final_learning_rate"])

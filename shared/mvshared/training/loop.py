@@ -93,7 +93,8 @@ def train(
     `on_sample(model folder, step)` is called every `config.sample_every` steps and at the end.
 
     Raises OutputError if `folder` holds something else, a run with another config, one of more steps or one that is in
-    training elsewhere; DatasetError for the data; NumericsError if the loss leaves the finite numbers (the last state stays).
+    training elsewhere; DatasetError for the data; NumericsError if loss or gradient leave the finite numbers (the last state
+    stays).
     """
     package = PACKAGES[choose_backend(backend)]
     with closing(RunFolder(folder, config)) as run:
@@ -121,7 +122,7 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
         for step, batch in enumerate(ahead(stage.batch, range(first, config.steps)), start=first):
             rate = learning_rate(config.optimizer, step=step, steps=config.steps)
             result = stage.trainer.step(batch, learning_rate=rate)
-            if not (math.isfinite(result.loss) and (math.isfinite(result.gradient_norm) or result.skipped)):
+            if result.diverged:
                 raise _diverged(f"loss {result.loss}, gradient norm {result.gradient_norm}", run, step=step)
             losses.append(result.loss)
             if not result.skipped:
@@ -130,12 +131,15 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
             last = done == config.steps
             progress.update()
             saves = last or done % config.checkpoint_every == 0
+            sample = on_sample if last or done % config.sample_every == 0 else None
+            held_out = _held_out_loss(stage) if saves else None
+            if saves or sample is not None:  # the model is written, from weights that no step has seen yet
+                averaged = stage.trainer.evaluate(batch) if held_out is None else held_out
+                after = stage.trainer.measure(batch)
+                if after.diverged or not math.isfinite(averaged):
+                    what = f"loss {after.loss} and gradient norm {after.gradient_norm} after it"
+                    raise _diverged(f"{what}, loss {averaged} of the averaged weights", run, step=step)
             if saves or done % config.log_every == 0:
-                held_out = _held_out_loss(stage) if saves else None
-                if saves:
-                    after = stage.trainer.evaluate(batch) if held_out is None else held_out
-                    if not math.isfinite(after):
-                        raise _diverged(f"loss {after} after it", run, step=step)
                 seconds = (time.perf_counter() - started) / len(losses)
                 norm = float(np.mean(norms)) if norms else None
                 scale, skipped = stage.trainer.loss_scale, len(losses) - len(norms)
@@ -147,9 +151,9 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
                 write_safetensors(run.state_path, raw_tensors(stage.trainer.state()))
                 stage.save_model()
                 log.plot()
-            if on_sample is not None and (last or done % config.sample_every == 0):
+            if sample is not None:
                 stage.save_model()
-                on_sample(folder / "model", done)
+                sample(folder / "model", done)
             if not losses:
                 started = time.perf_counter()
     return folder / "model"

@@ -31,6 +31,11 @@ class StepResult(NamedTuple):
         """Whether the step changes the weights."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the weights have left what can be trained: no smaller loss scale helps."""
+        return not (self.learned or self.skipped)
+
 
 class TrainerState(NamedTuple):
     """Weights, averaged weights, AdamW's two moments, all by name in checkpoint layout, how many steps are done, and the loss
@@ -63,7 +68,7 @@ def step_result(loss: float, gradient_norm: float, scale: LossScale | None) -> S
 
 def counted(result: StepResult, steps: int, scale: LossScale | None) -> tuple[int, LossScale | None]:
     """Steps and loss scale after a step; one that failed does not count."""
-    if not (result.learned or result.skipped):
+    if result.diverged:
         return steps, scale
     return steps + 1, None if scale is None else scale.after(finite=result.learned)
 
