@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What only PyTorch can do: run diffusers, read its own pickles. What only PyTorch needs: CUDA graphs, as MLX hands whole graphs
 # to the device by itself, settings of CUDA that belong to the program around this, products of weights that lie in one piece,
 # and on a CPU weights that are laid out once and kernels in the place of its slow ones.
-ONLY_TORCH = {"diffusers_model.py", "diffusers_upscaler.py", "pickled.py", "graphs.py", "inference.py"}
+ONLY_TORCH = {"diffusers_model.py", "diffusers_inputs.py", "diffusers_upscaler.py", "pickled.py", "graphs.py", "inference.py"}
 ONLY_TORCH |= {
     "onednn.py",
     "packed.py",

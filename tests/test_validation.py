@@ -1,6 +1,7 @@
 """`mvmlx validate`: every family against diffusers and against the other backend, and faults found where they are."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,10 @@ import mvtorch.layers
 import mvtorch.upscaler
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.cli import run
+from mvshared.clip_images import clip_pixels
 from mvshared.errors import BackendError, OptionError, OutputError
 from mvshared.names import ldm_unet_names
+from mvshared.tokenizer import CLIPTokenizer
 from mvshared.validation import TOLERANCES, _Recorder, validate
 from mvtorch.model import get_weights
 
@@ -112,6 +115,33 @@ def test_half_precision_is_within_its_tolerance(dtype: Any, backend: Backend, fa
     assert result.first_failure is None
 
 
+def test_token_ids_and_clip_s_pixels_are_compared_with_transformers(
+    families: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied("tiny-imagedream", tmp_path / "model")
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    document = json.loads(settings.read_text())
+    del document["model_max_length"]
+    settings.write_text(json.dumps(document))
+    vocab, merges = folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "merges.txt"
+    ids, lines = json.loads(vocab.read_text()), merges.read_text().splitlines()
+    words = [word for word in sorted(ids, key=ids.__getitem__) if word not in {line.replace(" ", "") for line in lines[-2:]}]
+    added = {"<owl>": len(words), "<owl>_1": len(words) + 1}  # in the places of the last two merges
+    vocab.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    merges.write_text("\n".join(lines[:-2]) + "\n")
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps(added))
+
+    def inputs(**options: Any) -> dict[str, float]:
+        result = validate(folder, against="diffusers", device="cpu", **options)
+        return {check.name: check.rms_error for check in result.checks[:2]}
+
+    right = inputs()
+    assert right["tokenizer"] == 0 and 0 <= right["image_processor"] < 1e-6
+    monkeypatch.setattr(CLIPTokenizer, "_encoded", lambda self, text: (text, self._tokenizer.encode(text.lower())))
+    monkeypatch.setattr(mvshared.validation, "clip_pixels", lambda *given: clip_pixels(*given) * np.float32(1.001))
+    assert inputs(dtype="bfloat16") == {"tokenizer": math.inf, "image_processor": math.inf}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_block_that_is_wrong_is_named(
     backend: Backend, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -160,7 +190,7 @@ def test_a_table_or_json_is_printed_and_both_sides_are_saved(
     arguments = ["validate", str(families["mvdream"]), "--against", "diffusers", "--backend", "torch", "--device", "cpu"]
     assert run([*arguments, "--save", str(tmp_path / "activations")]) == 0
     out = capfd.readouterr().out
-    assert "309 blocks agree within 2e-05; the largest is" in out
+    assert "310 blocks agree within 2e-05; the largest is" in out
     assert "unet.conv_in (10" not in out
     assert "unet.conv_in (8, 16, 16, 32)" in out
     ours, theirs = (np.load(tmp_path / "activations" / side / "unet.conv_in.npy") for side in ("torch", "diffusers"))
@@ -168,7 +198,7 @@ def test_a_table_or_json_is_printed_and_both_sides_are_saved(
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert run([*arguments, "--json"]) == 0
     blocks = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert len(blocks) == 309
+    assert len(blocks) == 310
     assert {"event", "name", "shape", "max_error", "rms_error", "seconds", "reference_seconds"} == set(blocks[0])
 
 

@@ -7,7 +7,7 @@ network and not from one to the next. Activations go to disk as they come: one o
 import gc
 import importlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ Against = Literal["mlx", "torch", "diffusers", "float32"]
 TOLERANCES: dict[Dtype, float] = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}  # relative RMS per block
 QUANTIZED_TOLERANCES = {"q8": 1e-1, "q4": 1.0}  # small networks with random weights lose half as much; trained ones far less
 PROMPT = "a photo of an owl, 3d asset"
+TEXTS = ("", PROMPT, "It's 2 Cafés: naïve, 猫 & <|endoftext|>!!", "one word and another " * 40)  # for the tokenizer alone
 GUIDANCE = 5.0
 ELEVATION_DEG = 15.0
 
@@ -51,7 +52,8 @@ ELEVATION_DEG = 15.0
 class Check:
     """One block on both sides: the largest difference, relative to the largest value there, and the relative RMS.
 
-    Seconds are None for what is no block: the scaled latents, the guided output of the U-Net, the pixels.
+    Seconds are None for what is no block: token ids and CLIP's pixels, which are compared with transformers' alone and are
+    infinitely wrong or right; the scaled latents, the guided output of the U-Net, the pixels.
     """
 
     name: str
@@ -175,6 +177,7 @@ def validate(
             _check_reference(model.config, reference)
         inputs = suite.inputs(model.config, find_model(name))
         states = suite.run(model, inputs, recorder, states=None)
+        model_config = model.config
         del model
         gc.collect()
         keep = make_folder(folder / against) if save else None
@@ -183,6 +186,8 @@ def validate(
         other = _load(suite, side, reference or name, dtype="float32", device=place)  # type: ignore[arg-type]
         suite.run(other, inputs, comparer, states=states)
         checks = comparer.in_order()
+        if against == "diffusers":
+            checks = (*_input_checks(model_config, find_model(name)), *checks)
     if on_check is not None:
         for check in checks:
             on_check(check)
@@ -257,6 +262,30 @@ def _load(
     )
     options = {"dtype": dtype, "device": device} | ({} if quantize is None else {"quantize": quantize})
     return getattr(importlib.import_module(f"{package}.{module}"), loader)(name, **options)
+
+
+def _input_checks(config: Any, folder: Path) -> Iterator[Check]:
+    """What comes before the networks, against transformers: token ids of texts, and the picture of CLIP's vision tower."""
+    theirs = importlib.import_module(f"{PACKAGES['torch']}.diffusers_inputs")
+    if config.text_encoder is not None:
+        reference = theirs.TextInputs(folder)
+        texts = [*TEXTS, *(f"a {token}, and{token}" for token in reference.added)]
+        tokenizer = CLIPTokenizer(folder / "tokenizer")
+        expected = reference(texts, max_length=tokenizer.max_length)
+        yield _input_check("tokenizer", tokenizer(texts).ids, expected, tolerance=0)
+    processor = getattr(config, "image_processor", None)
+    if processor is not None:
+        picture = textured_picture(config.defaults.size_px)[: config.defaults.size_px * 3 // 4]
+        pixels, expected = clip_pixels(picture, processor), theirs.clip_pixels(folder, picture)
+        yield _input_check("image_processor", pixels, expected, tolerance=TOLERANCES["float32"])
+
+
+def _input_check(name: str, actual: NDArray[Any], expected: NDArray[Any], *, tolerance: float) -> Check:
+    """What leaves this tolerance is infinitely wrong, whatever the networks may do in their dtype."""
+    largest, rms = _errors(actual, expected)
+    if not rms <= tolerance:
+        largest = rms = float("inf")
+    return Check(name=name, shape=actual.shape, max_error=largest, rms_error=rms, seconds=None, reference_seconds=None)
 
 
 def _inputs(config: ModelConfig, folder: Path) -> Inputs:
