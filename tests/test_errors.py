@@ -3,6 +3,7 @@
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mvshared.errors import (
@@ -57,3 +58,12 @@ def test_a_long_list_of_tensors_is_cut() -> None:
     error = TensorMismatchError(path=None, missing=[f"layer{index}" for index in range(30)])
     assert "30 missing: layer0" in str(error) and "and 10 more" in str(error) and "layer20" not in str(error)
     assert len(error.missing) == 30
+
+
+def test_an_array_is_told_by_its_shape() -> None:
+    poses = np.tile(np.eye(4, dtype=np.float32), (8, 1, 1))
+    assert (
+        str(OptionError("cameras", expected="left out", got=poses))
+        == "cameras must be left out, got an array of shape (8, 4, 4)"
+    )
+    assert str(OptionError("views", expected="1", got=np.int64(3))) == f"views must be 1, got {np.int64(3)!r}"

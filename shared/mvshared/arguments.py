@@ -107,10 +107,10 @@ def view_poses(
     given = {"views": views, "azimuths_deg": azimuths_deg, "cameras": cameras}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
-        raise OptionError(named[1], expected=f"left out where {named[0]} is given", got=given[named[1]])
+        raise OptionError(named[1], expected=f"left out where `{named[0]}` is given", got=given[named[1]])
     if cameras is not None:
         if elevation_deg is not None:
-            raise OptionError("elevation_deg", expected="left out where cameras is given", got=elevation_deg)
+            raise OptionError("elevation_deg", expected="left out where `cameras` is given", got=elevation_deg)
         poses = as_poses(cameras, camera.radius)
     elif without_cameras is not None and not named and elevation_deg is None:
         named, poses = ["normals"], without_cameras

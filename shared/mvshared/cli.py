@@ -27,6 +27,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _NO_MEMORY = re.compile(r"out ?of ?memory|can't allocate memory|not enough memory|(unable|attempting) to allocate", re.I)
 # Arguments of a call in Python, as hints have them; a path may have such parts as well.
 _ARGUMENT = re.compile(r'(?<!\S)(?:(size_px|views)=(\d+)|([a-z_]+)=("\w+"|True|FOLDER))(?=[\s,;)]|$)')
+_OTHER = re.compile(r"`([a-z_]+)`")  # another argument than the one that an error is about
 # Names in errors that are not the option's; others are, but for the unit behind them.
 _WRITTEN = {
     "method": "--upscale",
@@ -149,7 +150,9 @@ def cli() -> None:
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
 @QUANTIZE
-@click.option("-o", "--output", type=PATH, help="Output folder.  [default: the picture's name with -views]")
+@click.option(
+    "-o", "--output", type=PATH, help="Output folder.  [default: the picture's name with -views, or views without a picture]"
+)
 @click.option("--prompt", help="What to show, for a model that takes text.")
 @click.option("--negative-prompt", help="What not to show.  [default: the model's]")
 @click.option("--image-scale", type=float, default=1.0, show_default=True, help="Weight of the pictures' tokens, 0 to 2.")
@@ -171,7 +174,13 @@ def cli() -> None:
 @click.option(
     "--guidance-every", type=int, default=1, show_default=True, help="Guide every n-th step, add the same in between."
 )
-@click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Share of the deviation kept, 0 to 1.")
+@click.option(
+    "--guidance-rescale",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="How far a guided result gets its deviation before guidance back, 0 to 1.",
+)
 @sampler_options
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM, 0 to 1.")
 @click.option(
@@ -585,7 +594,7 @@ def _one_line(error: MvError, arguments: list[str]) -> str:
 
     Beside --config values are those of a file, and nobody has written an option for them.
     """
-    known = _options(arguments)
+    known, of_a_file = _options(arguments), any(word.startswith("--config") for word in arguments)
 
     def option(name: str) -> str:
         written = "--" + name.replace(" ", "-").replace("_", "-")
@@ -598,10 +607,11 @@ def _one_line(error: MvError, arguments: list[str]) -> str:
         return found[0] if name == given else name if value == "True" else f"{name} {value}"
 
     text = error.message
-    if isinstance(error, OptionError) and not any(word.startswith("--config") for word in arguments):
+    if isinstance(error, OptionError) and not of_a_file:
         text = option(error.name) + text.removeprefix(error.name)
     hint = _ARGUMENT.sub(with_value, error.hint)
-    return " ".join((f"{text} ({hint})" if hint else text).split())
+    text = f"{text} ({hint})" if hint else text
+    return " ".join(_OTHER.sub(lambda found: found[1] if of_a_file else option(found[1]), text).split())
 
 
 def _options(arguments: list[str]) -> set[str]:

@@ -1,8 +1,8 @@
 """The typed errors of mvmlx: one class per thing that a caller might want to tell apart.
 
 Every message says what happened, what is allowed, what was given and what to do. It names arguments as Python does, such as
-`size_px=64`; the command line prints it in one line, with its own options for them, and leaves with the class's `exit_code`.
-docs/exit-codes.md lists them.
+`size_px=64`, and others than the one that it is about in backticks; the command line prints it in one line, with its own
+options for them, and leaves with the class's `exit_code`. docs/exit-codes.md lists them.
 """
 
 import sys
@@ -55,12 +55,13 @@ def warn(text: str) -> None:
 
 
 class OptionError(MvError):
-    """A parameter has a value that is not allowed. Fields: `name`, `expected`, `got`."""
+    """A parameter has a value that is not allowed. Fields: `name`, `expected`, `got`. Arrays are told by their shape."""
 
     exit_code = 2
 
     def __init__(self, name: str, *, expected: str, got: object, hint: str = "") -> None:
-        super().__init__(f"{name} must be {expected}, got {got!r}", hint=hint)
+        shape = getattr(got, "shape", ())
+        super().__init__(f"{name} must be {expected}, got {f'an array of shape {shape}' if shape else repr(got)}", hint=hint)
         self.name, self.expected, self.got = name, expected, got
 
 

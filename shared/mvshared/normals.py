@@ -124,7 +124,7 @@ def find_normals(given: Normals, space: str | None = None) -> NormalMaps:
         raise OptionError("normal_space", expected="camera or world", got=space)
     maps = _found(given)
     if space is not None and maps.space not in (None, space):
-        hint = "leave normal_space out"
+        hint = "leave `normal_space` out"
         raise OptionError("normal_space", expected=f"{maps.space}, as the maps' transforms.json says", got=space, hint=hint)
     return maps._replace(space=space or maps.space or "camera")
 
@@ -220,7 +220,7 @@ def check_cameras(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: floa
                 f"it is {max(turned_deg, moved_deg):.1f} degrees from that of its normal map {_name(maps.sources[index])} in "
                 "the transforms.json beside it",
                 index=index,
-                hint="leave views, azimuths, elevation and cameras out, and those of the normal maps are taken",
+                hint="leave `views`, `azimuths_deg`, `elevation_deg` and `cameras` out, and those of the normal maps are taken",
             )
     if maps.fov_deg is not None and abs(maps.fov_deg - fov_deg) > FOV_TOLERANCE_DEG:
         text = f"the normal maps have a field of view of {maps.fov_deg:.1f} degrees, the model's views {fov_deg:.1f}"

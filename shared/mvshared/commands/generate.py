@@ -172,8 +172,7 @@ def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) ->
     if clash:
         options = {each.name: each.opts[0] for each in click.get_current_context().command.params}
         option = options[clash[0]]
-        name = option.removeprefix("--")
-        raise OptionError(name, expected="left out where --config is given", got=f"--config and {option}")
+        raise OptionError(option, expected="left out where --config is given", got=f"--config and {option}")
     run = read_run(config)
     parameters = run.parameters
     request = requested(run, *_described(parameters.model))
