@@ -21,6 +21,7 @@ from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.networks import Networks
 from mvshared.process_memory import trim_heap
 from mvshared.shapes import check_pictures
+from mvshared.weights import weight_stamps
 
 
 class LatentModel:
@@ -34,6 +35,7 @@ class LatentModel:
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    weight_stamps: Sequence[str]
     quantization: str | None
     _memory_at_reset = 0
 
@@ -48,6 +50,7 @@ class LatentModel:
     ) -> None:
         self.backend = "mlx"
         self.networks, self.device, self.dtype, self.weight_files = networks, device, dtype, weight_files
+        self.weight_stamps = weight_stamps(weight_files)
         self.plan, self.quantization = PLAIN, quantization
         self._compiled = CompiledCalls(worthwhile=device == "gpu" and worth_compiling())
 
@@ -66,11 +69,11 @@ class LatentModel:
 
     @contextmanager
     def planned(self, plan: MemoryPlan) -> Iterator[None]:
-        """Within the context, memory is used as the plan says."""
+        """Within the context, memory is used as the plan says, and MLX computes on the model's device."""
         before, self.plan = self.plan, plan
         if before.networks_at_once and not plan.networks_at_once:
             self.release()
-        with memory_limits(self.device, plan.cache_bytes):
+        with _on_device(self.device), memory_limits(self.device, plan.cache_bytes):
             try:
                 with self.networks.watched(plan.attach):
                     yield

@@ -17,31 +17,36 @@ from mvshared.tiling import Tile, check_tile, tiles
 
 
 class Affine(NamedTuple):
-    """A group norm whose statistics are known: factors and summands (n, 1, 1, c), float32."""
+    """A group norm whose statistics are known, float32 (n, 1, 1, c): what is subtracted first, factors, summands.
 
+    Every group's first value is subtracted, as in `GroupNorm`: where the mean is large, what is left of it is small.
+    """
+
+    first: mx.array
     scale: mx.array
     shift: mx.array
 
     def silu(self, x: mx.array) -> mx.array:
         """SiLU of the normalised x (n, h, w, c), in its dtype."""
-        return nn.silu((x.astype(mx.float32) * self.scale + self.shift).astype(x.dtype))
+        return nn.silu(((x.astype(mx.float32) - self.first) * self.scale + self.shift).astype(x.dtype))
 
 
 def norm_of(norm: GroupNorm, x: mx.array, *, side: int) -> Affine:
     """The group norm of x (n, h, w, c), with statistics that are taken tile by tile, in float32."""
     n, height, width, c = x.shape
     groups = norm.groups
+    first = x[:, 0, 0, :: c // groups].astype(mx.float32)
     mean = squares = mx.zeros((n, groups))
     for tile in tiles(height, width, side):
-        total = _total(_grouped(x[:, *tile.target], groups))[:, 0, :, 0]
+        total = _total(_grouped(x[:, *tile.target], groups) - first[:, None, :, None])[:, 0, :, 0]
         mean = _evaluated(mean + total / (height * width * c // groups))
     for tile in tiles(height, width, side):
-        centred = _grouped(x[:, *tile.target], groups) - mean[:, None, :, None]
+        centred = _grouped(x[:, *tile.target], groups) - first[:, None, :, None] - mean[:, None, :, None]
         squares = _evaluated(squares + _total(centred.square())[:, 0, :, 0])
     deviation = mx.rsqrt(squares / (height * width * c // groups) + norm.eps)
-    mean, deviation = (mx.repeat(value, c // groups, axis=1)[:, None, None] for value in (mean, deviation))
+    first, mean, deviation = (mx.repeat(value, c // groups, axis=1)[:, None, None] for value in (first, mean, deviation))
     scale = deviation * norm.weight.astype(mx.float32)
-    return Affine(scale, norm.bias.astype(mx.float32) - mean * scale)
+    return Affine(first, scale, norm.bias.astype(mx.float32) - mean * scale)
 
 
 def _grouped(x: mx.array, groups: int) -> mx.array:

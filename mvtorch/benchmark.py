@@ -48,11 +48,11 @@ def wait(device: str) -> None:
 
 
 def device_facts(device: str) -> dict[str, str | int]:
-    """Threads on the CPU; on a GPU its name and the largest sum of arrays there since the start."""
+    """Threads on the CPU; on CUDA the GPU's name and the largest sum of arrays there since the start; on mps nothing more."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
         return {"device": f"CUDA, {name}", "device_memory_bytes": torch.cuda.max_memory_allocated(device)}
-    return {"device": device, "threads": torch.get_num_threads()}
+    return {"device": device} | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
 
 
 def device_memory_bytes(device: str) -> int | None:

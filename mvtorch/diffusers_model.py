@@ -24,7 +24,7 @@ from mvshared.config import ModelConfig, ResamplerConfig, UNetConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.files import read_json_object
 from mvshared.guidance import Branch, check_branches, check_weights
-from mvshared.weights import read_dequantized, stored_quantization
+from mvshared.weights import read_dequantized, stored_quantization, weight_stamps
 from mvtorch.model import choose_device, choose_dtype, network_shapes, random_tensors, read_tensors, rescaled
 from mvtorch.observation import Observer, observe
 
@@ -52,6 +52,7 @@ class DiffusersNetworks:
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    weight_stamps: Sequence[str]
     quantization: str | None = None
     config: Any
     vae_batch = 1  # views that are decoded at once
@@ -76,6 +77,7 @@ class DiffusersNetworks:
         self.weight_files = [
             file for component, folder in places.items() if folder is not None for file in weight_files(folder, component)
         ]
+        self.weight_stamps = weight_stamps(self.weight_files)
         self.memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         self._networks: dict[str, Any] = {}
         for component, folder in places.items():

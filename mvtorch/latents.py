@@ -17,6 +17,7 @@ from mvshared.memory.plan import PLAIN, MemoryPlan, vae_batch
 from mvshared.networks import Networks
 from mvshared.process_memory import reset_resident_peak, resident_peak, trim_heap
 from mvshared.shapes import check_pictures
+from mvshared.weights import weight_stamps
 from mvtorch.graphs import graphs_on
 from mvtorch.inference import inference, to_device
 from mvtorch.observation import Observer, OnEnd, OnStart, observe, observe_blocks
@@ -36,6 +37,7 @@ class LatentModel:
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    weight_stamps: Sequence[str]
     quantization: str | None
 
     def __init__(
@@ -49,6 +51,7 @@ class LatentModel:
     ) -> None:
         self.backend = "torch"
         self.networks, self.device, self.dtype, self.weight_files = networks, device, dtype, weight_files
+        self.weight_stamps = weight_stamps(weight_files)
         self.plan, self.quantization = PLAIN, quantization
         self._graphs = graphs_on(device)
         self._vae_graphs = graphs_on(device)  # of its own, so that one that cannot be recorded leaves the others
@@ -124,6 +127,8 @@ class LatentModel:
 
         Raises OptionError for shapes that do not fit.
         """
+        vae = self.vae.config
+        check_pictures("pixels", pixels.shape, channels=vae.in_channels, multiple=vae.downscale)
         with inference(self.device):
             together = vae_batch(self.plan, self.backend, self.device, pixels=prod(pixels.shape[1:3]))
             return self.vae.scale_latents(

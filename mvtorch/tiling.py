@@ -18,14 +18,18 @@ from mvtorch.layers import GroupNorm, ResnetBlock
 
 
 class Affine(NamedTuple):
-    """A group norm whose statistics are known: factors and summands (n, c, 1, 1), float32."""
+    """A group norm whose statistics are known, float32 (n, c, 1, 1): what is subtracted first, factors, summands.
 
+    Every group's first value is subtracted: where the mean is large, what is left of it is small.
+    """
+
+    first: Tensor
     scale: Tensor
     shift: Tensor
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU of the normalised x (n, c, h, w), in its dtype."""
-        return F.silu(torch.addcmul(self.shift, x.float(), self.scale).to(x.dtype))
+        return F.silu(torch.addcmul(self.shift, x.float() - self.first, self.scale).to(x.dtype))
 
 
 def norm_of(norm: GroupNorm, x: Tensor, *, side: int) -> Affine:
@@ -33,13 +37,14 @@ def norm_of(norm: GroupNorm, x: Tensor, *, side: int) -> Affine:
     n, c, height, width = x.shape
     groups = norm.num_groups
     pieces = [x[(..., *tile.target)] for tile in tiles(height, width, side)]
-    total = torch.stack([piece.sum(dim=(2, 3), dtype=torch.float32) for piece in pieces]).sum(0)
+    first = x[:, :: c // groups, :1, :1].float().repeat_interleave(c // groups, dim=1)
+    total = torch.stack([(piece.float() - first).sum(dim=(2, 3)) for piece in pieces]).sum(0)
     mean = (total.view(n, groups, -1).mean(dim=2) / (height * width)).repeat_interleave(c // groups, dim=1)[..., None, None]
-    squares = torch.stack([(piece.float() - mean).square_().sum(dim=(2, 3)) for piece in pieces]).sum(0)
+    squares = torch.stack([(piece.float() - first).sub_(mean).square_().sum(dim=(2, 3)) for piece in pieces]).sum(0)
     variance = squares.view(n, groups, -1).mean(dim=2) / (height * width)
     deviation = torch.rsqrt(variance + norm.eps).repeat_interleave(c // groups, dim=1)
     scale = (deviation * norm.weight.float())[..., None, None]
-    return Affine(scale, norm.bias.float()[None, :, None, None] - mean * scale)
+    return Affine(first, scale, norm.bias.float()[None, :, None, None] - mean * scale)
 
 
 def in_tiles(

@@ -72,7 +72,8 @@ def convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, *, stride: Seque
     """Maps (n, i, h, w) through a kernel (o, i, kh, kw), some rows of them at a time, as (n, o, h', w')."""
     sizes = (x.shape[axis] + 2 * padding[axis - 2] - kernel.shape[axis] for axis in (2, 3))
     height, width = (size // step + 1 for size, step in zip(sizes, stride, strict=True))
-    out = torch.empty((len(x), len(kernel), height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    size = len(x), len(kernel), height, width
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     kernel, bias = kernel.float(), None if bias is None else bias.float()
     pictures = max(1, _PIXELS // (height * width))
     rows = max(1, _PIXELS // (min(len(x), pictures) * width))

@@ -47,6 +47,12 @@ def computing(*, values: list[float], dtype: str = "float32") -> Prepared:
     return Prepared(lambda: np.array(values), lambda: {"dtype": dtype, "device": "cpu"})
 
 
+def changing(*, values: list[list[float]]) -> Prepared:
+    """Returns one after the other, and the last one from then on."""
+    calls = iter([*values, *[values[-1]] * 100])
+    return Prepared(lambda: np.array(next(calls)), lambda: {"dtype": "float32", "device": "cpu"})
+
+
 def compiled_before(*, folder: str) -> Prepared:
     """Fails where its folder has a half-written file in it."""
 

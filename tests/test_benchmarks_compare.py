@@ -81,6 +81,15 @@ def test_what_computes_something_else_is_not_timed() -> None:
     assert all(row.seconds for row in rows)
 
 
+def test_what_computes_something_else_once_it_is_warm_is_not_timed() -> None:
+    """As a recording that goes wrong does."""
+    cold = Case(what="a", prepare=benchmark_cases.changing, arguments={"values": [[1.0], [2.0], [3.0]]}, warm_up=3)
+    right, wrong = ({"values": [each]} for each in ([3.0], [1.0]))
+    for arguments, timed in ((right, True), (wrong, False)):
+        reference = Case(what="reference", prepare=benchmark_cases.changing, arguments=arguments)
+        assert bool(compare([cold, reference], repeats=1, agree=0.01)[0].seconds) is timed
+
+
 def test_without_anything_to_compare_with_nothing_is_timed() -> None:
     values = Case(what="a", prepare=benchmark_cases.computing, arguments={"values": [1.0]})
     broken = Case(what="b", prepare=benchmark_cases.refusing, arguments={"backend": "torch"})

@@ -250,12 +250,13 @@ def test_the_dtype_of_the_program_around_changes_nothing(dtype: torch.dtype) -> 
     np.testing.assert_array_equal(ours, expected)
 
 
-def test_the_device_of_the_program_around_changes_nothing() -> None:
-    pipe = load(FOLDER, backend="torch", device="cpu", dtype="float32")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_device_of_the_program_around_changes_nothing(dtype: str) -> None:
+    pipe = load(FOLDER, backend="torch", device="cpu", dtype=dtype)
     expected = generated(pipe)
     with torch.device("meta"):  # as of a GPU, which is not here: what is made without a device lands there
         np.testing.assert_array_equal(generated(pipe), expected)
-        np.testing.assert_array_equal(generated(load(FOLDER, backend="torch", device="cpu", dtype="float32")), expected)
+        np.testing.assert_array_equal(generated(load(FOLDER, backend="torch", device="cpu", dtype=dtype)), expected)
 
 
 def test_autocast_of_the_program_around_changes_nothing() -> None:

@@ -157,6 +157,16 @@ def test_a_run_whose_weights_are_gone_leaves_the_run_before_untouched(model_fold
     assert contents(tmp_path / "out") == before
 
 
+def test_weights_that_changed_after_they_were_loaded_are_not_vouched_for(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    late = load(tmp_path / "model", backend="torch", device="cpu").generate(PIXELS, steps=1)
+    file = tmp_path / "model" / "vae" / WEIGHT_FILE
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match=r"model: its weight files have changed since they were loaded"):
+        late.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Repeating a run
 
 

@@ -3,15 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from helpers import BACKENDS, TINY_VAE, Backend, assert_close, from_numpy, make_vae, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import mvmlx
-import mvtorch
+import mvmlx.layers
+import mvmlx.tiling
+import mvtorch.layers
+import mvtorch.tiling
 from mvshared.backend import load
 from mvshared.errors import OptionError
 from mvshared.images import from_model, to_model
@@ -73,6 +77,23 @@ def test_tiles_are_at_most_one_level_off(backend: Backend, dtype: str) -> None:
         difference = np.abs(whole.astype(int) - tiled)
         assert whole.std() > 1
         assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("mean", "deviation"), [(1e4, 1.0), (60.0, 1e-3), (0.0, 1.0)])
+def test_a_group_norm_in_tiles_keeps_the_digits_of_a_large_mean(backend: Backend, mean: float, deviation: float) -> None:
+    x = (mean + deviation * np.random.default_rng(0).standard_normal((1, 16, 24, 8))).astype(np.float32)
+    exact = x.astype(np.float64).reshape(1, 16 * 24, 2, 4)
+    exact = (exact - exact.mean((1, 3), keepdims=True)) / np.sqrt(exact.var((1, 3), keepdims=True) + 1e-6)
+    exact = exact.reshape(x.shape)
+    if backend == "torch":
+        norm: Any = mvtorch.layers.GroupNorm(2, 8, eps=1e-6)
+        given = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        out = mvtorch.tiling.norm_of(norm, given, side=8).silu(given).detach().permute(0, 2, 3, 1).numpy()
+    else:
+        norm = mvmlx.layers.GroupNorm(2, 8, eps=1e-6)
+        out = np.array(mvmlx.tiling.norm_of(norm, mx.array(x), side=8).silu(mx.array(x)))
+    np.testing.assert_allclose(out, exact / (1 + np.exp(-exact)), atol=2e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

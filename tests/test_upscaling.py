@@ -216,6 +216,31 @@ def test_an_upscaler_of_other_latents_is_refused(pipeline: Pipeline[Any], tmp_pa
         pipeline.upscale(views, upscaler=tmp_path / "x2")
 
 
+def test_an_upscaler_whose_files_have_changed_is_read_again(pipeline: Pipeline[Any], folders: Path, tmp_path: Path) -> None:
+    file, views = tmp_path / "x2" / "unet" / WEIGHT_FILE, pipeline.generate(PIXELS)
+    weights = load_file(folders / "x2" / "unet" / WEIGHT_FILE)
+    write_upscaler(tmp_path / "x2", UPSCALER, weights, vae_from=str(folders / "tiny"))
+    before = pipeline.upscale(views, upscaler=tmp_path / "x2", steps=1)
+    save_file({name: array * np.float32(1.1) for name, array in weights.items()}, file)
+    after = pipeline.upscale(views, upscaler=tmp_path / "x2", steps=1)
+    fresh = load(folders / "tiny", backend=pipeline.model.backend, device="cpu")
+    expected = fresh.upscale(fresh.generate(PIXELS), upscaler=tmp_path / "x2", steps=1)
+    np.testing.assert_array_equal(after.latents, expected.latents)
+    assert np.abs(after.latents - before.latents).max() > 1e-3
+    after.save(tmp_path / "after")
+    with pytest.raises(CheckpointError, match="weight files have changed since they were loaded"):
+        before.save(tmp_path / "before")
+    assert not (tmp_path / "before").exists()
+
+
+@pytest.mark.parametrize("method", ["lanczos", "bilinear"])
+def test_views_of_another_model_are_refused(method: str, pipeline: Pipeline[Any], tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "other")
+    views = load(tmp_path / "other", backend="torch", device="cpu").generate(PIXELS, steps=1)
+    with pytest.raises(OptionError, match=r"views must be of .*tiny, whose VAE decodes them, got .*other"):
+        pipeline.upscale(views, method=method)
+
+
 def test_folders_of_another_kind_are_refused_both_ways(folders: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no latent upscaler.*'MultiViewPipeline' \(is it a --model\?"):
         load_upscaler(folders / "tiny", backend="torch")

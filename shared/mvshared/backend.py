@@ -49,11 +49,12 @@ class LatentModel(Protocol[A]):
     device: str
     dtype: Dtype
     weight_files: Sequence[Path]
+    weight_stamps: Sequence[str]  # of `mvshared.weights.weight_stamps`, when the model was loaded
     quantization: str | None
     plan: "MemoryPlan"
 
     def planned(self, plan: "MemoryPlan") -> AbstractContextManager[None]:
-        """Within the context, memory is used as the plan says."""
+        """Within the context, memory is used as the plan says, and what is computed with arrays is computed on the device."""
         ...
 
     def release(self, *components: str) -> None:

@@ -23,7 +23,6 @@ MIN_RADIUS = 1e-6
 # So many turns nobody means, and far larger numbers have no digits left for where in a turn a camera stands.
 MAX_AZIMUTH_DEG = 1e6
 
-CAMERA_DIM = 16  # numbers of `camera_vectors`
 Y_UP_TO_Z_UP = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 MIRROR_X = np.diag([-1.0, 1.0, 1.0, 1.0])
 

@@ -16,6 +16,7 @@ TimestepSpacing = Literal["leading", "trailing", "linspace", "karras"]
 SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "unipc"]
 Activation = Literal["gelu", "quick_gelu"]
 
+CAMERA_DIM = 16  # numbers of `mvshared.camera.camera_vectors`
 K_GROUP_WIDTH, K_NORM_EPS = 32, 1e-5  # of the upscaler: channels that are normalised together
 
 
@@ -454,6 +455,8 @@ class ModelConfig:
             raise OptionError(
                 "out_channels of the U-Net", expected=f"the VAE's {self.vae.latent_channels}", got=self.unet.out_channels
             )
+        if self.unet.camera_dim not in (None, CAMERA_DIM):
+            raise OptionError("camera_dim of the U-Net", expected=f"{CAMERA_DIM} or null", got=self.unet.camera_dim)
         if self.unet.normal_channels not in (0, self.vae.latent_channels):
             expected = f"{self.vae.latent_channels}, or twice that for normal maps"
             raise OptionError("in_channels of the U-Net", expected=expected, got=self.unet.in_channels)

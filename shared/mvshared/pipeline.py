@@ -34,6 +34,7 @@ from mvshared.samplers import State, Step, advance, remembered
 from mvshared.stages import Stages
 from mvshared.upscaling.latents import UpscaleProgress, Upscaler
 from mvshared.upscaling.views import UpscaleOptions, load_planned, plan_upscale, upscale_views, upscaler_files
+from mvshared.weights import weight_stamps
 
 if TYPE_CHECKING:
     from mvshared.tokenizer import CLIPTokenizer
@@ -62,7 +63,7 @@ class Pipeline(Generic[A]):
         self.memory = memory
         self.stages = Stages()
         self._process_bytes = process_bytes(model.device)  # before the first run: later ones leave networks in memory
-        self._upscaler: tuple[str | None, Upscaler[Any] | None] | None = None  # the last one, by its name
+        self._upscaler: tuple[Any, Upscaler[Any] | None] | None = None  # the last one, by its name, config and files
 
     @cached_property
     def tokenizer(self) -> "CLIPTokenizer":
@@ -204,6 +205,7 @@ class Pipeline(Generic[A]):
             parameters=parameters,
             weight_files=model.weight_files,
             upscaler_files=tuple(upscaler_files(upscale)),
+            weight_stamps=model.weight_stamps,
         )
 
     def upscale(
@@ -226,7 +228,8 @@ class Pipeline(Generic[A]):
         `budget_bytes` are of `mvshared.upscaling.latents.Upscaler.upscale`; the prompts and the seed are those of the views,
         `check_numerics` is that of `generate`.
 
-        Raises OptionError and CheckpointError before any long work, and NumericsError for latents that are not finite.
+        Raises OptionError, CheckpointError and MemoryBudgetError before any long work, and NumericsError for latents that are
+        not finite.
         """
         options = UpscaleOptions(
             method=method,
@@ -263,9 +266,12 @@ class Pipeline(Generic[A]):
         if views.images.shape[1] != views.parameters.size_px:
             size = f"{views.images.shape[2]} x {views.images.shape[1]} pixels"
             raise OptionError("views", expected=f"of {views.parameters.size_px} pixels, not upscaled yet", got=size)
-        if self._upscaler is None or self._upscaler[0] != parameters.upscaler:
-            loaded = load_planned(parameters, **self._loading, at_once=self._at_once)
-            self._upscaler = parameters.upscaler, loaded
+        if list(views.weight_files) != list(model.weight_files):
+            raise OptionError("views", expected=f"of {self.name}, whose VAE decodes them", got=views.parameters.model)
+        stamps = weight_stamps(upscaler_files(parameters))
+        read = parameters.upscaler, parameters.config_sha256, stamps
+        if self._upscaler is None or self._upscaler[0] != read:
+            self._upscaler = read, load_planned(parameters, **self._loading, at_once=self._at_once)
         upscaler, memory = self._upscaler[1], parameters.memory or views.parameters.memory
         if parameters.memory is None and views.parameters.upscale is None:  # no run before has counted it
             memory = self._memory_plan(RunSize(views=len(views.images), size_px=views.parameters.size_px), parameters)
@@ -285,7 +291,7 @@ class Pipeline(Generic[A]):
             )
         if upscaler is not None and isinstance(self.memory, MemoryOptions) and not self.memory.at_once:
             upscaler.model.release()
-        return upscaled
+        return replace(upscaled, weight_stamps=(*views.weight_stamps, *stamps))
 
     @property
     def _at_once(self) -> bool:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mvshared.checkpoint import config_from_json
 from mvshared.config import TimestepSpacing
-from mvshared.errors import ConfigError, OptionError
+from mvshared.errors import CheckpointError, ConfigError, OptionError
 from mvshared.export import (
     check_free,
     metadata,
@@ -22,7 +22,7 @@ from mvshared.export import (
 )
 from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.normals import NormalSpace
-from mvshared.weights import sha256_of_files
+from mvshared.weights import sha256_of_files, weight_stamps
 
 UPSCALE_METHODS = ("bilinear", "lanczos", "sd-x2")
 UPSCALED = "upscaled"  # the folder of the upscaled views, inside of the run's
@@ -61,8 +61,8 @@ class Parameters:
     `image`, `normals` and `latents`, absolute paths, are None beside them where arrays were given in memory. `normal_space` is
     None without normal maps. Prompts are None for a model that takes no text. `cameras` are poses (v, 4, 4). `upscale` is None
     where nothing was upscaled. `quantization` is q8 or q4 where weights were quantised as they were loaded, "stored" and a name
-    where their files are, else None. `spacing` is None for
-    that of the model's schedule. `memory` is how memory was used. What has a default here is missing in older files.
+    where their files are, else None. `spacing` is None for that of the model's schedule. `memory` is how memory was used.
+    What has a default here is missing in older files.
     """
 
     model: str
@@ -117,6 +117,7 @@ class Views:
     `images` uint8 (v, h, w, 3), `latents` float32 (v, h / f, w / f, c), `cameras` float32 (v, 4, 4) camera-to-world with OpenGL
     axes, `reference` the prepared picture uint8 (h, w, 3) or None, `parameters` what repeats the run. Upscaled views have twice
     the size, latents too but for lanczos, which enlarges the pictures alone, and the weight files of the upscaler.
+    `weight_stamps` are those of all weight files when they were loaded; without them nothing is known of that.
     """
 
     images: NDArray[np.uint8]
@@ -126,19 +127,26 @@ class Views:
     parameters: Parameters
     weight_files: Sequence[Path]
     upscaler_files: Sequence[Path] = ()
+    weight_stamps: Sequence[str] = ()
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write view_000.png ..., grid.png, turntable.gif, latents.npy, transforms.json and, last, metadata.json; returns the
         folder. What was upscaled of an earlier run there is removed.
 
         Raises OutputError if the folder or its folder `upscaled` holds a finished run and no `force` is given, or if it cannot
-        be written; CheckpointError if the weight files are gone, whose hashes belong to the metadata.
+        be written; CheckpointError if the weight files, whose hashes belong to the metadata, are gone or others than were
+        loaded.
         """
         names = view_names(len(self.images))
         height, width = self.images.shape[1:3]
         cameras = transforms(self.cameras, width_px=width, height_px=height, fov_deg=self.parameters.fov_deg, file_names=names)
         weights = sha256_of_files(self.weight_files)
         weights |= {f"upscaler/{name}": sha256 for name, sha256 in sha256_of_files(self.upscaler_files).items()}
+        if not set(self.weight_stamps) <= set(weight_stamps([*self.weight_files, *self.upscaler_files])):
+            changed = (
+                "its weight files have changed since they were loaded, and nothing tells any more which ones made the views"
+            )
+            raise CheckpointError(changed, path=self.parameters.model, hint="load the model again and repeat the run")
         document = metadata(asdict(self.parameters), weights=weights, details={"width_px": width, "height_px": height})
         for place in (Path(folder), Path(folder) / UPSCALED):
             check_free(place, force=force)

@@ -79,7 +79,7 @@ def advance(state: State[A], step: Step, out: A, noise: A | None, *, remember: i
     """The state after a step: `out` is the model's output, `noise` of deviation 1 where the step needs some. The last
     `remember` pictures stay."""
     earlier = state.pictures[:remember]
-    pictures = (step.x0_x * state.x + step.x0_out * out, *earlier)[:remember]
+    pictures = (step.x0_x * state.x + step.x0_out * out, *earlier)[:remember] if remember else ()
     terms = [(step.x, state.x), (step.out, out), (step.noise, noise), (step.kept, state.kept)]
     x = _added([*terms, *zip(step.pictures, earlier, strict=False)])
     kept = state.kept

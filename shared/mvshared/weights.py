@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mvshared.config import NetworkConfig, UNetConfig
 from mvshared.errors import CheckpointError, OptionError, TensorMismatchError
+from mvshared.files import file_stamps
 from mvshared.names import own_names
 from mvshared.quantization.groups import Packed
 from mvshared.quantization.plans import (
@@ -298,6 +299,11 @@ def _read_float32(stored: Stored) -> NDArray[np.float32]:
 def short_name(hashes: Mapping[str, str]) -> str:
     """A part of a file's name that tells weights apart, of what `sha256_of_files` gives."""
     return "-".join(digest[:12] for digest in hashes.values())
+
+
+def weight_stamps(paths: Iterable[Path]) -> tuple[str, ...]:
+    """What tells, without reading them, whether weight files are still those that they were: see `file_stamps`."""
+    return tuple(stamp for path in paths for stamp in file_stamps(path))
 
 
 def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:

@@ -161,13 +161,14 @@ def _warm(
 ) -> Worker:
     """The worker of a case, or another one if it failed for its cache, after the calls that do not count, of which the last one
     is kept."""
-    answer = worker.call(save=save)
+    first = save if case.warm_up == 1 else None
+    answer = worker.call(save=first)
     if answer is None and case.cache is not None and case.cache.is_dir():
         shutil.rmtree(case.cache)
         worker = stack.enter_context(running(case, environment=environment))
-        answer = worker.call(save=save)
-    for _ in range(1, case.warm_up):
-        answer = worker.call() or answer
+        answer = worker.call(save=first)
+    for number in range(2, case.warm_up + 1):  # the result of the last one is that of the calls that count
+        answer = worker.call(save=save if number == case.warm_up else None) or answer
     if answer is not None:
         calls.append(answer)
     return worker

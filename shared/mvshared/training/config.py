@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.camera import CAMERA_DIM
 from mvshared.checkpoint import config_from_json
 from mvshared.config import (
+    CAMERA_DIM,
     CameraConfig,
     Framing,
     GenerationDefaults,

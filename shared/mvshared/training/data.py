@@ -19,7 +19,7 @@ from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError, ImageError
 from mvshared.files import file_stamps
 from mvshared.images import load_image, load_values
-from mvshared.schedule import alphas_cumprod
+from mvshared.schedule import add_noise, velocity
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
 from mvshared.training.kept import in_one, kept_arrays
@@ -352,7 +352,9 @@ class ViewBatches:
         self.latents, self.config, self.normal_channels = latents, config, normal_channels
         self.text, self.image_states = text, image_states
         self.prediction_type = scheduler.prediction_type
-        self.alphas_cumprod = alphas_cumprod(scheduler)
+        timesteps = range(scheduler.num_train_timesteps)
+        self.noised = np.array([add_noise(scheduler, each) for each in timesteps], np.float32)
+        self.velocities = np.array([velocity(scheduler, each) for each in timesteps], np.float32)
         views = np.diff(latents.first)
         is_reference = config.may_be_references(latents.azimuths_deg)
         references = np.add.reduceat(is_reference, latents.first[:-1])
@@ -380,13 +382,16 @@ class ViewBatches:
         clean = data.images[chosen].astype(np.float32)
         reference_latents = data.images[np.asarray(references)].astype(np.float32)
         noise = random.standard_normal(clean.shape, np.float32)
-        timesteps = random.integers(len(self.alphas_cumprod), size=size)
+        timesteps = random.integers(len(self.noised), size=size)
         keep_reference = random.random(size) >= config.reference_dropout
         keep_normals = random.random(size) >= config.normals_dropout
-        alpha = np.sqrt(self.alphas_cumprod[timesteps]).astype(np.float32)[:, None, None, None, None]
-        sigma = np.sqrt(1 - self.alphas_cumprod[timesteps]).astype(np.float32)[:, None, None, None, None]
-        sample = alpha * clean + sigma * noise
-        target = alpha * noise - sigma * clean if self.prediction_type == "v_prediction" else noise
+
+        def mixed(mixes: NDArray[np.float32]) -> NDArray[np.float32]:
+            of_clean, of_noise = mixes[timesteps].T[:, :, None, None, None, None]
+            return of_clean * clean + of_noise * noise
+
+        sample = mixed(self.noised)
+        target = mixed(self.velocities) if self.prediction_type == "v_prediction" else noise
         if self.normal_channels:
             normals = data.normals[chosen].astype(np.float32) * keep_normals[:, None, None, None, None]
             sample = np.concatenate([sample, normals.astype(np.float32)], axis=-1)
