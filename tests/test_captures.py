@@ -200,6 +200,72 @@ def test_a_malformed_capture_is_refused(folder: Path, change: Callable[[dict[str
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(camera_model="OPENCV_FISHEYE"), "frame 0: camera_model must be one of PINHOLE, "),
+        (lambda d: d.update(cx=1), "frame 0: cx must be 4, the middle of the picture, give or take 5% of it, got 1"),
+        (lambda d: d["frames"][2].update(cy="3"), "frame 2: cy must be 3, the middle of the picture.*got '3'"),
+        (lambda d: d.update(fl_x=d["fl_y"] * 2), "frame 0: pixels must be square, and fl_x .* are none"),
+        (lambda d: d.update(w=d["w"] * 2), r"frame 0: w and h must be in proportion to the picture: they are 16 x 6"),
+        (lambda d: d["frames"][1].update(transform_matrix=None), "frame 1: transform_matrix: "),
+    ],
+)
+def test_a_lens_that_cameras_here_cannot_have_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    edit(folder, change)
+    with pytest.raises(DatasetError, match=message):
+        captures.load_capture(folder)
+
+
+def test_a_lens_may_be_off_by_a_little_and_speak_of_another_size(folder: Path) -> None:
+    before = captures.load_capture(folder)
+
+    def scaled(document: dict[str, Any]) -> None:
+        for name in ("w", "h", "fl_x", "fl_y"):
+            document[name] *= 4
+        document |= {"cx": document["w"] / 2 + 0.5, "cy": document["h"] / 2 - 0.5, "camera_model": "OPENCV", "k1": 0.01}
+
+    edit(folder, scaled)
+    assert captures.load_capture(folder).fov_deg == pytest.approx(before.fov_deg)
+
+
+def test_what_a_frame_says_of_its_lens_is_not_overruled_by_the_document(folder: Path) -> None:
+    fov_deg = captures.load_capture(folder).fov_deg
+    assert fov_deg is not None
+
+    def longer(document: dict[str, Any]) -> None:
+        for frame in document["frames"]:
+            frame["fl_x"] = 2 * document["fl_y"]
+
+    edit(folder, longer)
+    found = captures.load_capture(folder).fov_deg
+    assert found == pytest.approx(np.degrees(2 * np.arctan(np.tan(np.radians(fov_deg) / 2) / 2)))
+
+
+def test_a_capture_of_another_system_is_read(folder: Path) -> None:
+    """Names without an extension for files with a large one, a byte order mark, depth that only evaluation would need."""
+    for path in folder.glob("view_*.png"):
+        path.rename(path.with_suffix(".PNG"))
+
+    def edited(document: dict[str, Any]) -> None:
+        for index, frame in enumerate(document["frames"]):
+            frame |= {"file_path": f"view_{index:03}", "depth_file_path": f"depth_{index}.png"}
+
+    edit(folder, edited)
+    path = folder / "transforms.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    capture = captures.load_capture(folder)
+    assert [each.name for each in capture.image_paths] == [f"view_{index:03}.PNG" for index in range(3)]
+    with pytest.raises(DatasetError, match=r"depth_0.png: No such file.*without depth_file_path.* depth is estimated"):
+        captures.read_views(capture)
+    for index in range(3):
+        Image.fromarray(RGBA[0, ..., 0]).save(folder / f"depth_{index}.png")
+    with pytest.raises(DatasetError, match=r"depth_0.png: is no .npy file of floats \(without depth_file_path"):
+        captures.read_views(captures.load_capture(folder))
+
+
 def test_a_missing_picture_is_named(folder: Path) -> None:
     (folder / "view_001.png").unlink()
     with pytest.raises(DatasetError, match="not there") as caught:

@@ -21,9 +21,12 @@ from PIL import Image
 
 import mvshared.commands.checkpoints
 import mvshared.commands.generate
+import mvshared.export
 from mvshared import __version__
+from mvshared.camera import orbit
 from mvshared.cli import cli, run
 from mvshared.errors import MvWarning
+from mvshared.export import transforms
 from mvshared.images import load_image
 
 MVMLX = str(Path(sys.executable).with_name("mvmlx"))
@@ -365,6 +368,8 @@ def test_evaluate_prints_and_writes_the_same_figures(desk: Path, capfd: pytest.C
     assert run([*command, "--json"]) == 0
     [document] = events(capfd.readouterr().out)
     assert json.loads((desk / "out" / "evaluation.json").read_text()) == document
+    assert not (desk / "out" / ".evaluating").exists()
+
     assert "2 heads, 4 views each" in table
     for name, figure in document["figures"].items():
         assert re.search(rf"{name} +{figure['mean']:.3f} \+- {figure['std']:.3f}", table)
@@ -373,6 +378,69 @@ def test_evaluate_prints_and_writes_the_same_figures(desk: Path, capfd: pytest.C
         assert re.search(rf"{name} +{share:.3f} = \d+ of [28]", table)
     assert load_image(desk / "out" / "sheet_00.png").shape == (2 * 32, 9 * 32, 4)
     assert [path.name for path in (desk / "out").glob("sheet_*")] == ["sheet_00.png"]
+
+
+def test_an_evaluation_removes_what_one_left_and_no_picture_of_anybody_else(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", *TINY, "--steps", "1", "-o", "out", "--identities"]
+    (desk / "out").mkdir()
+    (desk / "out" / "sheet_05.png").write_bytes(b"mine")
+    assert run([*command, "0:1"]) == 7
+    assert "holds sheet_05.png, which no evaluation left there" in capfd.readouterr().err
+    assert [path.name for path in (desk / "out").iterdir()] == ["sheet_05.png"]
+    (desk / "out" / "sheet_05.png").unlink()
+    assert run([*command, "0:1"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(mvshared.export, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run([*command, "1:2"]) == 130
+    assert {path.name for path in (desk / "out").iterdir()} == {".evaluating", "sheet_00.png"}  # and no figures of head 0
+    assert run([*command, "1:2"]) == 0
+    assert {path.name for path in (desk / "out").iterdir()} == {"evaluation.json", "sheet_00.png"}
+
+
+def test_figures_of_views_go_with_the_views(desk: Path) -> None:
+    command = ["generate", "picture.png", *TINY, "--steps", "1", "--azimuths", "0,90", "-o", "out"]
+    assert run(command) == 0
+    assert run(["evaluate", "out", "-o", "out"]) == 0
+    assert (desk / "out" / "sheet.png").exists()
+    assert run([*command, "--seed", "1", "--force"]) == 0
+    assert not {"evaluation.json", "sheet.png"} & {path.name for path in (desk / "out").iterdir()}
+
+
+def test_a_run_does_not_remove_what_it_is_made_of(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "picture.png", *TINY, "--steps", "1", "-o", "out"]) == 0
+    before = {path: path.read_bytes() for path in (desk / "out").iterdir()}
+    for command in (
+        ["generate", "out/view_000.png", *TINY, "-o", "out", "--force"],
+        ["generate", "picture.png", *TINY, "--latents", "out/latents.npy", "-o", "out/../out", "--force"],
+        ["upscale", "out", "-o", "out", "--force"],
+        ["upscale", "out/view_000.png", "out/view_001.png", "-o", "out", "--force"],
+    ):
+        capfd.readouterr()
+        assert run(command) == 2
+        assert "--output must be another folder: out" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in (desk / "out").iterdir()} == before
+
+
+def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    poses = orbit([0, 90], 10, radius=3.4)
+    lens = transforms(poses, width_px=32, height_px=32, fov_deg=65.0, file_names=["a.png", "b.png"])
+    (desk / "lens.json").write_text(json.dumps(lens))
+    (desk / "far.json").write_text(json.dumps(np.stack([poses[0], *orbit([90], 10, radius=13.6)]).tolist()))
+    aside = poses.copy()
+    aside[:, 1, 3] += 2
+    (desk / "aside.json").write_text(json.dumps(aside.tolist()))
+    (desk / "good.json").write_text(json.dumps(poses.tolist()))
+    for name, says in (
+        ("lens", "lens.json: has a field of view of 65.0 degrees, and views have that of the model, "),
+        ("far", "the cameras stand at distances from 3.4 to 13.6, and views have one"),
+        ("aside", "looks 28 degrees past the origin, where views have their subject"),
+        ("good", ""),
+    ):
+        assert run(["generate", "picture.png", *TINY, "--steps", "1", "-o", name, "--cameras", f"{name}.json"]) == 0
+        err = capfd.readouterr().err
+        assert says in err and bool(says) == ("warning" in err), err
 
 
 # Ends
@@ -393,7 +461,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_half_written_file(desk: Pat
         process.send_signal(signal.SIGINT)
         rest, errors = process.stdout.read(), process.stderr.read()
     assert process.returncode == 130
-    assert errors == "mvmlx: error: interrupted; nothing half-written is left\n"
+    assert errors == "mvmlx: error: interrupted; nothing half-written will be taken for a result\n"
     assert events(rest)[-1]["exit_code"] == 130
     assert not (desk / "out" / "metadata.json").exists()
     for path in (desk / "steps").iterdir():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from helpers import BACKENDS, Backend
 
+import mvshared.commands.profile
 from mvshared.backend import load
 from mvshared.blocks import Block, Call
 from mvshared.cli import run
@@ -270,8 +271,13 @@ def test_what_cannot_be_profiled_is_refused(capsys: pytest.CaptureFixture[str], 
     assert message in capsys.readouterr().err
 
 
-def test_the_size_of_the_picture_that_stands_in_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_size_of_the_picture_that_stands_in_is_looked_at(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mvshared.commands.profile, "load", lambda *_, **__: pytest.fail("weights were read"))
     assert run(["profile", "demo", "--backend", "torch", "--device", "cpu", "--size", "-5"]) == 2
+    assert run(["profile", "demo", "--backend", "torch", "--device", "cpu", "--views", "0"]) == 2
+    assert run(["profile", "demo", "--image", "gone.png"]) == 3
     assert "size must be a whole number from" in capsys.readouterr().err
 
 

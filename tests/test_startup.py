@@ -22,6 +22,18 @@ except SystemExit as end:
 found = {"modules": sorted(sys.modules), "spins": os.environ.get("GOMP_SPINCOUNT")}
 open(report, "w").write(json.dumps(found))
 """
+
+INTERRUPTED = """
+import builtins, sys
+real = builtins.__import__
+def interrupted(name, *rest, **named):
+    if name == "mvshared.commands" or name == "click":
+        raise KeyboardInterrupt
+    return real(name, *rest, **named)
+builtins.__import__ = interrupted
+from mvshared.entry import main
+main()
+"""
 ARRAYS_AND_PICTURES = {"numpy", "PIL", "torch", "mlx", "safetensors", "tokenizers", "tqdm"}
 NOT_FOR_THE_DEMO = {
     *("mlx", "tokenizers", "huggingface_hub", "diffusers", "transformers", "matplotlib", "scipy"),
@@ -35,6 +47,13 @@ NOT_FOR_THE_DEMO = {
     ),
     *("mvtorch.train", "mvtorch.diffusers_model", "torch._dynamo", "torch._inductor"),
 }
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line() -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}"}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], env=environment, capture_output=True, text=True)
+    expected = "mvmlx: error: interrupted; nothing half-written will be taken for a result\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", expected)
 
 
 def started(tmp_path, *arguments, **environment):

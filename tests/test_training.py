@@ -117,6 +117,13 @@ def test_what_a_killed_run_left_half_written_is_removed(data: Path, tmp_path: Pa
     assert not any(leftover.exists() for leftover in leftovers)
 
 
+def test_a_folder_with_the_name_of_a_leftover_stays(data: Path, tmp_path: Path) -> None:
+    run(vae_config(data, steps=1), tmp_path / "run")
+    (tmp_path / "run/.notes.tmp").mkdir()
+    run(vae_config(data, steps=2), tmp_path / "run")
+    assert (tmp_path / "run/.notes.tmp").is_dir()
+
+
 def test_more_steps_continue_a_finished_run_and_fewer_are_refused(data: Path, tmp_path: Path) -> None:
     run(vae_config(data, steps=2), tmp_path / "run")
     run(vae_config(data, steps=3), tmp_path / "run")

@@ -1,6 +1,7 @@
 """What training starts from: captures, the batches that are drawn of them, and the initial weights."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mvshared.training.data import (
     Latents,
     VAEPictures,
     ViewBatches,
+    captures_digest,
     encode_captures,
     find_captures,
     kept_latents,
@@ -51,6 +53,19 @@ def test_the_last_captures_are_held_out_and_both_sides_have_one_unless_the_share
         training, held_out = find_captures(data, held_out=share)
         assert [path.name for path in (*training, *held_out)] == names
         assert len(held_out) == count
+
+
+def test_pictures_outside_of_a_capture_belong_to_its_digest(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "object"
+    write_object(folder, 0)
+    document = json.loads((folder / "transforms.json").read_text())
+    outside = (folder / document["frames"][0]["file_path"]).rename(tmp_path / "view.png")
+    document["frames"][0]["file_path"] = "../../view"
+    (folder / "transforms.json").write_text(json.dumps(document))
+    before = captures_digest([folder])
+    assert before == captures_digest([folder])
+    os.utime(outside, ns=(1, 1))
+    assert before != captures_digest([folder])
 
 
 def test_a_folder_with_too_few_captures_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,12 @@ MIN_RADIUS = 1e-6
 # So many turns nobody means, and far larger numbers have no digits left for where in a turn a camera stands.
 MAX_AZIMUTH_DEG = 1e6
 
+LENS = ("fl_x", "fl_y", "camera_angle_x", "camera_angle_y")  # fields of transforms.json
+PINHOLES = ("PINHOLE", "OPENCV", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "FULL_OPENCV")  # with or without distortion
+LENS_TOLERANCE = 0.05  # shares of a picture by which lenses of scans are off
+DISTANCE_TOLERANCE = 0.01
+AIM_TOLERANCE_DEG = 5.0
+
 Y_UP_TO_Z_UP = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 MIRROR_X = np.diag([-1.0, 1.0, 1.0, 1.0])
 
@@ -208,17 +214,78 @@ def read_transforms(
     try:
         poses = validate_poses([frame["transform_matrix"] for frame in frames])
     except CameraError as cause:
+        if cause.index is None:
+            _name_frame(frames, path=path, error=error)
         raise error(cause.message, path=path, hint=cause.hint) from cause
     up = document.get("up", [0, 0, 1])
     if up == [0, 0, 1]:
         poses = (Y_UP_TO_Z_UP.T @ poses).astype(np.float32)
     elif up != [0, 1, 0]:
         raise error(f"up must be [0, 1, 0] or [0, 0, 1], got {up!r}", path=path)
-    fovs = [_vertical_fov_deg({**document, **frame}, size_px, path=path, error=error) for frame in frames]
+    fovs = [_vertical_fov_deg(_lens(document, frame), size_px, path=path, error=error) for frame in frames]
     known = [fov for fov in fovs if fov is not None]
     if len(known) < len(fovs) or max(known) - min(known) > 1e-3:
         return CameraFile(poses, None)
     return CameraFile(poses, known[0])
+
+
+def _name_frame(frames: Sequence[Mapping[str, Any]], *, path: Path | str, error: FileError) -> None:
+    """Raise `error` about the first frame whose matrix is no pose by itself."""
+    for index, frame in enumerate(frames):
+        try:
+            as_poses([frame["transform_matrix"]], 1.0)
+        except CameraError as cause:
+            message = cause.message.removeprefix("camera 0: ")
+            raise error(f"frame {index}: transform_matrix: {message}", path=path, hint=cause.hint) from cause
+
+
+def _lens(document: Mapping[str, Any], frame: Mapping[str, Any]) -> dict[str, Any]:
+    """A frame's fields over those of its document. What a frame says of the lens stands for itself: its fl_x is not
+    overruled by a fl_y or an angle of the document."""
+    inherited = document.items()
+    if any(name in frame for name in LENS):
+        inherited = [(name, value) for name, value in inherited if name not in LENS]
+    return {**dict(inherited), **frame}
+
+
+def check_lens(document: Mapping[str, Any], *, path: Path | str, size_px: tuple[int, int], error: FileError) -> None:
+    """Raise `error` for a lens in a checked transforms.json document that the cameras here cannot have: they are pinholes with
+    square pixels, the middle of the picture on their axis (cx and cy are in pixels of w and h, and say nothing without them).
+    `size_px` is (width, height) of the pictures, which may be smaller or larger than w and h, in proportion."""
+    for index, frame in enumerate(document["frames"]):
+        fields = _lens(document, frame)
+        where = f"frame {index}: "
+        model = fields.get("camera_model", "PINHOLE")
+        if model not in PINHOLES:
+            raise error(f"{where}camera_model must be one of {', '.join(PINHOLES)}, got {model!r}", path=path, hint="undistort")
+        width, height = (fields.get(name, size) for name, size in zip(("w", "h"), size_px, strict=True))
+        if abs(width / height * size_px[1] / size_px[0] - 1) > LENS_TOLERANCE:
+            sizes = f"{width} x {height}, the picture has {size_px[0]} x {size_px[1]} pixels"
+            raise error(f"{where}w and h must be in proportion to the picture: they are {sizes}", path=path)
+        for name, side, size in (("cx", "w", width), ("cy", "h", height)):
+            value = fields.get(name, size / 2) if side in fields else size / 2
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value / size - 0.5) <= LENS_TOLERANCE:
+                middle = f"{size / 2:g}, the middle of the picture, give or take {LENS_TOLERANCE:.0%} of it"
+                hint = "crop or pad the pictures around the camera's axis"
+                raise error(f"{where}{name} must be {middle}, got {value!r}", path=path, hint=hint)
+        if "fl_x" in fields and "fl_y" in fields and abs(fields["fl_x"] / fields["fl_y"] - 1) > LENS_TOLERANCE:
+            focal = f"fl_x {fields['fl_x']:g} and fl_y {fields['fl_y']:g}"
+            raise error(f"{where}pixels must be square, and {focal} are none", path=path, hint="scale the pictures")
+
+
+def doubt_of(poses: NDArray[np.float32]) -> str:
+    """Why views of a model, which have their subject in the middle and from one distance, are not those of cameras with these
+    poses (v, 4, 4); nothing if they are."""
+    positions = poses[:, :3, 3].astype(np.float64)
+    distances = np.linalg.norm(positions, axis=-1)
+    if distances.max() > (1 + DISTANCE_TOLERANCE) * distances.min():
+        return f"the cameras stand at distances from {distances.min():.3g} to {distances.max():.3g}, and views have one"
+    cosines = (poses[:, :3, 2] * positions).sum(-1) / distances  # the third axis points away from what a camera looks at
+    angles_deg = np.degrees(np.arccos(np.clip(cosines, -1, 1)))
+    worst = int(angles_deg.argmax())
+    if angles_deg[worst] > AIM_TOLERANCE_DEG:
+        return f"camera {worst} looks {angles_deg[worst]:.0f} degrees past the origin, where views have their subject"
+    return ""
 
 
 def _vertical_fov_deg(

@@ -3,7 +3,7 @@
 A capture is a folder with a transforms.json in the convention of nerfstudio and instant-ngp. A frame may also have a
 `normal_file_path`, a normal map in camera space: (n + 1) / 2 * 255 with x right, y up, z toward the camera; a
 `detail_file_path`, a grey picture of how much a pixel counts in a loss beside its surroundings; and a
-`depth_file_path`, a float32 .npy file (h, w) of depth along the optical axis, infinite where nothing is.
+`depth_file_path`, a float32 .npy file (h, w) of depth along the optical axis, infinite where nothing is, for evaluation.
 """
 
 import io
@@ -19,14 +19,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from mvshared.camera import read_transforms, validate_poses
+from mvshared.camera import check_lens, read_transforms, validate_poses
 from mvshared.consistency import foreground
-from mvshared.errors import DatasetError, OptionError, OutputError
+from mvshared.errors import ConfigError, DatasetError, OptionError, OutputError
 from mvshared.export import transforms
 from mvshared.files import read_json_object, write_atomic, write_json
 from mvshared.images import PICTURE_SUFFIXES, composite, load_image, orientation
 
 METADATA = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})  # of a PNG, that may say how it is turned
+FILE_FIELDS = ("file_path", "normal_file_path", "mask_path", "depth_file_path", "detail_file_path")  # of a frame
+SUFFIXES = ("", *PICTURE_SUFFIXES, *(suffix.upper() for suffix in PICTURE_SUFFIXES))  # that a name may lack
 PNG_LEVEL = 1  # of zlib: a third of the time of its default, for files that are a seventh larger
 
 
@@ -82,11 +84,28 @@ def load_capture(folder: Path | str) -> Capture:
             raise DatasetError(f"frame {index} has no file_path", path=path)
         images.append(image)
     normals, masks, depths, details = (
-        tuple(_frame_file(folder, frame, field, index) for index, frame in enumerate(frames))
-        for field in ("normal_file_path", "mask_path", "depth_file_path", "detail_file_path")
+        tuple(_frame_file(folder, frame, field, index) for index, frame in enumerate(frames)) for field in FILE_FIELDS[1:]
     )
-    cameras = read_transforms(document, path=path, size_px=size_px(images[0]), error=DatasetError)
+    size = size_px(images[0])
+    check_lens(document, path=path, size_px=size, error=DatasetError)
+    cameras = read_transforms(document, path=path, size_px=size, error=DatasetError)
     return Capture(tuple(images), normals, masks, cameras.poses, cameras.fov_deg, depths, details)
+
+
+def files_elsewhere(folder: Path) -> list[Path]:
+    """The files of a capture that do not lie in its folder, as its transforms.json names them; none if that is malformed."""
+    try:
+        frames = read_json_object(folder / "transforms.json").get("frames")
+    except ConfigError:
+        return []
+    named = [each[field] for each in frames or () if isinstance(each, dict) for field in FILE_FIELDS if field in each]
+    away = [name for name in named if isinstance(name, str) and "\0" not in name and _leaves(name)]
+    return [folder / (name + suffix) for name in away for suffix in SUFFIXES if os.path.isfile(folder / (name + suffix))]
+
+
+def _leaves(name: str) -> bool:
+    """Whether a relative path is none, or leads out of its folder."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def read_views(capture: Capture) -> CaptureViews:
@@ -112,7 +131,8 @@ def read_views(capture: Capture) -> CaptureViews:
         else:
             mask = foreground(pictures[-1][None])[0]
         if not mask.any():
-            raise DatasetError("shows nothing", path=mask_path or path)
+            nothing = "shows nothing" if mask_path is None else "shows nothing: no value of its 0 to 255 is 128 or more"
+            raise DatasetError(nothing, path=mask_path or path)
         masks.append(mask)
     depths = [_load_depth(path, first) for path in capture.depth_paths if path is not None]
     depth = np.stack(depths) if len(depths) == len(rgba) else None
@@ -199,16 +219,17 @@ def size_px(path: Path) -> tuple[int, int]:
 
 
 def _frame_file(folder: Path, frame: Mapping[str, Any], field: str, index: int) -> Path | None:
-    """The existing file that a frame's field names, None without the field; DatasetError if there is no such file."""
+    """The file that a frame's field names, None without the field; DatasetError if it is not there, but for depth."""
     if field not in frame:
         return None
     name = frame[field]
     if not isinstance(name, str) or not name or "\0" in name:
         raise DatasetError(f"frame {index}: {field} must be a file name, got {name!r}", path=folder / "transforms.json")
-    for suffix in ("", *PICTURE_SUFFIXES):
-        candidate = folder / (name + suffix)
+    for candidate in (folder / (name + suffix) for suffix in SUFFIXES):
         if os.path.isfile(candidate):
             return candidate
+    if field == "depth_file_path":  # whoever reads it says so
+        return folder / name
     raise DatasetError(f"frame {index}: {field} names a file that is not there", path=folder / name)
 
 
@@ -223,7 +244,9 @@ def _load_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
         with path.open("rb") as file:
             depth = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as cause:
-        raise DatasetError(f"is no .npy file: {cause}", path=path) from cause
+        reason = f"{cause.strerror or cause}" if isinstance(cause, OSError) else "is no .npy file of floats"
+        hint = "without depth_file_path in the transforms.json depth is estimated"
+        raise DatasetError(reason, path=path, hint=hint) from cause
     if not isinstance(depth, np.ndarray) or not np.issubdtype(depth.dtype, np.floating) or depth.shape != shape[:2]:
         raise DatasetError(f"must hold floats of shape {shape[:2]}", path=path)
     with np.errstate(over="ignore"):

@@ -18,10 +18,11 @@ from typing import Any
 import click
 
 from mvshared import __version__
+from mvshared.entry import INTERRUPT_EXIT, INTERRUPTED
 from mvshared.errors import MemoryBudgetError, MvError, OptionError, OutputError
 from mvshared.messages import say, warnings_in_lines
 
-USAGE_EXIT, INTERNAL_EXIT, INTERRUPT_EXIT = 2, 70, 130
+USAGE_EXIT, INTERNAL_EXIT = 2, 70
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # What the allocators of PyTorch and MLX say, in errors that have no class of their own but for CUDA's.
 _NO_MEMORY = re.compile(r"out ?of ?memory|can't allocate memory|not enough memory|(unable|attempting) to allocate", re.I)
@@ -566,7 +567,7 @@ def run(arguments: list[str]) -> int:
     except MvError as error:
         return _fail(_one_line(error, arguments), error.exit_code, kind=type(error).__name__, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; nothing half-written is left", INTERRUPT_EXIT, kind="Interrupt", as_json=as_json)
+        return _fail(INTERRUPTED, INTERRUPT_EXIT, kind="Interrupt", as_json=as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

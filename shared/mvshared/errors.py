@@ -55,12 +55,12 @@ def warn(text: str) -> None:
 
 
 class OptionError(MvError):
-    """A parameter has a value that is not allowed. Fields: `name`, `expected`, `got`. Arrays are told by their shape."""
+    """A parameter has a value that is not allowed. Fields: `name`, `expected`, `got`. Large arrays are told by their shape."""
 
     exit_code = 2
 
     def __init__(self, name: str, *, expected: str, got: object, hint: str = "") -> None:
-        shape = getattr(got, "shape", ())
+        shape = got.shape if getattr(got, "size", 0) > 8 and hasattr(got, "shape") else ()  # type: ignore[attr-defined]
         super().__init__(f"{name} must be {expected}, got {f'an array of shape {shape}' if shape else repr(got)}", hint=hint)
         self.name, self.expected, self.got = name, expected, got
 

@@ -9,7 +9,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +26,10 @@ from mvshared.images import encode_png, grid, save_png, save_turntable
 METADATA = "metadata.json"
 UNFINISHED = ".unfinished"
 RUN_FILES = re.compile(r"view_\d{3,}\.png|grid\.png|turntable\.gif|latents\.npy|transforms\.json")
-LEFTOVERS = with_leftovers(rf"{RUN_FILES.pattern}|{re.escape(METADATA)}")  # of a run, killed or not
+LEFTOVERS = with_leftovers(rf"{RUN_FILES.pattern}|{re.escape(METADATA)}|{re.escape(UNFINISHED)}")  # of a run, killed or not
+EVALUATION = "evaluation.json"
+EVALUATING = ".evaluating"
+SHEETS = re.compile(r"sheet(_\d{2,})?\.png")
 
 METADATA_FORMAT = "mvmlx-run"
 METADATA_VERSION = 1
@@ -66,12 +69,57 @@ def prepare(folder: Path | str, *, force: bool = False) -> Path:
     check_free(folder, force=force)
     make_folder(folder)
     try:
+        evaluated = (folder / METADATA).exists() and (folder / EVALUATION).exists()
+        obsolete = [folder / EVALUATION, *_run_files(folder, SHEETS)] if evaluated else []  # figures of views that go
         write_atomic(folder / UNFINISHED, b"")
-        for path in (folder / METADATA, *_run_files(folder, LEFTOVERS)):
-            path.unlink(missing_ok=True)
+        for path in (folder / METADATA, *obsolete, *_run_files(folder, LEFTOVERS)):
+            if path.name != UNFINISHED:
+                path.unlink(missing_ok=True)
     except OSError as cause:
         raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause
     return folder
+
+
+def check_evaluation(folder: Path | str) -> None:
+    """Raise OutputError if `write_evaluation` would refuse `folder` for what is there; nothing is changed."""
+    folder = Path(folder)
+    check_folder(folder)
+    if folder.is_dir() and not any((folder / name).exists() for name in (EVALUATION, EVALUATING)):
+        for path in _run_files(folder, SHEETS):
+            hint = "name another folder, or move the picture away"
+            raise OutputError(f"holds {path.name}, which no evaluation left there", path=folder, hint=hint)
+
+
+def write_evaluation(folder: Path | str, sheets: Mapping[str, NDArray[np.uint8]], document: Mapping[str, Any]) -> None:
+    """Write sheets, pictures by file name, and last evaluation.json, in place of those of an earlier evaluation.
+
+    Raises OutputError if the folder holds other sheets, or cannot be written.
+    """
+    folder = Path(folder)
+    check_evaluation(folder)
+    make_folder(folder)
+    try:
+        write_atomic(folder / EVALUATING, b"")  # tells sheets of one that was killed from pictures of the user's own
+        for path in (folder / EVALUATION, *_run_files(folder, with_leftovers(rf"{SHEETS.pattern}|{re.escape(EVALUATION)}"))):
+            path.unlink(missing_ok=True)
+        for name, picture in sheets.items():
+            write_atomic(folder / name, encode_png(picture))
+        write_json(folder / EVALUATION, document)
+        (folder / EVALUATING).unlink()
+    except OSError as cause:
+        raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause
+
+
+def check_source(folder: Path | str, sources: Iterable[Path]) -> None:
+    """Raise OptionError about the output if a run that is written into `folder` would remove what it is made of: files of an
+    earlier run there, or the folder itself."""
+    target = Path(folder).resolve()
+    for source in sources:
+        real = source.resolve()
+        if (real == target and real.is_dir()) or (real.parent == target and LEFTOVERS.fullmatch(real.name)):
+            raise OptionError(
+                "output", expected=f"another folder: {source}, which is read, would be removed there", got=str(folder)
+            )
 
 
 def discard(folder: Path | str) -> None:

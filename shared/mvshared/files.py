@@ -25,9 +25,12 @@ def read_json_object(path: Path | str, *, error: FileError = ConfigError) -> dic
 
 
 def read_json(path: Path | str, *, error: FileError = ConfigError) -> Any:
-    """The JSON document in a UTF-8 file. Raises `error` for a file that is missing, unreadable or not JSON."""
+    """The JSON document in a UTF-8 file, with or without a byte order mark.
+
+    Raises `error` for a file that is missing, unreadable or not JSON.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as cause:
         raise error("no such file", path=path) from cause
     except OSError as cause:

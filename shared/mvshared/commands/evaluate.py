@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +13,8 @@ from numpy.typing import NDArray
 
 from mvshared.backend import load
 from mvshared.errors import CameraError, DatasetError, OptionError
-from mvshared.files import check_folder, make_folder, write_atomic, write_json
-from mvshared.images import encode_png, sheet
+from mvshared.export import check_evaluation, write_evaluation
+from mvshared.images import sheet
 
 SHEET_ROWS = 8
 WARPS_SHOWN = 32
@@ -32,7 +31,7 @@ def evaluate_model(options: dict[str, Any]) -> None:
             raise OptionError(name, expected="left out without --upscaler", got=options[name])
     output: Path | None = options["output"]
     if output is not None:
-        check_folder(output)
+        check_evaluation(output)
     pipeline = load(options["model"], **{name: options[name] for name in ("backend", "dtype", "device", "quantize")})
     result = evaluate(
         pipeline,
@@ -87,7 +86,7 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
             raise OptionError(name, expected="left out with --upscaler", got=options[name])
     output: Path | None = options["output"]
     if output is not None:
-        check_folder(output)
+        check_evaluation(output)
     pipeline = load(options["model"], **{name: options[name] for name in ("backend", "dtype", "device", "quantize")})
     asked = UpscaleOptions(
         method="sd-x2",
@@ -129,15 +128,8 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
 
 def _write(output: Path, rows: Sequence[NDArray[np.uint8]], document: dict[str, Any]) -> None:
     """Write sheet_00.png ... and evaluation.json."""
-    make_folder(output)
-    for first in range(0, len(rows), SHEET_ROWS):
-        picture = sheet(np.stack(rows[first : first + SHEET_ROWS]))
-        write_atomic(output / f"sheet_{first // SHEET_ROWS:02}.png", encode_png(picture))
-    written = [f"sheet_{number:02}.png" for number in range(-(-len(rows) // SHEET_ROWS))]
-    for file in output.iterdir():
-        if re.fullmatch(r"sheet_\d{2,}\.png", file.name) and file.name not in written:  # of more heads
-            file.unlink()
-    write_json(output / "evaluation.json", document)
+    parts = [rows[first : first + SHEET_ROWS] for first in range(0, len(rows), SHEET_ROWS)]
+    write_evaluation(output, {f"sheet_{number:02}.png": sheet(np.stack(part)) for number, part in enumerate(parts)}, document)
 
 
 def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[str]) -> None:
@@ -152,7 +144,7 @@ def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[st
             )
     output: Path | None = options["output"]
     if output is not None:
-        check_folder(output)
+        check_evaluation(output)
     capture = load_capture(folder)
     path = folder / "transforms.json"
     if len(capture.poses) < 2:
@@ -190,13 +182,11 @@ def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[st
                 "note: exchanging the cameras changes little or helps: these are hardly different views of one object", err=True
             )
     if output is not None:
-        make_folder(output)
         rows = [
             np.stack([views.pictures[warp.view], warp.picture, np.repeat(warp.visible[..., None] * np.uint8(255), 3, axis=-1)])
             for warp in result.warps[:WARPS_SHOWN]
         ]
-        write_atomic(output / "sheet.png", encode_png(sheet(np.stack(rows))))
-        write_json(output / "evaluation.json", document)
+        write_evaluation(output, {"sheet.png": sheet(np.stack(rows))}, document)
 
 
 def _number(value: float | None) -> str:

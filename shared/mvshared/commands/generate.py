@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvshared.arguments import number
@@ -16,11 +18,12 @@ from mvshared.backend import Model, choose_backend, chosen_dtype, load
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.config import ModelConfig
-from mvshared.errors import MvError, MvWarning, OptionError
-from mvshared.export import check_free
+from mvshared.errors import MvError, MvWarning, OptionError, warn
+from mvshared.export import check_free, check_source
 from mvshared.files import check_folder, make_folder, remove_others, write_atomic
 from mvshared.images import encode_png, grid
 from mvshared.messages import say
+from mvshared.normals import FOV_TOLERANCE_DEG
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.quantization.plans import preset_of
 from mvshared.repetition import repeat, requested
@@ -95,6 +98,9 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
     seeds = list(options["seeds"]) or [0]
     folders = _output_folders(options, seeds)
     for folder in folders:
+        check_source(
+            folder, [path for path in (*options["image"], *options["normals"], options["latents"]) if path is not None]
+        )
         check_free(folder, force=options["force"])
         check_free(folder / UPSCALED, force=options["force"])
     for beside in (reporter.stepwise, options["check_numerics"]):
@@ -175,7 +181,7 @@ def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) ->
         raise OptionError(option, expected="left out where --config is given", got=f"--config and {option}")
     run = read_run(config)
     parameters = run.parameters
-    request = requested(run, *_described(parameters.model))
+    request = requested(run, *described(parameters.model))
 
     def repeated(reporter: Reporter) -> Result:
         pipeline = load(
@@ -192,7 +198,15 @@ def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) ->
     return repeated
 
 
-def _described(model: str) -> tuple[ModelConfig, Callable[[], "CLIPTokenizer"]]:
+def poses_in(path: Path, config: ModelConfig) -> NDArray[np.float32]:
+    """Poses (v, 4, 4) in a file of cameras, with an MvWarning if their lens is not the model's."""
+    cameras, fov_deg = load_cameras(path, radius=config.camera.radius), config.camera.fov_deg
+    if cameras.fov_deg is not None and abs(cameras.fov_deg - fov_deg) > FOV_TOLERANCE_DEG:
+        warn(f"{path}: has a field of view of {cameras.fov_deg:.1f} degrees, and views have that of the model, {fov_deg:.1f}")
+    return cameras.poses
+
+
+def described(model: str) -> tuple[ModelConfig, Callable[[], "CLIPTokenizer"]]:
     """The config of a model, and what loads its tokenizer."""
     folder = find_model(model)
     config = read_model_config(folder)
@@ -214,7 +228,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
         raise OptionError("stepwise", expected=expected, got=str(options["stepwise"]))
     if len(set(seeds)) != len(seeds):
         raise OptionError("seed", expected="different for every result", got=seeds)
-    config, tokenizer = _described(options["model"])
+    config, tokenizer = described(options["model"])
     upscale = upscale_parameters(options, config)
     request = prepare(
         config,
@@ -227,7 +241,7 @@ def _new_runs(options: dict[str, Any], seeds: list[int]) -> list[Callable[[Repor
         views=options["views"],
         azimuths_deg=options["azimuths"],
         elevation_deg=options["elevation"],
-        cameras=None if options["cameras"] is None else load_cameras(options["cameras"], radius=config.camera.radius).poses,
+        cameras=None if options["cameras"] is None else poses_in(options["cameras"], config),
         normals=options["normals"][0] if len(options["normals"]) == 1 else list(options["normals"]) or None,
         normal_space=options["normal_space"],
         steps=options["steps"],

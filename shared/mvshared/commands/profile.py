@@ -4,6 +4,7 @@ import json
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +13,14 @@ from tqdm import tqdm
 
 from mvshared.arguments import picture_size, whole
 from mvshared.backend import load
-from mvshared.camera import load_cameras
-from mvshared.commands.generate import LOAD_OPTIONS, Reporter, shown_warnings
-from mvshared.errors import OptionError
+from mvshared.commands.generate import LOAD_OPTIONS, Reporter, described, poses_in, shown_warnings
+from mvshared.config import ModelConfig
+from mvshared.errors import MvWarning, OptionError
 from mvshared.export import package_versions
 from mvshared.files import check_folder, make_folder, write_atomic
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.profiling import LARGEST, Profile, Row, StageProfile, parts, profile, trace
+from mvshared.request import prepare
 from mvshared.schedule import MAX_STEPS
 from mvshared.validation import textured_subject
 
@@ -31,10 +33,14 @@ def profile_model(name: str, options: dict[str, Any]) -> None:
         check_folder(trace_path.parent)
         if trace_path.is_dir():
             raise OptionError("trace", expected="a file", got=str(trace_path))
+    config, tokenizer = described(name)
+    arguments = _arguments(config, options)
+    with warnings.catch_warnings():  # which the run gives once more
+        warnings.simplefilter("ignore", MvWarning)
+        prepare(config, tokenizer, **arguments, steps=steps)  # refuses what it would, before weights are read
     start = time.perf_counter()
     pipeline = load(name, **{option: options[option] for option in LOAD_OPTIONS})
     loading = time.perf_counter() - start
-    arguments = _arguments(pipeline, options)
     with (
         shown_warnings(Reporter(as_json=False, stepwise=None)),
         tqdm(total=1 + 2 * steps, desc="profiling", unit="step", disable=None, file=sys.stderr) as bar,
@@ -60,9 +66,8 @@ def profile_model(name: str, options: dict[str, Any]) -> None:
             click.echo(f"\ntrace in {trace_path}: open it at ui.perfetto.dev")
 
 
-def _arguments(pipeline: Pipeline[Any], options: dict[str, Any]) -> dict[str, Any]:
+def _arguments(config: ModelConfig, options: dict[str, Any]) -> dict[str, Any]:
     """What `generate` is called with; a made-up picture, and no text, stand in for what is not given."""
-    config = pipeline.model.config
     image: list[Any] = list(options["image"])
     if not image and config.unet.takes_pictures:
         image = [textured_subject(picture_size(config, options["size"], name="size"))]
@@ -71,7 +76,7 @@ def _arguments(pipeline: Pipeline[Any], options: dict[str, Any]) -> dict[str, An
         prompt = ""
     poses = None
     if options["cameras"] is not None:
-        poses = load_cameras(options["cameras"], radius=config.camera.radius).poses
+        poses = poses_in(options["cameras"], config)
     return {
         "image": image or None,
         "prompt": prompt,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.camera import azimuth_elevation, camera_vectors, mirror_poses
-from mvshared.captures import Capture, load_capture
+from mvshared.captures import Capture, files_elsewhere, load_capture
 from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError, ImageError
 from mvshared.files import file_stamps
@@ -87,7 +87,7 @@ def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], l
 
 def captures_digest(folders: list[Path]) -> str:
     """Of captures, as far as the names, sizes and times of their files tell: what was made of them belongs to it."""
-    lines = [line for folder in folders for line in file_stamps(folder)]
+    lines = [line for folder in folders for path in (folder, *files_elsewhere(folder)) for line in file_stamps(path)]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
 
 

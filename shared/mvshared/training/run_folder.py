@@ -65,7 +65,8 @@ class RunFolder:
         make_folder(self.path)
         self._lock()
         for leftover in self.path.rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            if not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
         write_json(self.path / "config.json", _as_json(asdict(self.config)))
 
     def teach(self, files: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ from mvshared.backend import PACKAGES, choose_backend, chosen_dtype, parse_dtype
 from mvshared.checkpoint import find_model, read_vae_config
 from mvshared.config import VAEConfig
 from mvshared.errors import ImageError, OptionError
-from mvshared.export import METADATA, check_free, metadata, transforms, view_names, write_views
+from mvshared.export import METADATA, check_free, check_source, metadata, transforms, view_names, write_views
 from mvshared.images import composite, load_image, to_model
 from mvshared.quantization.plans import preset_of
 from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, read_run
@@ -120,6 +120,7 @@ def upscale_source(
             raise OptionError(name, expected=f"left out with {options.method}, which has no use for it", got=given[name])
     run = source.run
     output = output or (source.paths[0] / UPSCALED if run else Path(f"{source.paths[0].stem}-{UPSCALED}"))
+    check_source(output, source.paths)
     check_free(output, force=force)
     if run is not None:
         model = model or run.model
