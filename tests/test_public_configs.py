@@ -326,7 +326,14 @@ def test_the_size_of_the_latents_is_one_number_or_two_that_are_the_same(size: An
 
 
 def test_folders_of_old_diffusers_are_as_large_as_its_pipeline_makes_them() -> None:
-    for version, size, expected in (("0.8.0", 8, 64), ("0.8.1", 96, 96), ("0.10.2", 8, 8), ("0.42.1", 8, 8)):
+    for version, size, expected in (
+        ("0.8.0", 8, 64),
+        ("0.8.1", 96, 96),
+        ("0.8", 8, 64),
+        ("0.9", 8, 8),
+        ("0.10.2", 8, 8),
+        ("0.42.1", 8, 8),
+    ):
         assert latent_size({"sample_size": size, "_diffusers_version": version}, path=HERE, default=32) == expected
     old: dict[str, Any] = {"image_size": 32, "_diffusers_version": "0.8.0"}
     assert latent_size(old, path=HERE, default=64) == 32, "MVDream's, whose pipeline does not"

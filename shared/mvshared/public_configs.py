@@ -337,7 +337,9 @@ def latent_size(document: Document, *, path: Path, default: int) -> int:
     given = Fields({name: document.get(name)}, path=path).per_level(name, 2, None) or (default, default)
     if given[0] != given[1] or given[0] < 1:
         raise CheckpointError(f"{name} must be one number above 0, or two that are the same, got {document[name]!r}", path=path)
-    old = re.match(r"0\.[0-8]\.", str(document.get("_diffusers_version", ""))) and isinstance(document.get("sample_size"), int)
+    old = re.match(r"0(\.[0-8](\.|$)|$)", str(document.get("_diffusers_version", ""))) and isinstance(
+        document.get("sample_size"), int
+    )
     return max(64, given[0]) if old else given[0]
 
 
