@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from mvshared import camera, captures
+from mvshared.cli import run
 from mvshared.errors import CameraError, DatasetError, OptionError, OutputError
 from mvshared.images import load_image
 
@@ -206,16 +208,24 @@ def test_a_malformed_capture_is_refused(folder: Path, change: Callable[[dict[str
         (lambda d: d.update(camera_model="OPENCV_FISHEYE"), "frame 0: camera_model must be one of PINHOLE, "),
         (lambda d: d.update(cx=1), "frame 0: cx must be 4, the middle of the picture, give or take 5% of it, got 1"),
         (lambda d: d["frames"][2].update(cy="3"), "frame 2: cy must be 3, the middle of the picture.*got '3'"),
-        (lambda d: d.update(fl_x=d["fl_y"] * 2), "frame 0: pixels must be square, and fl_x .* are none"),
+        (lambda d: d.update(fl_x=d["fl_y"] * 2), "frame 0: pixels must be square, and fl_x .* are of others"),
         (lambda d: d.update(w=d["w"] * 2), r"frame 0: w and h must be in proportion to the picture: they are 16 x 6"),
-        (lambda d: d["frames"][1].update(transform_matrix=None), "frame 1: transform_matrix: "),
+        (lambda d: d.update(is_fisheye=True), "frame 0: camera_model must be one of .* got is_fisheye"),
     ],
 )
-def test_a_lens_that_cameras_here_cannot_have_is_refused(
-    folder: Path, change: Callable[[dict[str, Any]], object], message: str
+def test_a_lens_that_cameras_here_cannot_have_is_no_matter_of_training_and_refused_by_evaluation(
+    folder: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
+    assert captures.load_capture(folder).lens_doubt == ""
     edit(folder, change)
-    with pytest.raises(DatasetError, match=message):
+    assert re.match(message, captures.load_capture(folder).lens_doubt)
+    assert run(["evaluate", str(folder)]) == DatasetError.exit_code
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_frame_whose_matrix_is_none_is_named(folder: Path) -> None:
+    edit(folder, lambda document: document["frames"][1].update(transform_matrix=None))
+    with pytest.raises(DatasetError, match="frame 1: transform_matrix: "):
         captures.load_capture(folder)
 
 
@@ -228,7 +238,8 @@ def test_a_lens_may_be_off_by_a_little_and_speak_of_another_size(folder: Path) -
         document |= {"cx": document["w"] / 2 + 0.5, "cy": document["h"] / 2 - 0.5, "camera_model": "OPENCV", "k1": 0.01}
 
     edit(folder, scaled)
-    assert captures.load_capture(folder).fov_deg == pytest.approx(before.fov_deg)
+    capture = captures.load_capture(folder)
+    assert (capture.fov_deg, capture.lens_doubt) == (pytest.approx(before.fov_deg), "")
 
 
 def test_what_a_frame_says_of_its_lens_is_not_overruled_by_the_document(folder: Path) -> None:

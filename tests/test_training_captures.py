@@ -160,6 +160,18 @@ def test_a_capture_of_one_view_is_left_out_of_a_unet_s_stage_and_learned_by_the_
         run(unet_config(tmp_path / "own", vae, steps=1), tmp_path / "run", on_sample=None)
 
 
+def test_cameras_that_do_not_look_at_the_origin_are_warned_of(data: Path, vae: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "own")
+    for path in sorted((tmp_path / "own").glob("*/transforms.json"))[1:]:
+        document = json.loads(path.read_text())
+        for frame in document["frames"]:
+            frame["transform_matrix"][1][3] += 50
+        path.write_text(json.dumps(document))
+    says = r"object_1: camera \d+ looks \d+ degrees past the origin.*the model will not see that \(and 2 more captures\)"
+    with pytest.warns(MvWarning, match=says):
+        run(unet_config(tmp_path / "own", vae, steps=1), tmp_path / "run", on_sample=None)
+
+
 def test_maps_that_are_not_used_may_have_another_size(data: Path, vae: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "own")
     for path in (tmp_path / "own").glob("object_*/normal_*.png"):

@@ -248,29 +248,32 @@ def _lens(document: Mapping[str, Any], frame: Mapping[str, Any]) -> dict[str, An
     return {**dict(inherited), **frame}
 
 
-def check_lens(document: Mapping[str, Any], *, path: Path | str, size_px: tuple[int, int], error: FileError) -> None:
-    """Raise `error` for a lens in a checked transforms.json document that the cameras here cannot have: they are pinholes with
-    square pixels, the middle of the picture on their axis (cx and cy are in pixels of w and h, and say nothing without them).
-    `size_px` is (width, height) of the pictures, which may be smaller or larger than w and h, in proportion."""
+def lens_doubt(document: Mapping[str, Any], *, size_px: tuple[int, int]) -> str:
+    """Why the lens in a checked transforms.json document is none that the cameras here can have; nothing if it is.
+
+    They are pinholes with square pixels, the middle of the picture on their axis (cx and cy are in pixels of w and h, and say
+    nothing without them). `size_px` is (width, height) of the pictures, which may be smaller or larger than w and h, in
+    proportion.
+    """
     for index, frame in enumerate(document["frames"]):
         fields = _lens(document, frame)
-        where = f"frame {index}: "
         model = fields.get("camera_model", "PINHOLE")
-        if model not in PINHOLES:
-            raise error(f"{where}camera_model must be one of {', '.join(PINHOLES)}, got {model!r}", path=path, hint="undistort")
+        if model not in PINHOLES or fields.get("is_fisheye"):
+            got = "is_fisheye" if fields.get("is_fisheye") else repr(model)
+            return f"frame {index}: camera_model must be one of {', '.join(PINHOLES)}, got {got}"
         width, height = (fields.get(name, size) for name, size in zip(("w", "h"), size_px, strict=True))
         if abs(width / height * size_px[1] / size_px[0] - 1) > LENS_TOLERANCE:
             sizes = f"{width} x {height}, the picture has {size_px[0]} x {size_px[1]} pixels"
-            raise error(f"{where}w and h must be in proportion to the picture: they are {sizes}", path=path)
+            return f"frame {index}: w and h must be in proportion to the picture: they are {sizes}"
         for name, side, size in (("cx", "w", width), ("cy", "h", height)):
             value = fields.get(name, size / 2) if side in fields else size / 2
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value / size - 0.5) <= LENS_TOLERANCE:
                 middle = f"{size / 2:g}, the middle of the picture, give or take {LENS_TOLERANCE:.0%} of it"
-                hint = "crop or pad the pictures around the camera's axis"
-                raise error(f"{where}{name} must be {middle}, got {value!r}", path=path, hint=hint)
+                return f"frame {index}: {name} must be {middle}, got {value!r}"
         if "fl_x" in fields and "fl_y" in fields and abs(fields["fl_x"] / fields["fl_y"] - 1) > LENS_TOLERANCE:
             focal = f"fl_x {fields['fl_x']:g} and fl_y {fields['fl_y']:g}"
-            raise error(f"{where}pixels must be square, and {focal} are none", path=path, hint="scale the pictures")
+            return f"frame {index}: pixels must be square, and {focal} are of others"
+    return ""
 
 
 def doubt_of(poses: NDArray[np.float32]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from mvshared.camera import check_lens, read_transforms, validate_poses
+from mvshared.camera import lens_doubt, read_transforms, validate_poses
 from mvshared.consistency import foreground
 from mvshared.errors import ConfigError, DatasetError, OptionError, OutputError
 from mvshared.export import transforms
@@ -36,7 +36,8 @@ class Capture(NamedTuple):
     """Pictures of one object and their cameras, in the order of the file's frames.
 
     `normal_paths`, `mask_paths`, `depth_paths` and `detail_paths` have None for a frame without; `poses` float32 (v, 4, 4) are
-    those of `mvshared.camera`; `fov_deg` is the vertical field of view, None if the file says none or the views differ.
+    those of `mvshared.camera`; `fov_deg` is the vertical field of view, None if the file says none or the views differ;
+    `lens_doubt` says why the lens is none of a pinhole camera with the middle of the picture on its axis, if so.
     """
 
     image_paths: tuple[Path, ...]
@@ -46,6 +47,7 @@ class Capture(NamedTuple):
     fov_deg: float | None
     depth_paths: tuple[Path | None, ...]
     detail_paths: tuple[Path | None, ...]
+    lens_doubt: str = ""
 
 
 class CaptureViews(NamedTuple):
@@ -87,9 +89,9 @@ def load_capture(folder: Path | str) -> Capture:
         tuple(_frame_file(folder, frame, field, index) for index, frame in enumerate(frames)) for field in FILE_FIELDS[1:]
     )
     size = size_px(images[0])
-    check_lens(document, path=path, size_px=size, error=DatasetError)
     cameras = read_transforms(document, path=path, size_px=size, error=DatasetError)
-    return Capture(tuple(images), normals, masks, cameras.poses, cameras.fov_deg, depths, details)
+    doubt = lens_doubt(document, size_px=size)
+    return Capture(tuple(images), normals, masks, cameras.poses, cameras.fov_deg, depths, details, doubt)
 
 
 def files_elsewhere(folder: Path) -> list[Path]:

@@ -149,6 +149,8 @@ def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[st
     path = folder / "transforms.json"
     if len(capture.poses) < 2:
         raise DatasetError("has 1 frame, and consistency is one of at least 2", path=path)
+    if capture.lens_doubt:
+        raise DatasetError(capture.lens_doubt, path=path, hint="undistort, crop, pad or scale the pictures, and say so there")
     if capture.fov_deg is None:
         hint = "add w, h and fl_x, or camera_angle_x"
         raise DatasetError("says no field of view that all frames have", path=path, hint=hint)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from mvshared.camera import azimuth_elevation
+from mvshared.camera import azimuth_elevation, doubt_of
 from mvshared.captures import Capture, load_capture, size_px
 from mvshared.config import ModelConfig
 from mvshared.errors import DatasetError, OptionError, warn
@@ -17,8 +17,8 @@ def check_captures(
 ) -> list[Capture]:
     """The captures of named lists, looked at: sizes, numbers of views, normal maps. Pictures are opened, not decoded.
 
-    Raises DatasetError for captures that cannot be learned from, and warns (MvWarning) of those that are left out and of
-    views without normal maps.
+    Raises DatasetError for captures that cannot be learned from, and warns (MvWarning) of those that are left out, of
+    views without normal maps, and of cameras that stand or look as those of views never do.
     """
     places = [(name, folder) for name, folders in named for folder in folders]
     loaded = ahead(load_capture, [folder for _, folder in places])
@@ -35,6 +35,10 @@ def check_captures(
         if left_out:
             text = f"{left_out[0]} and {len(left_out) - 1} more" if left_out[1:] else str(left_out[0])
             warn(f"not learned from, for there is {lack}: {text}")
+    doubts = [(folder, doubt) for _, folder, capture in captures if (doubt := doubt_of(capture.poses))]
+    if doubts:
+        (folder, doubt), more = doubts[0], f" (and {len(doubts) - 1} more captures)" if doubts[1:] else ""
+        warn(f"{folder}: {doubt}: the model will not see that{more}")
     if model.unet.normal_channels and config.normals and model.family == "gaf":
         _check_normals(everything, folder=config.folder)
     return everything
