@@ -127,8 +127,6 @@ class LatentModel:
 
         Raises OptionError for shapes that do not fit.
         """
-        vae = self.vae.config
-        check_pictures("pixels", pixels.shape, channels=vae.in_channels, multiple=vae.downscale)
         with inference(self.device):
             together = vae_batch(self.plan, self.backend, self.device, pixels=prod(pixels.shape[1:3]))
             return self.vae.scale_latents(

@@ -237,7 +237,7 @@ def choose_device(device: str = "auto") -> str:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         unknown = str(error).startswith(("Expected one of", "Invalid device string"))  # with a list of all that it ever knew
-        reason = "it knows none of that name" if unknown else str(error).splitlines()[0]
+        reason = "it knows none of that name" if unknown else str(error).splitlines()[0].partition(". ")[0]
         hint = "use cpu, cuda or cuda:1, or leave it to auto"
         raise BackendError(f"PyTorch cannot use the device {device!r}: {reason}", backend="torch", hint=hint) from error
     return "cpu" if torch.device(device).type == "cpu" else device  # cpu:0, too

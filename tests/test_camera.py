@@ -212,6 +212,12 @@ def test_pairs_are_azimuth_and_elevation_at_the_given_radius() -> None:
     np.testing.assert_array_equal(camera.as_poses([(0, 5)], 2), camera.orbit([0], 5, radius=2))
 
 
+def test_the_name_of_a_file_is_no_camera_and_the_message_says_who_reads_it(tmp_path: Path) -> None:
+    for name in ("transforms.json", tmp_path / "transforms.json"):
+        with pytest.raises(CameraError, match=r"got the name '.*transforms.json' \(mvshared.camera.load_cameras reads a file"):
+            camera.as_poses(name, 1.0)  # type: ignore[arg-type]
+
+
 def test_matrices_keep_their_own_radius() -> None:
     poses = camera.orbit([0, 90], 5, radius=3)
     np.testing.assert_array_equal(camera.as_poses(poses.tolist(), 1.5), poses)

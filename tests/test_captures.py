@@ -210,7 +210,7 @@ def test_a_malformed_capture_is_refused(folder: Path, change: Callable[[dict[str
         (lambda d: d["frames"][2].update(cy="3"), "frame 2: cy must be 3, the middle of the picture.*got '3'"),
         (lambda d: d.update(fl_x=d["fl_y"] * 2), "frame 0: pixels must be square, and fl_x .* are of others"),
         (lambda d: d.update(w=d["w"] * 2), r"frame 0: w and h must be in proportion to the picture: they are 16 x 6"),
-        (lambda d: d.update(is_fisheye=True), "frame 0: camera_model must be one of .* got is_fisheye"),
+        (lambda d: d.update(is_fisheye=True), "frame 0: is_fisheye must be false, got True"),
     ],
 )
 def test_a_lens_that_cameras_here_cannot_have_is_no_matter_of_training_and_refused_by_evaluation(
@@ -221,6 +221,17 @@ def test_a_lens_that_cameras_here_cannot_have_is_no_matter_of_training_and_refus
     assert re.match(message, captures.load_capture(folder).lens_doubt)
     assert run(["evaluate", str(folder)]) == DatasetError.exit_code
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_frame_may_have_a_picture_of_another_size(folder: Path) -> None:
+    edit(folder, lambda document: document["frames"][1].update(w=6, h=8, cx=3, cy=4))
+    assert captures.load_capture(folder).lens_doubt == ""
+
+
+def test_files_elsewhere_are_none_of_a_malformed_file(folder: Path) -> None:
+    for document in ("{", '{"frames": 5}', '{"frames": [5, {"file_path": 7}]}', '{"frames": [{"file_path": "../gone"}]}'):
+        (folder / "transforms.json").write_text(document)
+        assert captures.files_elsewhere(folder) == []
 
 
 def test_a_frame_whose_matrix_is_none_is_named(folder: Path) -> None:

@@ -406,12 +406,21 @@ def test_figures_of_views_go_with_the_views(desk: Path) -> None:
     assert (desk / "out" / "sheet.png").exists()
     assert run([*command, "--seed", "1", "--force"]) == 0
     assert not {"evaluation.json", "sheet.png"} & {path.name for path in (desk / "out").iterdir()}
+    assert run(["evaluate", *TINY, "--steps", "1", "--identities", "0:1", "-o", "out"]) == 0
+    assert run([*command, "--seed", "1", "--force"]) == 0
+    assert {"evaluation.json", "sheet_00.png"} <= {path.name for path in (desk / "out").iterdir()}  # of the model
 
 
 def test_a_run_does_not_remove_what_it_is_made_of(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "picture.png", *TINY, "--steps", "1", "-o", "out"]) == 0
     before = {path: path.read_bytes() for path in (desk / "out").iterdir()}
+    (desk / "metadata.json").write_text(
+        (desk / "out" / "metadata.json").read_text().replace(str(desk / "picture.png"), str(desk / "out" / "view_000.png"))
+    )
     for command in (
+        ["generate", "--config", "metadata.json", "-o", "out", "--force"],
+        ["generate", "picture.png", *TINY, "--cameras", "out/transforms.json", "-o", "out", "--force"],
+        ["generate", "picture.png", *TINY, "--normals", "out", "-o", "out", "--force"],
         ["generate", "out/view_000.png", *TINY, "-o", "out", "--force"],
         ["generate", "picture.png", *TINY, "--latents", "out/latents.npy", "-o", "out/../out", "--force"],
         ["upscale", "out", "-o", "out", "--force"],
@@ -419,7 +428,7 @@ def test_a_run_does_not_remove_what_it_is_made_of(desk: Path, capfd: pytest.Capt
     ):
         capfd.readouterr()
         assert run(command) == 2
-        assert "--output must be another folder: out" in capfd.readouterr().err
+        assert re.search("output must be another folder: .*out.*, which is read, would be removed", capfd.readouterr().err)
     assert {path: path.read_bytes() for path in (desk / "out").iterdir()} == before
 
 
@@ -434,8 +443,8 @@ def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytes
     (desk / "good.json").write_text(json.dumps(poses.tolist()))
     for name, says in (
         ("lens", "lens.json: has a field of view of 65.0 degrees, and views have that of the model, "),
-        ("far", "the cameras stand at distances from 3.4 to 13.6, and views have one"),
-        ("aside", "looks 28 degrees past the origin, where views have their subject"),
+        ("far", "the cameras stand at distances from 3.4 to 13.6, and models know of one"),
+        ("aside", "looks 28 degrees past the origin, where views are to have their subject"),
         ("good", ""),
     ):
         assert run(["generate", "picture.png", *TINY, "--steps", "1", "-o", name, "--cameras", f"{name}.json"]) == 0

@@ -3,8 +3,11 @@
 import pickle
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from mvshared.errors import (
     BackendError,
@@ -66,4 +69,7 @@ def test_an_array_is_told_by_its_shape() -> None:
         str(OptionError("cameras", expected="left out", got=poses))
         == "cameras must be left out, got an array of shape (8, 4, 4)"
     )
+    for array in (torch.eye(4)[None], mx.eye(4)[None]):
+        assert str(OptionError("cameras", expected="left out", got=array)).endswith("got an array of shape (1, 4, 4)")
+    assert "<PIL.Image" in str(OptionError("prompt", expected="a text", got=Image.new("RGB", (16, 16))))
     assert str(OptionError("views", expected="1", got=np.int64(3))) == f"views must be 1, got {np.int64(3)!r}"

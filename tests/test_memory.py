@@ -387,6 +387,7 @@ def test_on_cuda_the_vae_takes_what_pictures_that_run_together_take(
     assert decoding(run, PLAIN) == pytest.approx(together * alone, rel=1e-6)
     assert vae_batch(PLAIN, "torch", "cuda", pixels=size_px**2) >= together
     assert vae_batch(PLAIN, "torch", "cpu", pixels=64) == vae_batch(PLAIN, "mlx", "gpu", pixels=64) == 1
+    assert vae_batch(PLAIN, "torch", "cuda", pixels=0) >= 1  # which the VAE refuses
 
 
 def test_a_budget_takes_the_fastest_plan_that_fits(public: Any) -> None:

@@ -16,6 +16,7 @@ from helpers import (
     BACKENDS,
     FLOAT16_RMS,
     FLOAT32_RMS,
+    TINY_MODEL,
     TINY_UNET,
     TINY_VAE,
     Backend,
@@ -27,6 +28,7 @@ from helpers import (
 )
 from numpy.typing import NDArray
 
+import mvmlx.latents
 import mvmlx.model
 import mvshared.memory.plan
 import mvshared.precision
@@ -204,6 +206,25 @@ def test_an_mlx_model_loaded_in_one_thread_works_in_another_and_leaves_its_defau
     thread.join()
     np.testing.assert_array_equal(results[0], model.decode(model.from_numpy(normal(1, 4, 6, 4))))
     assert mx.default_device() == before
+
+
+def test_what_an_mlx_run_computes_by_itself_is_on_the_model_s_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of arrays go to the default stream, which is the GPU's on a Mac, whatever the model was loaded for."""
+    model, entered = load("mlx", folder), []
+    real = mvmlx.latents._on_device
+
+    def noted(device: str) -> Any:
+        entered.append(device)
+        return real(device)
+
+    monkeypatch.setattr(mvmlx.latents, "_on_device", noted)
+    with model.planned(model.plan):
+        assert entered == ["cpu"]
+
+
+def test_a_model_knows_no_other_cameras_than_there_are() -> None:
+    with pytest.raises(OptionError, match="camera_dim of the U-Net must be 16 or null, got 8"):
+        replace(TINY_MODEL, unet=replace(TINY_MODEL.unet, camera_dim=8))
 
 
 def test_a_vae_alone_is_the_same_on_both_backends(folder: Path) -> None:

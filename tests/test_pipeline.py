@@ -1,5 +1,6 @@
 """Generation on both backends: seeds, the sampler against diffusers, guidance, cameras, and what is refused before any work."""
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,28 @@ def test_latents_that_do_not_fit_are_refused(recorded: Recorded, latents: Any) -
 
 
 # The sampler
+
+
+def test_runs_in_two_threads_wait_for_each_other(pipeline: Pipeline[Any]) -> None:
+    alone = [generate(pipeline, steps=4, kv_pooling=pooling) for pooling in (1, 2)]
+    assert not np.array_equal(alone[0].latents, alone[1].latents)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda pooling: generate(pipeline, steps=4, kv_pooling=pooling), (1, 2) * 4))
+    for index, views in enumerate(found):
+        np.testing.assert_array_equal(views.latents, alone[index % 2].latents)
+    inside = []
+    generate(pipeline, steps=2, on_step=lambda _: inside.append(generate(pipeline, steps=4, kv_pooling=2)))
+    np.testing.assert_array_equal(inside[0].latents, alone[1].latents)
+
+
+def test_views_are_compared_by_what_they_are(pipeline: Pipeline[Any]) -> None:
+    one, other = (generate(pipeline, steps=1) for _ in range(2))
+    assert one == one and one != other and other in [one, other] and len({one, other}) == 2
+
+
+def test_what_is_called_after_every_step_is_looked_at_before(pipeline: Pipeline[Any]) -> None:
+    with pytest.raises(OptionError, match="on_step must be a function of the progress, got 3"):
+        generate(pipeline, on_step=3)
 
 
 @pytest.mark.parametrize(

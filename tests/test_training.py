@@ -49,6 +49,7 @@ from mvshared.errors import (
 )
 from mvshared.heads.dataset import render_dataset
 from mvshared.training.config import (
+    DataConfig,
     OptimizerConfig,
     TrainConfig,
     UNetLossConfig,
@@ -634,6 +635,37 @@ def test_settings_of_the_optimiser_are_finite(name: str) -> None:
     for value in (math.inf, math.nan):
         with pytest.raises(OptionError, match=f"{name} must be"):
             replace(OptimizerConfig(), **{name: value})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": "foo"}, "stage must be one of vae, unet, upscaler, got 'foo'"),
+        ({"steps": 3.5}, "steps must be a whole number, got 3.5"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_where_they_are_made(changes: dict[str, Any], message: str, data: Path) -> None:
+    with pytest.raises(OptionError, match=message):
+        replace(vae_config(data), **changes)
+
+
+def test_configs_take_what_python_has_for_numbers_and_folders(data: Path, tmp_path: Path) -> None:
+    config = replace(vae_config(data), steps=np.int64(1), data=DataConfig(folder=data, held_out=0.0))  # pyright: ignore[reportArgumentType]
+    assert run(config, tmp_path / "run").is_dir()
+    text: Any = "1e-3"
+    with pytest.raises(OptionError, match="learning_rate must be a number, got '1e-3'"):
+        OptimizerConfig(learning_rate=text)
+    with pytest.raises(OptionError, match="folder must be the name of a folder, got 3"):
+        DataConfig(folder=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match=r"block_out_channels must be a tuple, got \[8, 16\]"):
+        replace(VAE, block_out_channels=[8, 16])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="num_attention_heads must be one entry per level"):
+        replace(UNET, num_attention_heads=2)  # pyright: ignore[reportArgumentType]
+    table: Any = {"stage": "vae"}
+    with pytest.raises(OptionError, match="config must be a TrainConfig, such as load_train_config reads, got 'dict'"):
+        train(table, tmp_path / "other")
 
 
 def test_pictures_that_the_vae_cannot_halve_so_often_are_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:

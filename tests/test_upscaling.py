@@ -228,17 +228,32 @@ def test_an_upscaler_whose_files_have_changed_is_read_again(pipeline: Pipeline[A
     np.testing.assert_array_equal(after.latents, expected.latents)
     assert np.abs(after.latents - before.latents).max() > 1e-3
     after.save(tmp_path / "after")
-    with pytest.raises(CheckpointError, match="weight files have changed since they were loaded"):
+    with pytest.raises(CheckpointError, match="weight files have another size or time than when they were loaded"):
         before.save(tmp_path / "before")
     assert not (tmp_path / "before").exists()
 
 
-@pytest.mark.parametrize("method", ["lanczos", "bilinear"])
-def test_views_of_another_model_are_refused(method: str, pipeline: Pipeline[Any], tmp_path: Path) -> None:
+def test_views_of_another_model_are_not_decoded(pipeline: Pipeline[Any], folders: Path, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "other")
-    views = load(tmp_path / "other", backend="torch", device="cpu").generate(PIXELS, steps=1)
+    (tmp_path / "same").symlink_to(folders / "tiny")
+    other, same = (
+        load(tmp_path / name, backend=pipeline.model.backend, device="cpu").generate(PIXELS, steps=1)
+        for name in ("other", "same")
+    )
     with pytest.raises(OptionError, match=r"views must be of .*tiny, whose VAE decodes them, got .*other"):
-        pipeline.upscale(views, method=method)
+        pipeline.upscale(other, method="bilinear")
+    assert pipeline.upscale(other, method="lanczos").images.shape == (2, 64, 64, 3)
+    assert pipeline.upscale(same, method="bilinear").images.shape == (2, 64, 64, 3)
+
+
+def test_views_of_another_dtype_or_backend_are_refused(pipeline: Pipeline[Any], folders: Path) -> None:
+    """Their parameters would not repeat what this pipeline makes of them."""
+    backend = pipeline.model.backend
+    half = load(folders / "tiny", backend=backend, device="cpu", dtype="float16").generate(PIXELS, steps=1)
+    twin = load(folders / "tiny", backend="mlx" if backend == "torch" else "torch", device="cpu").generate(PIXELS, steps=1)
+    for views, name in ((half, "dtype"), (twin, "backend")):
+        with pytest.raises(OptionError, match=f"views must be made with the {name} of this pipeline"):
+            pipeline.upscale(views, method="bilinear")
 
 
 def test_folders_of_another_kind_are_refused_both_ways(folders: Path) -> None:

@@ -113,7 +113,7 @@ def view_poses(
             raise OptionError("elevation_deg", expected="left out where `cameras` is given", got=elevation_deg)
         poses = as_poses(cameras, camera.radius)
         if doubt := doubt_of(poses):
-            warn(f"{doubt}: {len(poses)} cameras are kept as they are, and views follow their directions alone")
+            warn(doubt)
     elif without_cameras is not None and not named and elevation_deg is None:
         named, poses = ["normals"], without_cameras
     else:

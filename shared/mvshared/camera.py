@@ -6,6 +6,7 @@ https://github.com/bytedance/MVDream (mvdream/camera_utils.py) before its conver
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ def even_azimuths(views: int, *, start_deg: float = 0.0, span_deg: float = 360.0
 
     MVDream's get_camera, by index: a float range may yield one view too many. Raises OptionError.
     """
-    if isinstance(views, bool) or not isinstance(views, int) or views < 1:
+    if isinstance(views, bool) or not isinstance(views, int | np.integer) or views < 1:
         raise OptionError("views", expected="a whole number of at least 1", got=views)
     for name, value in (("start_deg", start_deg), ("span_deg", span_deg)):
         if not math.isfinite(value):
@@ -126,6 +127,9 @@ def as_poses(cameras: ArrayLike, radius: float) -> NDArray[np.float32]:
 
     Raises CameraError as `validate_poses` and `orbit` do; OptionError for the radius.
     """
+    if isinstance(cameras, str | os.PathLike):
+        hint = "mvshared.camera.load_cameras reads a file; give its poses"
+        raise CameraError(f"cameras must be real numbers, got the name {os.fspath(cameras)!r}", hint=hint)
     given = _numbers(cameras, "cameras")
     if given.ndim == 2 and given.shape[1] == 2:
         return orbit(given[:, 0], given[:, 1], radius=radius)
@@ -258,11 +262,13 @@ def lens_doubt(document: Mapping[str, Any], *, size_px: tuple[int, int]) -> str:
     for index, frame in enumerate(document["frames"]):
         fields = _lens(document, frame)
         model = fields.get("camera_model", "PINHOLE")
-        if model not in PINHOLES or fields.get("is_fisheye"):
-            got = "is_fisheye" if fields.get("is_fisheye") else repr(model)
-            return f"frame {index}: camera_model must be one of {', '.join(PINHOLES)}, got {got}"
+        if fields.get("is_fisheye", False) is not False:
+            return f"frame {index}: is_fisheye must be false, got {fields['is_fisheye']!r}"
+        if model not in PINHOLES:
+            return f"frame {index}: camera_model must be one of {', '.join(PINHOLES)}, got {model!r}"
         width, height = (fields.get(name, size) for name, size in zip(("w", "h"), size_px, strict=True))
-        if abs(width / height * size_px[1] / size_px[0] - 1) > LENS_TOLERANCE:
+        own = index > 0 and ("w" in frame or "h" in frame)  # of another picture than the one that `size_px` is of
+        if not own and abs(width / height * size_px[1] / size_px[0] - 1) > LENS_TOLERANCE:
             sizes = f"{width} x {height}, the picture has {size_px[0]} x {size_px[1]} pixels"
             return f"frame {index}: w and h must be in proportion to the picture: they are {sizes}"
         for name, side, size in (("cx", "w", width), ("cy", "h", height)):
@@ -277,17 +283,18 @@ def lens_doubt(document: Mapping[str, Any], *, size_px: tuple[int, int]) -> str:
 
 
 def doubt_of(poses: NDArray[np.float32]) -> str:
-    """Why views of a model, which have their subject in the middle and from one distance, are not those of cameras with these
+    """Why models, whose views have their subject in the middle and from one distance, are not made for cameras with these
     poses (v, 4, 4); nothing if they are."""
     positions = poses[:, :3, 3].astype(np.float64)
     distances = np.linalg.norm(positions, axis=-1)
     if distances.max() > (1 + DISTANCE_TOLERANCE) * distances.min():
-        return f"the cameras stand at distances from {distances.min():.3g} to {distances.max():.3g}, and views have one"
+        nearest, farthest = distances.min(), distances.max()
+        return f"the cameras stand at distances from {nearest:.3g} to {farthest:.3g}, and models know of one"
     cosines = (poses[:, :3, 2] * positions).sum(-1) / distances  # the third axis points away from what a camera looks at
     angles_deg = np.degrees(np.arccos(np.clip(cosines, -1, 1)))
     worst = int(angles_deg.argmax())
     if angles_deg[worst] > AIM_TOLERANCE_DEG:
-        return f"camera {worst} looks {angles_deg[worst]:.0f} degrees past the origin, where views have their subject"
+        return f"camera {worst} looks {angles_deg[worst]:.0f} degrees past the origin, where views are to have their subject"
     return ""
 
 

@@ -97,10 +97,12 @@ def load_capture(folder: Path | str) -> Capture:
 def files_elsewhere(folder: Path) -> list[Path]:
     """The files of a capture that do not lie in its folder, as its transforms.json names them; none if that is malformed."""
     try:
-        frames = read_json_object(folder / "transforms.json").get("frames")
+        document = read_json_object(folder / "transforms.json")
     except ConfigError:
         return []
-    named = [each[field] for each in frames or () if isinstance(each, dict) for field in FILE_FIELDS if field in each]
+    frames = document.get("frames")
+    known = [each for each in frames if isinstance(each, dict)] if isinstance(frames, list) else []
+    named = [frame[field] for frame in known for field in FILE_FIELDS if field in frame]
     away = [name for name in named if isinstance(name, str) and "\0" not in name and _leaves(name)]
     return [folder / (name + suffix) for name in away for suffix in SUFFIXES if os.path.isfile(folder / (name + suffix))]
 

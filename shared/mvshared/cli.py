@@ -607,12 +607,15 @@ def _one_line(error: MvError, arguments: list[str]) -> str:
         name, value = option(given), (found[2] or found[4]).strip('"')
         return found[0] if name == given else name if value == "True" else f"{name} {value}"
 
+    def others(words: str) -> str:
+        return _OTHER.sub(lambda found: found[1] if of_a_file else option(found[1]), words)
+
     text = error.message
-    if isinstance(error, OptionError) and not of_a_file:
-        text = option(error.name) + text.removeprefix(error.name)
-    hint = _ARGUMENT.sub(with_value, error.hint)
-    text = f"{text} ({hint})" if hint else text
-    return " ".join(_OTHER.sub(lambda found: found[1] if of_a_file else option(found[1]), text).split())
+    if isinstance(error, OptionError):
+        text = text.replace(error.expected, others(error.expected), 1)
+        text = text if of_a_file else option(error.name) + text.removeprefix(error.name)
+    hint = others(_ARGUMENT.sub(with_value, error.hint))
+    return " ".join((f"{text} ({hint})" if hint else text).split())
 
 
 def _options(arguments: list[str]) -> set[str]:

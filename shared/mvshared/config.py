@@ -32,6 +32,7 @@ def check_counts(config: Any, *names: str) -> None:
         entries = value if isinstance(value, tuple) else (value,)
         if value is not None and (not entries or not all(_at_least(entry, 1) for entry in entries)):
             expected = "a whole number of at least 1" if entries else "one or more whole numbers of at least 1"
+            expected = "a tuple" if isinstance(value, list) else expected
             raise OptionError(name, expected=expected, got=value)
 
 
@@ -131,7 +132,8 @@ class UNetConfig:
         for name in ("layers_per_block", "transformer_layers_per_block", "attention_levels"):
             if len(getattr(self, name)) != levels:
                 raise OptionError(name, expected=f"one entry per level ({levels})", got=getattr(self, name))
-        if self.num_attention_heads is not None and len(self.num_attention_heads) != levels:
+        heads = self.num_attention_heads
+        if heads is not None and (not isinstance(heads, tuple) or len(heads) != levels):
             raise OptionError("num_attention_heads", expected=f"one entry per level ({levels})", got=self.num_attention_heads)
         for level, channels in enumerate(self.block_out_channels):
             if channels % self.norm_num_groups:

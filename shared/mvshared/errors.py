@@ -5,6 +5,7 @@ Every message says what happened, what is allowed, what was given and what to do
 options for them, and leaves with the class's `exit_code`. docs/exit-codes.md lists them.
 """
 
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -60,8 +61,10 @@ class OptionError(MvError):
     exit_code = 2
 
     def __init__(self, name: str, *, expected: str, got: object, hint: str = "") -> None:
-        shape = got.shape if getattr(got, "size", 0) > 8 and hasattr(got, "shape") else ()  # type: ignore[attr-defined]
-        super().__init__(f"{name} must be {expected}, got {f'an array of shape {shape}' if shape else repr(got)}", hint=hint)
+        shape: Any = getattr(got, "shape", None)  # numpy's, PyTorch's or MLX's
+        large = isinstance(shape, tuple) and math.prod(shape) > 8
+        told = f"an array of shape {tuple(shape)}" if large else repr(got)
+        super().__init__(f"{name} must be {expected}, got {told}", hint=hint)
         self.name, self.expected, self.got = name, expected, got
 
 

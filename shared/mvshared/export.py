@@ -25,11 +25,14 @@ from mvshared.images import encode_png, grid, save_png, save_turntable
 
 METADATA = "metadata.json"
 UNFINISHED = ".unfinished"
+UPSCALED = "upscaled"  # the folder of the upscaled views, inside of the run's
 RUN_FILES = re.compile(r"view_\d{3,}\.png|grid\.png|turntable\.gif|latents\.npy|transforms\.json")
 LEFTOVERS = with_leftovers(rf"{RUN_FILES.pattern}|{re.escape(METADATA)}|{re.escape(UNFINISHED)}")  # of a run, killed or not
 EVALUATION = "evaluation.json"
 EVALUATING = ".evaluating"
+VIEWS_SHEET = "sheet.png"  # of the views in a folder
 SHEETS = re.compile(r"sheet(_\d{2,})?\.png")
+EVALUATION_FILES = with_leftovers(rf"{SHEETS.pattern}|{re.escape(EVALUATION)}|{re.escape(EVALUATING)}")
 
 METADATA_FORMAT = "mvmlx-run"
 METADATA_VERSION = 1
@@ -69,10 +72,8 @@ def prepare(folder: Path | str, *, force: bool = False) -> Path:
     check_free(folder, force=force)
     make_folder(folder)
     try:
-        evaluated = (folder / METADATA).exists() and (folder / EVALUATION).exists()
-        obsolete = [folder / EVALUATION, *_run_files(folder, SHEETS)] if evaluated else []  # figures of views that go
         write_atomic(folder / UNFINISHED, b"")
-        for path in (folder / METADATA, *obsolete, *_run_files(folder, LEFTOVERS)):
+        for path in (*_figures(folder), folder / METADATA, *_run_files(folder, LEFTOVERS)):
             if path.name != UNFINISHED:
                 path.unlink(missing_ok=True)
     except OSError as cause:
@@ -97,26 +98,30 @@ def write_evaluation(folder: Path | str, sheets: Mapping[str, NDArray[np.uint8]]
     """
     folder = Path(folder)
     check_evaluation(folder)
-    make_folder(folder)
     try:
-        write_atomic(folder / EVALUATING, b"")  # tells sheets of one that was killed from pictures of the user's own
-        for path in (folder / EVALUATION, *_run_files(folder, with_leftovers(rf"{SHEETS.pattern}|{re.escape(EVALUATION)}"))):
-            path.unlink(missing_ok=True)
-        for name, picture in sheets.items():
-            write_atomic(folder / name, encode_png(picture))
-        write_json(folder / EVALUATION, document)
-        (folder / EVALUATING).unlink()
+        with ExitStack() as stack:
+            stack.callback(lock_folder(make_folder(folder), busy="is being written to by another evaluation"))
+            write_atomic(folder / EVALUATING, b"")  # tells sheets of one that was killed from pictures of the user's own
+            for path in (folder / EVALUATION, *_run_files(folder, EVALUATION_FILES)):
+                if path.name != EVALUATING:
+                    path.unlink(missing_ok=True)
+            for name, picture in sheets.items():
+                write_atomic(folder / name, encode_png(picture))
+            write_json(folder / EVALUATION, document)
+            (folder / EVALUATING).unlink()
     except OSError as cause:
         raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause
 
 
 def check_source(folder: Path | str, sources: Iterable[Path]) -> None:
     """Raise OptionError about the output if a run that is written into `folder` would remove what it is made of: files of an
-    earlier run there, or the folder itself."""
+    earlier run there, upscaled or not, or folders that have some."""
     target = Path(folder).resolve()
+    places = (target, target / UPSCALED)
     for source in sources:
         real = source.resolve()
-        if (real == target and real.is_dir()) or (real.parent == target and LEFTOVERS.fullmatch(real.name)):
+        files = real.iterdir() if real in places and real.is_dir() else (real,)
+        if any(file.parent in places and LEFTOVERS.fullmatch(file.name) for file in files):
             raise OptionError(
                 "output", expected=f"another folder: {source}, which is read, would be removed there", got=str(folder)
             )
@@ -131,12 +136,18 @@ def discard(folder: Path | str) -> None:
     if not folder.is_dir():
         return
     try:
-        for path in (folder / METADATA, *_run_files(folder), folder / UNFINISHED):
+        for path in (*_figures(folder), folder / METADATA, *_run_files(folder), folder / UNFINISHED):
             path.unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
     except OSError as cause:
         raise OutputError(f"cannot be removed: {cause.strerror or cause}", path=folder) from cause
+
+
+def _figures(folder: Path) -> list[Path]:
+    """What `mvmlx evaluate` wrote of the views of a run into its folder; that of a model has sheets of other names."""
+    files = [folder / EVALUATION, folder / VIEWS_SHEET]
+    return files if (folder / METADATA).exists() and all(file.exists() for file in files) else []
 
 
 def _run_files(folder: Path, names: re.Pattern[str] = RUN_FILES) -> list[Path]:

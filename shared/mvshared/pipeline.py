@@ -4,11 +4,12 @@ The sampler's steps are plain floats (mvshared.samplers), noise is numpy's, and 
 products with floats here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
@@ -54,7 +55,10 @@ class Progress(NamedTuple):
 
 
 class Pipeline(Generic[A]):
-    """A loaded model and what can be done with it. `mvtorch.load` and `mvmlx.load` return one; it does one run at a time."""
+    """A loaded model and what can be done with it. `mvtorch.load` and `mvmlx.load` return one.
+
+    It does one run at a time: a run in another thread waits until the one before it is done.
+    """
 
     def __init__(self, model: Model[A], *, name: str, memory: MemoryOptions | MemoryPlan = PLAIN) -> None:
         """`memory` is how runs use memory, or what a plan for each is chosen by."""
@@ -62,8 +66,22 @@ class Pipeline(Generic[A]):
         self.name = model_name(name)
         self.memory = memory
         self.stages = Stages()
+        self._running = RLock()
         self._process_bytes = process_bytes(model.device)  # before the first run: later ones leave networks in memory
         self._upscaler: tuple[Any, Upscaler[Any] | None] | None = None  # the last one, by its name, config and files
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context, no other thread runs this pipeline; one that wants to waits."""
+        with self._running:
+            yield
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which every copy has one of its own of."""
+        return {name: value for name, value in vars(self).items() if name != "_running"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _running=RLock())
 
     @cached_property
     def tokenizer(self) -> "CLIPTokenizer":
@@ -172,15 +190,27 @@ class Pipeline(Generic[A]):
 
         Raises OptionError for a request to another model, MemoryBudgetError and NumericsError.
         """
-        model = self.model
         if not isinstance(request, Request):
             raise OptionError("request", expected="what mvshared.request.prepare made", got=type(request).__name__)
-        if request.config != model.config:
+        if request.config != self.model.config:
             raise OptionError("request", expected="one to this model, and its config is another", got=request.config.family)
         if upscale is not None and not isinstance(upscale, UpscaleParameters):
             expected = "what mvshared.upscaling.views.plan_upscale made, or None; Pipeline.upscale enlarges views by name"
             raise OptionError("upscale", expected=expected, got=upscale)
-        memory = self._memory_plan(request.size, upscale)
+        if on_step is not None and not callable(on_step):
+            raise OptionError("on_step", expected="a function of the progress", got=on_step)
+        with self.alone():
+            return self._run(request, upscale=upscale, check_numerics=check_numerics, on_step=on_step)
+
+    def _run(
+        self,
+        request: Request,
+        *,
+        upscale: UpscaleParameters | None,
+        check_numerics: str | Path | None,
+        on_step: Callable[[Progress], None] | None,
+    ) -> Views:
+        model, memory = self.model, self._memory_plan(request.size, upscale)
         parameters = Parameters(
             **request.options,
             model=self.name,
@@ -262,12 +292,28 @@ class Pipeline(Generic[A]):
         on_step: Callable[[UpscaleProgress], None] | None = None,
     ) -> Views:
         """The views at twice their size, as the parameters say. Raises as `upscale` does."""
-        model = self.model
+        with self.alone():
+            return self._upscale_as(views, parameters, check_numerics=check_numerics, on_step=on_step)
+
+    def _upscale_as(
+        self,
+        views: Views,
+        parameters: UpscaleParameters,
+        *,
+        check_numerics: str | Path | None,
+        on_step: Callable[[UpscaleProgress], None] | None,
+    ) -> Views:
+        model, run = self.model, views.parameters
         if views.images.shape[1] != views.parameters.size_px:
             size = f"{views.images.shape[2]} x {views.images.shape[1]} pixels"
             raise OptionError("views", expected=f"of {views.parameters.size_px} pixels, not upscaled yet", got=size)
-        if list(views.weight_files) != list(model.weight_files):
+        decoded = parameters.method != "lanczos"
+        if decoded and [path.resolve() for path in views.weight_files] != [path.resolve() for path in model.weight_files]:
             raise OptionError("views", expected=f"of {self.name}, whose VAE decodes them", got=views.parameters.model)
+        for name in ("backend", "dtype", "device", "quantization"):  # the parameters of the views are to repeat what comes
+            if decoded and getattr(run, name) != getattr(model, name):
+                expected = f"made with the {name} of this pipeline, {getattr(model, name)!r}"
+                raise OptionError("views", expected=expected, got=getattr(run, name))
         stamps = weight_stamps(upscaler_files(parameters))
         read = parameters.upscaler, parameters.config_sha256, stamps
         if self._upscaler is None or self._upscaler[0] != read:

@@ -93,7 +93,7 @@ def repeat(
     _check_same(parameters, {name: getattr(model, name) for name in ("backend", "dtype", "device", "quantization")})
     if request is None:
         request = requested(run, model.config, lambda: pipeline.tokenizer)
-    with _same_memory(pipeline, parameters.memory):
+    with pipeline.alone(), _same_memory(pipeline, parameters.memory):
         views = pipeline.run(request, check_numerics=check_numerics, on_step=on_step)
     return replace(
         views,

@@ -12,6 +12,7 @@ from mvshared.checkpoint import config_from_json
 from mvshared.config import TimestepSpacing
 from mvshared.errors import CheckpointError, ConfigError, OptionError
 from mvshared.export import (
+    UPSCALED,
     check_free,
     metadata,
     parameters_from_metadata,
@@ -25,7 +26,6 @@ from mvshared.normals import NormalSpace
 from mvshared.weights import sha256_of_files, weight_stamps
 
 UPSCALE_METHODS = ("bilinear", "lanczos", "sd-x2")
-UPSCALED = "upscaled"  # the folder of the upscaled views, inside of the run's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Run(NamedTuple):
     weights: Mapping[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Views:
     """The result of `Pipeline.generate`.
 
@@ -142,16 +142,19 @@ class Views:
         cameras = transforms(self.cameras, width_px=width, height_px=height, fov_deg=self.parameters.fov_deg, file_names=names)
         weights = sha256_of_files(self.weight_files)
         weights |= {f"upscaler/{name}": sha256 for name, sha256 in sha256_of_files(self.upscaler_files).items()}
-        if not set(self.weight_stamps) <= set(weight_stamps([*self.weight_files, *self.upscaler_files])):
-            changed = (
-                "its weight files have changed since they were loaded, and nothing tells any more which ones made the views"
-            )
-            raise CheckpointError(changed, path=self.parameters.model, hint="load the model again and repeat the run")
+        check_still_loaded(self.weight_stamps, [*self.weight_files, *self.upscaler_files], path=self.parameters.model)
         document = metadata(asdict(self.parameters), weights=weights, details={"width_px": width, "height_px": height})
         for place in (Path(folder), Path(folder) / UPSCALED):
             check_free(place, force=force)
         files: dict[str, Any] = {"latents": self.latents, "cameras": cameras, "document": document}
         return write_views(folder, self.images, **files, force=force, obsolete=Path(folder) / UPSCALED)
+
+
+def check_still_loaded(stamps: Sequence[str], files: Sequence[Path], *, path: str) -> None:
+    """Raise CheckpointError about `path` unless weight files have the stamps that some of them had when they were loaded."""
+    if not set(stamps) <= set(weight_stamps(files)):
+        reason = "weight files have another size or time than when they were loaded, and may not be those that made the views"
+        raise CheckpointError(reason, path=path, hint="load the model again and repeat the run")
 
 
 def read_run(path: Path | str) -> Run:

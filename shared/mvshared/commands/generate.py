@@ -97,10 +97,10 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
     reporter = Reporter(as_json=options["as_json"], stepwise=options["stepwise"])
     seeds = list(options["seeds"]) or [0]
     folders = _output_folders(options, seeds)
+    sources = [*options["image"], *options["normals"]]
+    sources += [path for path in (options["latents"], options["cameras"]) if path is not None]
     for folder in folders:
-        check_source(
-            folder, [path for path in (*options["image"], *options["normals"], options["latents"]) if path is not None]
-        )
+        check_source(folder, sources)
         check_free(folder, force=options["force"])
         check_free(folder / UPSCALED, force=options["force"])
     for beside in (reporter.stepwise, options["check_numerics"]):
@@ -108,7 +108,10 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
             check_folder(beside)
     config = options["config"]
     with shown_warnings(reporter):
-        runs = _new_runs(options, seeds) if config is None else [_repeated_run(config, given, options["check_numerics"])]
+        if config is None:
+            runs = _new_runs(options, seeds)
+        else:
+            runs = [_repeated_run(config, folders[0], given=given, check_numerics=options["check_numerics"])]
     for folder, run in zip(folders, runs, strict=True):
         if len(folders) > 1 and options["stepwise"] is not None:
             reporter.stepwise = options["stepwise"] / folder.name
@@ -173,7 +176,7 @@ def _output_folders(options: dict[str, Any], seeds: list[int]) -> list[Path]:
     return [output] if len(seeds) == 1 else [output / f"seed_{seed}" for seed in seeds]
 
 
-def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) -> Callable[[Reporter], Result]:
+def _repeated_run(config: Path, output: Path, *, given: set[str], check_numerics: Path | None) -> Callable[[Reporter], Result]:
     clash = sorted(given - BESIDE_CONFIG)
     if clash:
         options = {each.name: each.opts[0] for each in click.get_current_context().command.params}
@@ -181,6 +184,8 @@ def _repeated_run(config: Path, given: set[str], check_numerics: Path | None) ->
         raise OptionError(option, expected="left out where --config is given", got=f"--config and {option}")
     run = read_run(config)
     parameters = run.parameters
+    for source in (parameters.image, parameters.normals, parameters.latents):
+        check_source(output, [Path(name) for name in ((source,) if isinstance(source, str) else source or ())])
     request = requested(run, *described(parameters.model))
 
     def repeated(reporter: Reporter) -> Result:

@@ -52,7 +52,7 @@ def vae_batch(plan: MemoryPlan, backend: BackendName, device: str, *, pixels: in
     as many as VAE_PIXELS allow, unless memory is to be spared; one elsewhere."""
     if backend != "torch" or not device.startswith("cuda") or not plan.networks_at_once or plan.vae_tile is not None:
         return 1
-    return max(1, VAE_PIXELS // pixels)
+    return max(1, VAE_PIXELS // max(1, pixels))
 
 
 def dataset_batch(device: str, *, pixels: int) -> int:

@@ -38,7 +38,7 @@ def check_captures(
     doubts = [(folder, doubt) for _, folder, capture in captures if (doubt := doubt_of(capture.poses))]
     if doubts:
         (folder, doubt), more = doubts[0], f" (and {len(doubts) - 1} more captures)" if doubts[1:] else ""
-        warn(f"{folder}: {doubt}: the model will not see that{more}")
+        warn(f"{folder}: {doubt}{more}")
     if model.unet.normal_channels and config.normals and model.family == "gaf":
         _check_normals(everything, folder=config.folder)
     return everything

@@ -1,10 +1,11 @@
 """The training configuration: a TOML file, read strictly into frozen dataclasses."""
 
 import math
+import os
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from mvshared.errors import ConfigError, OptionError
 from mvshared.upscaling.config import UpscaleDefaults
 
 AZIMUTH_ROUNDING_DEG = 1e-3  # more than what float32 poses do to an azimuth
+Stage = Literal["vae", "unet", "upscaler"]
 TrainDtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -38,7 +40,7 @@ class DataConfig:
     maps with `normals_dropout`. `prompt` is the text of every picture, for a network that takes one.
     """
 
-    folder: str
+    folder: str  # or a path, of which this is the name
     held_out: float = 0.02
     background: tuple[int, int, int] = (255, 255, 255)
     mirror: bool = True
@@ -50,6 +52,9 @@ class DataConfig:
     prompt: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | os.PathLike):
+            raise OptionError("folder", expected="the name of a folder", got=self.folder)
+        object.__setattr__(self, "folder", os.fspath(self.folder))
         if not 0 <= self.held_out < 1:
             raise OptionError("held_out", expected="0 to below 1", got=self.held_out)
         for name in ("reference_dropout", "normals_dropout"):
@@ -82,6 +87,9 @@ class OptimizerConfig:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "betas" and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
+                raise OptionError(name, expected="a number", got=value)
         for name in ("learning_rate", "gradient_clip", "eps"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise OptionError(name, expected="finite" if value > 0 else "above 0", got=value)
@@ -165,7 +173,7 @@ class TrainConfig:
     the run's own state are float32.
     """
 
-    stage: Literal["vae", "unet", "upscaler"]
+    stage: Stage
     data: DataConfig
     steps: int
     batch_size: int
@@ -197,11 +205,16 @@ class TrainConfig:
     framing: Framing = field(default_factory=Framing)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "sample_every", "generated_captures"):
-            if getattr(self, name) < 1:
-                raise OptionError(name, expected="at least 1", got=getattr(self, name))
-        if self.seed < 0:
-            raise OptionError("seed", expected="at least 0", got=self.seed)
+        if self.stage not in get_args(Stage):
+            raise OptionError("stage", expected=f"one of {', '.join(get_args(Stage))}", got=self.stage)
+        counts = ("steps", "batch_size", "checkpoint_every", "log_every", "sample_every", "generated_captures")
+        for name, least in (*((name, 1) for name in counts), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise OptionError(name, expected="a whole number", got=value)
+            if value < least:
+                raise OptionError(name, expected=f"at least {least}", got=value)
+            object.__setattr__(self, name, int(value))
         if self.framing.background not in (Framing.background, self.data.background):
             expected = f"that of the data, {self.data.background}, or left out"
             raise OptionError("framing.background", expected=expected, got=self.framing.background)

@@ -35,7 +35,7 @@ from mvshared.checkpoint import (
 from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConfig
 from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.raw import raw_tensors, write_safetensors
-from mvshared.errors import NumericsError
+from mvshared.errors import NumericsError, OptionError
 from mvshared.training.ahead import ahead
 from mvshared.training.checks import check_captures, check_details, check_frozen, check_sizes
 from mvshared.training.conditions import encode_conditions
@@ -96,6 +96,8 @@ def train(
     training elsewhere; DatasetError for the data; NumericsError if loss or gradient leave the finite numbers (the last state
     stays).
     """
+    if not isinstance(config, TrainConfig):
+        raise OptionError("config", expected="a TrainConfig, such as load_train_config reads", got=type(config).__name__)
     package = PACKAGES[choose_backend(backend)]
     with closing(RunFolder(folder, config)) as run:
         return _train(run, package, backend=backend, device=device, on_sample=on_sample)

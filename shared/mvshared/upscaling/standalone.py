@@ -18,7 +18,7 @@ from mvshared.errors import ImageError, OptionError
 from mvshared.export import METADATA, check_free, check_source, metadata, transforms, view_names, write_views
 from mvshared.images import composite, load_image, to_model
 from mvshared.quantization.plans import preset_of
-from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, read_run
+from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, check_still_loaded, read_run
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.folder import read_upscaler_config, vae_folder
 from mvshared.upscaling.latents import UpscaleProgress, check_finite
@@ -176,6 +176,9 @@ def upscale_source(
         "source_sha256": array_sha256(source.images if source.latents is None else source.latents),
     }
     files = [] if codec is None else codec.weight_files
+    for loaded in (codec, None if upscaler is None else upscaler.model):
+        if loaded is not None:
+            check_still_loaded(loaded.weight_stamps, loaded.weight_files, path=str(planned.upscaler or model))
     return _save(output, upscaled, source, planned, document, files=files, force=force)
 
 
