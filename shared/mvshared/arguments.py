@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from mvshared.camera import as_poses, doubt_of, even_azimuths, orbit
+from mvshared.camera import as_poses, even_azimuths, orbit
 from mvshared.config import ModelConfig
-from mvshared.errors import OptionError, warn
+from mvshared.errors import OptionError
 from mvshared.framing import Framed
 from mvshared.normals import Normals
 
@@ -112,8 +112,6 @@ def view_poses(
         if elevation_deg is not None:
             raise OptionError("elevation_deg", expected="left out where `cameras` is given", got=elevation_deg)
         poses = as_poses(cameras, camera.radius)
-        if doubt := doubt_of(poses):
-            warn(doubt)
     elif without_cameras is not None and not named and elevation_deg is None:
         named, poses = ["normals"], without_cameras
     else:

@@ -30,6 +30,7 @@ from mvshared.arguments import (
     whole,
 )
 from mvshared.attention import check_pooling
+from mvshared.camera import doubt_of
 from mvshared.clip_images import clip_pixels
 from mvshared.config import ModelConfig
 from mvshared.errors import OptionError, warn
@@ -165,6 +166,8 @@ def prepare(
         cameras=cameras,
         without_cameras=None if maps is None else maps.poses,
     )
+    if cameras is not None and (doubt := doubt_of(poses)):
+        warn(doubt)
     shape = _latents_shape(config, len(poses), size_px)
     kv_pooling = whole("kv_pooling", kv_pooling, 1, 2)
     check_pooling(kv_pooling, *(side >> config.unet.finest_attention for side in shape[1:3]))
