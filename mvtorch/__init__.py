@@ -5,12 +5,28 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mvshared import __version__
+from mvshared.lazy import lazily
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mvshared.blocks import Block, Call
-    from mvshared.pipeline import Pipeline
+    from mvshared.pipeline import Pipeline, Progress
+    from mvshared.runs import Views
     from mvshared.upscaling.latents import Upscaler
+
+__all__ = [
+    "Pipeline",
+    "Progress",
+    "Upscaler",
+    "Views",
+    "__version__",
+    "load",
+    "load_upscaler",
+    "observe",
+    "observe_blocks",
+]
 
 
 def load(
@@ -88,3 +104,7 @@ def observe_blocks(
 def _network(model: Any) -> Any:
     """What is inside of a pipeline or an upscaler; a network is that itself."""
     return model.model if hasattr(model, "generate") or hasattr(model, "upscale") else model
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, name)

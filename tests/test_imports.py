@@ -1,6 +1,7 @@
 """Who may import whom, and that importing does nothing else."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -193,3 +194,19 @@ def test_every_module_imports_alone_without_side_effects(package: str, tmp_path:
     pulled = {name: bad for name, entry in report.items() if (bad := set(entry["pulled"]) - may[name])}
     assert not pulled, f"importing these pulls in heavy libraries: {pulled}"
     assert not list(tmp_path.rglob("*")), "importing made files"
+
+
+@pytest.mark.parametrize("package", ["mvtorch", "mvmlx"])
+def test_the_types_of_what_is_returned_are_at_the_top_and_imported_when_asked_for(package: str) -> None:
+    module = importlib.import_module(package)
+    assert {getattr(module, name).__module__ for name in ("Pipeline", "Progress", "Upscaler", "Views")} == {
+        "mvshared.pipeline",
+        "mvshared.upscaling.latents",
+        "mvshared.runs",
+    }
+    assert module.__version__ == importlib.metadata.version("mvmlx")
+    assert all(hasattr(module, name) for name in module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'Nothing'"):
+        module.Nothing  # noqa: B018
+    with pytest.raises(ImportError):
+        exec(f"from {package} import nothing", {})
