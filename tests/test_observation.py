@@ -11,6 +11,7 @@ from helpers import BACKENDS, TINY_UNET, Backend, assert_close, denoise, make_un
 import mvmlx
 import mvtorch
 from mvshared.backend import load
+from mvshared.errors import OptionError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PACKAGES: dict[str, Any] = {"torch": mvtorch, "mlx": mvmlx}
@@ -93,6 +94,16 @@ def test_nothing_is_seen_afterwards_and_the_result_stays_the_same(backend: Backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", [3, None, {"unet": 3}, [1]], ids=str)
+def test_what_is_no_network_cannot_be_looked_at(model: Any, backend: Backend) -> None:
+    with (
+        pytest.raises(OptionError, match="model must be a pipeline, an upscaler or a network, got '"),
+        PACKAGES[backend].observe(model, print),
+    ):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_may_look_at_once(backend: Backend) -> None:
     model, inputs = make_unet(TINY_UNET, backend), unet_inputs(TINY_UNET)
     outer: list[Block] = []
@@ -124,10 +135,17 @@ def test_those_who_look_may_leave_in_any_order(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nobody_looks_on_after_an_error_in_the_beginning(backend: Backend) -> None:
+    class Broken:
+        def parameters(self) -> list[Any]:
+            return []
+
+        def named_modules(self) -> Any:
+            raise AttributeError
+
     model, inputs, names = make_unet(TINY_UNET, backend), unet_inputs(TINY_UNET), list[str]()
-    observer = PACKAGES[backend].observe({"unet": model, "other": 3}, lambda name, array, seconds: names.append(name))
+    observer = PACKAGES[backend].observe({"unet": model, "other": Broken()}, lambda name, array, seconds: names.append(name))
     with pytest.raises(AttributeError), observer:
-        pytest.fail("3 is no network")
+        pytest.fail("one of them is no network")
     denoise(model, inputs)
     assert not names
 

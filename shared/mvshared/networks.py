@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
+from mvshared.errors import OptionError
+
 Attach: TypeAlias = Callable[[str, Any], Callable[[], None]]
 
 
@@ -83,13 +85,20 @@ class _Watcher:
 @contextmanager
 def watched(networks: Any, attach: Attach) -> Iterator[None]:
     """Within the context, `attach(prefix, network)` is called for every one of several networks by name, or for a single one,
-    whose prefix is empty; what it returns is called at the end. Of `Networks` also those count that are read later."""
+    whose prefix is empty; what it returns is called at the end. Of `Networks` also those count that are read later.
+
+    Raises OptionError for what is no network.
+    """
     if isinstance(networks, Networks):
         with networks.watched(attach):
             yield
         return
-    single = hasattr(networks, "named_modules")
+    single = hasattr(networks, "named_modules") or not isinstance(networks, Mapping)  # a module of MLX is a mapping, too
+    several = {"": networks} if single else networks
+    for network in several.values():
+        if not hasattr(network, "named_modules"):
+            raise OptionError("model", expected="a pipeline, an upscaler or a network", got=type(network).__name__)
     with ExitStack() as stack:
-        for name, network in ({"": networks} if single else networks).items():
+        for name, network in several.items():
             stack.callback(attach(name, network))
         yield
