@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.tokenizer import NO_LIMIT
 from mvtorch.diffusers_model import library
-
-NO_LIMIT = 1_000_000  # transformers writes 1e30
 
 
 class TextInputs:

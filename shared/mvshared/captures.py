@@ -104,7 +104,7 @@ def files_elsewhere(folder: Path) -> list[Path]:
     known = [each for each in frames if isinstance(each, dict)] if isinstance(frames, list) else []
     named = [frame[field] for frame in known for field in FILE_FIELDS if field in frame]
     away = [name for name in named if isinstance(name, str) and "\0" not in name and _leaves(name)]
-    return [folder / (name + suffix) for name in away for suffix in SUFFIXES if os.path.isfile(folder / (name + suffix))]
+    return [found for name in away if (found := _named(folder, name)) is not None]
 
 
 def _leaves(name: str) -> bool:
@@ -229,12 +229,17 @@ def _frame_file(folder: Path, frame: Mapping[str, Any], field: str, index: int) 
     name = frame[field]
     if not isinstance(name, str) or not name or "\0" in name:
         raise DatasetError(f"frame {index}: {field} must be a file name, got {name!r}", path=folder / "transforms.json")
-    for candidate in (folder / (name + suffix) for suffix in SUFFIXES):
-        if os.path.isfile(candidate):
-            return candidate
+    found = _named(folder, name)
+    if found is not None:
+        return found
     if field == "depth_file_path":  # whoever reads it says so
         return folder / name
     raise DatasetError(f"frame {index}: {field} names a file that is not there", path=folder / name)
+
+
+def _named(folder: Path, name: str) -> Path | None:
+    """The file of that name, which may lack its suffix; None if there is none."""
+    return next((path for suffix in SUFFIXES if os.path.isfile(path := folder / (name + suffix))), None)
 
 
 def _check_size(path: Path, picture: NDArray[np.uint8], shape: tuple[int, ...]) -> None:

@@ -26,6 +26,7 @@ SPECIAL_TOKENS = {
     "pad_token": "<|endoftext|>",
 }
 MAX_LENGTH = 77
+NO_LIMIT = 1_000_000  # above it a length stands for none: transformers writes 1e30
 
 
 class Tokens(NamedTuple):
@@ -171,7 +172,7 @@ def _max_length(folder: Path, settings: dict[str, Any]) -> int:
     value = settings.get("model_max_length", MAX_LENGTH)
     if not isinstance(value, int | float) or not value >= 3:
         raise CheckpointError(f"model_max_length must be a number of at least 3, got {value!r}", path=folder)
-    return MAX_LENGTH if value > 1_000_000 else int(value)  # 1e30 stands for no limit
+    return MAX_LENGTH if value > NO_LIMIT else int(value)
 
 
 def _bpe(folder: Path, *, unk_token: str) -> Tokenizer:
