@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="one that has runs goes on")
     parser.add_argument("--model", default="demo", help="an embedded model's name, or a checkpoint folder")
-    parser.add_argument("--heads", type=_range, default=range(16), metavar="FIRST:END", help="numbers of held-out heads")
+    parser.add_argument("--heads", type=heads_range, default=range(16), metavar="FIRST:END", help="numbers of held-out heads")
     parser.add_argument("--backend", default="torch", help="auto, mlx or torch")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
@@ -145,7 +145,7 @@ def main() -> None:
     print(f"{heads} heads in {folder}/tables.md, samplers.png, guidance.png, savings.png")
 
 
-def _range(text: str) -> range:
+def heads_range(text: str) -> range:
     first, _, end = text.partition(":")
     if not first.isdecimal() or not end.isdecimal() or int(first) >= int(end):
         raise argparse.ArgumentTypeError(f"{text!r} must be two whole numbers, the second one larger, such as 0:16")
