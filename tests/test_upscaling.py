@@ -257,9 +257,9 @@ def test_views_of_another_dtype_or_backend_are_refused(pipeline: Pipeline[Any], 
 
 
 def test_folders_of_another_kind_are_refused_both_ways(folders: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no latent upscaler.*'MultiViewPipeline' \(is it a --model\?"):
+    with pytest.raises(CheckpointError, match=r"is no latent upscaler.*'MultiViewPipeline' \(is it meant as `model`\?"):
         load_upscaler(folders / "tiny", backend="torch")
-    with pytest.raises(CheckpointError, match=r"is a latent upscaler, and no model of views \(is it an --upscaler\?"):
+    with pytest.raises(CheckpointError, match=r"is a latent upscaler, and no model of views \(is it meant as `upscaler`\?"):
         load(folders / "x2", backend="torch")
 
 

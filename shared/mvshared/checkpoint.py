@@ -154,7 +154,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     """The configuration of the checkpoint in `folder`. Raises CheckpointError for missing or malformed fields."""
     index = read_json_object(folder / "model_index.json", error=CheckpointError)
     if index.get("_class_name") in UPSCALER_CLASSES:
-        raise CheckpointError("is a latent upscaler, and no model of views", path=folder, hint="is it an --upscaler?")
+        raise CheckpointError("is a latent upscaler, and no model of views", path=folder, hint="is it meant as `upscaler`?")
     try:
         if "format_version" in index:
             return _own_model(folder, index)

@@ -187,7 +187,7 @@ def _vae_folder(options: UpscaleOptions, model: str | None) -> Path:
     if model is not None:
         return find_model(model)
     if options.upscaler is None:
-        hint = "--model, or --upscaler with sd-x2"
+        hint = "or, with sd-x2, `upscaler` alone"
         raise OptionError("model", expected="the one whose VAE the latents are of", got=None, hint=hint)
     folder = find_model(options.upscaler)
     read_upscaler_config(folder)  # refuses a folder of another kind by its name
@@ -206,7 +206,7 @@ def _latent_size(source: Source, vae: VAEConfig) -> tuple[int, int]:
     _, height, width, _ = source.images.shape
     if height % vae.downscale or width % vae.downscale:
         expected = f"pictures of a height and width that are multiples of {vae.downscale}"
-        raise OptionError("source", expected=expected, got=f"{width} x {height}", hint="or --upscale lanczos")
+        raise OptionError("source", expected=expected, got=f"{width} x {height}", hint='or method="lanczos"')
     return height // vae.downscale, width // vae.downscale
 
 
