@@ -3,6 +3,8 @@
 import builtins
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from mvshared.backend import load
 from mvshared.camera import as_poses, orbit
 from mvshared.cli import run
 from mvshared.config import Framing
-from mvshared.errors import BackendError, CameraError, MeshError, OptionError
+from mvshared.errors import BackendError, CameraError, ImageError, MeshError, OptionError
+from mvshared.files import lock_folder
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render, sample_identity
 from mvshared.heads.shape import HeadShape
 from mvshared.images import load_values
@@ -325,6 +328,49 @@ def test_maps_are_overwritten_only_by_force_and_never_in_a_run(desk: Path, capsy
     (desk / "maps" / "metadata.json").write_text("{}")
     assert run([*command, "2", "--force"]) == 7
     assert "a finished run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", range(4))
+@pytest.mark.parametrize("before", [False, True])
+def test_maps_of_a_killed_run_are_not_taken_and_make_way(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, before: bool, written: int
+) -> None:
+    """Without their transforms.json they would be those of the cameras that generate happens to have."""
+    command = ["render-normals", "ball.glb", "-o", "maps", "--size", "16", "--azimuths"]
+    if before:
+        assert run([*command, "0,100,200"]) == 0
+    replace, left = os.replace, written + 1  # of the files of a run: the marker first
+
+    def killed(source: Path, target: Path) -> None:
+        nonlocal left
+        if Path(target).parent.name == "maps":
+            if not left:
+                shutil.copy(source, Path(source).with_name(".normal_002.png.0123abcd.tmp"))  # as a kill leaves it
+                raise KeyboardInterrupt
+            left -= 1
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        assert run([*command, "10,190,280", *["--force"] * before]) == 130
+    assert not (desk / "maps" / "transforms.json").exists()
+    for given in (desk / "maps", [desk / "maps" / "normal_000.png"]):
+        with pytest.raises(ImageError, match="run that renders these normal maps has not come to its end"):
+            find_normals(given)
+    assert run([*command, "10,190"]) == 0
+    names = {path.name for path in (desk / "maps").iterdir()}
+    assert names == {"normal_000.png", "normal_001.png", "transforms.json"}
+    maps = find_normals(desk / "maps")
+    assert maps.poses is not None and len(maps.sources) == len(maps.poses) == 2
+
+
+def test_two_runs_do_not_write_maps_into_one_folder(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (desk / "maps").mkdir()
+    unlock = lock_folder(desk / "maps", busy="is taken")
+    assert run(["render-normals", "ball.glb", "-o", "maps", "--size", "16"]) == 7
+    assert "is being written to by another run" in capsys.readouterr().err
+    unlock()
+    assert run(["render-normals", "ball.glb", "-o", "maps", "--size", "16"]) == 0
 
 
 @pytest.mark.parametrize(

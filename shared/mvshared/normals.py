@@ -7,6 +7,7 @@ those of `mvshared.camera`, or of the transforms.json beside the maps. docs/norm
 import math
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -17,7 +18,7 @@ from PIL import Image
 from mvshared.camera import Y_UP_TO_Z_UP, read_transforms
 from mvshared.errors import CameraError, ConfigError, ImageError, OptionError, OutputError, warn
 from mvshared.export import METADATA, transforms
-from mvshared.files import check_folder, make_folder, read_json_object, write_json
+from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, with_leftovers, write_atomic, write_json
 from mvshared.images import PICTURE_SUFFIXES, is_picture, load_values, resize_plane, save_png
 
 NormalMap: TypeAlias = str | Path | Image.Image | NDArray[Any]
@@ -28,6 +29,8 @@ Vectors: TypeAlias = NDArray[np.float32]
 NO_SURFACE = 128 / 127.5 - 1  # where there is none: colour 128, as in training, 1/255 from a normal of zero
 VOID_TOLERANCE = 6.0  # of 255, from mid grey, black and white, for a pixel to show no surface: lossy files blur them
 MAP_FILES = re.compile(r"normal_\d{3,}\.png|transforms\.json")
+RENDERING = ".rendering"  # beside maps whose transforms.json is still to come
+LEFTOVERS = with_leftovers(rf"{MAP_FILES.pattern}|{re.escape(RENDERING)}")  # of maps that were written, killed or not
 CAMERA_TOLERANCE_DEG = 1.0
 FOV_TOLERANCE_DEG = 1.0
 CHECKED_PX = 256  # a map is checked at no more than this size
@@ -62,17 +65,20 @@ class _Frames(NamedTuple):
 
 
 def check_free(folder: Path | str, *, force: bool = False) -> None:
-    """Raise OutputError if `write_normals` would refuse the folder for what is there; nothing is changed."""
+    """Raise OutputError if `write_normals` would refuse the folder for what is there; nothing is changed.
+
+    Maps that a killed run left, without their transforms.json, give way without `force`.
+    """
     folder = Path(folder)
     check_folder(folder)
     try:
         there = sorted(path.name for path in folder.iterdir() if MAP_FILES.fullmatch(path.name)) if folder.is_dir() else []
-        run = (folder / METADATA).exists()
+        run, unfinished = (folder / METADATA).exists(), _is_unfinished(folder)
     except OSError as cause:
         raise OutputError(f"cannot be read: {cause.strerror or cause}", path=folder) from cause
     if run:
         raise OutputError("holds a finished run, whose cameras would be lost", path=folder, hint="name another folder")
-    if there and not force:
+    if there and not (force or unfinished):
         hint = "name another folder, or overwrite it with force=True"
         raise OutputError(f"holds {there[0]} already", path=folder, hint=hint)
 
@@ -96,18 +102,29 @@ def write_normals(
     names = [f"normal_{index:03}.png" for index in range(len(maps))]
     height, width = maps.shape[1:3]
     document = transforms(poses, width_px=width, height_px=height, fov_deg=fov_deg, file_names=names, normal_names=names)
-    make_folder(folder)
-    try:
-        (folder / "transforms.json").unlink(missing_ok=True)  # first, so that it never speaks of other maps
-        for path in folder.iterdir():
-            if MAP_FILES.fullmatch(path.name):
-                path.unlink()
-    except OSError as cause:
-        raise OutputError(f"cannot be removed: {cause.strerror or cause}", path=folder) from cause
-    for name, pixels in zip(names, maps, strict=True):
-        save_png(folder / name, pixels)
-    write_json(folder / "transforms.json", document | {"normal_space": space})
+    with ExitStack() as stack:
+        stack.callback(lock_folder(make_folder(folder), busy="is being written to by another run"))
+        write_atomic(folder / RENDERING, b"")
+        try:
+            (folder / "transforms.json").unlink(missing_ok=True)  # first, so that it never speaks of other maps
+            for path in folder.iterdir():
+                if LEFTOVERS.fullmatch(path.name) and path.name != RENDERING:
+                    path.unlink()
+        except OSError as cause:
+            raise OutputError(f"cannot be removed: {cause.strerror or cause}", path=folder) from cause
+        for name, pixels in zip(names, maps, strict=True):
+            save_png(folder / name, pixels)
+        write_json(folder / "transforms.json", document | {"normal_space": space})
+        try:
+            (folder / RENDERING).unlink()
+        except OSError as cause:
+            raise OutputError(f"cannot be removed: {cause.strerror or cause}", path=folder / RENDERING) from cause
     return folder
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a run was killed, or is still at work, that writes maps there: without their cameras they could be any others'."""
+    return (folder / RENDERING).exists() and not (folder / "transforms.json").exists()
 
 
 def find_normals(given: Normals, space: str | None = None) -> NormalMaps:
@@ -117,8 +134,8 @@ def find_normals(given: Normals, space: str | None = None) -> NormalMaps:
     its pictures. If the transforms.json beside the maps names all of them, it brings their cameras. `space` is "camera" or
     "world", None for what the transforms.json says, and camera space without it.
 
-    Raises OptionError for another kind of argument or space, ImageError for a folder or file that is not there, ConfigError
-    for a malformed transforms.json.
+    Raises OptionError for another kind of argument or space, ImageError for a folder or file that is not there and for maps
+    that `write_normals` has not written to their end, ConfigError for a malformed transforms.json.
     """
     if space is not None and space not in get_args(NormalSpace):
         raise OptionError("normal_space", expected="camera or world", got=space)
@@ -172,6 +189,9 @@ def _with_cameras(paths: list[Path], frames: _Frames | None) -> NormalMaps:
 def _frames(folder: Path) -> _Frames | None:
     """What the folder's transforms.json says of normal maps; None without the file."""
     path = folder / "transforms.json"
+    if _is_unfinished(folder):
+        hint = "render them again, or wait for it"
+        raise ImageError("the run that renders these normal maps has not come to its end", path=folder, hint=hint)
     if not path.is_file():
         return None
     document = read_json_object(path)

@@ -77,7 +77,9 @@ def read_upscaler_config(folder: Path) -> UpscalerConfig:
     index = read_json_object(folder / "model_index.json", error=CheckpointError)
     if not is_upscaler(folder):
         raise CheckpointError(
-            f"is no latent upscaler: its _class_name is {index.get('_class_name')!r}", path=folder, hint="is it meant as `model`?"
+            f"is no latent upscaler: its _class_name is {index.get('_class_name')!r}",
+            path=folder,
+            hint="is it meant as `model`?",
         )
     try:
         return _own(folder, index) if "format_version" in index else _public(folder, index)
