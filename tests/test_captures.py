@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -114,6 +115,19 @@ def test_a_failure_half_way_leaves_nothing_behind(
     with pytest.raises(OutputError if isinstance(failure, OSError) else KeyboardInterrupt):
         captures.write_capture(tmp_path / "head", RGBA, NORMALS, POSES, 40.0)
     assert len(saved) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_of_the_capture_and_not_of_a_file_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError) as refused:
+        captures.write_capture(tmp_path / "head", RGBA, NORMALS, POSES, 40.0)
+    assert str(refused.value) == f"{tmp_path / 'head'}: cannot be written: No space left on device"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -477,6 +477,20 @@ def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_half_written_file(desk: Pat
         load_image(path)
 
 
+def test_an_interruption_within_compiled_code_is_one(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as cause:
+            raise SystemError("returned a result with an exception set") from cause
+
+    monkeypatch.setattr("mvshared.heads.dataset.render_dataset", interrupted)
+    assert run(["render-heads", "heads", "--identities", "0:1"]) == 130
+    assert capsys.readouterr().err == "mvmlx: error: interrupted; nothing half-written will be taken for a result\n"
+
+
 def test_a_reader_that_goes_away_is_no_error(desk: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 
 from mvshared.camera import orbit
 from mvshared.captures import load_capture
+from mvshared.entry import INTERRUPT_EXIT, INTERRUPTED
 from mvshared.errors import MvError, OptionError, OutputError
 from mvshared.heads import DEFAULT_RADIUS, HeadViews, Part, dataset, render
 from mvshared.heads.dataset import DETAIL, detail_maps, render_dataset
@@ -243,6 +246,50 @@ def test_workers_end_with_the_process_that_they_work_for(tmp_path: Path) -> None
         process.kill()
     assert len(children) >= 2
     until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="cannot hold interruptions back")
+@pytest.mark.parametrize("heads", [1, 5], ids=["workers start", "workers render"])
+def test_an_interruption_of_all_processes_is_one_line_and_leaves_no_half_head(tmp_path: Path, heads: int) -> None:
+    command = [
+        "-c",
+        "from mvshared.entry import main; main()",
+        "render-heads",
+        "heads",
+        "--identities",
+        "0:10000",
+        "--size",
+        "32",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "shared")))}
+    with subprocess.Popen(
+        [sys.executable, *command, "--processes", "2"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts in the background ignores it
+    ) as process:
+        until(lambda: len(list((tmp_path / "heads").glob("head_*/transforms.json"))) >= heads)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, error = process.communicate()
+    assert process.returncode == INTERRUPT_EXIT
+    assert error == f"mvmlx: error: {INTERRUPTED}\n"
+    there = [path.name for path in (tmp_path / "heads").iterdir()]
+    assert heads <= len(there) < 1000 and all(name.startswith("head_") for name in there)
+
+
+def test_workers_whose_heads_take_long_are_ended_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "PATIENCE_S", 0.5)
+    begun, pool = time.monotonic(), ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+    futures: list[Future[None]] = []
+    with pytest.raises(KeyboardInterrupt), pool, dataset._soon_ended(pool):
+        futures += [pool.submit(time.sleep, 300) for _ in range(9)]
+        until(futures[0].running)
+        raise KeyboardInterrupt
+    assert time.monotonic() - begun < 100
+    assert all(future.cancelled() or future.exception() for future in futures)
 
 
 def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:

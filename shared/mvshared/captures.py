@@ -204,8 +204,10 @@ def write_capture(
                 write_atomic(temporary / name, encoded.getvalue())
             write_json(temporary / "transforms.json", {**document, **(fields or {})})
             os.replace(temporary, folder)
-        except BaseException:
+        except BaseException as failed:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(failed.__cause__, OSError):  # about a file in there, which nobody would find
+                raise failed.__cause__ from None
             raise
     except OSError as cause:
         raise OutputError(f"cannot be written: {cause.strerror or cause}", path=folder) from cause

@@ -572,6 +572,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if _was_interrupted(error):
+            return _fail(INTERRUPTED, INTERRUPT_EXIT, kind="Interrupt", as_json=as_json)
         if os.environ.get("MVMLX_TRACEBACK"):
             raise
         if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in _NO_ROOM):
@@ -588,6 +590,13 @@ def run(arguments: list[str]) -> int:
             return _fail(f"{text} ({hint})", MemoryBudgetError.exit_code, kind="OutOfMemory", as_json=as_json)
         hint = "this is a fault of mvmlx: please report it with what MVMLX_TRACEBACK=1 prints"
         return _fail(f"{text} ({hint})", INTERNAL_EXIT, kind="InternalError", as_json=as_json)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error comes from an interruption, as that of compiled code does."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _one_line(error: MvError, arguments: list[str]) -> str:

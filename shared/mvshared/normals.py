@@ -123,7 +123,7 @@ def write_normals(
 
 
 def _is_unfinished(folder: Path) -> bool:
-    """Whether a run was killed, or is still at work, that writes maps there: without their cameras they could be any others'."""
+    """Whether maps are there whose run was killed, or is still at work: their cameras are not known."""
     return (folder / RENDERING).exists() and not (folder / "transforms.json").exists()
 
 

@@ -2,14 +2,16 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +34,7 @@ MAX_VIEWS = 1000
 MAX_HEADS = 10_000_000  # of a call, whose numbers are kept in memory
 RENDERER = 3  # which heads a number stands for: raised when they look otherwise, so that no folder holds both
 MIN_SIZE_PX, MAX_SIZE_PX = 8, 2048
+PATIENCE_S = 5.0  # with heads that are being rendered after an interruption
 LEFT_OVER_S = 3600.0  # since when an unfinished head has not changed whose process must be gone: heads take seconds
 
 # How much the small parts of a face count beside the rest of it. Those that are painted on the skin have a rim of one pixel,
@@ -116,8 +119,12 @@ def render_dataset(
         progress.update()
     workers = processes or usable_processors()
     try:
-        with progress, ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
-            for _ in pool.map(work, missing[1:]):
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+        with progress, pool, _soon_ended(pool):
+            with _interrupts_held():  # by the workers, which start here, for as long as they live
+                futures = [pool.submit(work, number) for number in missing[1:]]
+            for future in futures:
+                future.result()
                 progress.update()
     except BrokenProcessPool as cause:
         reason = "a process that rendered heads was ended by something else, for want of memory maybe"
@@ -173,6 +180,47 @@ def _render_one(number: int, *, folder: Path, views: int, size_px: int, poses: P
     except OutputError:
         if not _is_there(folder, number, views=views, size_px=size_px):  # else another call was faster
             raise
+
+
+@contextmanager
+def _soon_ended(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """When an exception leaves the context, give up what `pool` has not begun. After an interruption its workers may finish
+    their heads for PATIENCE_S, or until the next interruption."""
+    others = set(active_children())
+    try:
+        yield
+    except BaseException as failed:
+        end = partial(_terminate, set(active_children()) - others)
+        timer = threading.Timer(PATIENCE_S, end)
+        if isinstance(failed, KeyboardInterrupt):
+            timer.start()
+        try:
+            pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            end()
+            raise
+        finally:
+            timer.cancel()
+        raise
+
+
+def _terminate(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        worker.terminate()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold interruptions back until the end of the context; processes that start in it never see one, though every process of
+    a terminal gets its Ctrl-C. Not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:
