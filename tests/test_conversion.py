@@ -877,10 +877,27 @@ convert(Path({str(originals["mvdream"])!r}), Path("out"), extra=[Path({str(TOKEN
     assert killed.returncode == -9
     out = tmp_path / "out"
     assert sorted(path.name for path in out.rglob("*.safetensors")) == ["diffusion_pytorch_model.safetensors"]
+    (out / "unet" / ".config.json.0a1b2c3d.tmp").write_bytes(b"half")  # of a kill at another moment
     convert(originals["mvdream"], out, extra=[TOKENIZER])
+    assert not list(out.rglob("*.tmp"))
     assert not inspect(out).faults
     convert(out, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == originals["mvdream"].read_bytes()
+
+
+@pytest.mark.parametrize("source", ["a folder", "a file"])
+def test_what_a_killed_run_left_of_its_one_file_is_removed_after_an_hour(
+    originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path, source: str
+) -> None:
+    names = (".x.safetensors.0a1b2c3d.tmp", ".x.safetensors.1a1b2c3d.tmp", ".y.safetensors.0a1b2c3d.tmp")
+    left, in_work, other = (tmp_path / name for name in names)
+    for path in (left, in_work, other):
+        path.write_bytes(b"half")
+    for path in (left, other):
+        os.utime(path, (0, 0))
+    given = folders["mvdream"] if source == "a folder" else originals["mvdream"]
+    convert(given, tmp_path / "x.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", in_work.name, other.name}
 
 
 WRITERS = {

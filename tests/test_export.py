@@ -152,6 +152,31 @@ def test_a_link_to_nowhere_is_no_folder_for_a_run(tmp_path: Path) -> None:
         assert caught.value.path == tmp_path / "out"
 
 
+def test_a_folder_is_copied_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("model.safetensors", "deeper/config.json")
+    for name in names:
+        files.make_folder((tmp_path / "a" / name).parent)
+        (tmp_path / "a" / name).write_text(name)
+        (tmp_path / "a" / name).chmod(0o444)
+    for _ in range(2):  # what cannot be written to is taken the place of
+        files.copy_folder(tmp_path / "a", tmp_path / "b")
+    assert {path.relative_to(tmp_path / "b").as_posix() for path in (tmp_path / "b").rglob("*.*")} == set(names)
+    assert all((tmp_path / "b" / name).read_text() == name for name in names)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OutputError, match=r"config\.json: cannot be written: No space left on device"):
+        files.copy_folder(tmp_path / "a", tmp_path / "c")
+    assert [path.name for path in (tmp_path / "c").rglob("*")] == ["deeper"]
+
+
+def test_what_a_killed_run_left_of_the_folder_that_goes_goes_with_it(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"latents": None, "cameras": None, "document": {}}
+    images, obsolete = np.zeros((2, 4, 4, 3), np.uint8), tmp_path / "out" / "upscaled"
+    export.write_views(obsolete, images, **options)
+    (obsolete / ".view_001.png.0a1b2c3d.tmp").write_bytes(b"half")
+    export.write_views(tmp_path / "out", images, **options, obsolete=obsolete)
+    assert not obsolete.exists()
+
+
 def test_two_runs_are_not_written_into_one_folder_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, save = np.zeros((2, 4, 4, 3), np.uint8), export.save_png
 

@@ -146,7 +146,8 @@ def test_the_command_trains_by_the_recipe_and_its_options_change_it(desk: Path, 
     assert train(command.replace("from gaf", "from ./gaf") + options + "2") == 0
     assert [row.step for row in read_log(desk / "run" / "log.csv")] == [1, 2]
     assert train(command.replace("1e-3", "1e-4") + options + "3") == 7
-    assert "run: holds a run with other values of optimizer" in capfd.readouterr().err
+    before = "optimizer.learning_rate (was 0.001), optimizer.final_learning_rate (was 0.001)"
+    assert f"run: holds a run with other values: {before}" in capfd.readouterr().err
 
 
 def test_a_run_that_was_killed_goes_on_by_the_same_recipe(desk: Path) -> None:

@@ -39,6 +39,7 @@ from mvshared.checkpoint import find_model, read_model_config, weight_files
 from mvshared.config import GenerationDefaults, SchedulerConfig
 from mvshared.errors import (
     BackendError,
+    CheckpointError,
     ConfigError,
     DatasetError,
     MvWarning,
@@ -111,11 +112,26 @@ def test_a_run_killed_at_any_point_ends_as_one_that_was_left_alone(
 
 def test_what_a_killed_run_left_half_written_is_removed(data: Path, tmp_path: Path) -> None:
     run(vae_config(data), tmp_path / "run")
-    leftovers = [tmp_path / "run/.state.safetensors.0a1b.tmp", tmp_path / "run/model/vae/.config.json.0a1b.tmp"]
+    leftovers = [tmp_path / f"run/{name}.0a1b2c3d.tmp" for name in (".state.safetensors", "model/vae/.config.json")]
+    (tmp_path / "run/.mine.tmp").write_bytes(b"kept")
     for leftover in leftovers:
         leftover.write_bytes(b"half")
     run(vae_config(data), tmp_path / "run")
     assert not any(leftover.exists() for leftover in leftovers)
+    assert (tmp_path / "run/.mine.tmp").exists()
+
+
+def test_a_damaged_state_says_how_the_run_begins_anew(data: Path, tmp_path: Path) -> None:
+    config = vae_config(data, steps=1)
+    run(config, tmp_path / "run")
+    state, whole = tmp_path / "run/state.safetensors", (tmp_path / "run/state.safetensors").read_bytes()
+    state.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError) as damaged:
+        run(config, tmp_path / "run")
+    assert damaged.value.hint == "remove it, and the run begins anew"
+    state.unlink()
+    run(config, tmp_path / "run")
+    assert state.read_bytes() == whole
 
 
 def test_a_folder_with_the_name_of_a_leftover_stays(data: Path, tmp_path: Path) -> None:
@@ -246,7 +262,7 @@ def test_the_losses_of_another_stage_are_refused(data: Path, vae: Path) -> None:
 
 def test_a_run_of_another_config_is_refused_by_the_name_of_the_field(data: Path, tmp_path: Path) -> None:
     run(vae_config(data, steps=1), tmp_path / "run")
-    with pytest.raises(OutputError, match="holds a run with other values of batch_size, optimizer"):
+    with pytest.raises(OutputError, match=r"other values: batch_size \(was 2\), optimizer.eps \(was 1e-08\)"):
         run(vae_config(data, batch_size=3, optimizer=replace(OPTIMIZER, eps=1e-6)), tmp_path / "run")
 
 
@@ -360,6 +376,24 @@ def test_what_a_kill_behind_the_last_state_left_out_is_made_up_for(data: Path, v
     seen: list[tuple[Path, int]] = []
     folder = run(unet_config(data, vae), tmp_path / "run", on_sample=lambda model, step: seen.append((model, step)))
     assert seen == [(folder, 4)]
+
+
+def test_a_sample_that_a_kill_left_out_is_made_up_for(data: Path, vae: Path, tmp_path: Path) -> None:
+    config, seen = replace(unet_config(data, vae), checkpoint_every=1, sample_every=2), []
+
+    def end(model: Path, step: int) -> None:
+        (model / "unet/config.json").unlink()  # what is written behind a state may be behind it
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", on_sample=end)
+
+    def look(model: Path, step: int) -> None:
+        seen.append(step)
+        assert (model / "unet/config.json").exists()
+
+    run(config, tmp_path / "run", on_sample=look)
+    assert seen == [2, 4]
 
 
 def test_latents_of_the_trained_model_have_mean_0_and_deviation_1(data: Path, vae: Path, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def discard(folder: Path | str) -> None:
     if not folder.is_dir():
         return
     try:
-        for path in (*_figures(folder), folder / METADATA, *_run_files(folder), folder / UNFINISHED):
+        files = [path for path in _run_files(folder, LEFTOVERS) if path.name != UNFINISHED]
+        for path in (*_figures(folder), folder / METADATA, *files, folder / UNFINISHED):
             path.unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mvshared.errors import CheckpointError, ConfigError, DatasetError, OutputError
+
+COPY_BYTES = 1 << 24
 
 FileError = type[CheckpointError] | type[ConfigError] | type[DatasetError]
 
@@ -134,9 +137,31 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
         raise OutputError(f"cannot be written: {reason}", path=path) from cause
 
 
+def copy_file(source: Path, dest: Path) -> None:
+    """Copy what is in a file, which `dest` gets as `write_atomic` says. Raises OutputError."""
+    with source.open("rb") as file, atomic_file(dest) as copy:
+        shutil.copyfileobj(file, copy, COPY_BYTES)
+
+
+def copy_folder(source: Path, dest: Path) -> None:
+    """Copy the files in a folder, and in those in it, one by one. Raises OutputError."""
+    make_folder(dest)
+    for path in sorted(source.iterdir()):
+        (copy_folder if path.is_dir() else copy_file)(path, dest / path.name)
+
+
 def with_leftovers(names: str) -> re.Pattern[str]:
     """The pattern of file names that match `names`, and of what a killed `atomic_file` has left of such files."""
     return re.compile(rf"(?:{names})|\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
+
+
+def remove_leftovers(folder: Path, names: str = ".+") -> None:
+    """Remove what killed `atomic_file`s have left of files in a folder, or in one in it, that match `names`. Nothing else may
+    be writing such files there."""
+    left = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
+    for path in folder.rglob(".*.tmp"):
+        if left.fullmatch(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def file_stamps(path: Path) -> list[str]:

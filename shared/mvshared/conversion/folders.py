@@ -15,6 +15,7 @@ from mvshared.files import (
     lock_folder,
     make_folder,
     read_json_object,
+    remove_leftovers,
     with_leftovers,
     write_atomic,
     write_json,
@@ -81,8 +82,7 @@ class Progress:
             reason = f"holds {', '.join(others)} too, which this would remove, and {', '.join(components)} alone is no model"
             raise OutputError(reason, path=self.dest, hint="write to another folder, and copy what is to be replaced")
         self._save()
-        for leftover in self.dest.glob(f".{STATE}.*.tmp"):
-            leftover.unlink()
+        remove_leftovers(self.dest)
         (self.dest / "model_index.json").unlink(missing_ok=True)
         for component in others:
             folder = self.dest / component

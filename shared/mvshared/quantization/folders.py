@@ -7,7 +7,6 @@ broken run has finished, the next one finds and keeps.
 import csv
 import importlib
 import io
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -24,7 +23,7 @@ from mvshared.conversion.convert import PLAIN_FOLDERS
 from mvshared.conversion.folders import Progress, copy_files, fingerprint, remove_weights, write_weights
 from mvshared.conversion.raw import RawTensor, cast, read_safetensors
 from mvshared.errors import CheckpointError, OptionError
-from mvshared.files import atomic_file, make_folder, write_atomic, write_json
+from mvshared.files import copy_file, make_folder, write_atomic, write_json
 from mvshared.quantization.groups import GROUP_SIZES, Packed
 from mvshared.quantization.plans import (
     METADATA,
@@ -49,7 +48,6 @@ from mvshared.upscaling.folder import component_folders, is_upscaler, read_upsca
 from mvshared.weights import match_tensors
 
 DEFAULT_COMPONENTS: tuple[Component, ...] = ("unet", "text_encoder", "image_encoder")
-COPY_BYTES = 1 << 24
 SHARD_BYTES = 1 << 62  # never: a quantised component is one file, which names its layers
 
 OnLayer = Callable[[str, int], None]  # what is done, and how many layers it will be done for
@@ -321,8 +319,7 @@ def _copy_component(folder: Path, dest: Path, name: Component) -> None:
     indices = [index for index in (folder / name).glob("*.index*.json") if len(files) > 1]
     remove_weights(dest, name, keep=[path.name for path in (*files, *indices)])
     for path in (*files, *indices):
-        with path.open("rb") as source, atomic_file(target / path.name) as file:
-            shutil.copyfileobj(source, file, COPY_BYTES)
+        copy_file(path, target / path.name)
 
 
 def write_report(path: Path, report: Report) -> None:

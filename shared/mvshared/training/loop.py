@@ -7,7 +7,6 @@ again, the run goes on from state.safetensors and ends with the same weights.
 
 import importlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -36,6 +35,7 @@ from mvshared.config import GenerationDefaults, ModelConfig, UNetConfig, VAEConf
 from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.raw import raw_tensors, write_safetensors
 from mvshared.errors import NumericsError, OptionError
+from mvshared.files import copy_folder
 from mvshared.training.ahead import ahead
 from mvshared.training.checks import check_captures, check_details, check_frozen, check_sizes
 from mvshared.training.conditions import encode_conditions
@@ -114,10 +114,10 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
     first = stage.trainer.steps
     run.prepare()
     log = TrainingLog(folder, last_step=first)
-    if first == config.steps:  # killed, maybe, between the last state and what follows it
+    if first:  # killed, maybe, between its last state and what follows it
         stage.save_model()
         log.plot()
-        if on_sample is not None:
+        if on_sample is not None and (first == config.steps or first % config.sample_every == 0):
             on_sample(folder / "model", first)
     losses, norms, started = [], [], time.perf_counter()
     with tqdm(total=config.steps, initial=first, desc=f"training {config.stage}", unit="step", disable=None) as progress:
@@ -334,7 +334,7 @@ def _copy_encoders(source: Path, target: Path) -> None:
     """The folders that are not trained, as they are."""
     for name in ("text_encoder", "image_encoder", "tokenizer", "feature_extractor"):
         if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+            copy_folder(source / name, target / name)
 
 
 def _latents(

@@ -1,15 +1,15 @@
 """The folder of a training run: what was asked, the state that a resumed run needs, and one process at a time."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import load_file
 
-from mvshared.errors import ConfigError, OutputError
-from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, write_json
+from mvshared.errors import CheckpointError, ConfigError, OutputError
+from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, remove_leftovers, write_json
 from mvshared.training.config import TrainConfig, parse_train_config
 from mvshared.training.optimizer import Weights, steps_of
 from mvshared.weights import read_header, sha256_of_files
@@ -41,16 +41,19 @@ class RunFolder:
         """
         path = self.path / "config.json"
         if path.exists():
-            before = asdict(parse_train_config(read_json_object(path, error=ConfigError), path=path))
-            changed = sorted(name for name, value in asdict(self.config).items() if name != "steps" and value != before[name])
-            if changed:
-                reason = f"holds a run with other values of {', '.join(changed)}"
+            before = parse_train_config(read_json_object(path, error=ConfigError), path=path)
+            if changed := list(_changes(asdict(replace(before, steps=self.config.steps)), asdict(self.config))):
+                reason = f"holds a run with other values: {', '.join(changed)}"
                 raise OutputError(reason, path=self.path, hint="name a new folder for this run")
         elif self.path.exists() and any(not file.match(".config.json.*.tmp") for file in self.path.iterdir()):
             raise OutputError("is not empty and holds no training run", path=self.path, hint="name a new folder for this run")
         if not self.state_path.exists():
             return None
-        read_header(self.state_path)
+        try:
+            read_header(self.state_path)
+        except CheckpointError as damaged:
+            damaged.hint = "remove it, and the run begins anew"
+            raise
         state = load_file(self.state_path)
         if steps_of(state) > self.config.steps:
             reason = f"holds a run of {steps_of(state)} steps, {self.config.steps} were asked for"
@@ -64,9 +67,7 @@ class RunFolder:
         """
         make_folder(self.path)
         self._lock()
-        for leftover in self.path.rglob(".*.tmp"):
-            if not leftover.is_dir():
-                leftover.unlink(missing_ok=True)
+        remove_leftovers(self.path)
         write_json(self.path / "config.json", _as_json(asdict(self.config)))
 
     def teach(self, files: Sequence[Path]) -> None:
@@ -99,6 +100,16 @@ class RunFolder:
     def _lock(self) -> None:
         if self._unlock is None:
             self._unlock = lock_folder(self.path, busy="another process trains in it")
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """What is another value in two configurations, by the names of a file of them, and what it was."""
+    for name, value in now.items():
+        old = before[name]
+        if isinstance(value, dict) and isinstance(old, dict) and value.keys() == old.keys():
+            yield from _changes(old, value, f"{above}{name}.")
+        elif value != old:
+            yield f"{above}{name} (was {old!r})"
 
 
 def _as_json(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """The training stage of a latent upscaler: what `loop.train` needs for it."""
 
 import importlib
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -18,7 +17,7 @@ from mvshared.captures import load_capture
 from mvshared.checkpoint import component_folder, find_model, read_model_config, read_vae_config, weight_files
 from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError
-from mvshared.files import make_folder
+from mvshared.files import copy_folder
 from mvshared.models import EMBEDDED
 from mvshared.training.checks import check_frozen, check_sizes
 from mvshared.training.config import TrainConfig
@@ -176,5 +175,5 @@ def save_upscaler(folder: Path, config: TrainConfig, upscaler: UpscalerConfig, w
     assert config.vae_from is not None
     embedded = config.vae_from in EMBEDDED
     if not embedded and not (folder / "model_index.json").exists():
-        shutil.copytree(component_folder(config.vae_from) / "vae", make_folder(folder) / "vae", dirs_exist_ok=True)
+        copy_folder(component_folder(config.vae_from) / "vae", folder / "vae")
     write_upscaler(folder, upscaler, weights, vae_from=config.vae_from if embedded else None)
