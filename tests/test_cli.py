@@ -455,6 +455,25 @@ def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytes
 # Ends
 
 
+@pytest.mark.parametrize(("left", "options"), [((2,), "--seed 2 -o out/seed_2"), ((1, 3), "--seed 1 --seed 3 -o out")])
+def test_a_call_of_several_seeds_that_was_killed_says_how_to_go_on(
+    desk: Path, capsys: pytest.CaptureFixture[str], left: tuple[int, ...], options: str
+) -> None:
+    command = ["generate", "picture.png", *TINY, "--steps", "1"]
+    whole = [*command, "--seed", "1", "--seed", "2", "--seed", "3", "-o", "out"]
+    assert run(whole) == 0
+    before = {path: path.read_bytes() for path in (desk / "out").glob("*/view_*.png")}
+    for seed in left:
+        shutil.rmtree(desk / "out" / f"seed_{seed}")
+    capsys.readouterr()
+    assert run(whole) == 7
+    assert f"holds a finished run ({options} makes what is missing; name another folder" in capsys.readouterr().err
+    assert run([*command, *options.split()]) == 0
+    assert {path: path.read_bytes() for path in (desk / "out").glob("*/view_*.png")} == before
+    assert run(whole) == 7
+    assert "missing" not in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_half_written_file(desk: Path) -> None:
     command = [MVMLX, "generate", "picture.png", *TINY, "--steps", "500", "--json", "--stepwise", "steps", "-o", "out"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -379,6 +379,31 @@ def test_upscale_takes_the_folder_of_a_run(desk: Path, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
+    "asked", [("bilinear",), ("sd-x2", "--upscaler", "x2", "--upscale-steps", "2", "--upscale-noise", "0.1")]
+)
+def test_a_run_that_was_killed_while_it_upscaled_says_what_goes_on(
+    desk: Path, capfd: pytest.CaptureFixture[str], asked: tuple[str, ...]
+) -> None:
+    options = ("-o", "out", "--seed", "4", "--upscale", *asked)
+    assert generate(*options) == 0
+    whole = views_in(desk / "out" / "upscaled")
+    (desk / "out" / "upscaled" / "metadata.json").rename(desk / "out" / "upscaled" / ".unfinished")
+    capfd.readouterr()
+    assert generate(*options) == 7
+    assert "holds a finished run (mvmlx upscale out upscales its views, as they were to be; name" in capfd.readouterr().err
+    assert run(["upscale", "out"]) == 0
+    np.testing.assert_array_equal(views_in(desk / "out" / "upscaled"), whole)
+    assert generate(*options) == 7
+    assert "mvmlx upscale" not in capfd.readouterr().err
+
+
+def test_latents_alone_are_upscaled_by_what_is_named(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate("-o", "out") == 0
+    assert run(["upscale", "out/latents.npy", "--model", "tiny"]) == 2
+    assert "--upscale must be given as bilinear or sd-x2 for latents, got None" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("method", "option", "value"),
     [
         *[("lanczos", option, value) for option, value in (("model", "tiny"), ("device", "cpu"), ("backend", "torch"))],

@@ -3,8 +3,8 @@
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +18,8 @@ from mvshared.backend import Model, choose_backend, chosen_dtype, load
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.config import ModelConfig
-from mvshared.errors import MvError, MvWarning, OptionError, warn
-from mvshared.export import check_free, check_source
+from mvshared.errors import MvError, MvWarning, OptionError, OutputError, warn
+from mvshared.export import METADATA, check_free, check_source
 from mvshared.files import check_folder, make_folder, remove_others, write_atomic
 from mvshared.images import encode_png, grid
 from mvshared.messages import say
@@ -101,8 +101,12 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
     sources += [path for path in (options["latents"], options["cameras"]) if path is not None]
     for folder in folders:
         check_source(folder, sources)
-        check_free(folder, force=options["force"])
-        check_free(folder / UPSCALED, force=options["force"])
+        try:
+            check_free(folder, force=options["force"])
+            check_free(folder / UPSCALED, force=options["force"])
+        except OutputError as refused:
+            refused.hint = "; ".join([*_what_is_missing(folders, seeds), refused.hint])
+            raise
     for beside in (reporter.stepwise, options["check_numerics"]):
         if beside is not None:
             check_folder(beside)
@@ -121,6 +125,19 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
         _save(views, folder, reporter, force=options["force"])
         if views.parameters.upscale is not None:
             _upscale(result, folder, reporter, check_numerics=options["check_numerics"])
+
+
+def _what_is_missing(folders: Sequence[Path], seeds: Sequence[int]) -> Iterator[str]:
+    """The calls that do what a call with these output folders was killed before."""
+    finished = [(folder / METADATA).exists() for folder in folders]
+    missing = [seed for seed, there in zip(seeds, finished, strict=True) if not there]
+    if 0 < len(missing) < len(folders):
+        output = folders[0].parent / f"seed_{missing[0]}" if len(missing) == 1 else folders[0].parent
+        yield f"{' '.join(f'--seed {seed}' for seed in missing)} -o {output} makes what is missing"
+    for folder, there in zip(folders, finished, strict=True):
+        with suppress(MvError):
+            if there and not (folder / UPSCALED / METADATA).exists() and read_run(folder).parameters.upscale is not None:
+                yield f"mvmlx upscale {folder} upscales its views, as they were to be"
 
 
 def _upscale(result: Result, folder: Path, reporter: Reporter, *, check_numerics: Path | None) -> None:
