@@ -1,7 +1,9 @@
 """Generation on both backends: seeds, the sampler against diffusers, guidance, cameras, and what is refused before any work."""
 
+import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,13 @@ def test_latents_that_do_not_fit_are_refused(recorded: Recorded, latents: Any) -
 
 
 # The sampler
+
+
+@pytest.mark.parametrize("copied", [copy, deepcopy, pickle.dumps])
+def test_a_pipeline_is_not_copied(pipeline: Pipeline[Any], copied: Callable[[Any], Any]) -> None:
+    """Two of them could run one model at once, and what PyTorch has packed for a processor cannot be copied."""
+    with pytest.raises(TypeError, match="a pipeline cannot be copied or pickled: load another one"):
+        copied(pipeline)
 
 
 def test_runs_in_two_threads_wait_for_each_other(pipeline: Pipeline[Any]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,12 +76,8 @@ class Pipeline(Generic[A]):
         with self._running:
             yield
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the lock, which every copy has one of its own of."""
-        return {name: value for name, value in vars(self).items() if name != "_running"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _running=RLock())
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a pipeline cannot be copied or pickled: load another one, in the process that runs it")
 
     @cached_property
     def tokenizer(self) -> "CLIPTokenizer":
