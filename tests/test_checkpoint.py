@@ -9,7 +9,7 @@ import pytest
 from helpers import TINY_MODEL, write_tiny_model
 
 from mvshared.checkpoint import find_model, read_model_config, weight_files
-from mvshared.config import CameraConfig, Framing, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.config import CameraConfig, Framing, KUNetConfig, SchedulerConfig, UNetConfig, VAEConfig
 from mvshared.errors import CheckpointError, OptionError
 
 
@@ -102,6 +102,16 @@ def test_a_malformed_field_is_refused_by_name(folder: Path, tmp_path: Path, file
         (UNetConfig, {"norm_eps": 0.0}),
         (UNetConfig, {"cross_attention_dim": 0}),
         (UNetConfig, {"camera_dim": -16}),
+        (KUNetConfig, {"cross_attention_dim": 24}),
+        (
+            KUNetConfig,
+            {
+                "block_out_channels": (32, 64, 64),
+                "attention_levels": (False, True, False),
+                "attention_head_dim": 64,
+                "cross_attention_dim": 24,
+            },
+        ),
         (VAEConfig, {"latent_channels": 0}),
         (VAEConfig, {"block_out_channels": (128, 250)}),
         (VAEConfig, {"norm_num_groups": 0}),

@@ -270,8 +270,11 @@ def test_several_seeds_are_the_runs_of_each(desk: Path) -> None:
 
 
 def test_stepwise_writes_a_picture_a_step_and_ends_at_the_result(desk: Path) -> None:
+    (desk / "steps").mkdir()
+    for name in ("step_0004.png", "step_mine.png"):  # the first one of a run that had more steps
+        (desk / "steps" / name).write_bytes(b"")
     assert run(["generate", "picture.png", *TINY, "--steps", "3", "--stepwise", "steps", "-o", "out"]) == 0
-    assert files(desk / "steps") == ["step_0001.png", "step_0002.png", "step_0003.png"]
+    assert files(desk / "steps") == ["step_0001.png", "step_0002.png", "step_0003.png", "step_mine.png"]
     last, result = (load_image(path).astype(np.int16) for path in (desk / "steps" / "step_0003.png", desk / "out" / "grid.png"))
     assert np.abs(last - result).mean() < 0.5  # the last step ends a little before clean latents
 
@@ -360,7 +363,7 @@ norm_num_groups = 4
 
 def test_evaluate_prints_and_writes_the_same_figures(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", *TINY, "--identities", "0:2", "--steps", "1", "--normals", "-o", "out"]
-    command += ["--scheduler", "euler", "--spacing", "trailing"]
+    command += ["--scheduler", "euler", "--spacing", "trailing", "--together", "3", "--backend", "torch"]
     assert run(command) == 0
     table = capfd.readouterr().out
     for name in ("sheet_01.png", "sheet_100.png"):
@@ -374,6 +377,10 @@ def test_evaluate_prints_and_writes_the_same_figures(desk: Path, capfd: pytest.C
     for name, figure in document["figures"].items():
         assert re.search(rf"{name} +{figure['mean']:.3f} \+- {figure['std']:.3f}", table)
     assert document["figures"].keys() >= {"normals_iou", "consistency_psnr_db"}
+    settings = {"model": "tiny", "identities": [0, 2], "views": 4, "together": 3, "normals": True, "seed": 0, "steps": 1}
+    settings |= {"guidance": 2.0, "scheduler": "euler", "spacing": "trailing"}
+    settings |= {"backend": "torch", "dtype": "float32", "quantization": None}
+    assert {name: value for name, value in document.items() if name not in ("figures", "shares")} == settings
     for name, share in document["shares"].items():
         assert re.search(rf"{name} +{share:.3f} = \d+ of [28]", table)
     assert load_image(desk / "out" / "sheet_00.png").shape == (2 * 32, 9 * 32, 4)
@@ -397,14 +404,19 @@ def test_an_evaluation_removes_what_one_left_and_no_picture_of_anybody_else(
     assert {path.name for path in (desk / "out").iterdir()} == {".evaluating", "sheet_00.png"}  # and no figures of head 0
     assert run([*command, "1:2"]) == 0
     assert {path.name for path in (desk / "out").iterdir()} == {"evaluation.json", "sheet_00.png"}
+    document = json.loads((desk / "out" / "evaluation.json").read_text())
+    defaults = {"together": 4, "normals": False, "guidance": 2.0, "scheduler": "ddim", "spacing": "leading"}
+    assert {name: document[name] for name in defaults} == defaults
 
 
 def test_figures_of_views_go_with_the_views(desk: Path) -> None:
     command = ["generate", "picture.png", *TINY, "--steps", "1", "--azimuths", "0,90", "-o", "out"]
-    assert run(command) == 0
-    assert run(["evaluate", "out", "-o", "out"]) == 0
-    assert (desk / "out" / "sheet.png").exists()
+    assert run([*command, "--upscale", "lanczos"]) == 0
+    for folder in ("out", "out/upscaled"):
+        assert run(["evaluate", folder, "-o", folder]) == 0
+        assert (desk / folder / "sheet.png").exists()
     assert run([*command, "--seed", "1", "--force"]) == 0
+    assert not (desk / "out" / "upscaled").exists()
     assert not {"evaluation.json", "sheet.png"} & {path.name for path in (desk / "out").iterdir()}
     assert run(["evaluate", *TINY, "--steps", "1", "--identities", "0:1", "-o", "out"]) == 0
     assert run([*command, "--seed", "1", "--force"]) == 0
@@ -412,8 +424,8 @@ def test_figures_of_views_go_with_the_views(desk: Path) -> None:
 
 
 def test_a_run_does_not_remove_what_it_is_made_of(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["generate", "picture.png", *TINY, "--steps", "1", "-o", "out"]) == 0
-    before = {path: path.read_bytes() for path in (desk / "out").iterdir()}
+    assert run(["generate", "picture.png", *TINY, "--steps", "1", "--upscale", "lanczos", "-o", "out"]) == 0
+    before = {path: path.read_bytes() for path in (desk / "out").rglob("*.*")}
     (desk / "metadata.json").write_text(
         (desk / "out" / "metadata.json").read_text().replace(str(desk / "picture.png"), str(desk / "out" / "view_000.png"))
     )
@@ -422,6 +434,7 @@ def test_a_run_does_not_remove_what_it_is_made_of(desk: Path, capfd: pytest.Capt
         ["generate", "picture.png", *TINY, "--cameras", "out/transforms.json", "-o", "out", "--force"],
         ["generate", "picture.png", *TINY, "--normals", "out", "-o", "out", "--force"],
         ["generate", "out/view_000.png", *TINY, "-o", "out", "--force"],
+        ["generate", "out/upscaled/view_000.png", *TINY, "-o", "out", "--force"],
         ["generate", "picture.png", *TINY, "--latents", "out/latents.npy", "-o", "out/../out", "--force"],
         ["upscale", "out", "-o", "out", "--force"],
         ["upscale", "out/view_000.png", "out/view_001.png", "-o", "out", "--force"],
@@ -429,7 +442,7 @@ def test_a_run_does_not_remove_what_it_is_made_of(desk: Path, capfd: pytest.Capt
         capfd.readouterr()
         assert run(command) == 2
         assert re.search("output must be another folder: .*out.*, which is read, would be removed", capfd.readouterr().err)
-    assert {path: path.read_bytes() for path in (desk / "out").iterdir()} == before
+    assert {path: path.read_bytes() for path in (desk / "out").rglob("*.*")} == before
 
 
 def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -472,6 +485,12 @@ def test_a_call_of_several_seeds_that_was_killed_says_how_to_go_on(
     assert {path: path.read_bytes() for path in (desk / "out").glob("*/view_*.png")} == before
     assert run(whole) == 7
     assert "missing" not in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_told_as_it_was_given(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seeds in ([], ["--seed", "1", "--seed", "2"]):
+        assert run(["generate", "picture.png", *TINY, "-o", 300 * "x", *seeds]) == 7
+        assert re.search(r"x(/seed_1)?: cannot be read: File name too long\n$", capsys.readouterr().err)
 
 
 def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_half_written_file(desk: Path) -> None:

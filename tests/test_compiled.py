@@ -139,6 +139,8 @@ def test_the_networks_of_a_run_are_called_compiled(tmp_path: Path) -> None:
         found = pipeline.generate(picture, steps=2)
     assert [key[2] for key in model._compiled._functions] == ["__call__", "decode"]
     np.testing.assert_array_equal(found.images, expected.images)
+    model.release("unet")
+    assert not model._compiled._functions
 
 
 @pytest.mark.slow

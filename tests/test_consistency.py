@@ -11,12 +11,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+import mvshared.consistency
 from mvshared import metrics
 from mvshared.camera import orbit
 from mvshared.captures import load_capture, read_views, write_capture
 from mvshared.cli import run
 from mvshared.consistency import Consistency, consistency, foreground, neighbour_pairs
-from mvshared.errors import CameraError, DatasetError, ImageError, MvError, OptionError
+from mvshared.errors import CameraError, DatasetError, ImageError, MvError, OptionError, OutputError
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, HeadViews, render
 from mvshared.images import composite, load_image
 from mvshared.projection import project, rays, sample, unproject
@@ -462,6 +463,15 @@ def test_a_folder_that_cannot_be_evaluated_is_refused_in_one_line(
     captured = capfd.readouterr()
     assert says in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert not out.exists()
+
+
+def test_a_sheet_of_somebody_else_is_in_the_way_before_anything_is_computed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "sheet.png").write_bytes(b"mine")
+    monkeypatch.setattr(mvshared.consistency, "consistency", lambda *_, **__: pytest.fail("the figures are computed"))
+    assert run(["evaluate", str(folder), "-o", str(folder)]) == OutputError.exit_code
+    assert "holds sheet.png, which no evaluation left there" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

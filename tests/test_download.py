@@ -6,17 +6,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 from hub import REPOSITORY, Hub, commit_of, serving
 
 from mvshared import download as download_module
+from mvshared import models
 from mvshared.backend import load
 from mvshared.checkpoint import find_model, model_name
 from mvshared.cli import run
 from mvshared.download import Plan, _wanted, download
 from mvshared.errors import CheckpointError, ConfigError, DownloadError, OptionError
-from mvshared.models import REPOSITORIES, pins_path, read_pins, repository_of
+from mvshared.models import REPOSITORIES, Pin, pins_path, read_pins, repository_of
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FIRST, SECOND = commit_of(1), commit_of(2)
@@ -221,6 +224,24 @@ def test_no_revision_is_known_before_a_download() -> None:
     assert [repository_of(name) for name in ("demo", "a/b", "/a/b", "./a", "~/a", "a/b/c", "a/")] == [
         None, "a/b", None, None, None, None, None,
     ]  # fmt: skip
+
+
+def test_downloads_that_end_together_are_all_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MVMLX_HOME", str(tmp_path))
+    names = ("owner/first", "owner/second")
+    first, second = (Pin(repository=name, revision=FIRST, folder="cache", licence=None, files={}) for name in names)
+    write, other = models.write_json, Thread(target=models.write_pin, args=(second,))
+
+    def beside(path: Path, pins: dict[str, Any]) -> None:
+        monkeypatch.setattr(models, "write_json", write)
+        other.start()
+        other.join(timeout=0.2)  # it waits until this one is done
+        write(path, pins)
+
+    monkeypatch.setattr(models, "write_json", beside)
+    models.write_pin(first)
+    other.join()
+    assert read_pins() == {"owner/first": first, "owner/second": second}
 
 
 def test_malformed_pins_are_one_error(hub: Hub) -> None:

@@ -196,6 +196,17 @@ def test_two_runs_are_not_written_into_one_folder_together(tmp_path: Path, monke
     assert json.loads((tmp_path / "out" / "metadata.json").read_text()) == {"a": 2}
 
 
+def test_two_evaluations_are_not_written_into_one_folder_together(tmp_path: Path) -> None:
+    sheets = {"sheet.png": np.zeros((4, 4, 3), np.uint8)}
+    unlock = files.lock_folder(tmp_path, busy="is taken")
+    with pytest.raises(OutputError, match="is being written to by another evaluation"):
+        export.write_evaluation(tmp_path, sheets, {})
+    assert contents(tmp_path) == {}
+    unlock()
+    export.write_evaluation(tmp_path, sheets, {})
+    assert contents(tmp_path).keys() == {"evaluation.json", "sheet.png"}
+
+
 def test_what_a_killed_run_was_writing_goes(tmp_path: Path) -> None:
     folder = export.prepare(tmp_path / "out")
     for name in (".view_000.png.0a1b2c3d.tmp", ".metadata.json.0a1b2c3d.tmp", ".mine.png.0a1b2c3d.tmp"):
@@ -382,7 +393,8 @@ def test_metadata_says_what_made_the_run() -> None:
     fields = export.metadata(PARAMETERS, weights={"unet.safetensors": "ab" * 32}, details={"device": "cpu"})
     assert fields["weights"] == {"unet.safetensors": "ab" * 32}
     assert fields["details"] == {"device": "cpu"}
-    assert fields["packages"]["numpy"] == importlib.metadata.version("numpy")
+    packages = ("mvmlx", "mlx", "torch", "numpy", "pillow", "safetensors", "tokenizers")
+    assert fields["packages"] == {name: importlib.metadata.version(name) for name in packages}
     assert fields["python"].split(".")[:2] == [str(part) for part in sys.version_info[:2]]
     assert fields["platform"]
 

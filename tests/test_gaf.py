@@ -25,6 +25,7 @@ from mvshared.checkpoint import read_model_config
 from mvshared.cli import run
 from mvshared.conversion.gaf import init_gaf
 from mvshared.errors import CheckpointError, OptionError, OutputError
+from mvshared.files import write_json
 from mvshared.inspection import inspect
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -117,14 +118,43 @@ def test_what_can_be_no_source_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "gaf")
 
 
-def test_a_broken_run_is_no_checkpoint_and_goes_on(tmp_path: Path) -> None:
-    def break_at(name: str, size: int) -> None:
-        if name.startswith("encoder.mid_block"):
-            raise KeyboardInterrupt
+def break_in_the_vae(name: str, size: int) -> None:
+    if name.startswith("encoder.mid_block"):
+        raise KeyboardInterrupt
 
+
+def test_a_broken_run_is_no_checkpoint_and_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        init_gaf(FIXTURES / "tiny-mvdream", tmp_path / "gaf", on_tensor=break_at)
+        init_gaf(FIXTURES / "tiny-mvdream", tmp_path / "gaf", on_tensor=break_in_the_vae)
     assert not (tmp_path / "gaf" / "model_index.json").exists()
     init_gaf(FIXTURES / "tiny-mvdream", tmp_path / "gaf")
     assert json.loads((tmp_path / "gaf" / "model_index.json").read_text())["family"] == "gaf"
     assert not inspect(tmp_path / "gaf").faults
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"cameras": True}])
+def test_a_broken_run_is_not_gone_on_with_by_one_of_other_options(tmp_path: Path, other: dict[str, Any]) -> None:
+    source = stable_diffusion(tmp_path / "sd21", unet=SD21)
+    encoder = FIXTURES / "tiny-imagedream" / "image_encoder"
+    with pytest.raises(KeyboardInterrupt):
+        init_gaf(source, tmp_path / "broken", image_encoder=encoder, on_tensor=break_in_the_vae)
+    for folder in ("broken", "fresh"):
+        init_gaf(source, tmp_path / folder, image_encoder=encoder, **other)
+    broken, fresh = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in (tmp_path / "broken", tmp_path / "fresh")
+    )
+    assert broken == fresh
+
+
+@pytest.mark.parametrize(("size_px", "expected"), [(128, 128), (768, 256)])
+def test_the_negative_prompt_is_that_of_the_source_and_so_is_the_size_up_to_that_of_gaf(
+    tmp_path: Path, size_px: int, expected: int
+) -> None:
+    source = shutil.copytree(FIXTURES / "tiny-imagedream", tmp_path / "source")
+    document = json.loads((source / "unet" / "config.json").read_text())
+    write_json(source / "unet" / "config.json", document | {"sample_size": size_px // 8})
+    init_gaf(source, tmp_path / "gaf")
+    ours, theirs = (read_model_config(folder).defaults for folder in (tmp_path / "gaf", source))
+    assert theirs.size_px == size_px and theirs.negative_prompt
+    assert (ours.size_px, ours.negative_prompt) == (expected, theirs.negative_prompt)

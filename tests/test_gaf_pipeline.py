@@ -63,3 +63,6 @@ def test_the_upscaler_gets_the_prompts_of_the_run(folders: Path, tmp_path: Path)
     assert np.abs(upscaler.upscale(small, prompt="a cat", **settings) - large).max() > 1e-3  # type: ignore[arg-type]
     document = json.loads((tmp_path / "out" / "metadata.json").read_text())
     assert document["parameters"]["upscale"]["guidance"] == 4
+    later = f"upscale {tmp_path / 'out'} -o {tmp_path / 'later'} --upscaler {folders / 'x2'} --upscale-steps 2"
+    assert run([*later.split(), "--upscale-guidance", "4"]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "later" / "latents.npy"), large)

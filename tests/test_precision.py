@@ -1,6 +1,7 @@
-"""Which dtype is the default, the reasons that are given, and where they are printed."""
+"""Which backend and which dtype are the default, the reasons that are given, and where they are printed."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ from helpers import BACKENDS, TINY_VAE, Backend, assert_close, make_upscaler, ma
 from upscalers import TINY as TINY_UPSCALER
 
 import mvmlx.model
+import mvshared.backend
 import mvshared.precision
 import mvtorch.model
-from mvshared.backend import Dtype
+from mvshared.backend import Dtype, choose_backend
 from mvshared.checkpoint import weight_files, write_component
 from mvshared.cli import run
 from mvshared.inspection import inspect_devices
@@ -25,6 +27,26 @@ READ_CPUINFO: Any = mvshared.precision.bfloat16_instructions  # the fixture of c
 X86 = "processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: a processor\nflags\t\t: fpu sse2 {flags}\n\nprocessor\t: 1\n"
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 ARM = "processor\t: 0\nFeatures\t: fp asimd {flags} svebf16x\n"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "installed", "chosen"),
+    [
+        ("Darwin", "arm64", {"mlx", "torch"}, "mlx"),
+        ("Darwin", "x86_64", {"mlx", "torch"}, "torch"),
+        ("Linux", "arm64", {"mlx", "torch"}, "torch"),
+        ("Linux", "x86_64", {"mlx", "torch"}, "torch"),
+        ("Linux", "x86_64", {"mlx"}, "mlx"),
+        ("Darwin", "arm64", {"torch"}, "torch"),
+    ],
+)
+def test_the_backend_is_mlx_on_a_mac_with_apple_silicon_elsewhere_pytorch_else_what_is_there(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str, installed: set[str], chosen: str
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(mvshared.backend, "find_spec", lambda name: name if name in installed else None)
+    assert choose_backend() == chosen
 
 
 @pytest.mark.parametrize(

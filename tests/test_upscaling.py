@@ -1,7 +1,9 @@
 """Upscaled views: the three methods, in Python and on the command line, what they write, and what they refuse."""
 
+import hashlib
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from upscalers import PLAIN, UPSCALER, write_tiny_models
 
+import mvshared.commands.generate
 import mvshared.pipeline
 import mvtorch.model
 from mvshared.backend import load, load_upscaler
@@ -23,6 +26,7 @@ from mvshared.camera import load_cameras
 from mvshared.checkpoint import WEIGHT_FILE
 from mvshared.cli import run
 from mvshared.errors import CheckpointError, NumericsError, OptionError, OutputError
+from mvshared.files import write_json
 from mvshared.images import from_model, load_image
 from mvshared.inspection import inspect
 from mvshared.memory.plan import PLAIN as PLAIN_PLAN
@@ -30,8 +34,9 @@ from mvshared.memory.plan import MemoryPlan
 from mvshared.pipeline import Pipeline
 from mvshared.repetition import repeat
 from mvshared.runs import read_run
+from mvshared.upscaling import standalone
 from mvshared.upscaling.folder import write_upscaler
-from mvshared.upscaling.views import enlarge, enlarge_latents
+from mvshared.upscaling.views import check_fits, enlarge, enlarge_latents
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -216,6 +221,23 @@ def test_an_upscaler_of_other_latents_is_refused(pipeline: Pipeline[Any], tmp_pa
         pipeline.upscale(views, upscaler=tmp_path / "x2")
 
 
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("latent_channels", {"latent_channels": 8}),
+        ("downscale", {"block_out_channels": (16, 32)}),
+        ("scaling_factor", {"scaling_factor": 0.5}),
+        ("latents_mean", {"latents_mean": (0.1, 0.0, 0.0, 0.0)}),
+        ("latents_std", {"latents_std": (2.0, 1.0, 1.0, 1.0)}),
+    ],
+)
+def test_latents_are_the_same_only_if_all_that_makes_them_is(field: str, changes: dict[str, Any]) -> None:
+    ours = TINY_MODEL.vae
+    check_fits(replace(ours, layers_per_block=2), ours, name="upscaler", got="x2")
+    with pytest.raises(OptionError, match=rf"upscaler must be of the same latents \({field} "):
+        check_fits(replace(ours, **changes), ours, name="upscaler", got="x2")
+
+
 def test_an_upscaler_whose_files_have_changed_is_read_again(pipeline: Pipeline[Any], folders: Path, tmp_path: Path) -> None:
     file, views = tmp_path / "x2" / "unet" / WEIGHT_FILE, pipeline.generate(PIXELS)
     weights = load_file(folders / "x2" / "unet" / WEIGHT_FILE)
@@ -231,6 +253,18 @@ def test_an_upscaler_whose_files_have_changed_is_read_again(pipeline: Pipeline[A
     with pytest.raises(CheckpointError, match="weight files have another size or time than when they were loaded"):
         before.save(tmp_path / "before")
     assert not (tmp_path / "before").exists()
+
+
+def test_an_upscaler_whose_noise_levels_have_changed_is_read_again(
+    pipeline: Pipeline[Any], folders: Path, tmp_path: Path
+) -> None:
+    x2, views = shutil.copytree(folders / "x2", tmp_path / "x2"), pipeline.generate(PIXELS)
+    before = pipeline.upscale(views, upscaler=x2, steps=1)
+    write_json(x2 / "scheduler" / "scheduler_config.json", asdict(replace(UPSCALER.sigmas, beta_end=0.02)))
+    after = pipeline.upscale(views, upscaler=x2, steps=1)
+    fresh = load_upscaler(x2, backend=pipeline.model.backend, device="cpu")
+    np.testing.assert_array_equal(after.latents, fresh.upscale(views.latents, steps=1))
+    assert np.abs(after.latents - before.latents).max() > 1e-3
 
 
 def test_views_of_another_model_are_not_decoded(pipeline: Pipeline[Any], folders: Path, tmp_path: Path) -> None:
@@ -290,6 +324,8 @@ def test_generate_writes_both_sizes_and_a_run_that_repeats(desk: Path, capfd: py
         assert run(["generate", "-o", "again", "--config", f"out/{which}", "--force"]) == 0
         np.testing.assert_array_equal(views_in(desk / "again"), small)
         np.testing.assert_array_equal(views_in(desk / "again" / "upscaled"), large)
+        for written in ("metadata.json", "upscaled/metadata.json"):
+            assert (desk / "again" / written).read_text() == (desk / "out" / written).read_text()
 
 
 def test_a_repeated_run_notices_another_upscaler(desk: Path, folders: Path, tmp_path: Path) -> None:
@@ -352,12 +388,27 @@ def test_what_cannot_be_upscaled_is_refused_before_anything_is_generated(
         (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-guidance", "30"], 2, "--upscale-guidance must be"),
         (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-noise", "3"], 2, "--upscale-noise must be"),
         (["--upscale", "sd-x2", "--upscaler", "x2", "--upscale-budget", "0"], 2, "--upscale-budget must be"),
+        (
+            ["--size", "64", "--upscale", "sd-x2", "--upscaler", "x2", "--upscale-budget", "0.001"],
+            2,
+            "--upscale-budget must be at least 0.00174 GB, what one view takes",
+        ),
     ]
     for options, code, says in rows:
         assert generate("-o", "out", *options) == code, options
         said = capfd.readouterr().err.strip().splitlines()
         assert len(said) == 1 and says in said[0], said
     assert not (desk / "out").exists()
+
+
+def test_a_finished_upscaling_is_in_the_way_before_a_model_is_loaded(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (desk / "out" / "upscaled").mkdir(parents=True)
+    (desk / "out" / "upscaled" / "metadata.json").write_text("{}")
+    monkeypatch.setattr(mvshared.commands.generate, "load", lambda *_, **__: pytest.fail("the model is loaded"))
+    assert generate("-o", "out") == OutputError.exit_code
+    assert "out/upscaled: holds a finished run" in capfd.readouterr().err
 
 
 def test_upscale_takes_the_folder_of_a_run(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -376,6 +427,24 @@ def test_upscale_takes_the_folder_of_a_run(desk: Path, capfd: pytest.CaptureFixt
     assert document["parameters"]["upscaler"].endswith("x2")
     assert document["parameters"]["seed"] == 4
     assert any(name.startswith("upscaler/unet/") for name in document["weights"])
+
+
+@pytest.mark.parametrize("changed", ["mine/unet", "model/vae"])
+def test_upscaled_pictures_are_not_written_with_weights_that_changed_meanwhile(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], changed: str
+) -> None:
+    for name, copy in (("tiny", "model"), ("x2", "mine")):
+        shutil.copytree(desk / name, desk / copy)
+    original, file = standalone.upscale_arrays, desk / changed / WEIGHT_FILE
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        file.write_bytes(file.read_bytes())
+        return original(*args, **options)
+
+    monkeypatch.setattr(standalone, "upscale_arrays", meanwhile)
+    assert run(["upscale", "picture.png", "-o", "large", "--model", "model", "--upscaler", "mine"]) == CheckpointError.exit_code
+    assert "weight files have another size or time than when they were loaded" in capfd.readouterr().err
+    assert not (desk / "large").exists()
 
 
 @pytest.mark.parametrize(
@@ -490,8 +559,12 @@ def test_upscale_takes_pictures_and_latents(desk: Path) -> None:
     assert views_in(desk / "x2-out").shape == (1, 64, 64, 3)
     assert run(["upscale", "picture.png", "picture.png", "-o", "two", "--upscale", "bilinear", "--model", "tiny"]) == 0
     assert views_in(desk / "two").shape == (2, 64, 64, 3)
-    np.save(desk / "latents.npy", np.zeros((3, 8, 8, 4), np.float32))
+    latents = np.zeros((3, 8, 8, 4), np.float32)
+    np.save(desk / "latents.npy", latents)
     assert run(["upscale", "latents.npy", "-o", "from-latents", "--upscaler", "x2"]) == 0
+    for folder, source in (("x2-out", PIXELS), ("from-latents", latents)):
+        parameters = json.loads((desk / folder / "metadata.json").read_text())["parameters"]
+        assert parameters["source_sha256"] == hashlib.sha256(source.tobytes()).hexdigest()
     assert views_in(desk / "from-latents").shape == (3, 64, 64, 3)
     assert not (desk / "from-latents" / "transforms.json").exists()
 

@@ -44,13 +44,27 @@ def test_lanczos_is_measured_against_the_head_at_twice_the_size(folders: Path) -
 
 def test_the_command_prints_and_writes_the_figures(folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(folders / "tiny"), "--backend", "torch", "--device", "cpu", "--identities", "3:5"]
-    call = ["evaluate", *options, "--upscaler", str(folders / "x2"), "--upscale-steps", "1", "-o", str(tmp_path / "out")]
-    assert run(call) == 0
+    call = ["evaluate", *options, "--upscaler", str(folders / "x2"), "--upscale-steps", "1", "--upscale-noise", "0.5"]
+    assert run([*call, "-o", str(tmp_path / "out")]) == 0
     assert "encoded_sd-x2_ssim" in capfd.readouterr().out
     document = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert document["upscale"]["steps"] == 1
+    assert (document["upscale"]["steps"], document["upscale"]["noise_level"]) == (1, 0.5)
     assert (tmp_path / "out" / "sheet_00.png").exists()
-    assert run(["evaluate", *options, "--upscale-steps", "1"]) == 2
-    assert "left out without --upscaler" in capfd.readouterr().err
-    assert run([*call[:-2], "--normals"]) == 2
     assert run(["evaluate", *options, "--upscaler", str(folders / "tiny")]) == 5
+
+
+@pytest.mark.parametrize(
+    ("option", "upscaler", "says"),
+    [
+        *[(option, [], "left out without --upscaler") for option in ("--upscale-steps 1", "--upscale-noise 0.5")],
+        *[
+            (option, ["--upscaler", "x2"], "left out with --upscaler")
+            for option in ("--normals", "--views 4", "--together 2", "--scheduler ddim", "--spacing trailing")
+        ],
+    ],
+)
+def test_what_has_no_effect_on_an_evaluation_is_refused(
+    capfd: pytest.CaptureFixture[str], option: str, upscaler: list[str], says: str
+) -> None:
+    assert run(["evaluate", "--model", "nowhere", *upscaler, *option.split()]) == 2
+    assert f"error: {option.split()[0]} must be {says}" in capfd.readouterr().err

@@ -105,7 +105,8 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
             check_free(folder, force=options["force"])
             check_free(folder / UPSCALED, force=options["force"])
         except OutputError as refused:
-            refused.hint = "; ".join([*_what_is_missing(folders, seeds), refused.hint])
+            with suppress(OSError):  # which is what was refused, then
+                refused.hint = "; ".join([*_what_is_missing(folders, seeds), *[refused.hint] * bool(refused.hint)])
             raise
     for beside in (reporter.stepwise, options["check_numerics"]):
         if beside is not None:
