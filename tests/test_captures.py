@@ -221,6 +221,8 @@ def test_a_malformed_capture_is_refused(folder: Path, change: Callable[[dict[str
     [
         (lambda d: d.update(camera_model="OPENCV_FISHEYE"), "frame 0: camera_model must be one of PINHOLE, "),
         (lambda d: d.update(cx=1), "frame 0: cx must be 4, the middle of the picture, give or take 5% of it, got 1"),
+        (lambda d: d.update(cx=math.nan), "frame 0: cx must be 4, the middle of the picture.*got nan"),
+        (lambda d: d["frames"][0].update(w=16), "frame 0: w and h must be in proportion to the picture: they are 16 x 6"),
         (lambda d: d["frames"][2].update(cy="3"), "frame 2: cy must be 3, the middle of the picture.*got '3'"),
         (lambda d: d.update(fl_x=d["fl_y"] * 2), "frame 0: pixels must be square, and fl_x .* are of others"),
         (lambda d: d.update(w=d["w"] * 2), r"frame 0: w and h must be in proportion to the picture: they are 16 x 6"),
@@ -240,6 +242,15 @@ def test_a_lens_that_cameras_here_cannot_have_is_no_matter_of_training_and_refus
 def test_a_frame_may_have_a_picture_of_another_size(folder: Path) -> None:
     edit(folder, lambda document: document["frames"][1].update(w=6, h=8, cx=3, cy=4))
     assert captures.load_capture(folder).lens_doubt == ""
+
+
+def test_alpha_that_is_nowhere_below_a_half_leaves_the_object_to_the_background(tmp_path: Path) -> None:
+    rgba = np.full((1, 16, 16, 4), 255, np.uint8)
+    rgba[0, 4:12, 6:10, :3] = 0
+    rgba[0, :2, :, 3] = 200
+    captures.write_capture(tmp_path / "head", rgba, None, POSES[:1], 40.0)
+    masks = captures.read_views(captures.load_capture(tmp_path / "head")).masks
+    np.testing.assert_array_equal(masks[0], rgba[0, ..., 0] == 0)
 
 
 def test_files_elsewhere_are_none_of_a_malformed_file(folder: Path) -> None:

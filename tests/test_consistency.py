@@ -206,6 +206,8 @@ def test_the_cameras_are_those_of_the_renderer(truth: HeadViews) -> None:
         ([0, 60], [(0, 1)]),
         ([0, 40, 180], [(0, 1)]),
         ([0, 1, 90], [(0, 2), (1, 2)]),
+        # View 0 has four that are hardly farther than the nearest, and the fourth has two that are nearer than view 0.
+        ([0, 10, -10, -12, 14, 20, 22], [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 5), (1, 6), (4, 5), (4, 6)]),
     ],
 )
 def test_neighbours_are_the_nearest_views_that_share_a_surface(azimuths: Any, pairs: list[tuple[int, int]]) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,15 +82,23 @@ def test_what_a_killed_process_was_writing_is_not_taken_and_goes_after_a_day(sou
     old = shutil.copytree(left, folder.with_name("demo-0123"))
     assert found() == folder
     assert left.exists() and old.exists()
-    for path, days in ((left, 2), (old, 2)):
+    for path, days in ((left, 2), (old, 29)):
         os.utime(path, times=(0, time.time() - 86400 * days))
     shutil.rmtree(folder)
     assert found() == folder
     assert not left.exists() and old.exists()
-    os.utime(old, times=(0, 0))
+    os.utime(old, times=(0, time.time() - 86400 * 31))
     shutil.rmtree(folder)
     assert found() == folder
     assert not old.exists()
+
+
+def test_the_folder_that_was_just_made_stays_even_where_the_clock_is_ahead(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = time.time() + 86400 * 365
+    monkeypatch.setattr(embedded, "time", SimpleNamespace(time=lambda: later))
+    assert weight_files(found(), "unet")
 
 
 @pytest.mark.parametrize("error", [OutputError("no space left", path="x"), KeyboardInterrupt(), CheckpointError("damaged")])

@@ -52,6 +52,7 @@ def test_what_the_cameras_see_at_the_origin_fills_the_unit_cube_of_instant_ngp(
     fov_deg: float, radius: float, width: int, height: int
 ) -> None:
     poses = camera.orbit([0, 90], 0, radius=radius)
+    poses[0, :3, 3] /= 2  # the farther camera sees more
     fields = document(poses=poses, fov_deg=fov_deg, width_px=width, height_px=height, file_names=NAMES[:2])
     half_extent = radius * math.tan(max(fields["camera_angle_x"], fields["camera_angle_y"]) / 2)
     assert half_extent * fields["scale"] + fields["offset"][0] == pytest.approx(1)

@@ -179,6 +179,11 @@ def test_a_square_picture_whose_subject_is_too_small_or_off_its_place_is_framed_
         assert_placed(frame_subject(rgba, size_px=SIZE, framing=SUBJECT), SUBJECT)
 
 
+def test_a_subject_is_framed_whatever_resampling_is_named() -> None:
+    framing = Framing(mode="subject", resample="bilinear")
+    assert_placed(frame_picture(bust(4 * SIZE, 4 * SIZE, scale=0.5), size_px=SIZE, framing=framing).picture, framing)
+
+
 def test_mode_none_keeps_any_square_picture_and_squeezes_others() -> None:
     small = bust(SIZE, SIZE, scale=0.4)
     np.testing.assert_array_equal(frame_subject(small, size_px=SIZE, framing=Framing(mode="none")), small[..., :3])

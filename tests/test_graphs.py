@@ -200,25 +200,28 @@ class Condition:
     """What a condition is to a recorder."""
 
 
-def call(graphs: Graphs, network: nn.Module, condition: Condition, *, rows: int = 3) -> None:
+def call(graphs: Graphs, network: Network, condition: Condition, *, rows: int = 3) -> None:
     with torch.inference_mode():
-        graphs.call(network, condition, network.forward, [torch.ones(rows, 2)])
+        graphs.call(network, condition, network.forward, [torch.ones(rows, 2, dtype=network.weight.dtype)])
 
 
-def test_another_shape_and_another_way_of_attention_are_recorded_anew() -> None:
+def test_another_shape_dtype_and_way_of_attention_are_recorded_anew() -> None:
     recorder, network, condition = Recorder(keeps=False), Network(), Condition()
     graphs = Graphs(recorder)
-    for rows, options, recorded in [
-        (3, FUSED, 1),
-        (4, FUSED, 2),
-        (3, FUSED, 3),
-        (3, AttentionOptions(implementation="plain"), 4),
+    plain = AttentionOptions(implementation="plain")
+    for rows, options, dtype, recorded in [
+        (3, FUSED, torch.float32, 1),
+        (4, FUSED, torch.float32, 2),
+        (3, FUSED, torch.float32, 3),
+        (3, plain, torch.float32, 4),
+        (3, plain, torch.float64, 5),
     ]:
+        network.to(dtype)
         network.attention_options = options
         for _ in range(3):
             call(graphs, network, condition, rows=rows)
         assert recorder.recorded == recorded
-    assert recorder.replayed == 8
+    assert recorder.replayed == 10
 
 
 def test_decoding_is_recorded_anew_when_the_vae_has_other_weights() -> None:

@@ -418,6 +418,12 @@ def test_every_step_gets_the_weights_of_its_branches_and_the_rescaling(pipeline:
     assert [len(arguments[2].branches) for arguments in (plain, guided)] == [1, 4]
 
 
+def test_what_stays_constant_is_computed_once_for_every_mixture_of_branches(pipeline: Pipeline[Any]) -> None:
+    recorded = record(pipeline)
+    generate(recorded.pipeline, steps=4, guidance=3, guidance_interval=(0.5, 1))
+    assert [len(recorded.model.arguments(name)) for name in ("denoise", "condition")] == [4, 2]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -7,6 +7,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from upscalers import write_tiny_models
 
+import mvshared.commands.generate
+import mvshared.pipeline
+from mvshared import process_memory
 from mvshared.attention import AttentionOptions
 from mvshared.backend import load
 from mvshared.cli import run
@@ -25,7 +29,7 @@ from mvshared.config import IMAGEDREAM, SD_VAE, CLIPImageConfig, CLIPTextConfig,
 from mvshared.errors import MemoryBudgetError, OptionError, TensorMismatchError
 from mvshared.memory.activations import costs_of
 from mvshared.memory.budget import MemoryOptions, fit, memory_options
-from mvshared.memory.estimate import RunSize, estimate, model_size
+from mvshared.memory.estimate import RunSize, estimate, model_size, process_bytes
 from mvshared.memory.plan import PLAIN, MemoryPlan, plans, vae_batch
 from mvshared.networks import Networks
 from mvshared.pipeline import Pipeline, Progress
@@ -189,6 +193,24 @@ def test_views_are_upscaled_one_by_one_with_low_memory(backend: Backend, tmp_pat
     assert made[1].parameters.upscale.budget_bytes < made[0].parameters.upscale.budget_bytes  # pyright: ignore
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_a_budget_no_upscaler_stays_in_memory_after_its_run(backend: Backend, tmp_path: Path) -> None:
+    folder, seen = write_tiny_models(tmp_path), list[tuple[str, tuple[str, ...]]]()
+    pipe = load(folder / "tiny", backend=backend, device="cpu", dtype="float32", memory_budget="100GB")
+
+    def loaded() -> tuple[str, ...]:
+        upscaler: Any = None if pipe._upscaler is None else pipe._upscaler[1]
+        return () if upscaler is None else upscaler.model.networks.loaded
+
+    pipe.stages = Stages(lambda stage: seen.append((stage.name, loaded())))
+    views = pipe.generate(np.zeros((32, 32, 3), np.uint8), steps=1)
+    seen.clear()
+    upscaled = pipe.upscale(views, upscaler=folder / "x2", steps=1)
+    assert upscaled.parameters.memory == PLAIN
+    assert dict(seen)["vae_decoder"] == ("unet",)
+    assert loaded() == ()
+
+
 class Weights:
     """Something that a weak reference can point to."""
 
@@ -218,15 +240,20 @@ def test_a_failed_run_leaves_no_network_behind(backend: Backend) -> None:
     assert pipe.model.plan == PLAIN
 
 
-def test_a_budget_that_one_run_keeps_is_enough_for_the_next() -> None:
+def test_a_budget_that_one_run_keeps_is_enough_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = 3 * 10**8
+    measured = iter([before])  # once, as networks of earlier runs would count later
+    monkeypatch.setattr(mvshared.pipeline, "process_bytes", lambda device: next(measured))
     pipe = pipeline("torch", memory_budget="100GB")
     defaults = pipe.model.config.defaults
     run = RunSize(views=defaults.views, size_px=defaults.size_px, pictures=1, branches=2, texts=2)
-    needed = estimate(pipe._size, run, PLAIN, process_bytes=pipe._process_bytes).peak_bytes
+    needed = estimate(pipe._size, run, PLAIN, process_bytes=before).peak_bytes
     pipe.memory = MemoryOptions(budget_bytes=needed)
     plans_taken = [generate(pipe).parameters.memory for _ in range(3)]
     assert plans_taken == [PLAIN] * 3
     assert networks(pipe).loaded
+    pipe.memory = MemoryOptions(budget_bytes=needed - 1)
+    assert generate(pipe).parameters.memory != PLAIN
 
 
 def test_views_that_do_not_fit_are_not_upscaled(tmp_path: Path) -> None:
@@ -372,6 +399,16 @@ def test_every_plan_takes_less_than_the_one_before_it(public: Any, backend: Any,
     assert peaks[-1] < 0.6 * peaks[0]
 
 
+def test_branches_one_after_the_other_take_the_activations_of_one(public: Any) -> None:
+    def unet(branches: int, plan: MemoryPlan) -> int:
+        stages = {stage.name: stage for stage in estimate(public, replace(RUN, branches=branches), plan).stages}
+        return stages["unet"].activations_bytes
+
+    one, two = (unet(branches, PLAIN) for branches in (1, 2))
+    apart = unet(2, PLANS["one branch after the other"])
+    assert 0 <= apart - one < 0.1 * (two - one)  # the keys and values of both branches are kept
+
+
 @pytest.mark.parametrize(("views", "size_px", "together"), [(4, 512, 4), (8, 512, 4), (2, 512, 2), (1, 2048, 1), (16, 256, 16)])
 def test_on_cuda_the_vae_takes_what_pictures_that_run_together_take(
     public: Any, views: int, size_px: int, together: int
@@ -421,6 +458,17 @@ def test_a_budget_that_is_too_small_is_refused_with_what_would_fit(public: Any) 
         fit(offered, RUN, MemoryOptions(budget_bytes=both), process_bytes=0)
 
 
+def test_a_budget_that_is_too_small_for_the_upscaler_is_refused_with_a_method_that_would_fit(
+    public: Any, tmp_path: Path
+) -> None:
+    size = model_size(write_tiny_models(tmp_path) / "x2", backend="torch", device="cpu", dtype="bfloat16")
+    run = replace(RUN, enlarged=2, upscaler=replace(size, weights={"unet": 10**10}), upscaler_budget_bytes=10**9)
+    budget = estimate(public, RUN, plans(public.backend, public.device)[-1]).peak_bytes
+    with pytest.raises(MemoryBudgetError, match=r'what would fit: method="lanczos" \(') as caught:
+        fit(public, run, MemoryOptions(budget_bytes=budget), process_bytes=0)
+    assert caught.value.stage == "upscaler"
+
+
 @pytest.mark.parametrize("quantize", [None, "q8"])
 def test_what_half_precision_would_take_is_what_a_model_in_it_takes(quantize: str | None) -> None:
     wide, half = (
@@ -439,7 +487,14 @@ def test_a_run_that_does_not_fit_is_refused_before_any_network_is_read(backend: 
     assert networks(pipe).loaded == ()
 
 
-def test_a_run_with_low_memory_is_repeated_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_with_low_memory_is_repeated_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def spied(name: str, **options: Any) -> Pipeline[Any]:
+        asked.append(options.get("low_memory"))
+        return load(name, **options)
+
+    monkeypatch.setattr(mvshared.commands.generate, "load", spied)
     first, again = tmp_path / "first", tmp_path / "again"
     arguments = ["--model", str(IMAGEDREAM_FOLDER), "--prompt", "an owl", "--steps", "2", "--backend", "torch"]
     assert run(["generate", str(PICTURE), "-o", str(first), "--low-memory", *arguments]) == 0
@@ -447,6 +502,7 @@ def test_a_run_with_low_memory_is_repeated_bit_for_bit(tmp_path: Path) -> None:
     assert run(["generate", "-o", str(again), "--config", str(first / "metadata.json")]) == 0
     assert (first / "latents.npy").read_bytes() == (again / "latents.npy").read_bytes()
     assert (first / "grid.png").read_bytes() == (again / "grid.png").read_bytes()
+    assert asked == [True, True]
 
 
 def test_the_command_line_refuses_a_budget_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -477,6 +533,8 @@ def test_info_estimates_a_run_that_is_quantised_and_upscaled(tmp_path: Path, cap
     assert run([*arguments, "--upscale", "sd-x2", "--upscaler", str(folder / "x2")]) == 0
     stages = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert "upscaler" in stages
+    together = [name for name, stage in stages.items() if "upscaler's unet" in stage["networks"]]
+    assert together == ["upscaler", "vae_decoder"]  # it is loaded for its stage
     assert run(arguments) == 0
     plain = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert "upscaler" not in plain
@@ -497,3 +555,19 @@ def test_what_generate_refuses_is_not_estimated(capsys: pytest.CaptureFixture[st
 def test_an_estimate_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", "--estimate"]) == 2
     assert "--estimate needs a MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("platform", "peak"), [("darwin", 5000), ("freebsd14", 1024 * 5000), ("win32", 0)])
+def test_where_the_system_does_not_say_what_is_resident_the_most_that_ever_was_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, peak: int
+) -> None:
+    usage = SimpleNamespace(ru_maxrss=5000)
+    monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage))
+    monkeypatch.setattr(process_memory, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(sys, "platform", platform)
+    assert process_memory.resident() == peak
+
+
+def test_what_the_process_takes_counts_nothing_of_a_cuda_device() -> None:
+    assert process_bytes("cuda") == process_bytes("cuda:0") == 0
+    assert process_bytes("cpu") > 10**7

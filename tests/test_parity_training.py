@@ -154,6 +154,7 @@ def test_gradients_are_the_same_on_both_backends(stage: str) -> None:
 def test_gradient_checkpointing_changes_nothing_but_memory(stage: str) -> None:
     for backend in BACKENDS:
         plain, saving = (make_trainer(backend, stage, gradient_checkpointing=value) for value in (False, True))
+        assert [trainer.network.gradient_checkpointing for trainer in (plain, saving)] == [False, True]
         results = [run(trainer, stage, 2) for trainer in (plain, saving)]
         np.testing.assert_allclose(np.array(results[0]), np.array(results[1]), rtol=1e-6)
         assert_close(joined(saving.weights()), joined(plain.weights()), rms=1e-6)

@@ -99,6 +99,11 @@ def test_every_choice_names_a_dtype_and_one_sentence_of_reason() -> None:
     assert "mps" in elsewhere("mps").reason
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [((6, 1), "float32"), ((7, 0), "float16"), ((7, 5), "float16")])
+def test_a_gpu_with_tensor_cores_computes_in_float16(capability: tuple[int, int], dtype: str) -> None:
+    assert on_cuda(capability).dtype == dtype
+
+
 def test_a_processor_never_computes_in_float16_by_default() -> None:
     assert on_cpu("AMX").dtype == on_cpu("AVX-512").dtype == "bfloat16"
     assert on_cpu(SLOW_AVX512).dtype == on_cpu(None).dtype == MLX_CPU.dtype == "float32"

@@ -441,6 +441,27 @@ def test_shards_and_the_float16_variant_are_read(backend: Backend, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (["model.fp16.safetensors", "model.safetensors"], ["model.safetensors"]),
+        (["model.fp16.safetensors"], ["model.fp16.safetensors"]),
+        (["model.fp16.safetensors.index.json", "a.safetensors", "b.safetensors"], ["a.safetensors", "b.safetensors"]),
+        (["model.safetensors.index.fp16.json", "a.safetensors", "b.safetensors"], ["a.safetensors", "b.safetensors"]),
+        (
+            ["model.safetensors.index.json", "model.fp16.safetensors", "a.safetensors", "b.safetensors"],
+            ["a.safetensors", "b.safetensors"],
+        ),
+    ],
+)
+def test_the_variant_in_float16_is_taken_where_there_is_no_other(there: list[str], taken: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text_encoder").mkdir()
+    for name in there:
+        weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
+        (tmp_path / "text_encoder" / name).write_text(json.dumps({"weight_map": weight_map}))
+    assert [path.name for path in weight_files(tmp_path, "text_encoder")] == taken
+
+
+@pytest.mark.parametrize(
     ("weight_map", "message"),
     [
         ({}, "must hold a weight_map"),

@@ -104,12 +104,26 @@ def test_quantising_on_load_gives_what_the_stored_folder_gives(
     assert load(tiny, backend=backend, device="cpu").model.quantization is None
 
 
+def test_an_estimate_says_how_the_model_is_quantised(tiny: Path, tiny_q4: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows: list[tuple[Path, list[str], str]] = [
+        (tiny_q4, [], ", quantised (stored q4)"),
+        (tiny, ["--quantize", "q8"], ", quantised (q8)"),
+        (tiny, [], " in float32"),
+    ]
+    for folder, options, end in rows:
+        assert run(["info", str(folder), "--estimate", "--backend", "torch", "--device", "cpu", *options]) == 0
+        assert capfd.readouterr().out.splitlines()[0].endswith(end)
+
+
 def test_both_backends_write_the_same_files(tiny: Path, tmp_path: Path) -> None:
     for backend in BACKENDS:
         quantize_folder(tiny, tmp_path / backend, preset="q8", measure=False, backend=backend)
-    for path in sorted((tmp_path / "torch").rglob("*")):
-        twin = tmp_path / "mlx" / path.relative_to(tmp_path / "torch")
-        assert twin.is_dir() if path.is_dir() else twin.read_bytes() == path.read_bytes()
+    written = [
+        {path.relative_to(tmp_path / backend): path.read_bytes() for path in (tmp_path / backend).rglob("*") if path.is_file()}
+        for backend in BACKENDS
+    ]
+    assert written[0].keys() == written[1].keys()
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,6 +18,8 @@ import mvmlx
 import mvtorch
 from mvshared.backend import load_upscaler
 from mvshared.errors import MvWarning, NumericsError, OptionError
+from mvshared.memory.plan import MemoryPlan
+from mvshared.stages import Stages
 from mvshared.upscaling.config import SigmaConfig
 from mvshared.upscaling.latents import Upscaler, view_bytes
 from mvshared.upscaling.schedule import euler_plan, sampling_sigmas
@@ -157,6 +159,18 @@ def test_any_size_is_upscaled_and_the_padding_is_cut_away(upscaler: Upscaler[Any
     large = upscaler.upscale(normal(2, *size, 4), steps=2)
     assert large.shape == (2, 2 * size[0], 2 * size[1], 4)
     assert np.isfinite(large).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_networks_of_a_lean_upscaler_go_with_their_stage(folder: Path, backend: Backend) -> None:
+    upscaler = load_upscaler(folder, backend=backend, device="cpu", low_memory=True)
+    model: Any = upscaler.model
+    loaded: list[tuple[str, ...]] = [model.networks.loaded]
+    stages = Stages(lambda stage: loaded.append(model.networks.loaded))
+    with model.planned(MemoryPlan(networks_at_once=False)):
+        upscaler.upscale(normal(1, 8, 8, 4), prompt="an owl", steps=1, guidance=2, stages=stages)
+        loaded.append(model.networks.loaded)
+    assert loaded == [(), (), ("unet",), ()]
 
 
 def test_both_backends_upscale_the_same(folder: Path) -> None:

@@ -366,6 +366,31 @@ def test_a_finished_unet_run_is_a_checkpoint_that_loads(data: Path, vae: Path, t
     assert [row.held_out_loss is not None for row in rows] == [False, True, False, True]
 
 
+def test_the_held_out_loss_is_of_four_batches_that_are_drawn_from_another_seed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[int, list[int]] = {}
+    batch = VAEPictures.batch
+
+    def noted(self: VAEPictures, step: int, *, size: int, seed: int) -> Any:
+        drawn.setdefault(seed, []).append(step)
+        return batch(self, step, size=size, seed=seed)
+
+    monkeypatch.setattr(VAEPictures, "batch", noted)
+    run(vae_config(data, steps=2, seed=7), tmp_path / "run")
+    assert drawn == {7: [0, 1], 8: [0, 1, 2, 3]}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_files_of_a_trained_model_have_the_dtype_that_was_asked_for(
+    dtype: Any, data: Path, vae: Path, tmp_path: Path
+) -> None:
+    run(vae_config(data, steps=1, model_dtype=dtype), tmp_path / "vae")
+    run(unet_config(data, vae, steps=1, model_dtype=dtype), tmp_path / "unet")
+    for folder, component in (("vae", "vae"), ("unet", "vae"), ("unet", "unet")):
+        assert {array.dtype.name for array in weights_of(tmp_path / folder, component).values()} == {dtype}
+
+
 def test_what_a_kill_behind_the_last_state_left_out_is_made_up_for(data: Path, vae: Path, tmp_path: Path) -> None:
     def end(_: Path, step: int) -> None:
         if step == 4:

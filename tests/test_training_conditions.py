@@ -171,9 +171,10 @@ def test_a_run_killed_while_it_encodes_references_takes_over_what_is_done(
     run(config(data, gaf, steps=1), tmp_path / "run")
     assert [folder.name for folder in calls] == ["object_0", "object_1", "object_2", "object_2", "object_3"]
     run(config(data, gaf, steps=1), tmp_path / "whole")
-    for whole in (tmp_path / "whole").glob("reference-states-*"):
-        assert (tmp_path / "run" / whole.name).read_bytes() == whole.read_bytes()
-    assert len(list((tmp_path / "run").glob("reference-states-*"))) == 2
+    ours, expected = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("reference-states-*")} for name in ("run", "whole")
+    )
+    assert ours == expected and len(ours) == 2
 
 
 def test_a_network_with_encoders_comes_whole(data: Path, gaf: Path) -> None:

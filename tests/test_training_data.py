@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from training_cases import AZIMUTHS, SIZE, UNET, V_PREDICTION, VAE, some_latents, write_object, write_objects
 
@@ -34,9 +35,11 @@ from mvshared.training.data import (
     kept_latents,
     read_normals,
     read_picture,
+    reference_pictures,
 )
 from mvshared.training.initial import LOGVAR, UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.kept import load_arrays, save_arrays
+from mvshared.training.upscaler_data import encode_pairs, generated_pairs
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +92,25 @@ def test_pictures_are_put_on_the_background_and_normals_on_zero(data: Path) -> N
     normals = read_normals(capture.normal_paths[0]).pixels
     np.testing.assert_allclose(normals[0, 0], 0, atol=0.005)
     assert normals[SIZE // 2, SIZE // 2, 2] > 0.9
+
+
+def test_all_that_is_learned_lies_on_the_background_of_the_data(data: Path) -> None:
+    settings, folders = DataConfig(folder="", background=(0, 255, 51), normals=False), [data / "object_0"]
+    references = [read() for read in reference_pictures(folders[0], settings)]
+
+    def generated(reference: NDArray[np.uint8], poses: NDArray[np.float32]) -> NDArray[np.float32]:
+        references.append(reference)
+        return np.zeros((len(poses), 4, 4, 4), np.float32)
+
+    pictures = {
+        "of the VAE": VAEPictures(folders, settings, latent_channels=4, downscale=2).batch(0, size=8, seed=0).pixels,
+        "of the U-Net": encode_captures(folders, settings, lambda pixels: pixels).images,
+        "of the upscaler": encode_pairs(folders, settings, lambda pixels: pixels, multiple=4).high,
+        "beside generated ones": generated_pairs(folders, settings, generated, lambda pixels: pixels, multiple=4).high,
+    }
+    pictures |= {f"reference {index}": reference[None] / 127.5 - 1 for index, reference in enumerate(references)}
+    for name, pixels in pictures.items():
+        np.testing.assert_allclose(pixels[:, 0, 0], np.tile([-1, 1, -0.6], (len(pixels), 1)), atol=5e-3, err_msg=name)
 
 
 def test_mirror_images_have_mirrored_cameras_and_normals(data: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import TINY_MODEL, assert_close, write_tiny_model
-from training_cases import SIZE, run, toml, vae_config, write_objects
+from training_cases import SIZE, run, toml, vae_config, weights_of, write_objects
 
 import mvshared.training.kept
 import mvshared.training.loop
@@ -20,12 +20,14 @@ from mvshared.camera import orbit
 from mvshared.captures import load_capture, write_capture
 from mvshared.checkpoint import read_vae_config
 from mvshared.config import Framing, KUNetConfig
+from mvshared.conversion.networks import network_shapes
 from mvshared.errors import ConfigError, DatasetError, OptionError, OutputError
 from mvshared.heads import DEFAULT_FOV_DEG, render
 from mvshared.heads.dataset import dataset_poses
 from mvshared.images import from_model
 from mvshared.training.config import TrainConfig, load_train_config
 from mvshared.training.data import read_picture
+from mvshared.training.initial import initial_upscaler_weights
 from mvshared.training.kept import load_arrays
 from mvshared.training.log import read_log
 from mvshared.training.samples import sample_writer
@@ -60,7 +62,8 @@ def pairs(count: int = 6) -> LatentPairs:
 
 def test_the_vae_may_be_that_of_a_run_of_its_stage(data: Path, tmp_path: Path) -> None:
     vae = run(vae_config(data, steps=1), tmp_path / "vae")
-    upscaler = run(config(data, vae, steps=1), tmp_path / "run")
+    upscaler = run(config(data, vae, steps=1, model_dtype="float16"), tmp_path / "run")
+    assert {array.dtype.name for array in weights_of(tmp_path / "run", "unet").values()} == {"float16"}
     assert not (vae / "model_index.json").exists()
     assert read_upscaler_config(upscaler).vae == read_vae_config(vae)
 
@@ -129,6 +132,14 @@ def test_a_run_learns_and_its_folder_upscales(data: Path, model: Path, tmp_path:
         upscaler.upscale(latents, noise_level=0.3),
         rms=1e-3,
     )
+
+
+def test_the_frequencies_of_time_are_not_trained(data: Path, model: Path, tmp_path: Path) -> None:
+    settings = config(data, model, steps=4, frozen=("conv_in.",))
+    start = initial_upscaler_weights(network_shapes(NETWORK, backend="torch"), seed=settings.seed)
+    after = weights_of(run(settings, tmp_path / "run").parent, "unet")
+    same = {name for name, array in start.items() if np.array_equal(array, after[name])}
+    assert same == {name for name in start if name.startswith(("time_proj.", "conv_in."))}
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(
@@ -253,11 +264,12 @@ def test_a_run_killed_while_it_makes_pairs_takes_over_what_is_done(
     run(settings, tmp_path / "run")
     assert "".join(calls) == "0011" + "11" + "001122" + "22" + "33"
     run(settings, tmp_path / "whole")
-    for whole in (tmp_path / "whole").glob("pairs-*"):
-        ours, expected = (load_arrays(folder / whole.name, LatentPairs) for folder in (tmp_path / "run", tmp_path / "whole"))
+    names, whole = (sorted(path.name for path in (tmp_path / name).glob("pairs-*")) for name in ("run", "whole"))
+    assert names == whole and len(names) == 3
+    for name in names:
+        ours, expected = (load_arrays(tmp_path / folder / name, LatentPairs) for folder in ("run", "whole"))
         np.testing.assert_array_equal(ours.low, expected.low)
         np.testing.assert_array_equal(ours.high, expected.high)
-    assert len(list((tmp_path / "run").glob("pairs-*"))) == 3
 
 
 def test_views_are_generated_in_groups_of_references_as_they_are(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +32,7 @@ from mvshared.images import from_model, load_image
 from mvshared.inspection import inspect
 from mvshared.memory.plan import PLAIN as PLAIN_PLAN
 from mvshared.memory.plan import MemoryPlan
-from mvshared.pipeline import Pipeline
+from mvshared.pipeline import Pipeline, Progress
 from mvshared.repetition import repeat
 from mvshared.runs import read_run
 from mvshared.upscaling import standalone
@@ -304,6 +305,27 @@ def test_a_damaged_network_is_refused_by_name(folders: Path, tmp_path: Path) -> 
     save_file(weights, tmp_path / "x2" / "unet" / WEIGHT_FILE)
     with pytest.raises(CheckpointError, match=r"1 missing: conv_out\.bias"):
         load_upscaler(tmp_path / "x2", backend="torch")
+
+
+def test_upscaling_in_another_thread_waits_for_a_run(pipeline: Pipeline[Any]) -> None:
+    views = pipeline.generate(PIXELS)
+    with ThreadPoolExecutor(1) as pool:
+        waiting: list[Future[Any]] = []
+
+        def on_step(progress: Progress) -> None:
+            if not waiting:
+                waiting.append(pool.submit(pipeline.upscale, views, method="lanczos"))
+                assert not wait(waiting, timeout=0.5).done
+
+        pipeline.generate(PIXELS, on_step=on_step)
+        assert waiting[0].result(timeout=60).images.shape == (2, 64, 64, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_upscaler_is_read_without_its_vae(folders: Path, backend: Backend) -> None:
+    model: Any = load_upscaler(folders / "x2", backend=backend, device="cpu").model
+    assert (set(model.networks), model.networks.loaded) == ({"unet", "vae"}, ("unet",))
+    assert [path.parent.name for path in model.weight_files] == ["unet"]
 
 
 # On the command line

@@ -184,6 +184,15 @@ def test_a_reference_may_name_another_size_of_pictures(families: dict[str, Path]
     assert found.checks
 
 
+def test_blocks_that_the_reference_has_no_counterpart_of_are_said(
+    families: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--against", "diffusers", "--backend", "torch", "--device", "cpu", "--summary"]
+    assert run(["validate", str(families["imagedream"]), *arguments]) == 0
+    said = capfd.readouterr().err.splitlines()
+    assert "not compared: unet.image_embed.layers.0.0 has no counterpart in diffusers" in said
+
+
 def test_a_table_or_json_is_printed_and_both_sides_are_saved(
     families: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
