@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -280,16 +281,64 @@ def test_an_interruption_of_all_processes_is_one_line_and_leaves_no_half_head(tm
     assert heads <= len(there) < 1000 and all(name.startswith("head_") for name in there)
 
 
-def test_workers_whose_heads_take_long_are_ended_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "PATIENCE_S", 0.5)
-    begun, pool = time.monotonic(), ProcessPoolExecutor(2, mp_context=get_context("spawn"))
-    futures: list[Future[None]] = []
-    with pytest.raises(KeyboardInterrupt), pool, dataset._soon_ended(pool):
-        futures += [pool.submit(time.sleep, 300) for _ in range(9)]
-        until(futures[0].running)
-        raise KeyboardInterrupt
+def takes_long(identity: int, poses: np.ndarray, views: HeadViews) -> np.ndarray:
+    if identity:  # the first is rendered by this process
+        time.sleep(300)
+    return views.parts
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends no SIGINT to itself")
+@pytest.mark.parametrize(("patience_s", "interruptions"), [(0.5, 1), (300, 2)])
+def test_workers_whose_heads_take_long_are_ended_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience_s: float, interruptions: int
+) -> None:
+    monkeypatch.setattr(dataset, "PATIENCE_S", patience_s)
+    other = get_context("spawn").Process(target=time.sleep, args=(300,), daemon=True)
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt() -> None:
+        until(lambda: len(active_children()) == 2)
+        other.start()  # of the caller's own
+        for _ in range(interruptions):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    begun, thread = time.monotonic(), threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        render_dataset(tmp_path, range(9), views=2, size_px=16, processes=2, details=takes_long)
+    thread.join()
     assert time.monotonic() - begun < 100
-    assert all(future.cancelled() or future.exception() for future in futures)
+    assert other.is_alive() and set(active_children()) == {other}
+    assert signal.getsignal(signal.SIGINT) is handler
+    other.terminate()
+    assert [path.name for path in tmp_path.iterdir()] == ["head_000000"]
+
+
+def test_an_interruption_while_workers_start_is_raised_when_they_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, submitted = ProcessPoolExecutor.submit, []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if not submitted:
+            signal.raise_signal(signal.SIGINT)
+        submitted.append(submit(*arguments, **options))
+        return submitted[-1]
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render_dataset(tmp_path, range(9), views=2, size_px=16, processes=1)
+    assert len(submitted) == 1
+
+
+def test_the_handler_of_a_caller_stays(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+        assert render_dataset(tmp_path, range(20), views=2, size_px=16, processes=1) == 20
+        until(lambda: bool(seen))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:

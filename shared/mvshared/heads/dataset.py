@@ -5,15 +5,16 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ MAX_HEADS = 10_000_000  # of a call, whose numbers are kept in memory
 RENDERER = 3  # which heads a number stands for: raised when they look otherwise, so that no folder holds both
 MIN_SIZE_PX, MAX_SIZE_PX = 8, 2048
 PATIENCE_S = 5.0  # with heads that are being rendered after an interruption
+POLL_S = 0.1  # how often is looked whether there was one
 LEFT_OVER_S = 3600.0  # since when an unfinished head has not changed whose process must be gone: heads take seconds
 
 # How much the small parts of a face count beside the rest of it. Those that are painted on the skin have a rim of one pixel,
@@ -117,18 +119,8 @@ def render_dataset(
     if missing:  # the first head here: what numba compiles for it is then on disk for all processes
         work(missing[0])
         progress.update()
-    workers = processes or usable_processors()
-    try:
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
-        with progress, pool, _soon_ended(pool):
-            with _interrupts_held():  # by the workers, which start here, for as long as they live
-                futures = [pool.submit(work, number) for number in missing[1:]]
-            for future in futures:
-                future.result()
-                progress.update()
-    except BrokenProcessPool as cause:
-        reason = "a process that rendered heads was ended by something else, for want of memory maybe"
-        raise MvError(reason, hint="the same command goes on; name fewer processes than it took") from cause
+    with progress:
+        _in_processes(work, missing[1:], processes=processes or usable_processors(), on_done=progress.update)
     return len(missing)
 
 
@@ -182,37 +174,92 @@ def _render_one(number: int, *, folder: Path, views: int, size_px: int, poses: P
             raise
 
 
-@contextmanager
-def _soon_ended(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """When an exception leaves the context, give up what `pool` has not begun. After an interruption its workers may finish
-    their heads for PATIENCE_S, or until the next interruption."""
-    others = set(active_children())
+def _in_processes(
+    work: Callable[[int], None], numbers: Sequence[int], *, processes: int, on_done: Callable[[], object]
+) -> None:
+    """Do the work for every number, and call `on_done` after each.
+
+    Raises what the work does, MvError if a process was ended by something else, and KeyboardInterrupt after an interruption: as
+    soon as what is being done is done, PATIENCE_S are over, or another one comes.
+    """
+    context = _Spawning()
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
+    end = threading.Timer(PATIENCE_S, context.terminate)
     try:
-        yield
-    except BaseException as failed:
-        end = partial(_terminate, set(active_children()) - others)
-        timer = threading.Timer(PATIENCE_S, end)
-        if isinstance(failed, KeyboardInterrupt):
-            timer.start()
-        try:
-            pool.shutdown(cancel_futures=True)
-        except KeyboardInterrupt:
-            end()
-            raise
-        finally:
-            timer.cancel()
-        raise
+        with _Interruptions(context.terminate) as interruptions:
+            try:
+                futures = []
+                for number in numbers:
+                    with _interrupts_blocked():  # in the workers, which start here, for as long as they live
+                        futures.append(pool.submit(work, number))
+                    interruptions.check()
+                for future in futures:
+                    while wait([future], timeout=POLL_S).not_done:
+                        interruptions.check()
+                    future.result()
+                    on_done()
+            except KeyboardInterrupt:
+                end.start()
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
+                end.cancel()
+    except BrokenProcessPool as cause:
+        reason = "a process that rendered heads was ended by something else, for want of memory maybe"
+        raise MvError(reason, hint="the same command goes on; name fewer processes than it took") from cause
 
 
-def _terminate(workers: Iterable[BaseProcess]) -> None:
-    for worker in workers:
-        worker.terminate()
+class _Spawning(SpawnContext):
+    """Processes that are spawned, and can be ended."""
+
+    def __init__(self) -> None:
+        self.workers: list[BaseProcess] = []
+
+    def Process(self, *arguments: Any, **options: Any) -> SpawnProcess:  # pyright: ignore[reportIncompatibleVariableOverride]
+        worker = SpawnProcess(*arguments, **options)
+        self.workers.append(worker)
+        return worker
+
+    def terminate(self) -> None:
+        for worker in self.workers:
+            worker.terminate()
+
+
+class _Interruptions:
+    """A context in which Ctrl-C is noted, for `check`, and not raised wherever the program is: an executor is no place for it.
+    From the second one on it also calls `at_once`. Nothing is changed where others handle it, and outside of the main thread.
+    """
+
+    def __init__(self, at_once: Callable[[], None]) -> None:
+        self.count, self._at_once, self._mine = 0, at_once, False
+
+    def __enter__(self) -> "_Interruptions":
+        main = threading.current_thread() is threading.main_thread()
+        self._mine = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._mine:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        if self.count:
+            raise KeyboardInterrupt
+
+    def _note(self, *_: object) -> None:
+        self.count += 1
+        if self.count > 1:
+            self._at_once()
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold interruptions back until the end of the context; processes that start in it never see one, though every process of
-    a terminal gets its Ctrl-C. Not on Windows."""
+def _interrupts_blocked() -> Iterator[None]:
+    """A context in which this thread gets no Ctrl-C: nor do the processes that it starts, which a terminal would send one each.
+    Not on Windows."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
