@@ -70,8 +70,10 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="an embedded model's name, or a checkpoint folder")
     parser.add_argument("--heads", type=heads_range, default=range(6), metavar="FIRST:END", help="numbers of held-out heads")
     parser.add_argument("--backend", default="torch", help="auto, mlx or torch")
+    parser.add_argument("--device", default="cpu", help="that of docs/guidance.md is the cpu")
     arguments = parser.parse_args()
-    print(*measure(load(arguments.model, backend=arguments.backend, dtype="float32"), arguments.heads), sep="\n")
+    pipeline = load(arguments.model, backend=arguments.backend, device=arguments.device, dtype="float32")
+    print(*measure(pipeline, arguments.heads), sep="\n")
 
 
 if __name__ == "__main__":

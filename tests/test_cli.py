@@ -480,7 +480,10 @@ def test_a_call_of_several_seeds_that_was_killed_says_how_to_go_on(
         shutil.rmtree(desk / "out" / f"seed_{seed}")
     capsys.readouterr()
     assert run(whole) == 7
-    assert f"holds a finished run ({options} makes what is missing; name another folder" in capsys.readouterr().err
+    assert (
+        f"holds a finished run (if it was this call, {options} makes what is missing; name another folder"
+        in capsys.readouterr().err
+    )
     assert run([*command, *options.split()]) == 0
     assert {path: path.read_bytes() for path in (desk / "out").glob("*/view_*.png")} == before
     assert run(whole) == 7

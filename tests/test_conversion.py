@@ -891,13 +891,14 @@ def test_what_a_killed_run_left_of_its_one_file_is_removed_after_an_hour(
 ) -> None:
     names = (".x.safetensors.0a1b2c3d.tmp", ".x.safetensors.1a1b2c3d.tmp", ".y.safetensors.0a1b2c3d.tmp")
     left, in_work, other = (tmp_path / name for name in names)
-    for path in (left, in_work, other):
+    mine = tmp_path / ".x.safetensors.my-notes.tmp"
+    for path in (left, in_work, other, mine):
         path.write_bytes(b"half")
-    for path in (left, other):
+    for path in (left, other, mine):
         os.utime(path, (0, 0))
     given = folders["mvdream"] if source == "a folder" else originals["mvdream"]
     convert(given, tmp_path / "x.safetensors")
-    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", in_work.name, other.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", in_work.name, other.name, mine.name}
 
 
 WRITERS = {

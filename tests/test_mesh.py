@@ -354,7 +354,8 @@ def test_maps_of_a_killed_run_are_not_taken_and_make_way(
         patched.setattr(os, "replace", killed)
         assert run([*command, "10,190,280", *["--force"] * before]) == 130
     assert not (desk / "maps" / "transforms.json").exists()
-    for given in (desk / "maps", [desk / "maps" / "normal_000.png"]):
+    one = desk / "maps" / "normal_000.png"
+    for given in (desk / "maps", [one], [one, np.zeros((16, 16, 3), np.uint8)], [one, desk / "elsewhere.png"]):
         with pytest.raises(ImageError, match="run that renders these normal maps has not come to its end"):
             find_normals(given)
     assert run([*command, "10,190"]) == 0

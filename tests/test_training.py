@@ -416,7 +416,13 @@ def test_a_sample_that_a_kill_left_out_is_made_up_for(data: Path, vae: Path, tmp
     def look(model: Path, step: int) -> None:
         seen.append(step)
         assert (model / "unet/config.json").exists()
+        if len(seen) == 1:
+            raise KeyboardInterrupt
 
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", on_sample=look)
+    (tmp_path / "run/samples").mkdir()
+    (tmp_path / "run/samples/step_000002.png").touch()  # and is not drawn again
     run(config, tmp_path / "run", on_sample=look)
     assert seen == [2, 4]
 

@@ -481,11 +481,30 @@ def test_a_run_that_was_killed_while_it_upscaled_says_what_goes_on(
     (desk / "out" / "upscaled" / "metadata.json").rename(desk / "out" / "upscaled" / ".unfinished")
     capfd.readouterr()
     assert generate(*options) == 7
-    assert "holds a finished run (mvmlx upscale out upscales its views, as they were to be; name" in capfd.readouterr().err
+    assert "holds a finished run (mvmlx upscale out upscales its views; name another folder" in capfd.readouterr().err
+    other = "mlx" if read_run(desk / "out").parameters.backend == "torch" else "torch"
+    assert run(["upscale", "out", "-o", "other", "--backend", other]) == 0  # where a view takes another budget
     assert run(["upscale", "out"]) == 0
     np.testing.assert_array_equal(views_in(desk / "out" / "upscaled"), whole)
     assert generate(*options) == 7
     assert "mvmlx upscale" not in capfd.readouterr().err
+    shutil.move(desk / "out" / "upscaled", desk / "large")
+    assert generate(*options, "-o", "large") == 7  # a run that is upscaled
+    assert "mvmlx upscale" not in capfd.readouterr().err
+
+
+def test_options_beside_what_a_run_was_to_be_upscaled_by_take_its_place(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate("-o", "out dir", "--upscale", "sd-x2", "--upscaler", "x2", "--upscale-steps", "2") == 0
+    shutil.rmtree(desk / "out dir" / "upscaled")
+    capfd.readouterr()
+    assert generate("-o", "out dir") == 7
+    assert "(mvmlx upscale 'out dir' upscales its views; name" in capfd.readouterr().err
+    assert run(["upscale", "out dir", "--upscale-steps", "3"]) == 0
+    parameters = json.loads((desk / "out dir" / "upscaled" / "metadata.json").read_text())["parameters"]
+    assert (parameters["method"], parameters["steps"]) == ("sd-x2", 3)
+    assert run(["upscale", "out dir", "--force", "--upscale", "lanczos"]) == 0
+    parameters = json.loads((desk / "out dir" / "upscaled" / "metadata.json").read_text())["parameters"]
+    assert (parameters["method"], parameters["steps"]) == ("lanczos", None)
 
 
 def test_latents_alone_are_upscaled_by_what_is_named(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:

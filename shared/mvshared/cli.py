@@ -230,7 +230,7 @@ def generate(ctx: click.Context, **options: Any) -> None:
 def upscale(source: tuple[Path, ...], **options: Any) -> None:
     """Make views twice as large. SOURCE is an output folder of `mvmlx generate`, pictures, or an .npy file of latents.
 
-    Without --upscale it is done by sd-x2 if an upscaler is named, else as a run was to be upscaled, else by lanczos.
+    Without --upscale it is done by sd-x2 if an upscaler is named, else as the run asked for, else by lanczos.
     """
     from mvshared.commands.upscale import upscale_files
 

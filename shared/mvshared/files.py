@@ -4,10 +4,10 @@ import json
 import os
 import re
 import secrets
-import shutil
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -138,15 +138,25 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def copy_file(source: Path, dest: Path) -> None:
-    """Copy what is in a file, which `dest` gets as `write_atomic` says. Raises OutputError."""
-    with source.open("rb") as file, atomic_file(dest) as copy:
-        shutil.copyfileobj(file, copy, COPY_BYTES)
+    """Copy what is in a file, and not its time or permissions; `dest` gets it as `write_atomic` says. Raises OutputError."""
+    with atomic_file(dest) as copy:
+        for block in _blocks(source, dest):
+            copy.write(block)
+
+
+def _blocks(source: Path, dest: Path) -> Iterator[bytes]:
+    try:
+        with source.open("rb") as file:
+            yield from iter(partial(file.read, COPY_BYTES), b"")
+    except OSError as cause:
+        raise OutputError(f"cannot be copied: {source} cannot be read: {cause.strerror or cause}", path=dest) from cause
 
 
 def copy_folder(source: Path, dest: Path) -> None:
-    """Copy the files in a folder, and in those in it, one by one. Raises OutputError."""
+    """Copy the files in a folder, and in those in it, one by one as `copy_file` does. Raises OutputError."""
+    paths = sorted(source.iterdir())
     make_folder(dest)
-    for path in sorted(source.iterdir()):
+    for path in paths:
         (copy_folder if path.is_dir() else copy_file)(path, dest / path.name)
 
 
@@ -155,13 +165,14 @@ def with_leftovers(names: str) -> re.Pattern[str]:
     return re.compile(rf"(?:{names})|\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
 
 
-def remove_leftovers(folder: Path, names: str = ".+") -> None:
-    """Remove what killed `atomic_file`s have left of files in a folder, or in one in it, that match `names`. Nothing else may
-    be writing such files there."""
+def remove_leftovers(folder: Path, names: str = ".+", *, unchanged_s: float = 0.0) -> None:
+    """Remove what killed `atomic_file`s have left of files in a folder that match `names`, as far as that can be removed. What
+    another process may be writing there must have an age, since when nothing was added to what goes."""
     left = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
-    for path in folder.rglob(".*.tmp"):
-        if left.fullmatch(path.name) and not path.is_dir():
-            path.unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):  # renamed or removed in the meantime
+            if left.fullmatch(path.name) and not path.is_dir() and time.time() - path.stat().st_mtime >= unchanged_s:
+                path.unlink()
 
 
 def file_stamps(path: Path) -> list[str]:

@@ -159,12 +159,21 @@ def _found(given: Normals) -> NormalMaps:
     sources = tuple(given)
     paths = [Path(source) for source in sources if isinstance(source, str | Path)]
     folders = {path.parent for path in paths}
+    for folder in folders:
+        _check_finished(folder)
     if len(paths) < len(sources) or len(folders) != 1:
         return NormalMaps(sources)
     return _with_cameras(paths, _frames(folders.pop()))
 
 
+def _check_finished(folder: Path) -> None:
+    if _is_unfinished(folder):
+        hint = "render them again, or wait for it"
+        raise ImageError("the run that renders these normal maps has not come to its end", path=folder, hint=hint)
+
+
 def _from_folder(folder: Path) -> NormalMaps:
+    _check_finished(folder)
     frames = _frames(folder)
     if frames is not None and frames.named:
         return frames.found
@@ -189,9 +198,6 @@ def _with_cameras(paths: list[Path], frames: _Frames | None) -> NormalMaps:
 def _frames(folder: Path) -> _Frames | None:
     """What the folder's transforms.json says of normal maps; None without the file."""
     path = folder / "transforms.json"
-    if _is_unfinished(folder):
-        hint = "render them again, or wait for it"
-        raise ImageError("the run that renders these normal maps has not come to its end", path=folder, hint=hint)
     if not path.is_file():
         return None
     document = read_json_object(path)

@@ -1,6 +1,7 @@
 """`mvmlx generate`."""
 
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from mvshared.repetition import repeat, requested
 from mvshared.request import Request, prepare
 from mvshared.runs import UPSCALE_METHODS, UPSCALED, UpscaleParameters, Views, read_run
 from mvshared.upscaling.latents import UpscaleProgress
+from mvshared.upscaling.standalone import read_source
 from mvshared.upscaling.views import UpscaleOptions, option_label, plan_upscale
 
 if TYPE_CHECKING:
@@ -105,8 +107,7 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
             check_free(folder, force=options["force"])
             check_free(folder / UPSCALED, force=options["force"])
         except OutputError as refused:
-            with suppress(OSError):  # which is what was refused, then
-                refused.hint = "; ".join([*_what_is_missing(folders, seeds), *[refused.hint] * bool(refused.hint)])
+            refused.hint = "; ".join([*_what_is_missing(folders, seeds), *[refused.hint] * bool(refused.hint)])
             raise
     for beside in (reporter.stepwise, options["check_numerics"]):
         if beside is not None:
@@ -128,17 +129,21 @@ def generate_views(options: dict[str, Any], *, given: set[str]) -> None:
             _upscale(result, folder, reporter, check_numerics=options["check_numerics"])
 
 
-def _what_is_missing(folders: Sequence[Path], seeds: Sequence[int]) -> Iterator[str]:
-    """The calls that do what a call with these output folders was killed before."""
-    finished = [(folder / METADATA).exists() for folder in folders]
-    missing = [seed for seed, there in zip(seeds, finished, strict=True) if not there]
-    if 0 < len(missing) < len(folders):
-        output = folders[0].parent / f"seed_{missing[0]}" if len(missing) == 1 else folders[0].parent
-        yield f"{' '.join(f'--seed {seed}' for seed in missing)} -o {output} makes what is missing"
-    for folder, there in zip(folders, finished, strict=True):
-        with suppress(MvError):
-            if there and not (folder / UPSCALED / METADATA).exists() and read_run(folder).parameters.upscale is not None:
-                yield f"mvmlx upscale {folder} upscales its views, as they were to be"
+def _what_is_missing(folders: Sequence[Path], seeds: Sequence[int]) -> list[str]:
+    """The calls that do what a call with these output folders was killed before, if that was it."""
+    calls = []
+    with suppress(MvError, OSError):
+        missing = [seed for folder, seed in zip(folders, seeds, strict=True) if not (folder / METADATA).exists()]
+        if 0 < len(missing) < len(folders):
+            output = folders[0].parent / f"seed_{missing[0]}" if len(missing) == 1 else folders[0].parent
+            options = " ".join(f"--seed {seed}" for seed in missing)
+            calls.append(f"if it was this call, {options} -o {shlex.quote(str(output))} makes what is missing")
+        for folder in folders:
+            if (folder / METADATA).exists() and not (folder / UPSCALED / METADATA).exists():
+                source = read_source([folder])  # refuses views that are upscaled
+                if source.run is not None and source.run.upscale is not None:
+                    calls.append(f"mvmlx upscale {shlex.quote(str(folder))} upscales its views")
+    return calls
 
 
 def _upscale(result: Result, folder: Path, reporter: Reporter, *, check_numerics: Path | None) -> None:

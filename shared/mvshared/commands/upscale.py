@@ -1,5 +1,6 @@
 """`mvmlx upscale`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ from mvshared.upscaling.standalone import Source, read_source, upscale_source
 from mvshared.upscaling.views import UpscaleOptions
 
 ASKED = ("upscale", "upscaler", "upscale_steps", "upscale_guidance", "upscale_noise", "upscale_budget")
-OF_A_RUN = ("method", "upscaler", "steps", "guidance", "noise_level", "budget_bytes")
 GIVEN = ("model", "prompt", "negative_prompt", "seed", "backend", "dtype", "device", "quantize", "force")
 
 
-def _asked_by(source: Source) -> UpscaleOptions:
-    """What a run was to be upscaled by; lanczos for anything else that has pictures."""
-    planned = None if source.run is None else source.run.upscale
-    if planned is not None:
-        return UpscaleOptions(**{name: getattr(planned, name) for name in OF_A_RUN})
-    if source.images is None:
+def _asked_by(source: Source, options: dict[str, Any]) -> UpscaleOptions:
+    """What is given, beside what a run was to be upscaled by if no method and no upscaler are; lanczos for other pictures."""
+    run = source.run
+    if run is not None and run.upscale is not None and options["upscale"] is None and options["upscaler"] is None:
+        planned, asked = run.upscale, upscale_options(options | {"upscale": run.upscale.method})
+        assert asked is not None
+        names = ["upscaler", "steps", "guidance", "noise_level"]
+        if options["backend"] in ("auto", run.backend) and options["dtype"] in (None, run.dtype):
+            names.append("budget_bytes")  # it was chosen by what a view takes
+        return replace(asked, **{name: getattr(planned, name) for name in names if getattr(asked, name) is None})
+    given = upscale_options(options) if any(options[name] is not None for name in ASKED) else None
+    if given is None and source.images is None:
         raise OptionError("upscale", expected="given as bilinear or sd-x2 for latents", got=None)
-    return UpscaleOptions(method="lanczos")
+    return given or UpscaleOptions(method="lanczos")
 
 
 def upscale_files(paths: tuple[Path, ...], options: dict[str, Any]) -> None:
@@ -30,12 +36,11 @@ def upscale_files(paths: tuple[Path, ...], options: dict[str, Any]) -> None:
     reporter = Reporter(as_json=options["as_json"], stepwise=None)
     if options["upscale"] == "none":
         raise OptionError("upscale", expected="bilinear, lanczos or sd-x2", got="none")
-    given = upscale_options(options) if any(options[name] is not None for name in ASKED) else None
     with shown_warnings(reporter):
         source = read_source(paths)
         folder = upscale_source(
             source,
-            given or _asked_by(source),
+            _asked_by(source, options),
             options["output"],
             on_step=reporter.upscale_step,
             **{name: options[name] for name in GIVEN},

@@ -82,7 +82,8 @@ class Progress:
             reason = f"holds {', '.join(others)} too, which this would remove, and {', '.join(components)} alone is no model"
             raise OutputError(reason, path=self.dest, hint="write to another folder, and copy what is to be replaced")
         self._save()
-        remove_leftovers(self.dest)
+        for folder in (self.dest, *(path for path in self.dest.iterdir() if path.is_dir())):
+            remove_leftovers(folder)
         (self.dest / "model_index.json").unlink(missing_ok=True)
         for component in others:
             folder = self.dest / component

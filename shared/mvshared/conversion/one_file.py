@@ -1,9 +1,7 @@
 """A folder's checkpoint in one file, as the original code of its family has it."""
 
-import glob
-import time
+import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
@@ -14,7 +12,7 @@ from mvshared.conversion.raw import FLOATS, RawTensor, cast, read_safetensors, w
 from mvshared.conversion.report import Report, written
 from mvshared.conversion.sources import read_file
 from mvshared.errors import OutputError
-from mvshared.files import make_folder
+from mvshared.files import make_folder, remove_leftovers
 from mvshared.weights import match_tensors
 
 LEFT_OVER_S = 3600.0  # since when an unfinished file has not grown whose process must be gone
@@ -43,7 +41,7 @@ def write_one_file(
                 names[component][name] = (f"{prefix}{link.other}",)
     tensors = {name: cast(tensors[name], stored or tensors[name].dtype, name=name) for name in sorted(tensors)}
     make_folder(dest.parent)
-    _remove_left_over(dest)
+    remove_leftovers(dest.parent, re.escape(dest.name), unchanged_s=LEFT_OVER_S)
     write_safetensors(dest, tensors, on_tensor=on_tensor)
     account = written("checkpoint", tensors, files=1)
     return Report(folder=dest, family=config.family, written=(account,), names=names, left_out={}, missing=())
@@ -63,19 +61,11 @@ def rewrite_file(source: Path, dest: Path, *, stored: str | None, force: bool, o
         for name in sorted(given)
     }
     make_folder(dest.parent)
-    _remove_left_over(dest)
+    remove_leftovers(dest.parent, re.escape(dest.name), unchanged_s=LEFT_OVER_S)
     write_safetensors(dest, tensors, on_tensor=on_tensor)
     names = {"checkpoint": {name: (name,) for name in tensors}}
     account = written("checkpoint", tensors, files=1)
     return Report(folder=dest, family="custom", written=(account,), names=names, left_out={}, missing=())
-
-
-def _remove_left_over(dest: Path) -> None:
-    """Remove what killed calls have left of a file, but nothing that another call may be writing."""
-    for unfinished in dest.parent.glob(f".{glob.escape(dest.name)}.*.tmp"):
-        with suppress(OSError):  # renamed or removed in the meantime
-            if time.time() - unfinished.stat().st_mtime > LEFT_OVER_S:
-                unfinished.unlink()
 
 
 def own_tensors(folder: Path, component: Component, config: ModelConfig) -> dict[str, RawTensor]:

@@ -222,7 +222,8 @@ class _Spawning(SpawnContext):
 
     def terminate(self) -> None:
         for worker in self.workers:
-            worker.terminate()
+            if worker.is_alive():  # and not one that is still to start
+                worker.terminate()
 
 
 class _Interruptions:

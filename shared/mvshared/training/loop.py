@@ -50,7 +50,7 @@ from mvshared.training.data import (
 )
 from mvshared.training.initial import UNET_ZEROS, initial_vae_weights, initial_weights
 from mvshared.training.log import LogRow, TrainingLog
-from mvshared.training.run_folder import RunFolder
+from mvshared.training.run_folder import RunFolder, sheet_path
 from mvshared.training.upscaler import check_pictures_of, save_upscaler, upscaler_batches, upscaler_config, upscaler_trainer
 from mvshared.training.upscaler_data import UpscalerBatches
 from mvshared.weights import read_weights, sha256_of_files, short_name
@@ -114,10 +114,12 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
     first = stage.trainer.steps
     run.prepare()
     log = TrainingLog(folder, last_step=first)
-    if first:  # killed, maybe, between its last state and what follows it
+    ended, due = first == config.steps, first > 0 and first % config.sample_every == 0
+    if ended or (due and on_sample is not None and not sheet_path(folder, first).exists()):
+        # Killed, maybe, between its last state and what follows it.
         stage.save_model()
         log.plot()
-        if on_sample is not None and (first == config.steps or first % config.sample_every == 0):
+        if on_sample is not None:
             on_sample(folder / "model", first)
     losses, norms, started = [], [], time.perf_counter()
     with tqdm(total=config.steps, initial=first, desc=f"training {config.stage}", unit="step", disable=None) as progress:

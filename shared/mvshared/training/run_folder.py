@@ -19,6 +19,11 @@ TEACHER = "teacher.json"  # hashes of the weights that `distill_rest` distils
 VAE = "vae.json"  # hashes of the weights whose latents are learned
 
 
+def sheet_path(folder: Path, step: int) -> Path:
+    """The sample sheet of a step in the folder of a run."""
+    return folder / "samples" / f"step_{step:06}.png"
+
+
 class RunFolder:
     """The folder `path` of a run of `config`. `close` it, so that another process may go on with the run."""
 
@@ -52,7 +57,8 @@ class RunFolder:
         try:
             read_header(self.state_path)
         except CheckpointError as damaged:
-            damaged.hint = "remove it, and the run begins anew"
+            if not isinstance(damaged.__cause__, OSError):  # else it may be whole
+                damaged.hint = "remove it, and the run begins anew"
             raise
         state = load_file(self.state_path)
         if steps_of(state) > self.config.steps:
@@ -67,7 +73,8 @@ class RunFolder:
         """
         make_folder(self.path)
         self._lock()
-        remove_leftovers(self.path)
+        for folder in {path.parent for path in self.path.rglob(".*.tmp")}:
+            remove_leftovers(folder)
         write_json(self.path / "config.json", _as_json(asdict(self.config)))
 
     def teach(self, files: Sequence[Path]) -> None:
@@ -109,7 +116,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], above: str = "")
         if isinstance(value, dict) and isinstance(old, dict) and value.keys() == old.keys():
             yield from _changes(old, value, f"{above}{name}.")
         elif value != old:
-            yield f"{above}{name} (was {old!r})"
+            yield f"{above}{name}" if isinstance(value, dict) or isinstance(old, dict) else f"{above}{name} (was {old!r})"
 
 
 def _as_json(value: Any) -> Any:

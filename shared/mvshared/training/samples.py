@@ -18,6 +18,7 @@ from mvshared.files import make_folder, write_atomic
 from mvshared.images import encode_png, from_model, sheet
 from mvshared.training.config import TrainConfig
 from mvshared.training.data import find_captures, read_picture
+from mvshared.training.run_folder import sheet_path
 from mvshared.training.upscaler_data import halved
 from mvshared.upscaling.views import enlarge
 
@@ -40,7 +41,9 @@ def sample_writer(config: TrainConfig, folder: Path, *, backend: str, device: st
             warn(f"no sample sheet at step {step}: {error.message}")
             return
         if picture is not None:
-            write_atomic(make_folder(folder / "samples") / f"step_{step:06}.png", encode_png(picture))
+            path = sheet_path(folder, step)
+            make_folder(path.parent)
+            write_atomic(path, encode_png(picture))
 
     return write
 
