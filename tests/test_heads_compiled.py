@@ -330,6 +330,18 @@ def test_an_interruption_while_workers_start_is_raised_when_they_have(tmp_path: 
     assert len(submitted) == 1
 
 
+def test_an_interruption_is_seen_however_fast_heads_come() -> None:
+    done: list[int] = []
+
+    def on_done() -> None:
+        done.append(len(done))
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        dataset._in_processes(abs, range(500), processes=1, on_done=on_done)
+    assert done == [0]
+
+
 def test_the_handler_of_a_caller_stays(tmp_path: Path) -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))

@@ -175,7 +175,7 @@ def _render_one(number: int, *, folder: Path, views: int, size_px: int, poses: P
 
 
 def _in_processes(
-    work: Callable[[int], None], numbers: Sequence[int], *, processes: int, on_done: Callable[[], object]
+    work: Callable[[int], object], numbers: Sequence[int], *, processes: int, on_done: Callable[[], object]
 ) -> None:
     """Do the work for every number, and call `on_done` after each.
 
@@ -198,6 +198,7 @@ def _in_processes(
                         interruptions.check()
                     future.result()
                     on_done()
+                    interruptions.check()
             except KeyboardInterrupt:
                 end.start()
                 raise
