@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from mvshared.errors import CheckpointError, ConfigError, DatasetError, OutputError
 
 COPY_BYTES = 1 << 24
+LEFT_OVER_S = 3600.0  # since when what is half-written has not changed whose process must be gone
 
 FileError = type[CheckpointError] | type[ConfigError] | type[DatasetError]
 
@@ -162,13 +163,18 @@ def copy_folder(source: Path, dest: Path) -> None:
 
 def with_leftovers(names: str) -> re.Pattern[str]:
     """The pattern of file names that match `names`, and of what a killed `atomic_file` has left of such files."""
-    return re.compile(rf"(?:{names})|\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
+    return re.compile(rf"(?:{names})|{_leftover_of(names)}")
+
+
+def _leftover_of(names: str) -> str:
+    """What `atomic_file` calls files that match `names` while it writes them."""
+    return rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp"
 
 
 def remove_leftovers(folder: Path, names: str = ".+", *, unchanged_s: float = 0.0) -> None:
     """Remove what killed `atomic_file`s have left of files in a folder that match `names`, as far as that can be removed. What
     another process may be writing there must have an age, since when nothing was added to what goes."""
-    left = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
+    left = re.compile(_leftover_of(names))
     for path in folder.glob(".*.tmp"):
         with suppress(OSError):  # renamed or removed in the meantime
             if left.fullmatch(path.name) and not path.is_dir() and time.time() - path.stat().st_mtime >= unchanged_s:

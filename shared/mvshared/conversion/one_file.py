@@ -12,10 +12,8 @@ from mvshared.conversion.raw import FLOATS, RawTensor, cast, read_safetensors, w
 from mvshared.conversion.report import Report, written
 from mvshared.conversion.sources import read_file
 from mvshared.errors import OutputError
-from mvshared.files import make_folder, remove_leftovers
+from mvshared.files import LEFT_OVER_S, make_folder, remove_leftovers
 from mvshared.weights import match_tensors
-
-LEFT_OVER_S = 3600.0  # since when an unfinished file has not grown whose process must be gone
 
 
 def write_one_file(

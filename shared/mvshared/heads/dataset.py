@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mvshared.camera import orbit
 from mvshared.captures import write_capture
 from mvshared.errors import DatasetError, MvError, OptionError, OutputError
-from mvshared.files import check_folder, read_json_object
+from mvshared.files import LEFT_OVER_S, check_folder, read_json_object
 from mvshared.heads.identity import SEED
 from mvshared.heads.parts import Part, with_rim
 from mvshared.heads.render import DEFAULT_FOV_DEG, DEFAULT_RADIUS, HeadViews, render
@@ -37,7 +37,6 @@ RENDERER = 3  # which heads a number stands for: raised when they look otherwise
 MIN_SIZE_PX, MAX_SIZE_PX = 8, 2048
 PATIENCE_S = 5.0  # with heads that are being rendered after an interruption
 POLL_S = 0.1  # how often is looked whether there was one
-LEFT_OVER_S = 3600.0  # since when an unfinished head has not changed whose process must be gone: heads take seconds
 
 # How much the small parts of a face count beside the rest of it. Those that are painted on the skin have a rim of one pixel,
 # which takes in their outlines.
