@@ -38,8 +38,10 @@ from mvshared.runs import read_run
 from mvshared.upscaling import standalone
 from mvshared.upscaling.folder import write_upscaler
 from mvshared.upscaling.views import check_fits, enlarge, enlarge_latents
+from mvtorch.latents import LatentModel
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+LEAN = MemoryPlan(networks_at_once=False, vae_tile=16)
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +119,11 @@ def test_the_plan_of_an_upscaling_on_its_own_is_repeated_too(
     Image.fromarray(PIXELS).save(tmp_path / "picture.png")
     pipe = load(folders / "tiny", backend="torch", device="cpu")
     views = pipe.generate(tmp_path / "picture.png")
-    lean = MemoryPlan(networks_at_once=False, vae_tile=16)
-    monkeypatch.setattr(pipe, "memory", lean)
+    monkeypatch.setattr(pipe, "memory", LEAN)
     upscaled = pipe.upscale(views, method="bilinear")
     assert upscaled.parameters.memory == PLAIN_PLAN
     assert upscaled.parameters.upscale is not None
-    assert upscaled.parameters.upscale.memory == lean
+    assert upscaled.parameters.upscale.memory == LEAN
     other = load(folders / "tiny", backend="torch", device="cpu")
     again = repeat(other, read_run(upscaled.save(tmp_path / "out")))
     assert again.parameters.upscale is not None
@@ -130,9 +131,33 @@ def test_the_plan_of_an_upscaling_on_its_own_is_repeated_too(
     planned = other.model.planned
     monkeypatch.setattr(other.model, "planned", lambda plan: used.append(plan) or planned(plan))
     again = other.upscale_as(again, again.parameters.upscale)
-    assert used == [lean]
+    assert used == [LEAN]
     assert again.parameters == upscaled.parameters
     np.testing.assert_array_equal(again.images, upscaled.images)
+
+
+@pytest.mark.parametrize("made", [PLAIN_PLAN, LEAN], ids=["upscaled alone", "all of it"])
+def test_the_upscaling_of_a_folder_uses_memory_as_its_run_did(
+    folders: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, made: MemoryPlan
+) -> None:
+    pipe = load(folders / "tiny", backend="torch", device="cpu")
+    pipe.memory = made
+    views = pipe.generate(desk / "picture.png")
+    pipe.memory = LEAN
+    upscaled = pipe.upscale(views, method="bilinear")
+    replace(views, parameters=upscaled.parameters).save(desk / "out")  # as `generate` leaves it until the large views are there
+    used: list[MemoryPlan] = []
+    planned = LatentModel.planned
+    monkeypatch.setattr(LatentModel, "planned", lambda model, plan: used.append(plan) or planned(model, plan))
+    assert run(["upscale", "out"]) == 0
+    assert used == [LEAN]
+    np.testing.assert_array_equal(views_in(desk / "out" / "upscaled"), upscaled.images)
+    recorded = json.loads((desk / "out" / "upscaled" / "metadata.json").read_text())["parameters"]["memory"]
+    assert (recorded is None) == (made == LEAN)
+    assert run(["upscale", "out", "-o", "plain", "--dtype", "bfloat16", "--upscale", "bilinear"]) == 0  # takes other memory
+    assert used == [LEAN, PLAIN_PLAN]
+    recorded = json.loads((desk / "plain" / "metadata.json").read_text())["parameters"]["memory"]
+    assert (recorded is None) == (made == PLAIN_PLAN)
 
 
 def test_latents_that_are_padded_fit_the_budget_that_was_planned_for_one_view(folders: Path, tmp_path: Path) -> None:

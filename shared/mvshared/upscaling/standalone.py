@@ -3,7 +3,8 @@
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.arguments import array_sha256, load_latents, whole
-from mvshared.backend import PACKAGES, choose_backend, chosen_dtype, parse_dtype
+from mvshared.backend import PACKAGES, BackendName, Dtype, choose_backend, chosen_dtype, parse_dtype
 from mvshared.checkpoint import find_model, read_vae_config
 from mvshared.config import VAEConfig
 from mvshared.errors import ImageError, OptionError
 from mvshared.export import METADATA, check_free, check_source, metadata, transforms, view_names, write_views
 from mvshared.images import composite, load_image, to_model
+from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.quantization.plans import preset_of
 from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, check_still_loaded, read_run
 from mvshared.shapes import check_pictures
@@ -110,8 +112,9 @@ def upscale_source(
     """Upscale and write an output folder, which is returned: `upscaled` in that of the run, or beside the first picture's name.
 
     `model` names the model whose VAE the latents are of; without one it is the upscaler's. `quantize` is for the
-    upscaler. What is None or auto is taken from the run, if there is one. Raises OptionError, CheckpointError and OutputError
-    before any long work, and NumericsError for latents that are not finite.
+    upscaler. What is None or auto is taken from the run, if there is one, and how memory is used, unless backend or dtype are
+    others. Raises OptionError, CheckpointError and OutputError before any long work, and NumericsError for latents that are not
+    finite.
     """
     given: dict[str, Any] = {"model": model, "backend": backend, "dtype": dtype, "device": device, "quantize": quantize}
     given |= {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
@@ -132,6 +135,7 @@ def upscale_source(
     seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
     parse_dtype(dtype, default="float32")
     planned, upscaler, codec, latents = UpscaleParameters(method="lanczos"), None, None, source.latents
+    memory = PLAIN
     if options.method == "lanczos" and source.images is None:
         raise OptionError("upscale", expected="bilinear or sd-x2 for latents", got="lanczos")
     if options.method != "lanczos":
@@ -140,28 +144,35 @@ def upscale_source(
         size, chosen = _latent_size(source, vae), choose_backend(backend)
         used = chosen_dtype(dtype, backend=chosen, device=device)
         planned = plan_upscale(options, vae=vae, latent_size=size, backend=chosen, dtype=used)
+        memory = _memory_of(run, planned, backend=chosen, dtype=used)
+        planned = replace(planned, memory=None if run is None or memory == run.memory else memory)
         package = importlib.import_module(f"{PACKAGES[chosen]}.upscaling")
         codec = package.load_latent_model(folder, dtype=dtype, device=device)
-        upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device, quantize=quantize)
+        at_once = memory.networks_at_once
+        upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device, quantize=quantize, at_once=at_once)
         if upscaler is not None:
             upscaler.check_prompts(prompt, negative_prompt)
             if run is not None and upscaler.takes_text:
                 prompt = run.prompt if prompt is None else prompt
                 negative_prompt = run.negative_prompt if negative_prompt is None else negative_prompt
-        if latents is None:
+    loaded = [each for each in (codec, None if upscaler is None else upscaler.model) if each is not None]
+    with ExitStack() as context:
+        for each in loaded:
+            context.enter_context(each.planned(memory))
+        if codec is not None and latents is None:
             assert source.images is not None
             latents = codec.to_numpy(codec.encode_latents(to_model(source.images)))
-    upscaled = upscale_arrays(
-        source.images,
-        latents,
-        planned,
-        decode=None if codec is None else lambda larger: codec.decode(codec.from_numpy(larger)),
-        upscaler=upscaler,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        on_step=on_step,
-    )
+        upscaled = upscale_arrays(
+            source.images,
+            latents,
+            planned,
+            decode=None if codec is None else lambda larger: codec.decode(codec.from_numpy(larger)),
+            upscaler=upscaler,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            on_step=on_step,
+        )
     document = {
         **asdict(planned),
         "seed": None if upscaler is None else seed,
@@ -176,10 +187,19 @@ def upscale_source(
         "source_sha256": array_sha256(source.images if source.latents is None else source.latents),
     }
     files = [] if codec is None else codec.weight_files
-    for loaded in (codec, None if upscaler is None else upscaler.model):
-        if loaded is not None:
-            check_still_loaded(loaded.weight_stamps, loaded.weight_files, path=str(planned.upscaler or model))
+    for each in loaded:
+        check_still_loaded(each.weight_stamps, each.weight_files, path=str(planned.upscaler or model))
     return _save(output, upscaled, source, planned, document, files=files, force=force)
+
+
+def _memory_of(run: Parameters | None, planned: UpscaleParameters, *, backend: BackendName, dtype: Dtype) -> MemoryPlan:
+    """How memory is used: as the run's views were upscaled if by the same, else as they were made."""
+    if run is None or (run.backend, run.dtype) != (backend, dtype):
+        return PLAIN
+    before = run.upscale
+    if before is None or before.memory is None or (before.method, before.upscaler) != (planned.method, planned.upscaler):
+        return run.memory
+    return before.memory
 
 
 def _vae_folder(options: UpscaleOptions, model: str | None) -> Path:
