@@ -149,6 +149,18 @@ def test_more_steps_continue_a_finished_run_and_fewer_are_refused(data: Path, tm
         run(vae_config(data, steps=2), tmp_path / "run")
 
 
+def test_a_run_goes_on_with_other_intervals_and_the_same_folder_by_another_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    run(vae_config(data.name, steps=2), tmp_path / "run")
+    intervals = {"checkpoint_every": 4, "log_every": 2, "sample_every": 3}
+    run(vae_config(f"./{data.name}/", steps=4, **intervals), tmp_path / "run")
+    run(vae_config(data.name, steps=4), tmp_path / "whole")
+    assert (tmp_path / "run/state.safetensors").read_bytes() == (tmp_path / "whole/state.safetensors").read_bytes()
+    assert [row.step for row in read_log(tmp_path / "run/log.csv")] == [1, 2, 4]
+
+
 @pytest.mark.parametrize("stage", ["vae", "unet"])
 def test_detail_counts_in_a_run_and_without_a_detail_map_the_run_is_refused(
     stage: str, data: Path, vae: Path, tmp_path: Path

@@ -68,7 +68,7 @@ def some_latents(objects: int = 3, views: int = 6) -> Latents:
     )
 
 
-def vae_config(folder: Path, **changes: Any) -> TrainConfig:
+def vae_config(folder: Path | str, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "stage": "vae",
         "data": DataConfig(folder=str(folder), held_out=0.25, targets=2),

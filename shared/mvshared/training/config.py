@@ -54,7 +54,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.folder, str | os.PathLike):
             raise OptionError("folder", expected="the name of a folder", got=self.folder)
-        object.__setattr__(self, "folder", os.fspath(self.folder))
+        if name := os.fspath(self.folder):
+            object.__setattr__(self, "folder", str(Path(name)))  # data/ is data
         if not 0 <= self.held_out < 1:
             raise OptionError("held_out", expected="0 to below 1", got=self.held_out)
         for name in ("reference_dropout", "normals_dropout"):

@@ -92,9 +92,9 @@ def train(
 
     `on_sample(model folder, step)` is called every `config.sample_every` steps and at the end.
 
-    Raises OutputError if `folder` holds something else, a run with another config, one of more steps or one that is in
-    training elsewhere; DatasetError for the data; NumericsError if loss or gradient leave the finite numbers (the last state
-    stays).
+    Raises OutputError if `folder` holds something else, a run whose config differs in more than `run_folder.MAY_CHANGE`, one of
+    more steps or one that is in training elsewhere; DatasetError for the data; NumericsError if loss or gradient leave the
+    finite numbers (the last state stays).
     """
     if not isinstance(config, TrainConfig):
         raise OptionError("config", expected="a TrainConfig, such as load_train_config reads", got=type(config).__name__)

@@ -17,6 +17,7 @@ from mvshared.weights import read_header, sha256_of_files
 STATE = "state.safetensors"
 TEACHER = "teacher.json"  # hashes of the weights that `distill_rest` distils
 VAE = "vae.json"  # hashes of the weights whose latents are learned
+MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "sample_every")  # within a run: how far it goes and what it tells
 
 
 def sheet_path(folder: Path, step: int) -> Path:
@@ -42,12 +43,14 @@ class RunFolder:
     def last_state(self) -> Weights | None:
         """The last state of the run that the folder holds, if any; nothing is written.
 
-        Raises OutputError unless the folder is free or holds a run of the same config; more steps than before are fine.
+        Raises OutputError unless the folder is free or holds a run of the same config, but for MAY_CHANGE, with no more steps
+        than are asked for.
         """
         path = self.path / "config.json"
         if path.exists():
             before = parse_train_config(read_json_object(path, error=ConfigError), path=path)
-            if changed := list(_changes(asdict(replace(before, steps=self.config.steps)), asdict(self.config))):
+            asked = replace(before, **{name: getattr(self.config, name) for name in MAY_CHANGE})
+            if changed := list(_changes(asdict(asked), asdict(self.config))):
                 reason = f"holds a run with other values: {', '.join(changed)}"
                 raise OutputError(reason, path=self.path, hint="name a new folder for this run")
         elif self.path.exists() and any(not file.match(".config.json.*.tmp") for file in self.path.iterdir()):
