@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -449,6 +450,8 @@ def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytes
     poses = orbit([0, 90], 10, radius=3.4)
     lens = transforms(poses, width_px=32, height_px=32, fov_deg=65.0, file_names=["a.png", "b.png"])
     (desk / "lens.json").write_text(json.dumps(lens))
+    lens["frames"][0]["camera_angle_x"] = math.radians(30)
+    (desk / "lenses.json").write_text(json.dumps(lens))
     (desk / "far.json").write_text(json.dumps(np.stack([poses[0], *orbit([90], 10, radius=13.6)]).tolist()))
     aside = poses.copy()
     aside[:, 1, 3] += 2
@@ -456,6 +459,7 @@ def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytes
     (desk / "good.json").write_text(json.dumps(poses.tolist()))
     for name, says in (
         ("lens", "lens.json: has a field of view of 65.0 degrees, and views have that of the model, "),
+        ("lenses", "lenses.json: has a field of view of 30.0 to 65.0 degrees, and views have that of the model, "),
         ("far", "the cameras stand at distances from 3.4 to 13.6, and models know of one"),
         ("aside", "looks 28 degrees past the origin, where views are to have their subject"),
         ("good", ""),

@@ -43,10 +43,17 @@ class Orbit(NamedTuple):
 
 
 class CameraFile(NamedTuple):
-    """Poses float32 (v, 4, 4) of a file in its order, and the vertical field of view if it says one for all of them."""
+    """Poses float32 (v, 4, 4) of a file in its order, and their vertical fields of view in degrees, None where it says none."""
 
     poses: NDArray[np.float32]
-    fov_deg: float | None
+    fovs_deg: tuple[float | None, ...]
+
+    @property
+    def fov_deg(self) -> float | None:
+        """The field of view if the file says one for all of them."""
+        known = [fov for fov in self.fovs_deg if fov is not None]
+        of_all = bool(known) and len(known) == len(self.fovs_deg) and max(known) - min(known) <= 1e-3
+        return known[0] if of_all else None
 
 
 def even_azimuths(views: int, *, start_deg: float = 0.0, span_deg: float = 360.0) -> list[float]:
@@ -189,9 +196,10 @@ def load_cameras(path: Path | str, *, radius: float = 1.0) -> CameraFile:
     if not isinstance(cameras, list):
         raise ConfigError("holds no cameras", path=path, hint='write {"cameras": [[azimuth_deg, elevation_deg], ...]}')
     try:
-        return CameraFile(as_poses(cameras, radius), None)
+        poses = as_poses(cameras, radius)
     except CameraError as cause:
         raise ConfigError(cause.message, path=path, hint=cause.hint) from cause
+    return CameraFile(poses, (None,) * len(poses))
 
 
 def read_transforms(
@@ -226,11 +234,8 @@ def read_transforms(
         poses = (Y_UP_TO_Z_UP.T @ poses).astype(np.float32)
     elif up != [0, 1, 0]:
         raise error(f"up must be [0, 1, 0] or [0, 0, 1], got {up!r}", path=path)
-    fovs = [_vertical_fov_deg(_lens(document, frame), size_px, path=path, error=error) for frame in frames]
-    known = [fov for fov in fovs if fov is not None]
-    if len(known) < len(fovs) or max(known) - min(known) > 1e-3:
-        return CameraFile(poses, None)
-    return CameraFile(poses, known[0])
+    fovs = (_vertical_fov_deg(_lens(document, frame), size_px, path=path, error=error) for frame in frames)
+    return CameraFile(poses, tuple(fovs))
 
 
 def _name_frame(frames: Sequence[Mapping[str, Any]], *, path: Path | str, error: FileError) -> None:

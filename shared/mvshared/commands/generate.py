@@ -229,8 +229,11 @@ def _repeated_run(config: Path, output: Path, *, given: set[str], check_numerics
 def poses_in(path: Path, config: ModelConfig) -> NDArray[np.float32]:
     """Poses (v, 4, 4) in a file of cameras, with an MvWarning if their lens is not the model's."""
     cameras, fov_deg = load_cameras(path, radius=config.camera.radius), config.camera.fov_deg
-    if cameras.fov_deg is not None and abs(cameras.fov_deg - fov_deg) > FOV_TOLERANCE_DEG:
-        warn(f"{path}: has a field of view of {cameras.fov_deg:.1f} degrees, and views have that of the model, {fov_deg:.1f}")
+    others = [fov for fov in cameras.fovs_deg if fov is not None and abs(fov - fov_deg) > FOV_TOLERANCE_DEG]
+    if others:
+        least, most = f"{min(others):.1f}", f"{max(others):.1f}"
+        lens = least if least == most else f"{least} to {most}"
+        warn(f"{path}: has a field of view of {lens} degrees, and views have that of the model, {fov_deg:.1f}")
     return cameras.poses
 
 
