@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,6 +34,10 @@ def preload_torch_blas() -> None:
 
 
 preload_torch_blas()
+
+
+settings.register_profile("mvmlx", deadline=None)  # a busy machine fails no test
+settings.load_profile("mvmlx")
 
 
 @cache

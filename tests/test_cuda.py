@@ -196,8 +196,9 @@ def test_a_training_on_cuda_goes_on_from_its_state(stage: str) -> None:
     for seed in range(3):
         first.step(make_batch(stage, seed), learning_rate=1e-2)
     resumed.load_state(first.state())
+    state = resumed.state()
     for name, array in first.state().items():
-        np.testing.assert_array_equal(resumed.state()[name], array)
+        np.testing.assert_array_equal(state[name], array)
     ours, theirs = (
         [each.step(make_batch(stage, seed), learning_rate=1e-2).loss for seed in range(3, 7)] for each in (resumed, first)
     )

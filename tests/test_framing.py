@@ -215,7 +215,7 @@ def test_a_picture_without_a_subject_is_padded_to_a_square(mode: Literal["pad", 
     kind=st.sampled_from(["noise", "spot", "alpha"]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_picture_in_gives_the_exact_size_out_and_always_the_same(
     height: int, width: int, size_px: int, framing: Framing, kind: str, seed: int
 ) -> None:

@@ -56,6 +56,7 @@ PLANS = {
     ),
 }
 RUN = RunSize(views=4, size_px=256, pictures=1, branches=2, texts=2)
+SIZE_PX = 64  # of runs: half of the model's, in a fifth of the time
 
 
 def pipeline(backend: Backend, **options: Any) -> Pipeline[Any]:
@@ -63,7 +64,7 @@ def pipeline(backend: Backend, **options: Any) -> Pipeline[Any]:
 
 
 def generate(pipe: Pipeline[Any], **options: Any) -> Views:
-    return pipe.generate(PICTURE, prompt="an owl", negative_prompt="blurry", steps=2, seed=5, **options)
+    return pipe.generate(PICTURE, prompt="an owl", negative_prompt="blurry", size_px=SIZE_PX, steps=2, seed=5, **options)
 
 
 def networks(pipe: Pipeline[Any]) -> Networks:
@@ -245,8 +246,7 @@ def test_a_budget_that_one_run_keeps_is_enough_for_the_next(monkeypatch: pytest.
     measured = iter([before])  # once, as networks of earlier runs would count later
     monkeypatch.setattr(mvshared.pipeline, "process_bytes", lambda device: next(measured))
     pipe = pipeline("torch", memory_budget="100GB")
-    defaults = pipe.model.config.defaults
-    run = RunSize(views=defaults.views, size_px=defaults.size_px, pictures=1, branches=2, texts=2)
+    run = RunSize(views=pipe.model.config.defaults.views, size_px=SIZE_PX, pictures=1, branches=2, texts=2)
     needed = estimate(pipe._size, run, PLAIN, process_bytes=before).peak_bytes
     pipe.memory = MemoryOptions(budget_bytes=needed)
     plans_taken = [generate(pipe).parameters.memory for _ in range(3)]
@@ -357,8 +357,9 @@ def test_the_estimate_of_imagedream_is_within_15_percent_of_what_was_measured(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_run_takes_is_what_was_estimated(backend: Backend) -> None:
-    """The demo model at one and a half times its size in a process of its own, whose libraries count."""
+    """The demo model at one and a half times its size in a process of its own, over what its libraries take."""
     script = f"""
+import conftest  # makes MLX faster
 import numpy as np
 from mvshared.backend import load
 from mvshared.checkpoint import find_model
@@ -367,18 +368,19 @@ from mvshared.memory.plan import PLAIN
 from mvshared.process_memory import resident_peak, reset_resident_peak
 size = model_size(find_model("demo"), backend="{backend}", device="cpu", dtype="float32")
 run = RunSize(views=4, size_px=192, pictures=1, branches=2)
-expected = estimate(size, run, PLAIN, process_bytes=process_bytes("cpu")).peak_bytes
+before = process_bytes("cpu")
+expected = estimate(size, run, PLAIN, process_bytes=before).peak_bytes
 reset_resident_peak()
 pipe = load("demo", backend="{backend}", device="cpu", dtype="float32")
 pipe.generate(np.zeros((64, 64, 3), np.uint8), size_px=192, steps=1)
-print(expected, resident_peak() or 0)
+print(before, expected, resident_peak() or 0)
 """
     path = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=path, check=True)
-    expected, measured = map(int, done.stdout.split())
+    before, expected, measured = map(int, done.stdout.split())
     if not measured:
         pytest.skip("this system does not tell a process's peak of memory")
-    assert abs(expected / measured - 1) < 0.15
+    assert abs((expected - before) / (measured - before) - 1) < 0.15
 
 
 @given(st.integers(1, 8), st.sampled_from([64, 128, 256, 512]), st.integers(1, 3))

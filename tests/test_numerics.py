@@ -24,6 +24,8 @@ from mvshared.upscaling.latents import view_bytes
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PICTURE = FIXTURES / "tiny-imagedream" / "input.png"
+SIZE_PX = 64
+TOKENS = (SIZE_PX // 8) ** 2  # of a view
 
 
 def imagedream(backend: Backend, *, dtype: str = "float32") -> Any:
@@ -31,7 +33,8 @@ def imagedream(backend: Backend, *, dtype: str = "float32") -> Any:
 
 
 def generate(pipeline: Any, folder: Path | None, **options: Any) -> Any:
-    return pipeline.generate(PICTURE, prompt="an owl", negative_prompt="", steps=3, check_numerics=folder, **options)
+    given = {"prompt": "an owl", "negative_prompt": "", "steps": 3, "size_px": SIZE_PX}
+    return pipeline.generate(PICTURE, check_numerics=folder, **(given | options))
 
 
 def break_block(network: Any, path: str, when: Any = lambda out: True, part: Any = ...) -> None:
@@ -78,7 +81,7 @@ BEGINNINGS = [
     ("unet", "mid_block.resnets.0.conv1", 2, (7,), 2, "view 2"),  # of the second branch: 4 views and a reference frame each
     ("unet", "mid_block.resnets.0.conv1", 3, (slice(4, 9),), 3, "view 0"),
     ("unet", "mid_block.resnets.0.conv1", 1, (4,), 1, "reference frame 0"),
-    ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0", 2, (0, 3 * 256 + 5), 2, "view 3"),
+    ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0", 2, (0, 3 * TOKENS + 5), 2, "view 3"),
     ("unet", "time_embedding.linear_2", 1, ..., None, None),  # of all steps at once, before the first
     ("unet", "conv_out", 3, (6,), 3, "view 2"),  # behind the last level the reference frame is gone
     ("vae", "post_quant_conv", 3, ..., None, "view 2"),  # one view at a time
@@ -324,7 +327,7 @@ def test_the_command_line_names_the_block_and_writes_no_pictures(
 def test_tiles_of_the_vae_do_not_count_as_views(backend: Backend, tmp_path: Path) -> None:
     pipeline = imagedream(backend)
     pipeline.memory = MemoryPlan(vae_tile=32)
-    tiles = (pipeline.model.config.defaults.size_px // 32) ** 2  # of each view
+    tiles = (SIZE_PX // 32) ** 2  # of each view
     break_block(pipeline.model.vae, "decoder.conv_out", lambda number: number == tiles + 3)
     with pytest.raises(NumericsError) as caught:
         generate(pipeline, tmp_path / "nan")

@@ -126,8 +126,9 @@ def test_the_updates_of_the_weights_are_the_same_on_both_backends(stage: str, st
         run(trainer, stage, steps)
     assert_close(joined(ours.weights()) - start, joined(theirs.weights()) - start, rms=UPDATE_RMS)
     assert_close(joined(ours.ema_weights()) - start, joined(theirs.ema_weights()) - start, rms=UPDATE_RMS)
+    found = ours.weights()
     for name, weights in theirs.weights().items():
-        np.testing.assert_allclose(ours.weights()[name], weights, atol=1e-5, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[name], weights, atol=1e-5, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("stage", STAGES)

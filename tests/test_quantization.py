@@ -67,7 +67,7 @@ def mlx_quantized(x: NDArray[np.float32], bits: int, group_size: int) -> tuple[N
     scale=st.floats(1e-5, 1e3),
     offset=st.floats(-2, 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(bits=6, group_size=32, rows=1, groups=3, seed=2, scale=2.0**-14, offset=0.0)
 def test_every_number_comes_back_within_a_step_of_its_group(
     bits: int, group_size: int, rows: int, groups: int, seed: int, scale: float, offset: float

@@ -52,8 +52,9 @@ def test_recorded_steps_learn_bit_for_bit_what_ordinary_ones_do(stage: str, dtyp
     trainer = recorded(make_trainer("torch", stage, dtype=dtype), recorder)
     assert losses_of(trainer, stage, steps=5) == losses_of(plain, stage, steps=5)
     assert (recorder.recorded, recorder.replayed) == (1, 4)
+    state = trainer.state()
     for name, array in plain.state().items():
-        np.testing.assert_array_equal(trainer.state()[name], array)
+        np.testing.assert_array_equal(state[name], array)
 
 
 def test_a_batch_of_another_size_is_recorded_anew() -> None:

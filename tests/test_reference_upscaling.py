@@ -101,7 +101,7 @@ def test_other_noise_levels_are_those_of_diffusers(upscaler: Upscaler[Any], spac
     assert_close(loaded.upscale(low, steps=4, noise=noise), expected, rms=RUN_RMS)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps=st.integers(1, 1000), kind=st.sampled_from(["log_linear", "linspace", "leading", "trailing"]))
 def test_noise_levels_are_those_of_diffusers_scheduler(steps: int, kind: Any) -> None:
     spacing = "linspace" if kind == "log_linear" else kind

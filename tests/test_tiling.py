@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BACKENDS, TINY_VAE, Backend, assert_close, from_numpy, make_vae, to_numpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -32,7 +32,6 @@ def vaes() -> dict[Backend, Any]:
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(1, 16), st.sampled_from([(0, 1, 1), (1, 1, 1), (1, 2, 1), (2, 1, 2)])
 )
-@settings(deadline=None)
 def test_tiles_cover_the_output_once_and_see_all_that_they_need(
     height: int, width: int, side: int, layer: tuple[int, int, int]
 ) -> None:
