@@ -493,6 +493,40 @@ def test_stable_diffusion_2_takes_the_states_before_the_last_layer_of_its_text_t
     assert open_clip_text_config(shapes).num_hidden_layers == layers
 
 
+def with_text_encoder(folder: Path, dest: Path, config: CLIPTextConfig) -> Path:
+    """A copy of a model's folder with another, random text encoder."""
+    shutil.copytree(folder, dest)
+    (dest / "text_encoder/config.json").write_text(json.dumps(clip_document(config)))
+    safetensors.torch.save_file(weights(config), dest / "text_encoder/model.safetensors")
+    return dest
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", ["sd21", "mvdream"])
+def test_a_text_tower_keeps_its_layers_in_one_file_and_loses_its_projection_alone(
+    name: str, layers: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    text = replace(TEXT, num_hidden_layers=layers, projection_dim=64)
+    folder = with_text_encoder(folders[name], tmp_path / "given", text)
+    report = convert(folder, tmp_path / "one.safetensors")
+    assert report.left_out == {"text_encoder/text_projection.weight": "behind the text states that the U-Net takes"}
+    again = convert(tmp_path / "one.safetensors", tmp_path / "again", extra=[TOKENIZER]).folder
+    assert read_model_config(again).text_encoder == replace(text, projection_dim=None)
+    expected = tensors_of(folder, "text_encoder")
+    del expected["text_projection.weight"]
+    found = tensors_of(again, "text_encoder")
+    assert_same_tensors({name.removeprefix("text_model."): tensor for name, tensor in found.items()}, expected)
+
+
+def test_a_text_tower_of_more_layers_than_are_read_from_one_file_is_not_written_to_one(tmp_path: Path) -> None:
+    text = replace(TEXT, hidden_size=1024, num_attention_heads=16, num_hidden_layers=24)
+    wide = write_folder(tmp_path / "wide", replace(UNET, cross_attention_dim=1024))
+    folder = with_text_encoder(wide, tmp_path / "given", text)
+    with pytest.raises(CheckpointError, match=r"text_encoder: has 24 layers, and of files with .* 23 are read"):
+        convert(folder, tmp_path / "one.safetensors")
+    assert not (tmp_path / "one.safetensors").exists()
+
+
 def save_unet(config: UNetConfig, path: Path) -> Path:
     """A U-Net in one file, under its original names."""
     tensors, names = weights(config), ldm_unet_names(network_shapes(config), config)

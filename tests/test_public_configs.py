@@ -41,9 +41,11 @@ from mvshared.public_configs import (
     ldm_unet,
 )
 from mvshared.samplers import sampler_steps
+from mvshared.upscaling.folder import k_unet
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HERE = Path("config.json")
+K_UNET = {"_class_name": "UNet2DConditionModel", "down_block_types": [], "up_block_types": []}
 DPM = {"_class_name": "DPMSolverMultistepScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VAE: dict[str, Any] = {
     "block_out_channels": [32],
@@ -244,6 +246,19 @@ def test_flow_matching_is_refused_of_every_solver() -> None:
         (diffusers_unet, SD21_UNET | {"attention_head_dim": True}, "attention_head_dim is malformed"),
         (diffusers_unet, SD21_UNET | {"down_block_types": [["DownBlock2D"]] * 4}, "down_block_types is malformed"),
         (diffusers_unet, SD21_UNET | {"norm_num_groups": 7}, "config.json: block_out_channels must be multiples of"),
+        (
+            diffusers_unet,
+            SD21_UNET | {"block_out_channels": [15, 640, 1280, 1280], "norm_num_groups": 5},
+            "config.json: block_out_channels must be even at the finest level",
+        ),
+        (diffusers_unet, SD21_UNET | {"layers_per_block": 2**31}, "layers_per_block must be at most 100, got"),
+        (
+            diffusers_unet,
+            SD21_UNET | {"transformer_layers_per_block": 10**9},
+            "transformer_layers_per_block must be at most",
+        ),
+        (diffusers_vae, VAE | {"block_out_channels": [2**31]}, "block_out_channels must be at most 1048576, got"),
+        (k_unet, K_UNET | {"block_out_channels": []}, "block_out_channels must be one or more whole numbers"),
         (
             diffusers_vae,
             {"block_out_channels": [32], "down_block_types": ["X"]},
@@ -513,6 +528,18 @@ def test_other_classes_are_refused(tmp_path: Path) -> None:
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(CheckpointError, match="_class_name must be MultiViewUNetModel or UNet2DConditionModel, got 'Flux"):
+        read_model_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "most"),
+    [("vocab_size", 2**20), ("intermediate_size", 2**20), ("max_position_embeddings", 2**20), ("num_hidden_layers", 100)],
+)
+def test_encoders_of_absurd_sizes_are_refused_before_they_are_made(tmp_path: Path, field: str, most: int) -> None:
+    folder = stable_diffusion(tmp_path)
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 10**30}))
+    with pytest.raises(CheckpointError, match=f"{field} must be at most {most}, got 1000"):
         read_model_config(folder)
 
 

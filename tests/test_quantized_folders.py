@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import BACKENDS, Backend, relative_rms, write_tiny_model
+from helpers import BACKENDS, TINY_MODEL, Backend, relative_rms, write_tiny_model
 from PIL import Image
 from upscalers import write_tiny_models
 
@@ -312,6 +313,14 @@ def test_options_are_checked_before_anything_is_written(
     assert not (tmp_path / "q").exists()
     with pytest.raises(OptionError, match="dest must be another place"):
         quantize_folder(tiny, tiny, backend="torch")
+
+
+def test_a_component_that_cannot_be_quantised_is_refused_before_another_is(tmp_path: Path) -> None:
+    vae = replace(TINY_MODEL.vae, block_out_channels=(9, 21), norm_num_groups=3)
+    folder = write_tiny_model(tmp_path / "odd", replace(TINY_MODEL, vae=vae))
+    with pytest.raises(CheckpointError, match="its vae has no layer that can be quantised"):
+        quantize_folder(folder, tmp_path / "q", bits=4, chosen=["unet", "vae"], measure=False, backend="torch")
+    assert not (tmp_path / "q").exists()
 
 
 def test_a_folder_that_holds_something_is_written_with_force_only(tiny: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-
 Activation = Literal["gelu", "quick_gelu"]
 
 CAMERA_DIM = 16  # numbers of `mvshared.camera.camera_vectors`
+MOST, MOST_LAYERS = 2**20, 100  # what a config may ask for: more than any model has, and few enough to be refused at once
+_LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "depth")
 K_GROUP_WIDTH, K_NORM_EPS = 32, 1e-5  # of the upscaler: channels that are normalised together
 
 
@@ -26,7 +28,7 @@ def _at_least(value: object, low: int) -> bool:
 
 
 def check_counts(config: Any, *names: str) -> None:
-    """Raise OptionError unless every field is None, a whole number of at least 1, or a tuple of these numbers."""
+    """Raise OptionError unless every field is None, a whole number from 1 to MOST (layers: MOST_LAYERS), or a tuple of them."""
     for name in names:
         value = getattr(config, name)
         entries = value if isinstance(value, tuple) else (value,)
@@ -34,6 +36,9 @@ def check_counts(config: Any, *names: str) -> None:
             expected = "a whole number of at least 1" if entries else "one or more whole numbers of at least 1"
             expected = "a tuple" if isinstance(value, list) else expected
             raise OptionError(name, expected=expected, got=value)
+        most = MOST_LAYERS if name in _LAYERS else MOST
+        if value is not None and any(entry > most for entry in entries):
+            raise OptionError(name, expected=f"at most {most}", got=value)
 
 
 def _check_transformer(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
@@ -135,6 +140,9 @@ class UNetConfig:
         heads = self.num_attention_heads
         if heads is not None and (not isinstance(heads, tuple) or len(heads) != levels):
             raise OptionError("num_attention_heads", expected=f"one entry per level ({levels})", got=self.num_attention_heads)
+        if self.block_out_channels[0] % 2:
+            expected = "even at the finest level, as wide as the timestep's sines and cosines"
+            raise OptionError("block_out_channels", expected=expected, got=self.block_out_channels)
         for level, channels in enumerate(self.block_out_channels):
             if channels % self.norm_num_groups:
                 raise OptionError(

@@ -10,7 +10,7 @@ import numpy as np
 
 from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import Component
-from mvshared.config import CLIPImageConfig, CLIPVisionConfig, NetworkConfig, UNetConfig
+from mvshared.config import MOST_LAYERS, CLIPImageConfig, CLIPVisionConfig, NetworkConfig, UNetConfig
 from mvshared.conversion.configs import (
     clip_document,
     clip_text_config,
@@ -41,9 +41,6 @@ from mvshared.public_configs import ldm_unet
 IMAGE_PX = 256  # MVDream's and ImageDream's
 NOISE_FREQUENCIES = "low_res_noise_embed.weight"
 PROJECTIONS = ("text_projection.weight", "visual_projection.weight")
-
-
-MOST_LAYERS = 100  # of a text tower
 
 
 @dataclass(frozen=True, kw_only=True)

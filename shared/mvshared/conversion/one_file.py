@@ -6,12 +6,13 @@ from pathlib import Path
 
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig
+from mvshared.conversion.configs import open_clip_text_config
 from mvshared.conversion.links import Link, open_clip_links, plain_links, unet_links, vae_links
 from mvshared.conversion.networks import PROJECTIONS, network_shapes
 from mvshared.conversion.raw import FLOATS, RawTensor, cast, read_safetensors, write_safetensors
 from mvshared.conversion.report import Report, written
 from mvshared.conversion.sources import read_file
-from mvshared.errors import OutputError
+from mvshared.errors import CheckpointError, OutputError
 from mvshared.files import LEFT_OVER_S, make_folder, remove_leftovers
 from mvshared.weights import match_tensors
 
@@ -29,9 +30,13 @@ def write_one_file(
     config = read_model_config(folder)
     tensors: dict[str, RawTensor] = {}
     names: dict[str, dict[str, tuple[str, ...]]] = {}
+    left_out: dict[str, str] = {}
     for component in components(config):
         own = own_tensors(folder, component, config)
         prefix, links = _original_links(component, config, names=list(own))
+        if component == "text_encoder" and config.unet.use_linear_projection:
+            links, without = _states_alone(links, own, path=folder / component)
+            left_out |= {f"{component}/{name}": "behind the text states that the U-Net takes" for name in without}
         names[component] = {}
         for link in links:
             tensors[f"{prefix}{link.other}"] = link.to_other(own)
@@ -42,7 +47,7 @@ def write_one_file(
     remove_leftovers(dest.parent, re.escape(dest.name), unchanged_s=LEFT_OVER_S)
     write_safetensors(dest, tensors, on_tensor=on_tensor)
     account = written("checkpoint", tensors, files=1)
-    return Report(folder=dest, family=config.family, written=(account,), names=names, left_out={}, missing=())
+    return Report(folder=dest, family=config.family, written=(account,), names=names, left_out=left_out, missing=())
 
 
 def rewrite_file(source: Path, dest: Path, *, stored: str | None, force: bool, on_tensor: Callable[[str, int], None]) -> Report:
@@ -80,6 +85,18 @@ def own_tensors(folder: Path, component: Component, config: ModelConfig) -> dict
 
 def _reshaped(tensor: RawTensor, shape: tuple[int, ...]) -> RawTensor:
     return RawTensor(dtype=tensor.dtype, shape=shape, read=lambda: tensor.read().reshape(shape))
+
+
+def _states_alone(links: list[Link], own: dict[str, RawTensor], *, path: Path) -> tuple[list[Link], list[str]]:
+    """The links of an OpenCLIP text tower without its projection, beside which readers leave out the last layer, and the names
+    that are without one then. Raises CheckpointError for more layers than readers take."""
+    kept = [link for link in links if not any(name in PROJECTIONS for name in link.own)]
+    layers = 1 + max((int(name.split(".")[2]) for name in own if name.startswith("encoder.layers.")), default=-1)
+    taken = open_clip_text_config({link.other: link.to_other(own).shape for link in kept}).num_hidden_layers
+    if taken != layers:
+        reason = f"has {layers} layers, and of files with the original names of its family {taken} are read"
+        raise CheckpointError(reason, path=path, hint="a folder keeps them all")
+    return kept, [name for link in links if link not in kept for name in link.own]
 
 
 def _original_links(component: Component, config: ModelConfig, *, names: Sequence[str]) -> tuple[str, list[Link]]:

@@ -146,11 +146,11 @@ def quantize_folder(
     options = f"{preset} {bits} {group_size} {measure} {' '.join(names)}"
     state = Progress(dest, fingerprint([folder], options, config.family, 0), sources=[folder], force=force)
     sources = [_source(folder, name, getattr(config, name), module.network_shapes) for name in names]
+    plans = [_planned(each, preset, bits, group_size) for each in sources]
     with state.writing(here):
         layer_reports: list[LayerReport] = []
         component_reports = []
-        for each in sources:
-            layers = _planned(each, preset, bits, group_size)
+        for each, layers in zip(sources, plans, strict=True):
             probe = None
             if measure:
                 probe = Network(

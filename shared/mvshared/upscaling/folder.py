@@ -175,6 +175,8 @@ def k_unet(document: Document, *, path: Path) -> KUNetConfig:
     fields = Fields(document, path=path)
     channels = tuple(fields.take("block_out_channels", (list, tuple)))
     levels = len(channels)
+    if not levels:
+        raise CheckpointError("block_out_channels must be one or more whole numbers of at least 1, got ()", path=path)
     attends = attention_levels(fields, "down_block_types", _DOWN_BLOCKS, levels)
     if attention_levels(fields, "up_block_types", _UP_BLOCKS, levels) != attends[::-1]:
         raise CheckpointError("up_block_types must be down_block_types the other way round", path=path)
