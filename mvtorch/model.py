@@ -230,7 +230,7 @@ def rescaled(x: Tensor, conditional: Tensor, share: float) -> Tensor:
 
 
 def choose_device(device: str = "auto") -> str:
-    """`auto` is CUDA if PyTorch finds it, else the CPU. Raises BackendError for a device that PyTorch does not have."""
+    """`auto` is CUDA if PyTorch finds it, else the CPU. Raises BackendError for a device that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -240,7 +240,11 @@ def choose_device(device: str = "auto") -> str:
         reason = "it knows none of that name" if unknown else str(error).splitlines()[0].partition(". ")[0]
         hint = "use cpu, cuda or cuda:1, or leave it to auto"
         raise BackendError(f"PyTorch cannot use the device {device!r}: {reason}", backend="torch", hint=hint) from error
-    return "cpu" if torch.device(device).type == "cpu" else device  # cpu:0, too
+    if torch.device(device).type != "cpu":
+        return device
+    if torch.device(device).index:  # PyTorch takes any number
+        raise BackendError(f"there is one CPU device, got {device!r}", backend="torch", hint="use cpu")
+    return "cpu"  # for cpu:0, too
 
 
 def default_dtype(device: str) -> DtypeChoice:

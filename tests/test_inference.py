@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mvtorch
 from mvshared.backend import load
 from mvshared.checkpoint import read_model_config, weight_files
+from mvshared.errors import BackendError
 from mvshared.quantization.plans import preset_layers
 from mvtorch.inference import ORDER, exact_float32, fastest_attention, inference, join_projections, to_device
 from mvtorch.model import get_weights, load_network, set_weights, weight_shapes
@@ -269,3 +270,5 @@ def test_autocast_of_the_program_around_changes_nothing() -> None:
 
 def test_every_name_of_the_cpu_is_the_cpu() -> None:
     assert load("demo", backend="torch", device="cpu:0").model.device == "cpu"
+    with pytest.raises(BackendError, match="there is one CPU device, got 'cpu:1'"):
+        load("demo", backend="torch", device="cpu:1")

@@ -437,3 +437,7 @@ def test_a_weight_that_is_not_finite_is_named(backend: Backend, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds numbers that are not finite") as caught:
         load(tmp_path / "model", backend=backend, device="cpu", quantize="q8")
     assert caught.value.path == path
+    for measure in (False, True):
+        with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds numbers that are not finite") as caught:
+            quantize_folder(tmp_path / "model", tmp_path / "q", measure=measure, backend=backend, chosen=["unet"], force=True)
+        assert caught.value.path == path

@@ -217,8 +217,10 @@ def test_pictures_become_the_latents_of_diffusers_and_back(
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(upscaler: Upscaler[Any]) -> None:
-    with pytest.warns(MvWarning, match="longer than 75 tokens"):
-        upscaler.upscale(normal(1, 8, 8, 4), prompt="owl " * 100, steps=1, guidance=1)
+    for guidance, name in ((1, "prompt"), (3, "negative prompt")):
+        texts: dict[str, Any] = {"prompt": "an owl", "negative_prompt": "a cat"} | {name.replace(" ", "_"): "owl " * 100}
+        with pytest.warns(MvWarning, match=f"^the upscaler's {name} is longer than 75 tokens"):
+            upscaler.upscale(normal(1, 8, 8, 4), **texts, steps=1, guidance=guidance)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(upscaler: Upscaler[Any]
         ({"guidance": 0.5}, "guidance of the upscaler must be 0, or a number from 1 to 20"),
         ({"guidance": 20.5}, "guidance of the upscaler must be 0, or a number from 1 to 20"),
         ({"guidance": float("nan")}, "guidance of the upscaler must be"),
-        ({"noise_level": 0.1}, "noise_level must be 0 for this upscaler"),
+        ({"noise_level": 0.1}, "noise level of the upscaler must be 0 for this upscaler"),
         ({"noise_level": -1}, "noise level of the upscaler must be a number from 0 to 1"),
         ({"seed": -1}, "seed must be"),
         ({"noise": np.zeros((1, 16, 8, 4), np.float32)}, "noise must be finite, of shape"),

@@ -1,5 +1,7 @@
 """Training a network with text and image tokens: GAF from ImageDream's weights, on tiny data."""
 
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import BACKENDS, Backend, assert_close, assert_different
+from safetensors.numpy import load_file, save_file
 from training_cases import SIZE, run, some_latents, weights_of, write_objects
 
 import mvshared.training.conditions
@@ -16,7 +19,7 @@ from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.clip_images import clip_pixels
 from mvshared.config import SchedulerConfig
 from mvshared.conversion.gaf import init_gaf
-from mvshared.errors import DatasetError, OptionError
+from mvshared.errors import DatasetError, NumericsError, OptionError
 from mvshared.inspection import inspect
 from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig
 from mvshared.training.data import ViewBatches, encode_captures, reference_pictures
@@ -94,6 +97,30 @@ def test_a_broken_run_goes_on_without_encoding_again(
     broken = weights_of(tmp_path / "broken", "unet")
     for name, weight in weights_of(tmp_path / "whole", "unet").items():
         np.testing.assert_array_equal(broken[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("network", "weight", "message"),
+    [
+        ("vae", "encoder.conv_in.weight", r"^vae: latents of the pictures in \S*object_0 are not finite in float16"),
+        ("image_encoder", "embeddings.class_embedding", r"^image_encoder: states of the pictures in \S*object_0"),
+        ("text_encoder", "encoder.layers.1.mlp.fc1.weight", r"^text_encoder: states of the prompt are not finite \("),
+        ("unet", "conv_out.weight", r"^training step 0: loss nan, gradient norm nan \("),
+    ],
+)
+def test_damaged_weights_are_told_from_a_rate_that_is_too_high(
+    network: str, weight: str, message: str, data: Path, gaf: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(gaf, tmp_path / "gaf")
+    (path,) = (damaged / network).glob("*.safetensors")
+    tensors = load_file(path)
+    tensors[next(name for name in tensors if name.endswith(weight))].flat[0] = np.nan
+    save_file(tensors, path)
+    with pytest.raises(NumericsError, match=message) as caught:
+        run(config(data, damaged), tmp_path / "run", backend="torch")
+    assert re.search(r"are the weights of .* damaged\?", caught.value.hint)
+    kept = {"vae": "latents-*", "unet": "state.*"}.get(network, "reference-states-*")
+    assert not list((tmp_path / "run").glob(kept))
 
 
 def test_a_damaged_file_of_image_states_says_what_to_do(data: Path, gaf: Path, tmp_path: Path) -> None:

@@ -564,6 +564,17 @@ def test_what_has_no_effect_on_an_upscaling_is_refused(
     assert parameters["seed"] == (0 if method == "sd-x2" else None)
 
 
+def test_where_numbers_that_are_not_finite_begin_is_found_by_another_command(
+    desk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(desk / "x2", desk / "mine")
+    tensors = load_file(desk / "mine" / "unet" / WEIGHT_FILE)
+    tensors["conv_in.bias"][0] = np.nan
+    save_file(tensors, desk / "mine" / "unet" / WEIGHT_FILE)
+    assert run(["upscale", "picture.png", "-o", "large", "--upscaler", "mine", "--dtype", "float32"]) == 10
+    assert "damaged?; mvmlx generate --check-numerics FOLDER finds the block where" in capfd.readouterr().err
+
+
 def test_numbers_of_numpy_are_numbers(folders: Path) -> None:
     upscaler, latents = load_upscaler(folders / "x2", backend="torch", device="cpu"), np.zeros((1, 4, 4, 4), np.float32)
     plain = upscaler.upscale(latents, steps=1, guidance=1, noise_level=0)

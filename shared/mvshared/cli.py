@@ -613,6 +613,8 @@ def _one_line(error: MvError, arguments: list[str]) -> str:
 
     def with_value(found: re.Match[str]) -> str:
         given = found[1] or found[3]
+        if given == "check_numerics" and "--check-numerics" not in known:
+            return "mvmlx generate --check-numerics FOLDER"
         name, value = option(given), (found[2] or found[4]).strip('"')
         return found[0] if name == given else name if value == "True" else f"{name} {value}"
 

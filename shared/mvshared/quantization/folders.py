@@ -7,7 +7,7 @@ broken run has finished, the next one finds and keeps.
 import csv
 import importlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -45,7 +45,7 @@ from mvshared.quantization.plans import (
 from mvshared.quantization.sensitivity import Network, relative_rms
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
-from mvshared.weights import match_tensors
+from mvshared.weights import Stored, match_tensors
 
 DEFAULT_COMPONENTS: tuple[Component, ...] = ("unet", "text_encoder", "image_encoder")
 SHARD_BYTES = 1 << 62  # never: a quantised component is one file, which names its layers
@@ -92,19 +92,26 @@ class Report:
 
 @dataclass(frozen=True)
 class _Source:
-    """A component's weights of full precision: shapes of the model's tensors, and the stored ones by the model's names."""
+    """A component's weights of full precision: shapes of the model's tensors, and the stored ones and where they are by the
+    model's names."""
 
     component: Component
     network: Any
     paths: list[Path]
     shapes: Shapes
     tensors: dict[str, RawTensor]
+    places: Mapping[str, Stored]
 
     def weight(self, layer: str) -> NDArray[np.float32]:
         """A layer's weight in float32."""
         name = f"{layer}.weight"
         bits = np.array(cast(self.tensors[name], "F32", name=name).read())
         return bits.view(np.float32).reshape(self.shapes[name])
+
+    def quantized(self, name: str, layer: QuantizedLayer) -> Packed:
+        """A layer's weight, quantised. Raises CheckpointError for one that is not finite, by its name in its file."""
+        place = self.places[f"{name}.weight"]
+        return quantize_weight(self.weight(name), layer, name=place.name, path=place.path)
 
 
 def quantize_folder(
@@ -218,7 +225,7 @@ def _source(folder: Path, component: Component, network: Any, network_shapes: Ca
     raw = {path: read_safetensors(path) for path in paths}
     places = match_tensors(paths, shapes, unet=network if isinstance(network, UNetConfig) else None)
     tensors = {name: raw[place.path][place.name] for name, place in places.items()}
-    return _Source(component, network, paths, shapes, tensors)
+    return _Source(component, network, paths, shapes, tensors, places)
 
 
 def _planned(source: _Source, preset: str | None, bits: int | None, group_size: int) -> dict[str, QuantizedLayer]:
@@ -246,7 +253,7 @@ def _measured(
 
     def measure(name: str, layer: QuantizedLayer) -> tuple[float, float | None]:
         weight = source.weight(name)
-        rounded = dequantize_weight(quantize_weight(weight, layer), layer)
+        rounded = dequantize_weight(source.quantized(name, layer), layer)
         probe.set_weight(name, rounded)
         error = relative_rms(probe.run(), expected)
         probe.set_weight(name, weight)
@@ -262,13 +269,12 @@ def _measured(
         found |= {name: measure(name, layer) for name, layer in changed.items()}
         layers = kept
     for name, layer in layers.items():
-        probe.set_weight(name, dequantize_weight(quantize_weight(source.weight(name), layer, name=f"{name}.weight"), layer))
+        probe.set_weight(name, dequantize_weight(source.quantized(name, layer), layer))
     return layers, found, relative_rms(probe.run(), expected)
 
 
 def _weight_error(source: _Source, name: str, layer: QuantizedLayer) -> float:
-    weight = source.weight(name)
-    return relative_rms(dequantize_weight(quantize_weight(weight, layer), layer), weight)
+    return relative_rms(dequantize_weight(source.quantized(name, layer), layer), source.weight(name))
 
 
 def _tensors(source: _Source, layers: Layers) -> dict[str, RawTensor]:
@@ -280,7 +286,7 @@ def _tensors(source: _Source, layers: Layers) -> dict[str, RawTensor]:
         def read() -> NDArray[Any]:
             if name not in last:
                 last.clear()
-                last[name] = quantize_weight(source.weight(name), layers[name], name=f"{name}.weight")
+                last[name] = source.quantized(name, layers[name])
             array = getattr(last[name], kind)
             return array if kind == "weight" else array.view(np.uint16)
 

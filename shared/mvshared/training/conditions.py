@@ -19,7 +19,7 @@ from mvshared.files import atomic_file, make_folder, remove_others
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.training.config import DataConfig
 from mvshared.training.data import captures_digest, reference_pictures
-from mvshared.training.kept import keep, reading
+from mvshared.training.kept import finite, in_half, keep, reading
 from mvshared.weights import sha256_of_files, short_name
 
 
@@ -45,15 +45,15 @@ def encode_conditions(
 ) -> list[Conditions]:
     """Conditions for each of the named lists of captures, from the encoders in the folder `source`.
 
-    Image states are kept in `folder` under the hashes of the encoder's weights and of the captures. Raises CheckpointError and
-    DatasetError.
+    Image states are kept in `folder` under the hashes of the encoder's weights and of the captures. Raises CheckpointError,
+    DatasetError, and NumericsError for states that are not finite.
     """
     if model.text_encoder is None:
         return [Conditions() for _ in captures]
     package = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model")
     encoders = package.load_encoders(source, device=device)
     ids = CLIPTokenizer(source / "tokenizer")([data.prompt]).ids
-    text = encoders.to_numpy(encoders.encode_prompt(ids))[0]
+    text = finite(encoders.to_numpy(encoders.encode_prompt(ids))[0], "states of the prompt", where="text_encoder")
     processor, vision = model.image_processor, model.image_encoder
     if processor is None or vision is None:
         return [Conditions(text=text) for _ in captures]
@@ -80,13 +80,14 @@ def _image_states(
 ) -> NDArray[np.float16]:
     """The states of a file; if it is not there it is written as `keep` does. They stay on disk until they are used.
 
-    Raises OutputError, and DatasetError for a file that is no such file.
+    Raises OutputError, DatasetError for a file that is no such file, and NumericsError.
     """
 
     def write(part: Path, chosen: list[Path], after_each: Callable[[], object]) -> None:
         states = list[NDArray[np.float16]]()
         for capture in chosen:
-            states += [encode(read()).astype(np.float16) for read in reference_pictures(capture, data)]
+            what = f"states of the pictures in {capture}"
+            states += [in_half(encode(read()), what, where="image_encoder") for read in reference_pictures(capture, data)]
             after_each()
         _write_states([np.stack(states) if states else np.empty((0, *shape), np.float16)], part)
 

@@ -4,7 +4,7 @@ The network's target is the one of the schedule's prediction type: v of arXiv 22
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from mvshared.images import load_image, load_values
 from mvshared.schedule import add_noise, velocity
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
-from mvshared.training.kept import in_one, kept_arrays
+from mvshared.training.kept import in_half, in_one, kept_arrays
 
 ENCODED_TOGETHER = 2**20  # pixels that `encode` is given in one call, at least
 VAE_STREAM, UNET_STREAM = 1, 2  # first numbers of the random seeds, so that the stages draw differently
@@ -230,16 +230,17 @@ def encode_captures(
     """Encode every capture, and its mirror image if the config says so, with `encode` (pixels to scaled latents).
 
     With `with_detail` the latents have the captures' detail maps; `after_each` is called for every capture that was read.
-    Raises DatasetError for pictures of different sizes.
+    Raises DatasetError for pictures of different sizes, NumericsError for latents that are not finite.
     """
     images, normals, cameras, azimuths, first, details = [], [], [], [], [0], []
-    captures = [load_capture(folder) for folder in folders]
+    captures = {folder: load_capture(folder) for folder in folders}
     for group in _groups(_read_views(captures, config, with_detail=with_detail, after_each=after_each)):
         latents = encode(_stack([pixels for views in group for pixels in views.pixels]))
         at = 0
         for views in group:
             count = len(views.poses)
-            mine, at = latents[at : at + len(views.pixels)].astype(np.float16), at + len(views.pixels)
+            mine = in_half(latents[at : at + len(views.pixels)], f"latents of the pictures in {views.folder}", where="vae")
+            at += len(views.pixels)
             images.append(mine[:count])
             normals.append(np.zeros_like(mine[:count]))
             normals[-1][views.with_normals] = mine[count:]
@@ -282,9 +283,10 @@ def _read_reference(path: Path, config: DataConfig, mirrored: bool) -> NDArray[n
 
 
 class _Views(NamedTuple):
-    """Poses (v, 4, 4) of a capture, pixels (h, w, 3) of its pictures and then of its normal maps, and whose views these are;
-    detail (v, h, w) if it was asked for."""
+    """A capture's folder, poses (v, 4, 4), pixels (h, w, 3) of its pictures and then of its normal maps, and whose views these
+    are; detail (v, h, w) if it was asked for."""
 
+    folder: Path
     poses: NDArray[np.float32]
     pixels: list[NDArray[np.float32]]
     with_normals: list[int]
@@ -292,24 +294,24 @@ class _Views(NamedTuple):
 
 
 def _read_views(
-    captures: Sequence[Capture], config: DataConfig, *, with_detail: bool, after_each: Callable[[], object]
+    captures: Mapping[Path, Capture], config: DataConfig, *, with_detail: bool, after_each: Callable[[], object]
 ) -> Iterator[_Views]:
     """Every capture, and its mirror image if the config says so. Raises DatasetError."""
-    pictures = ahead(lambda read: read(), (read for capture in captures for read in _reads(capture, config)))
-    details = ahead(_read_detail, (path for capture in captures for path in capture.detail_paths if path is not None))
-    for capture in captures:
+    pictures = ahead(lambda read: read(), (read for capture in captures.values() for read in _reads(capture, config)))
+    details = ahead(_read_detail, (path for capture in captures.values() for path in capture.detail_paths if path is not None))
+    for folder, capture in captures.items():
         with_normals = [view for view, path in enumerate(capture.normal_paths) if path is not None and config.normals]
         read = list(islice(pictures, len(capture.image_paths) + len(with_normals)))
         detail = None
         if with_detail:
             blank = np.zeros_like(read[0].alpha)
             detail = _stack([blank if path is None else next(details) for path in capture.detail_paths])
-        yield _Views(capture.poses, [picture.pixels for picture in read], with_normals, detail)
+        yield _Views(folder, capture.poses, [picture.pixels for picture in read], with_normals, detail)
         if config.mirror:
             mirrored = [mirror_picture(picture) for picture in read[: len(capture.poses)]]
             mirrored += [mirror_normals(picture) for picture in read[len(capture.poses) :]]
             detail = None if detail is None else detail[:, :, ::-1]
-            yield _Views(mirror_poses(capture.poses), [picture.pixels for picture in mirrored], with_normals, detail)
+            yield _Views(folder, mirror_poses(capture.poses), [picture.pixels for picture in mirrored], with_normals, detail)
         after_each()
 
 

@@ -11,13 +11,30 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mvshared.errors import DatasetError
+from mvshared.errors import DatasetError, NumericsError
 from mvshared.files import remove_others, write_atomic
 
 PART = 64  # captures whose arrays are written together
 
 Arrays = TypeVar("Arrays")  # a named tuple of arrays
+Array = TypeVar("Array", bound=NDArray[Any])
 AfterEach = Callable[[], object]
+
+
+def finite(values: Array, what: str, *, where: str) -> Array:
+    """The same values, which the network `where` has computed. Raises NumericsError if a number is not finite: no training
+    could mend that."""
+    if not np.isfinite(values).all():
+        kind = " in float16" if values.dtype == np.float16 else ""
+        hint = f"are the weights of the {where.replace('_', ' ')} damaged?"
+        raise NumericsError(f"{what} are not finite{kind}", where=where, hint=hint)
+    return values
+
+
+def in_half(values: NDArray[np.float32], what: str, *, where: str) -> NDArray[np.float16]:
+    """Values in float16, as they are kept. Raises as `finite` does."""
+    with np.errstate(over="ignore"):
+        return finite(values.astype(np.float16), what, where=where)
 
 
 def keep(

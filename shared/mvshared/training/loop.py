@@ -127,7 +127,8 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
             rate = learning_rate(config.optimizer, step=step, steps=config.steps)
             result = stage.trainer.step(batch, learning_rate=rate)
             if result.diverged:
-                raise _diverged(f"loss {result.loss}, gradient norm {result.gradient_norm}", run, step=step)
+                what = f"loss {result.loss}, gradient norm {result.gradient_norm}"
+                raise _diverged(what, run, step=step, learned=step > 0)
             losses.append(result.loss)
             if not result.skipped:
                 norms.append(result.gradient_norm)
@@ -163,8 +164,11 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
     return folder / "model"
 
 
-def _diverged(what: str, run: RunFolder, *, step: int) -> NumericsError:
+def _diverged(what: str, run: RunFolder, *, step: int, learned: bool = True) -> NumericsError:
+    """The error about a step; without anything `learned` the rate is not to blame."""
     hint = "lower the learning rate" + ", or train in float32" * (run.config.dtype != "float32") + ", in another folder"
+    if not learned and run.config.init_from is not None:
+        hint = f"are the weights of {run.config.init_from} damaged?"
     kept = "; the last state is kept" * run.state_path.exists()
     return NumericsError(what, where=f"training step {step}", hint=hint + kept)
 

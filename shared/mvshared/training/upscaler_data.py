@@ -17,7 +17,7 @@ from mvshared.errors import DatasetError
 from mvshared.images import from_model
 from mvshared.training.config import DataConfig
 from mvshared.training.data import Picture, mirror_picture, read_picture
-from mvshared.training.kept import in_one
+from mvshared.training.kept import in_half, in_one
 from mvshared.upscaling.config import MAX_NOISE_LEVEL, SigmaConfig
 from mvshared.upscaling.schedule import noise_embedding, training_sigmas
 
@@ -61,7 +61,8 @@ def encode_pairs(
     """The latents of all pictures of the captures, and of their mirror images if the config says so.
 
     `encode` makes scaled latents of pixels. Half the size is the mean of two by two pixels. `after_each` is called after every
-    capture. Raises DatasetError for pictures of different sizes, or of a size that is no multiple of `multiple` pixels.
+    capture. Raises DatasetError for pictures of different sizes, or of a size that is no multiple of `multiple` pixels, and
+    NumericsError for latents that are not finite.
     """
     low, high = [], []
     for folder in folders:
@@ -69,8 +70,9 @@ def encode_pairs(
         if config.mirror:
             pictures += [mirror_picture(picture) for picture in pictures]
         pixels = _pixels(pictures, folder=folder, multiple=multiple)
-        high.append(encode(pixels).astype(np.float16))
-        low.append(encode(halved(pixels)).astype(np.float16))
+        what = f"latents of the pictures in {folder}"
+        high.append(in_half(encode(pixels), what, where="vae"))
+        low.append(in_half(encode(halved(pixels)), what, where="vae"))
         after_each()
     return LatentPairs(in_one(low), in_one(high))
 
@@ -87,7 +89,7 @@ def generated_pairs(
     """The latents that a model generates of captures, and those of the true pictures at twice the size.
 
     `generate` makes scaled latents (v, h, w, c) of a reference picture uint8 (h, w, 3) and cameras (v, 4, 4); the reference is
-    the view nearest to the front. `after_each` is called after every capture. Raises DatasetError as `encode_pairs` does.
+    the view nearest to the front. `after_each` is called after every capture. Raises as `encode_pairs` does.
     """
     low, high = [], []
     for folder in folders:
@@ -98,8 +100,9 @@ def generated_pairs(
         front = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
         if pixels.shape[1] != pixels.shape[2]:
             raise DatasetError("must have square pictures for views_from: those are what is generated", path=folder)
-        low.append(generate(from_model(halved(pixels[front])), capture.poses).astype(np.float16))
-        high.append(encode(pixels).astype(np.float16))
+        generated = generate(from_model(halved(pixels[front])), capture.poses)
+        low.append(in_half(generated, f"generated latents of {folder}", where="unet"))
+        high.append(in_half(encode(pixels), f"latents of the pictures in {folder}", where="vae"))
         after_each()
     return LatentPairs(in_one(low), in_one(high))
 

@@ -171,11 +171,12 @@ class Upscaler(Generic[A]):
         if not self.takes_text:
             return None
         positive = "" if prompt is None or guidance == 0 else prompt
-        texts = [negative_prompt or "", positive] if guidance > 1 else [positive]
-        tokens = self.tokenizer(texts)
-        for cut in filter(None, tokens.cut):
-            room = self.tokenizer.max_length - 2
-            warn(f"the upscaler's prompt is longer than {room} tokens; left out is: {cut}")
+        texts = {"negative prompt": negative_prompt or "", "prompt": positive} if guidance > 1 else {"prompt": positive}
+        tokens = self.tokenizer(list(texts.values()))
+        for name, cut in zip(texts, tokens.cut, strict=True):
+            if cut:
+                room = self.tokenizer.max_length - 2
+                warn(f"the upscaler's {name} is longer than {room} tokens; left out is: {cut}")
         return self.model.encode_text(tokens.ids)
 
 

@@ -96,6 +96,6 @@ def noise_embedding(noise_level: float, *, channels: int, frequencies: tuple[flo
     """
     if noise_level and frequencies is None:
         hint = "the public folder does not hold what embeds other levels"
-        raise OptionError("noise_level", expected="0 for this upscaler", got=noise_level, hint=hint)
+        raise OptionError("noise level of the upscaler", expected="0 for this upscaler", got=noise_level, hint=hint)
     angles = 2 * math.pi * math.log1p(noise_level) * np.asarray(frequencies or np.zeros(channels // 2), np.float64)
     return np.concatenate([np.cos(angles), np.sin(angles)]).astype(np.float32)
