@@ -309,8 +309,20 @@ def test_a_capture_of_another_system_is_read(folder: Path) -> None:
         captures.read_views(capture)
     for index in range(3):
         Image.fromarray(RGBA[0, ..., 0]).save(folder / f"depth_{index}.png")
-    with pytest.raises(DatasetError, match=r"depth_0.png: is no .npy file of floats \(without depth_file_path"):
+    with pytest.raises(DatasetError, match=r"depth_0.png: is no .npy file of floats and no PNG .* \(without depth_file"):
         captures.read_views(captures.load_capture(folder))
+    stored = np.full(RGBA.shape[1:3], 2500, np.uint16)
+    stored[0, 0], stored[0, 1] = 0, 65535
+    for index in range(3):
+        Image.fromarray(stored).save(folder / f"depth_{index}.png")
+    depth = captures.read_views(captures.load_capture(folder)).depth
+    assert depth is not None and depth.dtype == np.float32
+    np.testing.assert_allclose(depth[:, 0, :3], np.tile(np.array([np.inf, 65.535, 2.5], np.float32), (3, 1)), rtol=1e-6)
+    whole = (folder / "depth_1.png").read_bytes()
+    for damaged in (whole[:-40], whole[:60], whole.replace(b"IDAT", b"IDAX")):
+        (folder / "depth_1.png").write_bytes(damaged)
+        with pytest.raises(DatasetError, match=r"depth_1.png: .*\(without depth_file_path"):
+            captures.read_views(captures.load_capture(folder))
 
 
 def test_a_missing_picture_is_named(folder: Path) -> None:

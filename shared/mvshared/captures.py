@@ -3,7 +3,8 @@
 A capture is a folder with a transforms.json in the convention of nerfstudio and instant-ngp. A frame may also have a
 `normal_file_path`, a normal map in camera space: (n + 1) / 2 * 255 with x right, y up, z toward the camera; a
 `detail_file_path`, a grey picture of how much a pixel counts in a loss beside its surroundings; and a
-`depth_file_path`, a float32 .npy file (h, w) of depth along the optical axis, infinite where nothing is, for evaluation.
+`depth_file_path`, depth along the optical axis, for evaluation: a float32 .npy file (h, w), infinite where nothing is, or
+nerfstudio's PNG of 16 bits of grey, in thousandths of the poses' unit and 0 where nothing is.
 """
 
 import io
@@ -12,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -27,6 +28,8 @@ from mvshared.files import read_json_object, write_atomic, write_json
 from mvshared.images import PICTURE_SUFFIXES, composite, load_image, orientation
 
 METADATA = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})  # of a PNG, that may say how it is turned
+PNG = b"\x89PNG\r\n\x1a\n"
+DEPTH_FILES = "is no .npy file of floats and no PNG of 16 bits of grey"
 FILE_FIELDS = ("file_path", "normal_file_path", "mask_path", "depth_file_path", "detail_file_path")  # of a frame
 SUFFIXES = ("", *PICTURE_SUFFIXES, *(suffix.upper() for suffix in PICTURE_SUFFIXES))  # that a name may lack
 PNG_LEVEL = 1  # of zlib: a third of the time of its default, for files that are a seventh larger
@@ -250,12 +253,24 @@ def _check_size(path: Path, picture: NDArray[np.uint8], shape: tuple[int, ...]) 
         raise DatasetError(f"has {sizes}", path=path, hint="all pictures and masks of a capture must have one size")
 
 
+def _thousandths(file: BinaryIO) -> NDArray[np.float32]:
+    """Depth (h, w) in a PNG of 16 bits of grey, infinite for 0, as nerfstudio's depth_unit_scale_factor has it by default.
+    Raises ValueError for another PNG."""
+    with Image.open(file, formats=["PNG"]) as image:
+        if not image.mode.startswith("I"):
+            raise ValueError(f"mode {image.mode}")
+        stored = np.asarray(image, np.float32)
+    return np.where(stored > 0, stored / 1000, np.float32(np.inf))
+
+
 def _load_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     try:
         with path.open("rb") as file:
-            depth = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as cause:
-        reason = f"{cause.strerror or cause}" if isinstance(cause, OSError) else "is no .npy file of floats"
+            is_png = file.read(len(PNG)) == PNG
+            file.seek(0)
+            depth = _thousandths(file) if is_png else np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile, MemoryError, SyntaxError, Image.DecompressionBombError) as cause:
+        reason = f"{cause.strerror or cause}" if isinstance(cause, OSError) else DEPTH_FILES
         hint = "without depth_file_path in the transforms.json depth is estimated"
         raise DatasetError(reason, path=path, hint=hint) from cause
     if not isinstance(depth, np.ndarray) or not np.issubdtype(depth.dtype, np.floating) or depth.shape != shape[:2]:
