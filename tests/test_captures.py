@@ -191,6 +191,22 @@ def test_masks_and_normals_are_per_frame(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("least", "most", "there"), [(0, 255, True), (0, 1, True), (0, 127, False), (0, 0, False), (1, 1, True)]
+)
+def test_masks_are_light_where_the_object_is_or_one(folder: Path, least: int, most: int, there: bool) -> None:
+    values = np.full(RGBA.shape[1:3], least, np.uint8)
+    values[2:5, 1:4] = most
+    Image.fromarray(values).save(folder / "mask.png")
+    edit(folder, lambda document: document["frames"][1].update(mask_path="mask.png"))
+    if there:
+        masks = captures.read_views(captures.load_capture(folder)).masks
+        np.testing.assert_array_equal(masks[1], values == most)
+    else:
+        with pytest.raises(DatasetError, match=r"mask.png: shows nothing: no value of its 0 to 255 is 128 or more"):
+            captures.read_views(captures.load_capture(folder))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda document: document.pop("frames"), "has no frames"),

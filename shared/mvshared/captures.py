@@ -118,8 +118,8 @@ def _leaves(name: str) -> bool:
 def read_views(capture: Capture) -> CaptureViews:
     """Decode the pictures, masks and depths of a capture.
 
-    The object is where the mask is light, else where alpha is above a half, else what a plain background leaves, else
-    everything. Depth is used if every frame has it.
+    The object is where the mask is light (1, if it has no values but 0 and 1), else where alpha is above a half, else what a
+    plain background leaves, else everything. Depth is used if every frame has it.
 
     Raises DatasetError for files that differ in size, show nothing or hold no depth; ImageError for those that are no pictures.
     """
@@ -132,7 +132,8 @@ def read_views(capture: Capture) -> CaptureViews:
         if mask_path is not None:
             given = load_image(mask_path)
             _check_size(mask_path, given, first)
-            mask = composite(given, (0, 0, 0)).max(axis=-1) >= 128
+            values = composite(given, (0, 0, 0)).max(axis=-1)
+            mask = values >= (1 if values.max() == 1 else 128)
         elif picture[..., 3].min() < 128:
             mask = picture[..., 3] >= 128
         else:
