@@ -23,7 +23,7 @@ from mvshared.quantization.plans import preset_of
 from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, check_still_loaded, read_run
 from mvshared.shapes import check_pictures
 from mvshared.upscaling.folder import read_upscaler_config, vae_folder
-from mvshared.upscaling.latents import UpscaleProgress, check_finite
+from mvshared.upscaling.latents import UpscaleProgress, Upscaler, check_finite
 from mvshared.upscaling.views import Upscaled, UpscaleOptions, load_planned, plan_upscale, upscale_arrays, upscaler_files
 from mvshared.weights import sha256_of_files
 
@@ -134,31 +134,16 @@ def upscale_source(
         quantize = quantize or (preset_of(run.quantization) if options.method == "sd-x2" else None)
     seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
     parse_dtype(dtype, default="float32")
-    planned, upscaler, codec, latents = UpscaleParameters(method="lanczos"), None, None, source.latents
-    memory = PLAIN
-    if options.method == "lanczos" and source.images is None:
-        raise OptionError("upscale", expected="bilinear or sd-x2 for latents", got="lanczos")
-    if options.method != "lanczos":
-        folder = _vae_folder(options, model)
-        vae = read_vae_config(folder)
-        size, chosen = _latent_size(source, vae), choose_backend(backend)
-        used = chosen_dtype(dtype, backend=chosen, device=device)
-        planned = plan_upscale(options, vae=vae, latent_size=size, backend=chosen, dtype=used)
-        memory = _memory_of(run, planned, backend=chosen, dtype=used)
-        planned = replace(planned, memory=None if run is None or memory == run.memory else memory)
-        package = importlib.import_module(f"{PACKAGES[chosen]}.upscaling")
-        codec = package.load_latent_model(folder, dtype=dtype, device=device)
-        at_once = memory.networks_at_once
-        upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device, quantize=quantize, at_once=at_once)
-        if upscaler is not None:
-            upscaler.check_prompts(prompt, negative_prompt)
-            if run is not None and upscaler.takes_text:
-                prompt = run.prompt if prompt is None else prompt
-                negative_prompt = run.negative_prompt if negative_prompt is None else negative_prompt
-    loaded = [each for each in (codec, None if upscaler is None else upscaler.model) if each is not None]
+    networks = _load(source, options, model, backend=backend, dtype=dtype, device=device, quantize=quantize)
+    planned, codec, upscaler, latents = networks.planned, networks.codec, networks.upscaler, source.latents
+    if upscaler is not None:
+        upscaler.check_prompts(prompt, negative_prompt)
+        if run is not None and upscaler.takes_text:
+            prompt = run.prompt if prompt is None else prompt
+            negative_prompt = run.negative_prompt if negative_prompt is None else negative_prompt
     with ExitStack() as context:
-        for each in loaded:
-            context.enter_context(each.planned(memory))
+        for each in networks.models:
+            context.enter_context(each.planned(networks.memory))
         if codec is not None and latents is None:
             assert source.images is not None
             latents = codec.to_numpy(codec.encode_latents(to_model(source.images)))
@@ -187,9 +172,49 @@ def upscale_source(
         "source_sha256": array_sha256(source.images if source.latents is None else source.latents),
     }
     files = [] if codec is None else codec.weight_files
-    for each in loaded:
+    for each in networks.models:
         check_still_loaded(each.weight_stamps, each.weight_files, path=str(planned.upscaler or model))
     return _save(output, upscaled, source, planned, document, files=files, force=force)
+
+
+class _Networks(NamedTuple):
+    """What an upscaling computes with: parameters, how memory is used, the VAE and the upscaler, None where none is needed."""
+
+    planned: UpscaleParameters
+    memory: MemoryPlan = PLAIN
+    codec: Any = None
+    upscaler: Upscaler[Any] | None = None
+
+    @property
+    def models(self) -> list[Any]:
+        """Those that are loaded."""
+        return [each for each in (self.codec, None if self.upscaler is None else self.upscaler.model) if each is not None]
+
+
+def _load(
+    source: Source,
+    options: UpscaleOptions,
+    model: str | None,
+    *,
+    backend: str,
+    dtype: str | None,
+    device: str,
+    quantize: str | None,
+) -> _Networks:
+    """The networks that the options ask for. Raises OptionError and CheckpointError."""
+    if options.method == "lanczos":
+        if source.images is None:
+            raise OptionError("upscale", expected="bilinear or sd-x2 for latents", got="lanczos")
+        return _Networks(UpscaleParameters(method="lanczos"))
+    run, folder, chosen = source.run, _vae_folder(options, model), choose_backend(backend)
+    vae, used = read_vae_config(folder), chosen_dtype(dtype, backend=chosen, device=device)
+    planned = plan_upscale(options, vae=vae, latent_size=_latent_size(source, vae), backend=chosen, dtype=used)
+    memory = _memory_of(run, planned, backend=chosen, dtype=used)
+    planned = replace(planned, memory=None if run is None or memory == run.memory else memory)
+    codec = importlib.import_module(f"{PACKAGES[chosen]}.upscaling").load_latent_model(folder, dtype=dtype, device=device)
+    at_once = memory.networks_at_once
+    upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device, quantize=quantize, at_once=at_once)
+    return _Networks(planned, memory, codec, upscaler)
 
 
 def _memory_of(run: Parameters | None, planned: UpscaleParameters, *, backend: BackendName, dtype: Dtype) -> MemoryPlan:
