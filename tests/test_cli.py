@@ -452,6 +452,9 @@ def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytes
     (desk / "lens.json").write_text(json.dumps(lens))
     lens["frames"][0]["camera_angle_x"] = math.radians(30)
     (desk / "lenses.json").write_text(json.dumps(lens))
+    for name in [each for each in lens if each.startswith(("fl_", "camera_angle"))]:
+        del lens[name]
+    (desk / "mixed.json").write_text(json.dumps(lens))
     (desk / "far.json").write_text(json.dumps(np.stack([poses[0], *orbit([90], 10, radius=13.6)]).tolist()))
     aside = poses.copy()
     aside[:, 1, 3] += 2
@@ -460,6 +463,7 @@ def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytes
     for name, says in (
         ("lens", "lens.json: has a field of view of 65.0 degrees, and views have that of the model, "),
         ("lenses", "lenses.json: has a field of view of 30.0 to 65.0 degrees, and views have that of the model, "),
+        ("mixed", "mixed.json: has a field of view of 30.0 degrees in 1 of 2 views, and views have that of the model, "),
         ("far", "the cameras stand at distances from 3.4 to 13.6, and models know of one"),
         ("aside", "looks 28 degrees past the origin, where views are to have their subject"),
         ("good", ""),

@@ -516,6 +516,10 @@ def test_a_text_tower_keeps_its_layers_in_one_file_and_loses_its_projection_alon
     del expected["text_projection.weight"]
     found = tensors_of(again, "text_encoder")
     assert_same_tensors({name.removeprefix("text_model."): tensor for name, tensor in found.items()}, expected)
+    like = convert(tmp_path / "one.safetensors", tmp_path / "like", like=folder).folder
+    assert read_model_config(like).text_encoder == replace(text, projection_dim=None)
+    assert json.loads((like / "text_encoder/config.json").read_text())["architectures"] == ["CLIPTextModel"]
+    CLIPTextModel.from_pretrained(like / "text_encoder")
 
 
 def test_a_text_tower_of_more_layers_than_are_read_from_one_file_is_not_written_to_one(tmp_path: Path) -> None:

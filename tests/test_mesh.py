@@ -308,7 +308,7 @@ def test_the_command_writes_maps_and_their_cameras(desk: Path, capsys: pytest.Ca
     }  # fmt: skip
     assert {path.name for path in (desk / "maps").iterdir()} == {"normal_000.png", "normal_001.png", "transforms.json"}
     maps = find_normals(desk / "maps")
-    assert maps.space == "world" and maps.fov_deg == pytest.approx(DEFAULT_FOV_DEG)
+    assert maps.space == "world" and maps.fovs_deg == pytest.approx([DEFAULT_FOV_DEG] * 2)
     assert maps.poses is not None
     np.testing.assert_allclose(maps.poses, orbit([10, 200], 5, radius=DEFAULT_RADIUS), atol=1e-6)
     load_normals(maps, maps.poses, fov_deg=DEFAULT_FOV_DEG, size_px=32)

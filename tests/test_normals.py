@@ -1,6 +1,7 @@
 """Normal maps: where they are found, what their pixels say, and which ones are refused before any work."""
 
 import json
+import math
 import struct
 import warnings
 import zlib
@@ -252,9 +253,16 @@ def test_the_maps_of_a_capture_come_with_its_cameras(head: Any, tmp_path: Path) 
     maps = find_normals(tmp_path / "head")
     assert [Path(str(source)).name for source in maps.sources] == [f"normal_{index:03}.png" for index in range(3)]
     np.testing.assert_array_equal(maps.poses, POSES)
-    assert maps.fov_deg == pytest.approx(DEFAULT_FOV_DEG)
+    assert maps.fovs_deg == pytest.approx([DEFAULT_FOV_DEG] * 3)
+    path = tmp_path / "head" / "transforms.json"
+    document = json.loads(path.read_text())
+    document["frames"][2]["camera_angle_y"] = math.radians(65)
+    path.write_text(json.dumps(document))
     backwards = find_normals([tmp_path / "head" / f"normal_{index:03}.png" for index in (2, 0)])
     np.testing.assert_array_equal(backwards.poses, POSES[[2, 0]])
+    assert backwards.fovs_deg == pytest.approx([65, DEFAULT_FOV_DEG])
+    with pytest.warns(MvWarning, match=r"a field of view of 65.0 degrees in 1 of 2 views, the model's views"):
+        load_normals(backwards, POSES[[2, 0]], fov_deg=DEFAULT_FOV_DEG, size_px=32)
 
 
 def test_frames_name_their_maps_without_extension_and_in_any_order(head: Any, tmp_path: Path) -> None:

@@ -441,3 +441,8 @@ def test_a_weight_that_is_not_finite_is_named(backend: Backend, tmp_path: Path) 
         with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds numbers that are not finite") as caught:
             quantize_folder(tmp_path / "model", tmp_path / "q", measure=measure, backend=backend, chosen=["unet"], force=True)
         assert caught.value.path == path
+    tensors[name][0, 0] = 0
+    tensors[next(name for name in tensors if name.endswith("to_out.0.bias"))][0] = np.inf  # which stays as it is
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="its unet gives numbers that are not finite"):
+        quantize_folder(tmp_path / "model", tmp_path / "q", backend=backend, chosen=["unet"], force=True)

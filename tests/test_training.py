@@ -156,6 +156,7 @@ def test_a_run_goes_on_with_other_intervals_and_the_same_folder_by_another_name(
     run(vae_config(data.name, steps=2), tmp_path / "run")
     intervals = {"checkpoint_every": 4, "log_every": 2, "sample_every": 3}
     run(vae_config(f"./{data.name}/", steps=4, **intervals), tmp_path / "run")
+    assert unet_config(data, tmp_path, init_from="runs/model/", vae_from="./demo").init_from == "runs/model"
     run(vae_config(data.name, steps=4), tmp_path / "whole")
     assert (tmp_path / "run/state.safetensors").read_bytes() == (tmp_path / "whole/state.safetensors").read_bytes()
     assert [row.step for row in read_log(tmp_path / "run/log.csv")] == [1, 2, 4]

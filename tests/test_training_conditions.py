@@ -119,6 +119,9 @@ def test_damaged_weights_are_told_from_a_rate_that_is_too_high(
     with pytest.raises(NumericsError, match=message) as caught:
         run(config(data, damaged), tmp_path / "run", backend="torch")
     assert re.search(r"are the weights of .* damaged\?", caught.value.hint)
+    if network == "unet":
+        with pytest.raises(NumericsError, match=r"\(train in float32, or are the weights of .* damaged\?"):
+            run(config(data, damaged, dtype="bfloat16"), tmp_path / "half", backend="torch")
     kept = {"vae": "latents-*", "unet": "state.*"}.get(network, "reference-states-*")
     assert not list((tmp_path / "run").glob(kept))
 

@@ -19,8 +19,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from upscalers import PLAIN, UPSCALER, write_tiny_models
 
+import mvmlx.latents
 import mvshared.commands.generate
 import mvshared.pipeline
+import mvshared.upscaling.views
+import mvtorch.latents
 import mvtorch.model
 from mvshared.backend import load, load_upscaler
 from mvshared.camera import load_cameras
@@ -38,7 +41,6 @@ from mvshared.runs import read_run
 from mvshared.upscaling import standalone
 from mvshared.upscaling.folder import write_upscaler
 from mvshared.upscaling.views import check_fits, enlarge, enlarge_latents
-from mvtorch.latents import LatentModel
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 LEAN = MemoryPlan(networks_at_once=False, vae_tile=16)
@@ -136,28 +138,53 @@ def test_the_plan_of_an_upscaling_on_its_own_is_repeated_too(
     np.testing.assert_array_equal(again.images, upscaled.images)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["bilinear", "sd-x2"])
 @pytest.mark.parametrize("made", [PLAIN_PLAN, LEAN], ids=["upscaled alone", "all of it"])
 def test_the_upscaling_of_a_folder_uses_memory_as_its_run_did(
-    folders: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, made: MemoryPlan
+    folders: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, made: MemoryPlan, method: str, backend: Backend
 ) -> None:
-    pipe = load(folders / "tiny", backend="torch", device="cpu")
+    upscaler: dict[str, Any] = {"upscaler": folders / "x2", "steps": 2} if method == "sd-x2" else {}
+    pipe = load(folders / "tiny", backend=backend, device="cpu")
     pipe.memory = made
     views = pipe.generate(desk / "picture.png")
     pipe.memory = LEAN
-    upscaled = pipe.upscale(views, method="bilinear")
+    upscaled = pipe.upscale(views, method=method, **upscaler)
     replace(views, parameters=upscaled.parameters).save(desk / "out")  # as `generate` leaves it until the large views are there
     used: list[MemoryPlan] = []
-    planned = LatentModel.planned
-    monkeypatch.setattr(LatentModel, "planned", lambda model, plan: used.append(plan) or planned(model, plan))
+    asked: list[bool] = []
+    package: Any = {"torch": mvtorch.latents, "mlx": mvmlx.latents}[backend]
+    planned, load_lean = package.LatentModel.planned, mvshared.upscaling.views.load_upscaler
+    monkeypatch.setattr(package.LatentModel, "planned", lambda model, plan: used.append(plan) or planned(model, plan))
+    monkeypatch.setattr(
+        mvshared.upscaling.views,
+        "load_upscaler",
+        lambda name, **options: asked.append(options["low_memory"]) or load_lean(name, **options),
+    )
+    networks = 2 if method == "sd-x2" else 1
     assert run(["upscale", "out"]) == 0
-    assert used == [LEAN]
+    assert (used, asked) == ([LEAN] * networks, [True] * (networks - 1))
     np.testing.assert_array_equal(views_in(desk / "out" / "upscaled"), upscaled.images)
     recorded = json.loads((desk / "out" / "upscaled" / "metadata.json").read_text())["parameters"]["memory"]
     assert (recorded is None) == (made == LEAN)
-    assert run(["upscale", "out", "-o", "plain", "--dtype", "bfloat16", "--upscale", "bilinear"]) == 0  # takes other memory
-    assert used == [LEAN, PLAIN_PLAN]
-    recorded = json.loads((desk / "plain" / "metadata.json").read_text())["parameters"]["memory"]
-    assert (recorded is None) == (made == PLAIN_PLAN)
+    used.clear()
+    other = ["--upscale", "bilinear"] if method == "sd-x2" else ["--upscaler", "x2", "--upscale-steps", "1"]
+    assert run(["upscale", "out", "-o", "other", *other]) == 0  # not what the run was upscaled by
+    assert used == [made] * (3 - networks)
+    used.clear()
+    assert run(["upscale", "out", "-o", "half", "--dtype", "float16"]) == 0  # takes other memory
+    assert used == [PLAIN_PLAN] * networks
+
+
+def test_views_of_a_run_with_low_memory_are_upscaled_one_by_one(folders: Path, desk: Path) -> None:
+    pipe = load(folders / "tiny", device="cpu", low_memory=True)
+    views = pipe.generate(desk / "picture.png")
+    views.save(desk / "out")
+    assert run(["upscale", "out", "--upscaler", "x2"]) == 0
+    parameters = json.loads((desk / "out" / "upscaled" / "metadata.json").read_text())["parameters"]
+    expected = pipe.upscale(views, upscaler=folders / "x2").parameters.upscale
+    assert expected is not None and expected.budget_bytes is not None
+    assert parameters["budget_bytes"] == expected.budget_bytes < 10**6
 
 
 def test_latents_that_are_padded_fit_the_budget_that_was_planned_for_one_view(folders: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ PINHOLES = ("PINHOLE", "OPENCV", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "F
 LENS_TOLERANCE = 0.05  # shares of a picture by which lenses of scans are off
 DISTANCE_TOLERANCE = 0.01
 AIM_TOLERANCE_DEG = 5.0
+FOV_TOLERANCE_DEG = 1.0
 
 Y_UP_TO_Z_UP = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 MIRROR_X = np.diag([-1.0, 1.0, 1.0, 1.0])
@@ -301,6 +302,17 @@ def doubt_of(poses: NDArray[np.float32]) -> str:
     if angles_deg[worst] > AIM_TOLERANCE_DEG:
         return f"camera {worst} looks {angles_deg[worst]:.0f} degrees past the origin, where views are to have their subject"
     return ""
+
+
+def other_lenses(fovs_deg: Sequence[float | None], fov_deg: float) -> str:
+    """Which vertical fields of view are others than a model's, such as "30.0 to 65.0 degrees in 2 of 3 views"; nothing if none
+    is, give or take FOV_TOLERANCE_DEG. None is an unknown one."""
+    others = [fov for fov in fovs_deg if fov is not None and abs(fov - fov_deg) > FOV_TOLERANCE_DEG]
+    if not others:
+        return ""
+    least, most = f"{min(others):.1f}", f"{max(others):.1f}"
+    lens = f"{least if least == most else f'{least} to {most}'} degrees"
+    return lens if len(others) == len(fovs_deg) else f"{lens} in {len(others)} of {len(fovs_deg)} views"
 
 
 def _vertical_fov_deg(

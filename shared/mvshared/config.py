@@ -17,7 +17,8 @@ SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-
 Activation = Literal["gelu", "quick_gelu"]
 
 CAMERA_DIM = 16  # numbers of `mvshared.camera.camera_vectors`
-MOST, MOST_LAYERS = 2**20, 100  # what a config may ask for: more than any model has, and few enough to be refused at once
+MOST, MOST_LAYERS = 10**6, 100  # what a config may ask for: more than any model has, and few enough to be refused at once
+MOST_EDGE_PX = 10_000  # of a picture for CLIP
 _LAYERS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "depth")
 K_GROUP_WIDTH, K_NORM_EPS = 32, 1e-5  # of the upscaler: channels that are normalised together
 
@@ -69,7 +70,10 @@ class CLIPImageConfig:
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.crop_size <= self.shortest_edge:
+        check_counts(self, "shortest_edge", "crop_size")
+        if self.shortest_edge > MOST_EDGE_PX:
+            raise OptionError("shortest_edge", expected=f"at most {MOST_EDGE_PX}", got=self.shortest_edge)
+        if self.crop_size > self.shortest_edge:
             expected = f"from 1 to shortest_edge ({self.shortest_edge})"
             raise OptionError("crop_size", expected=expected, got=self.crop_size)
         if self.resample not in range(6):
@@ -337,9 +341,6 @@ class KUNetConfig:
 NetworkConfig: TypeAlias = UNetConfig | VAEConfig | CLIPTextConfig | CLIPVisionConfig | KUNetConfig
 
 
-MAX_TRAIN_TIMESTEPS = 1_000_000
-
-
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """The noise schedule and the default spacing of timesteps (diffusers' scheduler_config.json).
@@ -361,9 +362,6 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "num_train_timesteps")
-        if self.num_train_timesteps > MAX_TRAIN_TIMESTEPS:
-            expected = f"at most {MAX_TRAIN_TIMESTEPS}"
-            raise OptionError("num_train_timesteps", expected=expected, got=self.num_train_timesteps)
         if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
             raise OptionError("num_train_timesteps", expected="at least 2 for zero terminal SNR", got=self.num_train_timesteps)
         for name in ("beta_start", "beta_end"):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mvshared.camera import Y_UP_TO_Z_UP, read_transforms
+from mvshared.camera import Y_UP_TO_Z_UP, other_lenses, read_transforms
 from mvshared.errors import CameraError, ConfigError, ImageError, OptionError, OutputError, warn
 from mvshared.export import METADATA, transforms
 from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, with_leftovers, write_atomic, write_json
@@ -32,7 +32,6 @@ MAP_FILES = re.compile(r"normal_\d{3,}\.png|transforms\.json")
 RENDERING = ".rendering"  # beside maps whose transforms.json is still to come
 LEFTOVERS = with_leftovers(rf"{MAP_FILES.pattern}|{re.escape(RENDERING)}")  # of maps that were written, killed or not
 CAMERA_TOLERANCE_DEG = 1.0
-FOV_TOLERANCE_DEG = 1.0
 CHECKED_PX = 256  # a map is checked at no more than this size
 
 # Of rendered heads, 8 bits, seen from 30 degrees below to straight above, the lengths are off by 0.002 and 0.1 % of the surface
@@ -45,13 +44,13 @@ AWAY_SHARE = 0.04  # of the surface
 class NormalMaps(NamedTuple):
     """Normal maps that were found, not read yet: one source per view.
 
-    What a transforms.json beside them says, None or the usual without: `poses` float32 (v, 4, 4) in the +Y-up world, the
-    vertical `fov_deg`, their `space`, and `world` (3, 3), which turns world-space normals into the +Y-up world.
+    What a transforms.json beside them says, None or the usual without: `poses` float32 (v, 4, 4) in the +Y-up world, their
+    vertical `fovs_deg`, the `space`, and `world` (3, 3), which turns world-space normals into the +Y-up world.
     """
 
     sources: tuple[NormalMap, ...]
     poses: NDArray[np.float32] | None = None
-    fov_deg: float | None = None
+    fovs_deg: tuple[float | None, ...] = ()
     space: NormalSpace | None = None
     world: NDArray[np.float64] = np.eye(3)
 
@@ -190,9 +189,9 @@ def _with_cameras(paths: list[Path], frames: _Frames | None) -> NormalMaps:
     chosen = [places.get(path.resolve()) for path in paths]
     if frames is None or not chosen or None in chosen:
         return NormalMaps(tuple(paths))
-    poses = frames.found.poses
+    poses, fovs = frames.found.poses, tuple(frames.found.fovs_deg[index] for index in chosen if index is not None)
     assert poses is not None
-    return frames.found._replace(sources=tuple(paths), poses=poses[np.array(chosen)])
+    return frames.found._replace(sources=tuple(paths), poses=poses[np.array(chosen)], fovs_deg=fovs)
 
 
 def _frames(folder: Path) -> _Frames | None:
@@ -215,7 +214,7 @@ def _frames(folder: Path) -> _Frames | None:
     found = NormalMaps(
         sources=tuple(paths),
         poses=cameras.poses[np.array(chosen, dtype=int)],
-        fov_deg=cameras.fov_deg,
+        fovs_deg=tuple(cameras.fovs_deg[index] for index in chosen),
         space=space,
         world=np.eye(3) if document.get("up") == [0, 1, 0] else Y_UP_TO_Z_UP[:3, :3].T,
     )
@@ -248,9 +247,8 @@ def check_cameras(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: floa
                 index=index,
                 hint="leave `views`, `azimuths_deg`, `elevation_deg` and `cameras` out, and those of the normal maps are taken",
             )
-    if maps.fov_deg is not None and abs(maps.fov_deg - fov_deg) > FOV_TOLERANCE_DEG:
-        text = f"the normal maps have a field of view of {maps.fov_deg:.1f} degrees, the model's views {fov_deg:.1f}"
-        warn(text)
+    if lens := other_lenses(maps.fovs_deg, fov_deg):
+        warn(f"the normal maps have a field of view of {lens}, the model's views {fov_deg:.1f}")
 
 
 def _angle_deg(cosine: float) -> float:
@@ -268,7 +266,7 @@ def load_normals(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: float
     from the camera; CameraError for such normals in world space.
     """
     check_cameras(maps, poses, fov_deg=fov_deg)
-    lens_deg = fov_deg if maps.fov_deg is None else maps.fov_deg
+    lenses_deg = maps.fovs_deg or (None,) * len(maps.sources)
     prepared: list[Vectors] = []
     side = 0
     for index, source in enumerate(maps.sources):
@@ -280,7 +278,9 @@ def load_normals(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: float
         to_camera = (maps.world.T @ poses[index, :3, :3].astype(np.float64)).astype(np.float32)
         in_camera = vectors if maps.space == "camera" else vectors @ to_camera
         other = vectors @ to_camera if maps.space == "camera" else vectors
-        _check_surface(maps, index, in_camera, other, surface[..., 0] >= 0.5, fov_deg=lens_deg)
+        lens_deg = lenses_deg[index]
+        solid = surface[..., 0] >= 0.5
+        _check_surface(maps, index, in_camera, other, solid, fov_deg=fov_deg if lens_deg is None else lens_deg)
         prepared.append(_resized(in_camera, surface, size_px))
     return np.stack(prepared)
 

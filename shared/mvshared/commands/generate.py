@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mvshared.arguments import number
 from mvshared.backend import Model, choose_backend, chosen_dtype, load
-from mvshared.camera import load_cameras
+from mvshared.camera import load_cameras, other_lenses
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.config import ModelConfig
 from mvshared.errors import MvError, MvWarning, OptionError, OutputError, warn
@@ -24,7 +24,6 @@ from mvshared.export import METADATA, check_free, check_source
 from mvshared.files import check_folder, make_folder, remove_others, write_atomic
 from mvshared.images import encode_png, grid
 from mvshared.messages import say
-from mvshared.normals import FOV_TOLERANCE_DEG
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.quantization.plans import preset_of
 from mvshared.repetition import repeat, requested
@@ -229,11 +228,8 @@ def _repeated_run(config: Path, output: Path, *, given: set[str], check_numerics
 def poses_in(path: Path, config: ModelConfig) -> NDArray[np.float32]:
     """Poses (v, 4, 4) in a file of cameras, with an MvWarning if their lens is not the model's."""
     cameras, fov_deg = load_cameras(path, radius=config.camera.radius), config.camera.fov_deg
-    others = [fov for fov in cameras.fovs_deg if fov is not None and abs(fov - fov_deg) > FOV_TOLERANCE_DEG]
-    if others:
-        least, most = f"{min(others):.1f}", f"{max(others):.1f}"
-        lens = least if least == most else f"{least} to {most}"
-        warn(f"{path}: has a field of view of {lens} degrees, and views have that of the model, {fov_deg:.1f}")
+    if lens := other_lenses(cameras.fovs_deg, fov_deg):
+        warn(f"{path}: has a field of view of {lens}, and views have that of the model, {fov_deg:.1f}")
     return cameras.poses
 
 

@@ -103,22 +103,27 @@ def ldm_vae_config(shapes: Shapes, *, sample_size: int) -> VAEConfig:
 
 
 def open_clip_text_config(shapes: Shapes) -> CLIPTextConfig:
-    """Stable Diffusion 2's text tower in OpenCLIP's tensors: the states before ViT-H's 24th layer, no projection.
-
-    Towers of other widths are whole if they have their projection; then their last layer is left out.
-    """
+    """Stable Diffusion 2's text tower in OpenCLIP's tensors, with the layers of `open_clip_text_layers`, no projection."""
     vocab, width = _shape(shapes, "token_embedding.weight")
-    layers = _count(shapes, "transformer.resblocks.{}.ln_1.weight")
     return CLIPTextConfig(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=_shape(shapes, "transformer.resblocks.0.mlp.c_fc.weight")[0],
-        num_hidden_layers=min(layers, VIT_H_LAYERS - 1) if width == VIT_H_WIDTH else layers - ("text_projection" in shapes),
+        num_hidden_layers=open_clip_text_layers(shapes),
         num_attention_heads=max(1, width // HEAD_WIDTH),
         max_position_embeddings=_shape(shapes, "positional_embedding")[0],
         hidden_act="gelu",
         eos_token_id=vocab - 1,
     )
+
+
+def open_clip_text_layers(shapes: Shapes) -> int:
+    """How many layers are taken of a text tower in OpenCLIP's tensors: those before ViT-H's 24th. Towers of other widths are
+    whole if they have their projection; then their last layer is left out."""
+    layers = _count(shapes, "transformer.resblocks.{}.ln_1.weight")
+    if _shape(shapes, "token_embedding.weight")[1] == VIT_H_WIDTH:
+        return min(layers, VIT_H_LAYERS - 1)
+    return layers - ("text_projection" in shapes)
 
 
 def open_clip_vision_config(shapes: Shapes) -> CLIPVisionConfig:

@@ -23,7 +23,17 @@ from mvshared.checkpoint import (
     weight_files,
     weight_files_in,
 )
-from mvshared.config import SD_VAE, CLIPImageConfig, ModelConfig, PredictionType, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.config import (
+    SD_VAE,
+    CLIPImageConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ModelConfig,
+    PredictionType,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from mvshared.conversion.configs import euler_document, scheduler_document
 from mvshared.conversion.folders import OnTensor, Progress, check_apart, copy_files, fingerprint, write_weights
 from mvshared.conversion.networks import Part, convert_network, network_shapes
@@ -231,18 +241,28 @@ def _take_configs(collected: _Collected, like: Path) -> None:
     """The JSON files of a folder instead of those from the shapes. Raises CheckpointError if its tensors are others."""
     config = read_model_config(like)
     for component, part in collected.parts.items():
-        given = getattr(config, component)
+        given, changes = getattr(config, component), {}
+        if _lacks_projection(part.config, given):  # as all that was written to one file does
+            given = replace(given, projection_dim=None)
+            changes = {"architectures": [f"CLIP{'Text' if component == 'text_encoder' else 'Vision'}Model"]}
         if part.config is None or given is None or network_shapes(given) != network_shapes(part.config):
             raise CheckpointError(f"its {component} has other tensors than the one to convert", path=like)
         path = f"{component}/config.json"
         document = read_json_object(like / path, error=CheckpointError)
         if component in ("unet", "vae") and "_class_name" not in document:
             raise CheckpointError("is no config of diffusers", path=like / path)
-        documents = {**part.documents, path: document}
+        documents = {**part.documents, path: document | changes}
         collected.parts[component] = replace(part, config=given, documents=documents)
     for name in PLAIN_FOLDERS:
         if (like / name).is_dir():
             collected.folders.setdefault(name, like / name)
+
+
+def _lacks_projection(found: object, given: object) -> bool:
+    """Whether a tower has no projection where the given one has."""
+    if not isinstance(found, CLIPTextConfig | CLIPVisionConfig) or not isinstance(given, CLIPTextConfig | CLIPVisionConfig):
+        return False
+    return found.projection_dim is None and given.projection_dim is not None
 
 
 def _family(collected: _Collected, family: str | None) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
 from mvshared.config import ModelConfig
-from mvshared.conversion.configs import open_clip_text_config
+from mvshared.conversion.configs import open_clip_text_layers
 from mvshared.conversion.links import Link, open_clip_links, plain_links, unet_links, vae_links
 from mvshared.conversion.networks import PROJECTIONS, network_shapes
 from mvshared.conversion.raw import FLOATS, RawTensor, cast, read_safetensors, write_safetensors
@@ -92,7 +92,7 @@ def _states_alone(links: list[Link], own: dict[str, RawTensor], *, path: Path) -
     that are without one then. Raises CheckpointError for more layers than readers take."""
     kept = [link for link in links if not any(name in PROJECTIONS for name in link.own)]
     layers = 1 + max((int(name.split(".")[2]) for name in own if name.startswith("encoder.layers.")), default=-1)
-    taken = open_clip_text_config({link.other: link.to_other(own).shape for link in kept}).num_hidden_layers
+    taken = open_clip_text_layers({link.other: link.to_other(own).shape for link in kept})
     if taken != layers:
         reason = f"has {layers} layers, and of files with the original names of its family {taken} are read"
         raise CheckpointError(reason, path=path, hint="a folder keeps them all")

@@ -250,6 +250,11 @@ def _measured(
         errors = {name: (_weight_error(source, name, layer), None) for name, layer in layers.items()}
         return layers, dict(errors), None
     expected = probe.run()
+    if not np.isfinite(expected).all():
+        for name, layer in layers.items():
+            source.quantized(name, layer)  # names the weight if it is one of these
+        reason = f"its {source.component} gives numbers that are not finite"
+        raise CheckpointError(reason, path=source.paths[0], hint="are the weights damaged?")
 
     def measure(name: str, layer: QuantizedLayer) -> tuple[float, float | None]:
         weight = source.weight(name)

@@ -76,7 +76,7 @@ def _scales_biases(groups: NDArray[np.float32], *, bits: int) -> tuple[NDArray[n
         lost = (np.abs(exact) - np.abs(rounded.astype(np.float32))) * ((1 << bits) - 1) > np.abs(exact) / 8
         rounded = np.where(lost, np.nextafter(rounded, np.copysign(np.float16(np.inf), exact.astype(np.float16))), rounded)
     if not (np.isfinite(rounded).all() and np.isfinite(biases).all()):
-        raise CheckpointError("numbers that are not finite, or beyond the range of float16, cannot be quantised")
+        raise CheckpointError("numbers that are not finite, or beyond the range of float16, which cannot be quantised")
     return rounded, biases
 
 

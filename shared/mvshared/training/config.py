@@ -216,6 +216,9 @@ class TrainConfig:
             if value < least:
                 raise OptionError(name, expected=f"at least {least}", got=value)
             object.__setattr__(self, name, int(value))
+        for name in ("init_from", "vae_from", "views_from"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, value.rstrip("/") or value)  # runs/model/ is runs/model
         if self.framing.background not in (Framing.background, self.data.background):
             expected = f"that of the data, {self.data.background}, or left out"
             raise OptionError("framing.background", expected=expected, got=self.framing.background)

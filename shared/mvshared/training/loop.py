@@ -166,9 +166,11 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
 
 def _diverged(what: str, run: RunFolder, *, step: int, learned: bool = True) -> NumericsError:
     """The error about a step; without anything `learned` the rate is not to blame."""
-    hint = "lower the learning rate" + ", or train in float32" * (run.config.dtype != "float32") + ", in another folder"
-    if not learned and run.config.init_from is not None:
-        hint = f"are the weights of {run.config.init_from} damaged?"
+    in_float32 = "train in float32" * (run.config.dtype != "float32")
+    if learned or run.config.init_from is None:
+        hint = f"{', or '.join(filter(None, ('lower the learning rate', in_float32)))}, in another folder"
+    else:
+        hint = f"{', or '.join(filter(None, (in_float32, f'are the weights of {run.config.init_from} damaged')))}?"
     kept = "; the last state is kept" * run.state_path.exists()
     return NumericsError(what, where=f"training step {step}", hint=hint + kept)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mvshared.arguments import array_sha256, load_latents, whole
 from mvshared.backend import PACKAGES, BackendName, Dtype, choose_backend, chosen_dtype, parse_dtype
-from mvshared.checkpoint import find_model, read_vae_config
+from mvshared.checkpoint import find_model, model_name, read_vae_config
 from mvshared.config import VAEConfig
 from mvshared.errors import ImageError, OptionError
 from mvshared.export import METADATA, check_free, check_source, metadata, transforms, view_names, write_views
@@ -208,8 +208,9 @@ def _load(
         return _Networks(UpscaleParameters(method="lanczos"))
     run, folder, chosen = source.run, _vae_folder(options, model), choose_backend(backend)
     vae, used = read_vae_config(folder), chosen_dtype(dtype, backend=chosen, device=device)
+    memory = _memory_of(run, options, backend=chosen, dtype=used)
+    options = replace(options, low_memory=not memory.networks_at_once)
     planned = plan_upscale(options, vae=vae, latent_size=_latent_size(source, vae), backend=chosen, dtype=used)
-    memory = _memory_of(run, planned, backend=chosen, dtype=used)
     planned = replace(planned, memory=None if run is None or memory == run.memory else memory)
     codec = importlib.import_module(f"{PACKAGES[chosen]}.upscaling").load_latent_model(folder, dtype=dtype, device=device)
     at_once = memory.networks_at_once
@@ -217,12 +218,12 @@ def _load(
     return _Networks(planned, memory, codec, upscaler)
 
 
-def _memory_of(run: Parameters | None, planned: UpscaleParameters, *, backend: BackendName, dtype: Dtype) -> MemoryPlan:
+def _memory_of(run: Parameters | None, options: UpscaleOptions, *, backend: BackendName, dtype: Dtype) -> MemoryPlan:
     """How memory is used: as the run's views were upscaled if by the same, else as they were made."""
     if run is None or (run.backend, run.dtype) != (backend, dtype):
         return PLAIN
-    before = run.upscale
-    if before is None or before.memory is None or (before.method, before.upscaler) != (planned.method, planned.upscaler):
+    before, upscaler = run.upscale, None if options.upscaler is None else model_name(options.upscaler)
+    if before is None or before.memory is None or (before.method, before.upscaler) != (options.method, upscaler):
         return run.memory
     return before.memory
 
