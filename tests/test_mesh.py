@@ -183,6 +183,7 @@ def head_mesh(identity: int) -> Mesh:
     return Mesh(places.astype(float), faces.astype(np.int64), normals[faces].astype(float))
 
 
+@pytest.mark.filterwarnings("ignore:Setting the shape on a NumPy array:DeprecationWarning")  # scikit-image, NumPy 2.5
 def test_a_head_as_a_mesh_has_the_maps_of_the_renderer_of_heads() -> None:
     poses = orbit([30, 160, 290], 10, radius=DEFAULT_RADIUS)
     truth = render(3, poses, size_px=SIZE).normals
