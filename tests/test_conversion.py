@@ -790,7 +790,7 @@ def test_float64_is_rounded_where_a_dtype_is_asked_for(originals: dict[str, Path
 def test_projections_of_several_dtypes_become_one_tensor_of_float32(folders: dict[str, Path], tmp_path: Path) -> None:
     source = shutil.copytree(folders["mvdream"], tmp_path / "source")
     encoder = tensors_of(source, "text_encoder")
-    key = "encoder.layers.0.self_attn.k_proj.weight"
+    key = "encoder.layers.0.self_attn.q_proj.weight"
     encoder[key] = encoder[key].bfloat16()
     safetensors.torch.save_file(encoder, weight_files(source, "text_encoder")[0])
     convert(source, tmp_path / "one.safetensors")
@@ -1137,3 +1137,54 @@ def test_the_towers_shapes_are_those_of_the_public_checkpoints() -> None:
         names = {re.sub(r"^(text|vision)_model\.", "", name): tuple(shape) for name, shape in manifest.items()}
         plain = {name: shape for name, shape in names.items() if "position_ids" not in name}
         assert network_shapes(config) == plain
+
+
+# What our own converter does not tell: the published files
+
+
+def test_the_vae_s_attention_is_made_of_convolutions_in_one_file(originals: dict[str, Path]) -> None:
+    """As CompVis' autoencoder has it; diffusers' converter takes linear layers, too."""
+    stored = safetensors.torch.load_file(originals["sd21"])
+    for half in ("encoder", "decoder"):
+        for part in ("q", "k", "v", "proj_out"):
+            assert stored[f"first_stage_model.{half}.mid.attn_1.{part}.weight"].shape == (64, 64, 1, 1)
+
+
+def test_files_of_stable_diffusion_1_5_have_position_numbers(originals: dict[str, Path], tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(originals["sd15"])
+    name = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    tensors[name] = torch.arange(77)[None]
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", tmp_path / "out", extra=[TOKENIZER])
+    assert (report.family, report.left_out) == ("sd15", {name: "position numbers"})
+
+
+def test_safetensors_by_another_name_are_read(originals: dict[str, Path], tmp_path: Path) -> None:
+    other = Path(shutil.copy(originals["mvdream"], tmp_path / "model.ckpt"))
+    assert convert(other, tmp_path / "out", extra=[TOKENIZER]).family == "mvdream"
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [({}, {"dtype": "float16"}), ({"shard_bytes": 1_500_000}, {"shard_bytes": 1_600_000})],
+    ids=["dtype", "shards"],
+)
+def test_a_broken_run_is_not_gone_on_with_by_other_options(
+    options: dict[str, Any], changed: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def break_off(name: str, size: int) -> None:
+        if "encoder.layers" in name:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(folders["mvdream"], tmp_path / "out", on_tensor=break_off, **options)
+    found, fresh = (convert(folders["mvdream"], tmp_path / name, **changed).folder for name in ("out", "fresh"))
+    for component in ("unet", "vae", "text_encoder"):
+        ours, expected = ([path.read_bytes() for path in weight_files(folder, component)] for folder in (found, fresh))
+        assert ours == expected, component
+
+
+def test_nan_stays_nan_in_bfloat16() -> None:
+    bits = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
+    found = cast(RawTensor(dtype="F32", shape=(3,), read=lambda: bits), "BF16", name="x").read()
+    assert torch.from_numpy(found.view(np.int16)).view(torch.bfloat16).isnan().all()

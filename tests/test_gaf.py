@@ -19,6 +19,7 @@ from helpers import (
     unet_inputs,
 )
 from public_folders import stable_diffusion
+from safetensors.numpy import load_file
 
 from mvshared.backend import load
 from mvshared.checkpoint import read_model_config
@@ -158,3 +159,14 @@ def test_the_negative_prompt_is_that_of_the_source_and_so_is_the_size_up_to_that
     ours, theirs = (read_model_config(folder).defaults for folder in (tmp_path / "gaf", source))
     assert theirs.size_px == size_px and theirs.negative_prompt
     assert (ours.size_px, ours.negative_prompt) == (expected, theirs.negative_prompt)
+
+
+def test_keys_of_image_tokens_begin_as_those_of_the_text(tmp_path: Path) -> None:
+    source = stable_diffusion(tmp_path / "sd21", unet=SD21)
+    init_gaf(source, tmp_path / "gaf", image_encoder=FIXTURES / "tiny-imagedream" / "image_encoder")
+    weights = load_file(tmp_path / "gaf" / "unet" / "diffusion_pytorch_model.safetensors")
+    names = [name for name in weights if name.endswith("to_k_ip.weight")]
+    assert names
+    for name in names:
+        np.testing.assert_array_equal(weights[name], weights[name.replace("to_k_ip", "to_k")])
+        assert not weights[name.replace("to_k_ip", "to_v_ip")].any()

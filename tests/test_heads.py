@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -320,3 +321,17 @@ def test_identities_are_values() -> None:
     assert hash(head) == hash(sample_identity(1))
     with pytest.raises(AttributeError):
         head.lid = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("side", "lit", "other"), [(-0.8, slice(0, 32), slice(32, 64)), (0.8, slice(32, 64), slice(0, 32))])
+def test_the_side_of_the_light_is_the_brighter_one(side: float, lit: slice, other: slice) -> None:
+    head = replace(sample_identity(3), light=(side, 0.6, 0.0))
+    views = render(head, orbit([0], 5, radius=DEFAULT_RADIUS), size_px=64)
+    grey = np.where(views.parts[0] == Part.SKIN, views.rgba[0, ..., :3].mean(-1), np.nan)
+    assert np.nanmean(grey[:, lit]) > np.nanmean(grey[:, other]) + 10
+
+
+def test_front_views_show_noses() -> None:
+    for number in range(4):
+        views = render(number, orbit([0], 5, radius=DEFAULT_RADIUS), size_px=64)
+        assert (views.parts == Part.NOSE).mean() > 0.001

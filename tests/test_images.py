@@ -487,3 +487,10 @@ def test_the_transparent_colour_of_a_16_bit_png_has_alpha_zero(tmp_path: Path, l
     path = written(tmp_path / "a.png", png_16_bit(values, color_type=2, extra=transparent))
     # Colours have 8 bits, numbers all 16.
     np.testing.assert_array_equal(load(path)[0, :, 3], [255, 0, 255, 0 if load is load_image else 255])
+
+
+def test_no_picture_of_a_turntable_is_shorter_than_players_take(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 3), dtype=np.uint8)
+    save_turntable(tmp_path / "a.gif", images, seconds=0.3)
+    with Image.open(tmp_path / "a.gif") as found:
+        assert found.info["duration"] == 20

@@ -421,3 +421,23 @@ def test_maps_of_a_mesh_steer_the_demo_model(desk: Path) -> None:
     alpha = np.stack([load_values(path)[..., 3] for path in sorted((desk / "maps").glob("*.png"))]) >= 128
     scores = [iou(background_mask(views.images, background=(255, 255, 255)), alpha).mean() for views in (steered, free)]
     assert scores[0] > 0.8 and scores[0] > scores[1] + 0.12, scores
+
+
+def block() -> Mesh:
+    vertices = np.array([[x, y, z] for x in (-1.0, 1) for y in (0.0, 2) for z in (-1.0, 1)])
+    faces = np.array([[0, 1, 2], [1, 2, 3], [4, 5, 6], [5, 6, 7]])
+    return Mesh(vertices, faces, np.zeros((4, 3, 3)))
+
+
+def fitted(mesh: Mesh, elevation_deg: float) -> NDArray[np.float64]:
+    return fit_mesh(mesh, orbit([0.0, 90.0], elevation_deg, radius=3.4), fov_deg=30.0, framing=Framing(mode="subject")).vertices
+
+
+def test_from_high_above_a_subject_stands_as_from_30_degrees() -> None:
+    np.testing.assert_allclose(fitted(block(), 75.0), fitted(block(), 30.0), atol=1e-6)
+
+
+def test_vertices_of_no_face_do_not_count() -> None:
+    mesh = block()
+    stray = mesh._replace(vertices=np.concatenate([mesh.vertices, [[50.0, 50.0, 50.0]]]))
+    np.testing.assert_allclose(fitted(stray, 10.0)[:8], fitted(mesh, 10.0))

@@ -469,3 +469,10 @@ def test_maps_are_encoded_one_view_at_a_time(model: Path, backend: Backend, monk
     monkeypatch.setattr(network.vae, "_encode", counted)
     network.encode_latents(np.zeros((3, SIZE, SIZE, 3), np.float32))
     assert sizes == [1, 1, 1]
+
+
+def test_a_large_map_is_checked_all_over() -> None:
+    """At every second pixel of 512: a ball at the lower border, right under a wide void."""
+    maps = np.full((512, 512, 4), (255, 0, 255, 0), np.uint8)
+    maps[320:448, 192:320] = ball(128)
+    assert read([maps], size_px=512).shape == (1, 512, 512, 3)

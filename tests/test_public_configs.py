@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import transformers
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -33,10 +34,12 @@ from mvshared.errors import CheckpointError, OptionError
 from mvshared.public_configs import (
     SCHEDULER_FIELDS,
     clip_text,
+    clip_vision,
     diffusers_sampler,
     diffusers_scheduler,
     diffusers_unet,
     diffusers_vae,
+    family_defaults,
     latent_size,
     ldm_unet,
 )
@@ -568,3 +571,21 @@ def test_the_vae_preset_is_the_public_config() -> None:
     assert diffusers_vae(given, path=HERE) == SD_VAE
     for size, read in (([256, 128], 256), (None, 256)):
         assert diffusers_vae(given | {"sample_size": size}, path=HERE).sample_size == read
+
+
+@pytest.mark.parametrize(
+    ("read", "oracle"), [(clip_text, transformers.CLIPTextConfig), (clip_vision, transformers.CLIPVisionConfig)]
+)
+def test_what_a_tower_s_file_leaves_out_has_the_default_of_transformers(read: Any, oracle: Any) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    theirs = oracle(**sizes)
+    for name, value in vars(read(sizes, path=HERE, projection=True)).items():
+        assert value == getattr(theirs, name), name
+
+
+def test_views_without_options_are_those_of_the_reference_code() -> None:
+    mvdream, imagedream = (family_defaults(family, size_px=256) for family in ("mvdream", "imagedream"))
+    assert (mvdream.views, mvdream.steps, mvdream.guidance, mvdream.elevation_deg) == (4, 30, 5.0, 15.0)
+    assert mvdream.negative_prompt == ""
+    assert (imagedream.views, imagedream.steps, imagedream.guidance, imagedream.elevation_deg) == (4, 30, 5.0, 5.0)
+    assert imagedream.negative_prompt is not None and imagedream.negative_prompt.startswith("uniform low no texture ugly")

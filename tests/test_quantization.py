@@ -69,6 +69,7 @@ def mlx_quantized(x: NDArray[np.float32], bits: int, group_size: int) -> tuple[N
 )
 @settings(max_examples=60)
 @example(bits=6, group_size=32, rows=1, groups=3, seed=2, scale=2.0**-14, offset=0.0)
+@example(bits=4, group_size=64, rows=2, groups=4, seed=2021, scale=1e-5, offset=0.0)
 def test_every_number_comes_back_within_a_step_of_its_group(
     bits: int, group_size: int, rows: int, groups: int, seed: int, scale: float, offset: float
 ) -> None:
@@ -270,3 +271,15 @@ def test_a_malformed_layer_is_refused_by_its_name(field: str, value: Any) -> Non
 def test_a_later_format_is_refused_by_its_version() -> None:
     with pytest.raises(CheckpointError, match=r"is quantised in the format 2, and 1 is known \(quantise it again\)"):
         from_metadata(json.dumps({**document(), "format_version": 2}), path=Path("model.safetensors"))
+
+
+def test_a_group_size_of_32_is_that_of_every_layer() -> None:
+    layers = quantizable({"a.weight": (8, 128), "b.weight": (8, 96)}, group_size=32)
+    assert {layer.group_size for layer in layers.values()} == {32}
+
+
+def test_the_squared_error_per_number_decides_which_layers_are_kept() -> None:
+    shapes = {"small.weight": (64, 64), "large.weight": (256, 64), "rest.weight": (640, 1280)}
+    layers = with_bits(quantizable(shapes), 4)
+    kept = keep_sensitive(shapes, layers, {"small": 0.3, "large": 0.7, "rest": 0.0})
+    assert (kept["large"].bits, kept["small"].bits) == (8, 4)

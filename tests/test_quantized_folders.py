@@ -360,6 +360,19 @@ folders.quantize_folder({str(tiny)!r}, Path("q"), measure=False, backend="torch"
 # The command line, and other commands
 
 
+def test_a_broken_run_is_not_gone_on_with_by_another_group_size(tmp_path: Path) -> None:
+    def break_off(what: str, count: int) -> None:
+        if what == "writing text_encoder":
+            raise KeyboardInterrupt
+
+    source, options = FIXTURES / "tiny-imagedream", {"bits": 8, "measure": False, "backend": "torch"}
+    with pytest.raises(KeyboardInterrupt):
+        quantize_folder(source, tmp_path / "out", group_size=64, on_layer=break_off, **options)
+    quantize_folder(source, tmp_path / "out", group_size=32, **options)
+    layers = stored_quantization(weight_files(tmp_path / "out", "unet")).layers
+    assert {layer.group_size for layer in layers.values()} == {32}
+
+
 def test_mvmlx_quantize_reports_every_layer(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["quantize", str(tiny), str(tmp_path / "q"), "--preset", "q4", "--backend", "torch", "--device", "cpu"]
     assert run([*arguments, "--report", str(tmp_path / "layers.csv")]) == 0

@@ -232,3 +232,14 @@ def test_configurations_that_make_no_sense_cannot_be_made(kind: type[Any], value
     with pytest.raises(OptionError) as caught:
         kind(**values)
     assert caught.value.name in values
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_above_the_end_token_are_not_the_end(backend: Backend) -> None:
+    """Concepts of textual inversion have numbers behind it."""
+    config = replace(TEXT, eos_token_id=TEXT.vocab_size - 5)
+    ids = np.random.default_rng(0).integers(3, config.eos_token_id, (2, 12))
+    ids[:, 4], ids[:, 8] = config.vocab_size - 2, config.eos_token_id
+    with torch.no_grad():
+        expected = text_oracle(config)(input_ids=torch.from_numpy(ids), output_hidden_states=True)
+    assert_outputs_close(run(make("CLIPTextModel", config, backend), ids), expected, embeds="text_embeds")

@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import BACKENDS, Backend, assert_close, assert_different
+from numpy.typing import NDArray
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from training_cases import SIZE, run, some_latents, weights_of, write_objects
 
 import mvshared.training.conditions
 import mvshared.training.kept
 from mvshared.backend import load
+from mvshared.captures import load_capture
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.clip_images import clip_pixels
 from mvshared.config import SchedulerConfig
 from mvshared.conversion.gaf import init_gaf
 from mvshared.errors import DatasetError, NumericsError, OptionError
 from mvshared.inspection import inspect
+from mvshared.training.conditions import encode_conditions
 from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig
 from mvshared.training.data import ViewBatches, encode_captures, reference_pictures
 from mvtorch.model import load_network
@@ -213,3 +217,36 @@ def test_a_network_with_encoders_comes_whole(data: Path, gaf: Path) -> None:
         config(data, gaf, unet=unet, vae_from=str(gaf))
     with pytest.raises(OptionError, match="unet must be a table of UNetConfig fields, and vae_from,"):
         config(data, gaf, init_from=None)
+
+
+def test_states_of_changed_pictures_or_of_another_encoder_are_not_taken(data: Path, gaf: Path, tmp_path: Path) -> None:
+    source, captures = shutil.copytree(gaf, tmp_path / "gaf"), shutil.copytree(data, tmp_path / "data")
+    folders = sorted(captures.glob("object_*"))[:1]
+
+    def states() -> NDArray[np.float16]:
+        settings, given = config(data, gaf).data, [("training", folders)]
+        model = read_model_config(source)
+        (found,) = encode_conditions(source, model, settings, given, tmp_path / "run", backend="torch", device="cpu")
+        assert found.image_states is not None
+        return np.array(found.image_states)
+
+    first = states()
+    for path in load_capture(folders[0]).image_paths:
+        Image.open(path).convert("L").convert("RGB").save(path)
+    second = states()
+    assert not np.array_equal(first, second)
+    (file,) = weight_files(source, "image_encoder")
+    save_file({name: weight / 2 for name, weight in load_file(file).items()}, file)
+    assert not np.array_equal(second, states())
+    assert len(list((tmp_path / "run").glob("reference-states-*"))) == 1
+
+
+def test_a_dropped_reference_has_no_image_state() -> None:
+    latents, settings = some_latents(), DataConfig(folder="", targets=2, reference_dropout=0.5)
+    rows = np.flatnonzero(settings.may_be_references(latents.azimuths_deg))
+    states = np.broadcast_to(latents.images[rows, 0, 0, 0][:, None, None], (len(rows), 3, 5))
+    batches = ViewBatches(latents, settings, SchedulerConfig(), normal_channels=0, image_states=states)
+    batch = batches.batch(0, size=20, seed=0)
+    assert batch.image_states is not None and batch.reference is not None
+    np.testing.assert_array_equal(batch.image_states[:, 0, 0], batch.reference[:, 0, 0, 0])
+    assert (batch.image_states == 0).all((1, 2)).any()

@@ -31,7 +31,7 @@ from mvshared.training.initial import initial_upscaler_weights
 from mvshared.training.kept import load_arrays
 from mvshared.training.log import read_log
 from mvshared.training.samples import sample_writer
-from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, encode_pairs, halved
+from mvshared.training.upscaler_data import LatentPairs, UpscalerBatches, _noisy, encode_pairs, halved
 from mvshared.upscaling.config import SigmaConfig
 from mvshared.upscaling.folder import is_upscaler, read_upscaler_config
 
@@ -303,3 +303,18 @@ def test_the_generated_share_is_drawn_in_pairs() -> None:
     plain = ~found.condition[:, 3:].any(axis=1)
     assert (found.sample[ours & plain, ..., 4:] == 7).all()
     assert (found.sample[~ours & plain, ..., 4:] != 7).any(axis=(1, 2, 3, 4)).all()
+
+
+def test_noised_latents_keep_their_variance() -> None:
+    random = np.random.default_rng(0)
+    low = random.standard_normal((3, 1, 64, 64, 4)).astype(np.float32)
+    found = _noisy(low, np.array([0.0, 0.5, 1.0]), random)
+    np.testing.assert_array_equal(found[0], low[0])
+    np.testing.assert_allclose(found.std(axis=(1, 2, 3, 4)), 1, atol=0.03)
+
+
+def test_adaptive_norms_begin_as_plain_ones() -> None:
+    shapes = {"time_proj.weight": (8,), "down_blocks.0.resnets.0.norm1.linear.weight": (8, 4), "conv_in.weight": (8, 4, 1, 1)}
+    weights = initial_upscaler_weights(shapes, seed=0)
+    assert not weights["down_blocks.0.resnets.0.norm1.linear.weight"].any()
+    assert weights["conv_in.weight"].any() and weights["time_proj.weight"].std() > 0.3

@@ -81,6 +81,8 @@ def test_the_upscaler_has_the_names_and_shapes_of_the_public_one(tmp_path: Path)
     q, k, v = tensors["inner_model.u_net.d_blocks.3.2.qkv_proj.weight"][..., 0, 0].chunk(3)
     for name, part in (("to_q", q), ("to_k", k), ("to_v", v)):
         assert torch.equal(found[f"down_blocks.3.attentions.0.attn1.{name}.weight"], part)
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["_class_name"], scheduler["prediction_type"]) == ("EulerDiscreteScheduler", "sample")
     document = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
     assert document["layers_per_block"] == 4
     assert document["down_block_types"] == ["KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3]

@@ -16,6 +16,7 @@ from mvshared.errors import CheckpointError
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (64, 32)
 _SMALLEST_SCALE = np.float32(1e-7)
+_FEW_DIGITS = np.float32(2.0**-14)  # float16 has its eleven bits from here on
 _CHUNK_NUMBERS = 1 << 20
 
 
@@ -72,8 +73,8 @@ def _scales_biases(groups: NDArray[np.float32], *, bits: int) -> tuple[NDArray[n
         exact = np.where(zeros == 0, scales, exact)
         rounded = exact.astype(np.float16)
         biases = np.where(zeros == 0, np.float32(0), edges).astype(np.float16)
-        # Where float16 has few digits, below 6e-5, a scale that is rounded down would leave the other end out of reach.
-        lost = (np.abs(exact) - np.abs(rounded.astype(np.float32))) * ((1 << bits) - 1) > np.abs(exact) / 8
+        # Where float16 has few digits, a scale that is rounded down would leave the other end out of reach.
+        lost = (np.abs(exact) < _FEW_DIGITS) & (np.abs(rounded.astype(np.float32)) < np.abs(exact))
         rounded = np.where(lost, np.nextafter(rounded, np.copysign(np.float16(np.inf), exact.astype(np.float16))), rounded)
     if not (np.isfinite(rounded).all() and np.isfinite(biases).all()):
         raise CheckpointError("numbers that are not finite, or beyond the range of float16, which cannot be quantised")
