@@ -266,7 +266,7 @@ def load_normals(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: float
     from the camera; CameraError for such normals in world space.
     """
     check_cameras(maps, poses, fov_deg=fov_deg)
-    lenses_deg = maps.fovs_deg or (None,) * len(maps.sources)
+    lenses_deg = [fov_deg if own is None else own for own in maps.fovs_deg] or [fov_deg] * len(maps.sources)
     prepared: list[Vectors] = []
     side = 0
     for index, source in enumerate(maps.sources):
@@ -278,9 +278,7 @@ def load_normals(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: float
         to_camera = (maps.world.T @ poses[index, :3, :3].astype(np.float64)).astype(np.float32)
         in_camera = vectors if maps.space == "camera" else vectors @ to_camera
         other = vectors @ to_camera if maps.space == "camera" else vectors
-        lens_deg = lenses_deg[index]
-        solid = surface[..., 0] >= 0.5
-        _check_surface(maps, index, in_camera, other, solid, fov_deg=fov_deg if lens_deg is None else lens_deg)
+        _check_surface(maps, index, in_camera, other, surface[..., 0] >= 0.5, fov_deg=lenses_deg[index])
         prepared.append(_resized(in_camera, surface, size_px))
     return np.stack(prepared)
 

@@ -35,7 +35,8 @@ def write_one_file(
         own = own_tensors(folder, component, config)
         prefix, links = _original_links(component, config, names=list(own))
         if component == "text_encoder" and config.unet.use_linear_projection:
-            links, without = _states_alone(links, own, path=folder / component)
+            assert config.text_encoder is not None
+            links, without = _states_alone(links, own, layers=config.text_encoder.num_hidden_layers, path=folder / component)
             left_out |= {f"{component}/{name}": "behind the text states that the U-Net takes" for name in without}
         names[component] = {}
         for link in links:
@@ -87,11 +88,10 @@ def _reshaped(tensor: RawTensor, shape: tuple[int, ...]) -> RawTensor:
     return RawTensor(dtype=tensor.dtype, shape=shape, read=lambda: tensor.read().reshape(shape))
 
 
-def _states_alone(links: list[Link], own: dict[str, RawTensor], *, path: Path) -> tuple[list[Link], list[str]]:
+def _states_alone(links: list[Link], own: dict[str, RawTensor], *, layers: int, path: Path) -> tuple[list[Link], list[str]]:
     """The links of an OpenCLIP text tower without its projection, beside which readers leave out the last layer, and the names
     that are without one then. Raises CheckpointError for more layers than readers take."""
     kept = [link for link in links if not any(name in PROJECTIONS for name in link.own)]
-    layers = 1 + max((int(name.split(".")[2]) for name in own if name.startswith("encoder.layers.")), default=-1)
     taken = open_clip_text_layers({link.other: link.to_other(own).shape for link in kept})
     if taken != layers:
         reason = f"has {layers} layers, and of files with the original names of its family {taken} are read"
