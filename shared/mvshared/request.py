@@ -274,12 +274,8 @@ def _tokenised(
         raise OptionError("prompt", expected="given: this model makes its views from text", got=None)
     positive = "" if prompt is None else prompt
     negative = config.defaults.negative_prompt if negative_prompt is None else negative_prompt
-    made = tokenizer()
-    tokens = made([negative, positive])
-    for name, cut in zip(("negative_prompt", "prompt"), tokens.cut, strict=True):
-        if cut:
-            room = made.max_length - 2
-            warn(f"the {name.replace('_', ' ')} is longer than {room} tokens; left out is: {cut}")
+    tokens = tokenizer()([negative, positive])
+    tokens.warn_of_cuts("negative prompt", "prompt")
     return Prompts(positive, negative, tokens.ids)
 
 

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_
 from tokenizers.models import BPE
 
 from mvshared.config import CLIPTextConfig
-from mvshared.errors import CheckpointError, OptionError
+from mvshared.errors import CheckpointError, OptionError, warn
 from mvshared.files import read_json_object
 
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -34,6 +34,13 @@ class Tokens(NamedTuple):
 
     ids: NDArray[np.int64]
     cut: tuple[str, ...]
+
+    def warn_of_cuts(self, *names: str) -> None:
+        """An MvWarning about every text that did not fit, by its name."""
+        room = self.ids.shape[1] - 2
+        for name, cut in zip(names, self.cut, strict=True):
+            if cut:
+                warn(f"the {name} is longer than {room} tokens; left out is: {cut}")
 
 
 class CLIPTokenizer:

@@ -14,7 +14,7 @@ from mvshared.arguments import number, whole
 from mvshared.backend import A, BackendName, Dtype, TextStates, UpscalerModel
 from mvshared.checkpoint import find_model, model_name
 from mvshared.config import KUNetConfig
-from mvshared.errors import NumericsError, OptionError, warn
+from mvshared.errors import NumericsError, OptionError
 from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.numerics import check_views
 from mvshared.precision import DTYPE_BYTES
@@ -173,10 +173,7 @@ class Upscaler(Generic[A]):
         positive = "" if prompt is None or guidance == 0 else prompt
         texts = {"negative prompt": negative_prompt or "", "prompt": positive} if guidance > 1 else {"prompt": positive}
         tokens = self.tokenizer(list(texts.values()))
-        for name, cut in zip(texts, tokens.cut, strict=True):
-            if cut:
-                room = self.tokenizer.max_length - 2
-                warn(f"the upscaler's {name} is longer than {room} tokens; left out is: {cut}")
+        tokens.warn_of_cuts(*(f"upscaler's {name}" for name in texts))
         return self.model.encode_text(tokens.ids)
 
 
