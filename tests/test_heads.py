@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvshared.camera import mirror_poses, orbit
+from mvshared.camera import azimuth_elevation, mirror_poses, orbit
 from mvshared.errors import CameraError, OptionError
 from mvshared.heads import (
     DEFAULT_FOV_DEG,
@@ -19,7 +19,7 @@ from mvshared.heads import (
     render,
     sample_identity,
 )
-from mvshared.heads.dataset import render_dataset
+from mvshared.heads.dataset import dataset_poses, render_dataset
 from mvshared.heads.shape import HeadShape
 from mvshared.heads.trace import BOX, Tracer
 from mvshared.images import composite
@@ -329,6 +329,30 @@ def test_the_side_of_the_light_is_the_brighter_one(side: float, lit: slice, othe
     views = render(head, orbit([0], 5, radius=DEFAULT_RADIUS), size_px=64)
     grey = np.where(views.parts[0] == Part.SKIN, views.rgba[0, ..., :3].mean(-1), np.nan)
     assert np.nanmean(grey[:, lit]) > np.nanmean(grey[:, other]) + 10
+
+
+def test_a_quarter_of_a_data_set_s_views_show_the_face_from_eye_level_or_above() -> None:
+    seen = azimuth_elevation(np.concatenate([dataset_poses(number, views=8) for number in range(200)]))
+    azimuths, elevations = seen.azimuths_deg.reshape(200, 8), seen.elevations_deg.reshape(200, 8)
+    front, around = (azimuths[:, :2] + 180) % 360 - 180, np.sort((azimuths[:, 2:] + 180) % 360)
+    assert 34 < np.abs(front).max() <= 35.001
+    assert -1e-3 < elevations[:, :2].min() < 1 and 19 < elevations[:, :2].max() < 20 + 1e-3
+    assert -5.001 < elevations[:, 2:].min() < -4 and 29 < elevations[:, 2:].max() < 30.001
+    assert (np.abs(around - np.arange(6) * 60 - 30) <= 30 + 1e-3).all(), "one of the others in each sixth of the circle"
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_eyes_look_where_the_gaze_goes(axis: int) -> None:
+    """To the right of the picture and up, both of them."""
+    centres = []
+    for amount in (-0.015, 0.015):
+        gaze = (amount, 0.0) if axis == 0 else (0.0, amount)
+        head = replace(sample_identity(3), gaze=gaze, lid=0.0, lashes=0.0, light=(0.5, 0.6, 0.0))
+        views = render(head, orbit([0], 0, radius=DEFAULT_RADIUS), size_px=256)
+        dark = (views.parts[0] == Part.EYE) & (views.rgba[0, ..., :3].mean(-1) < 70)
+        eyes = [np.argwhere(dark[:, half])[:, 1 - axis].mean() for half in (slice(0, 128), slice(128, 256))]
+        centres.append(np.array(eyes) * (1 if axis == 0 else -1))
+    assert (centres[1] - centres[0] > 1).all()
 
 
 def test_front_views_show_noses() -> None:

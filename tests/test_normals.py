@@ -22,7 +22,7 @@ from mvshared.export import transforms
 from mvshared.guidance import ALL
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
 from mvshared.images import composite, load_image, load_values, save_png
-from mvshared.normals import NO_SURFACE, Normals, find_normals, load_normals
+from mvshared.normals import NO_SURFACE, Normals, check_cameras, find_normals, load_normals
 from mvshared.repetition import repeat
 from mvshared.runs import read_run
 
@@ -357,6 +357,20 @@ def test_camera_axes_of_opencv_are_refused(head: Any) -> None:
         read(list(flipped), POSES, size_px=64)
 
 
+def test_a_surface_faces_away_or_not_by_its_place_in_the_picture_and_the_maps_own_lens(tmp_path: Path) -> None:
+    """What leans up can be seen from above, at the bottom of a wide picture, and not at its top."""
+    leaning = np.full((64, 64, 4), 0, np.uint8)
+    leaning[..., :3], leaning[..., 3] = np.rint((np.array([0, 1.0, 0.0]) + 1) / 2 * 255), 255
+    bottom, top = leaning.copy(), leaning.copy()
+    bottom[:32, :, 3], top[16:, :, 3] = 0, 0
+    read([bottom], size_px=64)
+    with pytest.raises(ImageError, match="faces away from the camera"):
+        read([top], size_px=64)
+    narrow = {"camera_angle_x": 0.1, "camera_angle_y": 0.1, "fl_x": 639.5, "fl_y": 639.5}
+    with pytest.warns(MvWarning, match="field of view of 5.7 degrees"):
+        read(write_maps(tmp_path / "narrow", top[None], FRONT, **narrow), size_px=64)
+
+
 @pytest.mark.parametrize("identity", range(3, 100_003, 12_500))
 def test_true_maps_of_heads_pass_from_everywhere(identity: int) -> None:
     random = np.random.default_rng(identity)
@@ -403,6 +417,15 @@ def test_other_cameras_than_those_of_the_maps_are_refused(
     ):
         recorded.pipeline.generate(PICTURE, normals=folder, **named)
     assert not recorded.model.calls
+
+
+def test_cameras_that_look_the_same_way_from_another_place_are_refused(head: Any, tmp_path: Path) -> None:
+    maps = find_normals(write_maps(tmp_path / "maps", head.normals, POSES))
+    check_cameras(maps, POSES, fov_deg=DEFAULT_FOV_DEG)
+    moved = POSES.copy()
+    moved[1, :3, 3] += 0.1 * moved[1, :3, 0]
+    with pytest.raises(CameraError, match=r"camera 1: it is .* degrees from that of its normal map normal_001.png"):
+        check_cameras(maps, moved, fov_deg=DEFAULT_FOV_DEG)
 
 
 @pytest.mark.filterwarnings("ignore::mvshared.errors.MvWarning")

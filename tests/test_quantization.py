@@ -82,6 +82,16 @@ def test_every_number_comes_back_within_a_step_of_its_group(
     assert (np.abs(back - x) <= 1.01 * steps + 2e-3 * largest + 1e-7).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_every_number_is_the_nearest_that_the_stored_scale_and_bias_allow(bits: int) -> None:
+    x = matrix(40, 256)
+    packed = quantize_matrix(x, bits=bits, group_size=64)
+    scales, biases = (part.astype(np.float64).repeat(64, axis=1) for part in (packed.scales, packed.biases))
+    possible = np.arange(1 << bits)[:, None, None] * scales + biases
+    nearest = np.abs(possible - x).min(axis=0)
+    np.testing.assert_allclose(np.abs(dequantize_matrix(packed, bits=bits, group_size=64) - x), nearest, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
 def test_scales_biases_and_shapes_are_those_of_mlx(bits: int, group_size: int) -> None:

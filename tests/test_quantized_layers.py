@@ -114,6 +114,19 @@ def test_a_quantised_linear_layer_is_the_float_layer_with_what_its_bits_stand_fo
     assert_close(apply(module, x, dtype), expected, rms=RMS[dtype])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_quantised_weights_are_rounded_to_half_precision_once(dtype: str) -> None:
+    """In PyTorch, where they are made floats first: each is the nearest to what its bits stand for."""
+    weight = np.random.default_rng(2).standard_normal((24, 96)).astype(np.float32)
+    layer, kind = QuantizedLayer(bits=8, group_size=32, shape=(24, 96)), getattr(torch, dtype)
+    module, packed = mvtorch.quantized.QuantizedLinear(layer, bias=False), quantize_weight(weight, layer)
+    holder = torch.nn.Module()
+    holder.inner = module
+    load(holder, mvtorch.quantized.packed_tensors("inner", packed, device="cpu"))
+    each = module(torch.eye(96, dtype=kind))  # products with 1 and 0 are exact
+    assert torch.equal(each.T, torch.from_numpy(dequantize_weight(packed, layer)).to(kind))
+
+
 @pytest.mark.parametrize("dtype", RMS)
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"), [((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (0, 0)), ((1, 1), (1, 1), (0, 0))]

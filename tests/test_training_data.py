@@ -431,6 +431,7 @@ def test_a_vae_starts_with_a_narrow_posterior_and_half_of_its_first_filters_blin
     np.testing.assert_array_equal(weights["quant_conv.bias"], [0] * 4 + [LOGVAR] * 4)
     filters = weights["encoder.conv_in.weight"]
     np.testing.assert_allclose(filters[4:].sum(1), 0, atol=1e-6)
+    assert filters[4:].std() > 1.8 * filters[:4].std(), "and more sensitive, since colour varies less"
     np.testing.assert_array_equal(filters[:4], plain["encoder.conv_in.weight"][:4])
     changed = {name for name in shapes if not np.array_equal(weights[name], plain[name])}
     assert changed == {"quant_conv.bias", "encoder.conv_in.weight"}

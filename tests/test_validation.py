@@ -26,6 +26,7 @@ from mvshared.cli import run
 from mvshared.clip_images import clip_pixels
 from mvshared.errors import BackendError, OptionError, OutputError
 from mvshared.names import ldm_unet_names
+from mvshared.quantization.folders import quantize_folder
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.validation import TOLERANCES, _Recorder, validate
 from mvtorch.model import get_weights
@@ -85,6 +86,19 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     made["demo"] = Path("demo")
     return made
+
+
+def test_quantised_convolutions_around_transformers_are_not_taken_for_linear_layers(
+    families: dict[str, Path], tmp_path: Path
+) -> None:
+    """Where the config does not say which they are: packed weights have two dimensions either way."""
+    source = families["mvdream on sd15"]
+    quantize_folder(source, tmp_path / "q", chosen=("unet",), bits=8, group_size=32, measure=False, backend="torch")
+    path = tmp_path / "q" / "unet" / "config.json"
+    document = json.loads(path.read_text())
+    assert document.pop("use_linear_in_transformer") is False
+    path.write_text(json.dumps(document))
+    assert read_model_config(tmp_path / "q").unet == read_model_config(source).unet
 
 
 FAMILIES = [*STABLE_DIFFUSIONS, "mvdream", "imagedream", "mvdream on sd15", "imagedream local", "demo"]
