@@ -28,7 +28,7 @@ from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared import precision
 from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
-from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
+from mvshared.checkpoint import components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights, frames_are_alike
@@ -437,11 +437,6 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
             return to_numpy(vae.decode(vae.unscale_latents(mx.array(latents))))
 
     return VAECodec(encode, decode)
-
-
-def expected_shapes(config: ModelConfig) -> dict[Component, dict[str, tuple[int, ...]]]:
-    """Names and shapes of the weights of every component, without a checkpoint and without memory for them."""
-    return {component: network_shapes(getattr(config, component)) for component in components(config)}
 
 
 def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from mvmlx.unet import MultiViewUNet
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared.attention import FUSED, AttentionOptions
-from mvshared.backend import Dtype
+from mvshared.backend import Dtype, parse_dtype
 from mvshared.config import KUNetConfig, UNetConfig, VAEConfig
 from mvshared.precision import tensor_dtype
 from mvshared.training.config import PLAIN_UNET_LOSS, OptimizerConfig, UNetLossConfig, VAELossConfig
@@ -29,7 +29,6 @@ from mvshared.training.optimizer import (
     counted,
     ema_decay,
     pack_state,
-    parse_train_dtype,
     step_result,
     unpack_state,
     updates,
@@ -57,7 +56,7 @@ class Trainer:
         device: str = "auto",
     ) -> None:
         self.device = choose_device(device)
-        self.dtype: Dtype = choose_dtype(parse_train_dtype(dtype), device=self.device)
+        self.dtype: Dtype = choose_dtype(parse_dtype(dtype, default="float32"), device=self.device)
         self.network = network.train()
         self.loss, self.config, self.frozen = loss, config, tuple(frozen)
         # Parameters, moments and averages are kept flat, by name: a tree to MLX like any other, and the border's form.
@@ -187,7 +186,7 @@ def _network(
 def _teacher(config: UNetConfig, weights: Mapping[str, NDArray[np.float32]], *, dtype: str, device: str) -> Any:
     """The network that training starts from, in the dtype of the computation."""
     device = choose_device(device)
-    computed = choose_dtype(parse_train_dtype(dtype), device=device)
+    computed = choose_dtype(parse_dtype(dtype, default="float32"), device=device)
     with _on_device(device):
         network = _network(config, weights, dtype=dtype)
         network.update(tree_unflatten(list(_cast(dict(_flat(network.parameters())), computed).items())))

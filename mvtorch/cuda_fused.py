@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvshared.errors import first_line
+
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # relative RMS of a first call
 _MOST_NUMBERS = 1 << 31  # that the kernels' offsets reach
 _LEAST_SIDE = 32  # of the maps that the kernels for large ones are checked with
@@ -250,8 +252,8 @@ def _launched(
         raise
     except Exception as error:  # a compiler may raise anything; the plain layers are always there
         _failed.add(kind)
-        reason = (str(error).splitlines() or [""])[0]
-        _log.warning("no fused kernel for the %s on CUDA, plain layers run (%s: %s)", kind, type(error).__name__, reason)
+        failure = type(error).__name__, first_line(error)
+        _log.warning("no fused kernel for the %s on CUDA, plain layers run (%s: %s)", kind, *failure)
         return None
 
 

@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from mvshared.errors import first_line
+
 _LOGGER = logging.getLogger(__name__)
 WARM_UPS = 2  # libraries choose their kernels and take their workspaces at first, which a recording cannot hold
 
@@ -125,7 +127,7 @@ class Graphs:
         except RuntimeError as error:
             self._failed = True
             self._entries.clear()
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             _LOGGER.warning(
                 "no CUDA graphs: a network's call could not be recorded (%s); its kernels are launched apart", reason
             )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mvshared import precision
 from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
-from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
+from mvshared.checkpoint import components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
-from mvshared.errors import BackendError, OptionError
+from mvshared.errors import BackendError, OptionError, first_line
 from mvshared.guidance import Branch, check_branches, check_weights, frames_are_alike
 from mvshared.memory.plan import dataset_batch
 from mvshared.networks import Networks
@@ -235,9 +235,9 @@ def choose_device(device: str = "auto") -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         unknown = str(error).startswith(("Expected one of", "Invalid device string"))  # with a list of all that it ever knew
-        reason = "it knows none of that name" if unknown else str(error).splitlines()[0].partition(". ")[0]
+        reason = "it knows none of that name" if unknown else first_line(error).partition(". ")[0]
         hint = "use cpu, cuda or cuda:1, or leave it to auto"
         raise BackendError(f"PyTorch cannot use the device {device!r}: {reason}", backend="torch", hint=hint) from error
     if torch.device(device).type != "cpu":
@@ -467,11 +467,6 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
             return to_numpy(vae.decode(vae.unscale_latents(torch.tensor(np.ascontiguousarray(latents), device=chosen))))
 
     return VAECodec(encode, decode)
-
-
-def expected_shapes(config: ModelConfig) -> dict[Component, dict[str, tuple[int, ...]]]:
-    """Names and shapes of the weights of every component, without a checkpoint and without memory for them."""
-    return {component: network_shapes(getattr(config, component)) for component in components(config)}
 
 
 def network_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:

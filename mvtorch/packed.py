@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvshared.errors import first_line
 from mvshared.process_memory import trim_heap
 from mvtorch import winograd
 from mvtorch.cpu_norms import is_observed
@@ -101,7 +102,7 @@ def pack_network(network: nn.Module, *, lean: bool = False) -> None:
                 trim_heap()
                 freed = 0
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-        _tell_once(f"this PyTorch packs no weights for the CPU, and networks are slower: {str(error).splitlines()[0]}")
+        _tell_once(f"this PyTorch packs no weights for the CPU, and networks are slower: {first_line(error)}")
 
 
 def added_bytes(network: nn.Module) -> int:

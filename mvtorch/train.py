@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mvshared.backend import Dtype, parse_dtype
 from mvshared.config import KUNetConfig, UNetConfig, VAEConfig
+from mvshared.errors import first_line
 from mvshared.precision import tensor_dtype
-from mvshared.training.config import PLAIN_UNET_LOSS, OptimizerConfig, TrainDtype, UNetLossConfig, VAELossConfig
+from mvshared.training.config import PLAIN_UNET_LOSS, OptimizerConfig, UNetLossConfig, VAELossConfig
 from mvshared.training.data import UNetBatch, VAEBatch
 from mvshared.training.loss_scale import LossScale
 from mvshared.training.optimizer import (
@@ -24,7 +26,6 @@ from mvshared.training.optimizer import (
     counted,
     ema_decay,
     pack_state,
-    parse_train_dtype,
     step_result,
     unpack_state,
     updates,
@@ -60,7 +61,7 @@ class Trainer:
         dtype: str = "float32",
         device: str = "auto",
     ) -> None:
-        self.device, self.dtype = choose_device(device), parse_train_dtype(dtype)
+        self.device, self.dtype = choose_device(device), parse_dtype(dtype, default="float32")
         self.network = network.to(self.device).train()
         on_cuda = torch.device(self.device).type == "cuda"
         if torch.device(self.device).type == "cpu":
@@ -192,7 +193,7 @@ class Trainer:
         return torch.autocast(torch.device(self.device).type, dtype=getattr(torch, self.dtype))
 
 
-def _copy_in(dtype: TrainDtype, network: nn.Module) -> nn.Module:
+def _copy_in(dtype: Dtype, network: nn.Module) -> nn.Module:
     """A copy of a network that computes in a half dtype."""
     half = copy.deepcopy(network)
     for name, parameter in half.named_parameters():
@@ -229,8 +230,7 @@ class _RecordedGradients:
                 self._recording = self._recorder.record(lambda: gradients(static, static_scale))
             except RuntimeError as error:
                 self._failed = True
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                _LOGGER.warning("no CUDA graph: a training step could not be recorded (%s)", reason)
+                _LOGGER.warning("no CUDA graph: a training step could not be recorded (%s)", first_line(error))
                 return gradients(batch, scale)
         for kept, each in zip(self._inputs, given, strict=True):
             kept.copy_(each)
@@ -337,7 +337,7 @@ def _teacher(config: UNetConfig, weights: Mapping[str, NDArray[np.float32]], *, 
     """The network that training starts from, in the dtype of the computation: autocast's is that of float32 weights."""
     device, network = choose_device(device), _network(config, weights).requires_grad_(False)
     if torch.device(device).type == "cuda":
-        network = _copy_in(parse_train_dtype(dtype), network)
+        network = _copy_in(parse_dtype(dtype, default="float32"), network)
     return network.to(device)
 
 

@@ -274,3 +274,12 @@ def test_silhouettes_of_wrong_pictures_or_thresholds_are_refused() -> None:
     for threshold in (-0.1, 1.0, math.nan):
         with pytest.raises(OptionError, match="threshold must be from 0 to less than 1"):
             metrics.background_mask(GOOD, background=(0, 0, 0), threshold=threshold)
+
+
+def test_relative_differences_of_arrays_are_0_for_equal_ones_and_infinite_for_what_is_no_number() -> None:
+    values = np.array([3.0, -4.0], np.float16)
+    assert metrics.relative_rms(values, values) == metrics.relative_rms(0 * values, 0 * values) == 0
+    assert metrics.relative_rms(np.array([3.0, -3.0]), values) == pytest.approx(0.2)
+    for other in (np.ones(3), np.array([3.0, np.nan]), np.array([np.inf, -4.0])):
+        assert metrics.relative_rms(other, values) == metrics.relative_rms(values, other) == np.inf
+    assert metrics.relative_rms(values, 0 * values) == np.inf

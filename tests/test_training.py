@@ -514,8 +514,8 @@ def test_a_file_gives_the_configuration_that_was_written(data: Path, tmp_path: P
         ("batch_size = 2", "", "the field 'batch_size' is missing"),
         ("batch_size = 2", "batch_size = 2.5", "batch_size must be a whole number, got 2.5"),
         ("batch_size = 2", "batch_size = true", "batch_size must be a whole number, got True"),
-        ("batch_size = 2", "batch_size = 0", "batch_size must be at least 1, got 0"),
-        ("seed = 0", "seed = -1", "seed must be at least 0, got -1"),
+        ("batch_size = 2", "batch_size = 0", "batch_size must be a whole number of at least 1, got 0"),
+        ("seed = 0", "seed = -1", "seed must be a whole number of at least 0, got -1"),
         ('dtype = "float32"', 'dtype = "float64"', "dtype must be"),
         ('stage = "vae"', 'stage = "clip"', "stage must be 'vae', 'unet' or 'upscaler', got 'clip'"),
         ('stage = "vae"', 'stage = "unet"', "unet must be a table of UNetConfig fields, and vae_from"),
@@ -592,7 +592,7 @@ def test_only_a_start_that_is_trained_can_be_distilled(data: Path, vae: Path) ->
 def test_a_missing_table_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the field 'data' is missing"):
         parse_train_config({"stage": "vae", "steps": 1, "batch_size": 1, "vae": {}}, path=tmp_path)
-    with pytest.raises(ConfigError, match="must hold an object, got 3"):
+    with pytest.raises(ConfigError, match="data must be an object, got 3"):
         parse_train_config({"stage": "vae", "steps": 1, "batch_size": 1, "vae": {}, "data": 3}, path=tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_train_config(tmp_path / "none.toml")
@@ -719,9 +719,9 @@ def test_settings_of_the_optimiser_are_finite(name: str) -> None:
     ("changes", "message"),
     [
         ({"stage": "foo"}, "stage must be one of vae, unet, upscaler, got 'foo'"),
-        ({"steps": 3.5}, "steps must be a whole number, got 3.5"),
-        ({"seed": True}, "seed must be a whole number, got True"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"steps": 3.5}, "steps must be a whole number of at least 1, got 3.5"),
+        ({"seed": True}, "seed must be a whole number of at least 0, got True"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
     ],
 )
 def test_settings_of_another_kind_are_refused_where_they_are_made(changes: dict[str, Any], message: str, data: Path) -> None:

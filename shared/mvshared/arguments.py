@@ -17,11 +17,12 @@ from mvshared.config import ModelConfig
 from mvshared.errors import OptionError
 from mvshared.framing import Framed
 from mvshared.normals import Normals
+from mvshared.numbers import whole
+from mvshared.upscaling.config import UpscalerConfig
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[Any]
 Pictures: TypeAlias = Picture | Sequence[Picture]
 MAX_VIEWS = 64
-MAX_SEED = 2**63 - 1
 SIZE_RANGE_PX = (16, 2048)
 
 Latents: TypeAlias = str | Path | NDArray[np.floating[Any]]
@@ -66,13 +67,6 @@ def noise(shape: tuple[int, ...], *, seed: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def whole(name: str, value: object, low: int, high: int) -> int:
-    """The value as an int. Raises OptionError for what is none, or out of bounds."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise OptionError(name, expected=f"a whole number from {low} to {high}", got=value)
-    return int(value)
-
-
 def picture_size(config: ModelConfig, size_px: object, *, name: str = "size_px") -> int:
     """Height and width of a model's views in pixels, its default for None. Raises OptionError for one that it cannot make."""
     size = whole(name, config.defaults.size_px if size_px is None else size_px, *SIZE_RANGE_PX)
@@ -80,16 +74,6 @@ def picture_size(config: ModelConfig, size_px: object, *, name: str = "size_px")
     if size % factor:
         raise OptionError(name, expected=f"a multiple of {factor} for this model", got=size)
     return size
-
-
-def number(name: str, value: object, low: float, high: float, *, or_zero: bool = False) -> float:
-    """The value as a float. Raises OptionError for what is none, or out of bounds, where 0 may be allowed all the same."""
-    expected = f"{'0, or ' * or_zero}a number from {low:g} to {high:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise OptionError(name, expected=expected, got=value)
-    if not (low <= value <= high or (or_zero and value == 0)):
-        raise OptionError(name, expected=expected, got=value)
-    return float(value)
 
 
 def view_poses(
@@ -165,11 +149,6 @@ def array_sha256(array: NDArray[Any] | None) -> str | None:
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def config_sha256(config: ModelConfig) -> str:
+def config_sha256(config: ModelConfig | UpscalerConfig) -> str:
     """Of all that a config says."""
-    return dataclass_sha256(config)
-
-
-def dataclass_sha256(config: Any) -> str:
-    """Of all that a config says, whichever dataclass it is."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mvshared.errors import CameraError, ConfigError, OptionError
 from mvshared.files import FileError, read_json
+from mvshared.numbers import number, whole
 
 # Poses copied from text with four decimals must pass; a scale of a thousandth or a shear must not.
 TOLERANCE = 1e-3
@@ -62,11 +63,9 @@ def even_azimuths(views: int, *, start_deg: float = 0.0, span_deg: float = 360.0
 
     MVDream's get_camera, by index: a float range may yield one view too many. Raises OptionError.
     """
-    if isinstance(views, bool) or not isinstance(views, int | np.integer) or views < 1:
-        raise OptionError("views", expected="a whole number of at least 1", got=views)
-    for name, value in (("start_deg", start_deg), ("span_deg", span_deg)):
-        if not math.isfinite(value):
-            raise OptionError(name, expected="a finite number of degrees", got=value)
+    views = whole("views", views, 1)
+    start_deg = number("start_deg", start_deg, -MAX_AZIMUTH_DEG, MAX_AZIMUTH_DEG)
+    span_deg = number("span_deg", span_deg, -MAX_AZIMUTH_DEG, MAX_AZIMUTH_DEG)
     return [start_deg + index * span_deg / views for index in range(views)]
 
 
@@ -91,8 +90,7 @@ def orbit(azimuths_deg: ArrayLike, elevation_deg: ArrayLike, *, radius: float = 
         raise CameraError(
             f"elevation_deg must be one number or one per view ({len(azimuths)}), got shape {elevations.shape}",
         )
-    if not (math.isfinite(radius) and MIN_RADIUS <= radius <= 1 / MIN_RADIUS):
-        raise OptionError("radius", expected=f"{MIN_RADIUS:g} to {1 / MIN_RADIUS:g}", got=radius)
+    radius = number("radius", radius, MIN_RADIUS, 1 / MIN_RADIUS)
     for index, (azimuth, elevation) in enumerate(zip(azimuths, elevations, strict=True)):
         if not abs(azimuth) <= MAX_AZIMUTH_DEG:
             expected = f"a finite number of degrees, at most {MAX_AZIMUTH_DEG:g} either way"
@@ -173,6 +171,17 @@ def azimuth_elevation(poses: ArrayLike) -> Orbit:
     wrapped = np.remainder(np.degrees(azimuths), 360.0)
     # A remainder of a tiny negative number rounds to 360 itself.
     return Orbit(np.where(wrapped == 360.0, 0.0, wrapped), np.degrees(np.arctan2(y, horizontal)), radii)
+
+
+def from_front_deg(azimuths_deg: ArrayLike) -> NDArray[np.float64]:
+    """Azimuths float64 (v,) from -180 to below 180, where the front is 0 and the subject's left side above it."""
+    return np.remainder(np.asarray(azimuths_deg, dtype=np.float64) + 180, 360) - 180
+
+
+def front_view(poses: ArrayLike) -> int:
+    """The index of the first view of poses (v, 4, 4) that is nearest to the front, by azimuth. Raises CameraError for what is
+    no pose."""
+    return int(np.argmin(np.abs(from_front_deg(azimuth_elevation(poses).azimuths_deg))))
 
 
 def mirror_poses(poses: ArrayLike) -> NDArray[np.float32]:

@@ -25,13 +25,12 @@ from mvshared.consistency import foreground
 from mvshared.errors import ConfigError, DatasetError, OptionError, OutputError
 from mvshared.export import transforms
 from mvshared.files import read_json_object, write_atomic, write_json
-from mvshared.images import PICTURE_SUFFIXES, composite, load_image, orientation
+from mvshared.images import composite, find_picture, load_image, orientation
 
 METADATA = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})  # of a PNG, that may say how it is turned
 PNG = b"\x89PNG\r\n\x1a\n"
 DEPTH_FILES = "is no .npy file of floats and no PNG of 16 bits of grey"
 FILE_FIELDS = ("file_path", "normal_file_path", "mask_path", "depth_file_path", "detail_file_path")  # of a frame
-SUFFIXES = ("", *PICTURE_SUFFIXES, *(suffix.upper() for suffix in PICTURE_SUFFIXES))  # that a name may lack
 PNG_LEVEL = 1  # of zlib: a third of the time of its default, for files that are a seventh larger
 
 
@@ -107,7 +106,7 @@ def files_elsewhere(folder: Path) -> list[Path]:
     known = [each for each in frames if isinstance(each, dict)] if isinstance(frames, list) else []
     named = [frame[field] for frame in known for field in FILE_FIELDS if field in frame]
     away = [name for name in named if isinstance(name, str) and "\0" not in name and _leaves(name)]
-    return [found for name in away if (found := _named(folder, name)) is not None]
+    return [found for name in away if (found := find_picture(folder, name)) is not None]
 
 
 def _leaves(name: str) -> bool:
@@ -235,17 +234,12 @@ def _frame_file(folder: Path, frame: Mapping[str, Any], field: str, index: int) 
     name = frame[field]
     if not isinstance(name, str) or not name or "\0" in name:
         raise DatasetError(f"frame {index}: {field} must be a file name, got {name!r}", path=folder / "transforms.json")
-    found = _named(folder, name)
+    found = find_picture(folder, name)
     if found is not None:
         return found
     if field == "depth_file_path":  # whoever reads it says so
         return folder / name
     raise DatasetError(f"frame {index}: {field} names a file that is not there", path=folder / name)
-
-
-def _named(folder: Path, name: str) -> Path | None:
-    """The file of that name, which may lack its suffix; None if there is none."""
-    return next((path for suffix in SUFFIXES if os.path.isfile(path := folder / (name + suffix))), None)
 
 
 def _check_size(path: Path, picture: NDArray[np.uint8], shape: tuple[int, ...]) -> None:

@@ -32,6 +32,7 @@ from mvshared.embedded import embedded_folder
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import FileError, make_folder, read_json_object, write_atomic, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins, repository_of
+from mvshared.names import PROJECTIONS
 from mvshared.public_configs import (
     SET_BY_PIPELINES,
     clip_text,
@@ -158,7 +159,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     try:
         if "format_version" in index:
             return _own_model(folder, index)
-        return _public_model(folder, index)
+        return _public_model(folder)
     except OptionError as refused:
         raise CheckpointError(str(refused), path=folder) from refused
 
@@ -199,7 +200,7 @@ def _own_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(family=str(index.get("family", "custom")), **parts)
 
 
-def _public_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
+def _public_model(folder: Path) -> ModelConfig:
     """MVDream, ImageDream or Stable Diffusion, by the class names and sizes in the components' configs."""
     unet_path = folder / "unet" / "config.json"
     document = read_json_object(unet_path, error=CheckpointError)
@@ -265,7 +266,7 @@ def read_tower(folder: Path, component: Literal["text_encoder", "image_encoder"]
     """The config of an encoder's folder, by one of the readers in `public_configs`. Raises CheckpointError."""
     path = folder / component / "config.json"
     names = {name for file in weight_files(folder, component) for name in read_header(file).tensors}
-    projection = not names.isdisjoint({"text_projection.weight", "visual_projection.weight"})
+    projection = not names.isdisjoint(PROJECTIONS)
     return read(read_json_object(path, error=CheckpointError), path=path, projection=projection)
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -206,12 +206,7 @@ def generate(ctx: click.Context, **options: Any) -> None:
     """Generate views of what IMAGE shows, or what a prompt says. Several pictures show one subject."""
     from mvshared.commands.generate import generate_views
 
-    given = {
-        name
-        for name in options
-        if ctx.get_parameter_source(name) in (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
-    }
-    generate_views(options, given=given)
+    generate_views(options, given=set(_written(ctx, options)))
 
 
 @cli.command()
@@ -284,9 +279,8 @@ def info(model: str | None, backend: str, device: str, estimate: bool, as_json: 
         show_estimate(model, {"backend": backend, "device": device, "as_json": as_json, **options})
         return
     context = click.get_current_context()
-    for name in (*options, "device"):
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} goes with --estimate", ctx=context)
+    for name in _written(context, (*options, "device")):
+        raise click.UsageError(f"--{name.replace('_', '-')} goes with --estimate", ctx=context)
     from mvshared.commands.checkpoints import show_model
 
     show_model(model, backend=backend, as_json=as_json)
@@ -521,8 +515,12 @@ def evaluate(ctx: click.Context, folder: Path | None, **options: Any) -> None:
     if folder is None:
         (evaluate_model if options["upscaler"] is None else evaluate_upscaler)(options)
     else:
-        given = [name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
-        evaluate_folder(folder, options, given=given)
+        evaluate_folder(folder, options, given=_written(ctx, options))
+
+
+def _written(ctx: click.Context, names: Iterable[str]) -> list[str]:
+    """Which of the parameters the command line has, and not from their defaults."""
+    return [name for name in names if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvshared.errors import DownloadError, OptionError, OutputError
+from mvshared.errors import DownloadError, OptionError, OutputError, first_line
 from mvshared.models import REPOSITORIES, Pin, PinnedFile, read_pins, repository_of, write_pin
 
 ATTEMPTS = 3
@@ -194,7 +194,7 @@ def _call(repository: str, function: Callable[[], Any]) -> Any:
         try:
             return function()
         except errors.HFValidationError as refused:
-            raise DownloadError("is no name of a repository", repository=repository, hint=_first_line(refused)) from refused
+            raise DownloadError("is no name of a repository", repository=repository, hint=first_line(refused)) from refused
         except errors.GatedRepoError as refused:
             hint = f"accept its licence at https://huggingface.co/{repository}, then run: hf auth login"
             raise DownloadError("asks for a login", repository=repository, hint=hint) from refused
@@ -204,24 +204,20 @@ def _call(repository: str, function: Callable[[], Any]) -> Any:
             raise DownloadError("has no such revision", repository=repository) from missing
         except errors.EntryNotFoundError as missing:
             if not isinstance(missing, errors.LocalEntryNotFoundError) or attempt == ATTEMPTS:
-                raise DownloadError(_first_line(missing), repository=repository, hint=_AGAIN) from missing
+                raise DownloadError(first_line(missing), repository=repository, hint=_AGAIN) from missing
         except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as broken:
             if isinstance(broken, OSError) and broken.errno in _DISK:
                 raise OutputError(f"cannot be written: {broken.strerror}", path=broken.filename or repository) from broken
             if isinstance(broken, errors.OfflineModeIsEnabled) or attempt == ATTEMPTS:
-                raise DownloadError(_first_line(broken), repository=repository, hint=_AGAIN) from broken
-        except Exception as broken:  # of the HTTP library underneath, whichever that is
+                raise DownloadError(first_line(broken), repository=repository, hint=_AGAIN) from broken
+        except Exception as broken:  # of the libraries underneath, whichever they are, or by what was sent
             if "http" not in type(broken).__module__ or attempt == ATTEMPTS:
-                raise DownloadError(_first_line(broken), repository=repository, hint=_AGAIN) from broken
+                raise DownloadError(first_line(broken), repository=repository, hint=_AGAIN) from broken
     raise AssertionError("unreachable")
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _AGAIN = "check the connection, and run it again: it goes on where it stopped"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
 
 
 def _endpoint() -> str | None:

@@ -55,6 +55,11 @@ def warn(text: str) -> None:
     warnings.warn(text, MvWarning, stacklevel=level)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line: the first of its text, or its name if it has none."""
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
+
+
 class OptionError(MvError):
     """A parameter has a value that is not allowed. Fields: `name`, `expected`, `got`. Large arrays are told by their shape."""
 

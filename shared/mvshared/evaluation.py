@@ -11,19 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mvshared.arguments import whole
-from mvshared.camera import even_azimuths, orbit
+from mvshared.arguments import MAX_VIEWS
+from mvshared.camera import even_azimuths, from_front_deg, orbit
 from mvshared.consistency import MAX_ANGLE_DEG, consistency
 from mvshared.errors import OptionError
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
 from mvshared.heads.parts import Part, with_rim
 from mvshared.images import composite, from_model, to_model
 from mvshared.metrics import Summary, alpha_mask, background_mask, contrast, iou, psnr, ssim, summary
+from mvshared.numbers import whole
 from mvshared.pipeline import Pipeline
 
 HELD_OUT = 100_000
 VIEWS, AZIMUTH_START_DEG = 4, 45.0
-MAX_VIEWS = 64
 ELEVATIONS_DEG = (0.0, 20.0)
 REFERENCE_AZIMUTH_DEG = 15.0  # references look at the face from within this azimuth
 FRONT_AZIMUTH_DEG = 60.0  # views from within this azimuth show the face
@@ -122,7 +122,7 @@ def held_out_subject(identity: int, *, size_px: int, views: int = VIEWS) -> Subj
     cameras = orbit(azimuths_deg, elevation, radius=DEFAULT_RADIUS)
     reference_camera = orbit([azimuth], float(random.uniform(*ELEVATIONS_DEG)), radius=DEFAULT_RADIUS)
     rendered = render(identity, np.concatenate([reference_camera, cameras]), size_px=size_px)
-    front = np.array([abs((degrees + 180) % 360 - 180) <= FRONT_AZIMUTH_DEG for degrees in azimuths_deg])
+    front = np.abs(from_front_deg(azimuths_deg)) <= FRONT_AZIMUTH_DEG
     parts = np.where(front[:, None, None], rendered.parts[1:], Part.BACKGROUND)
     return Subject(
         rendered.rgba[0],

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mvshared.arguments import number, whole
 from mvshared.config import ModelConfig, UNetConfig
 from mvshared.errors import OptionError
+from mvshared.numbers import number, whole
 
 GUIDANCE_RANGE = (1.0, 20.0)
 SCALE_RANGE = (0.0, 2.0)
@@ -120,7 +120,11 @@ class Guidance:
 
     def check_there(self, there: Branch, config: ModelConfig) -> None:
         """Raise OptionError for the guidance of a condition that is not there: the model takes none, or none is given."""
-        takes = {"text": config.text_encoder is not None, "image": there.image, "normals": bool(config.unet.normal_channels)}
+        takes = {
+            "text": config.text_encoder is not None,
+            "image": config.unet.takes_pictures,
+            "normals": bool(config.unet.normal_channels),
+        }
         words = {"text": "prompt", "image": "picture", "normals": "normal maps"}
         for name, word in words.items():
             given = getattr(self, f"guidance_{name}")

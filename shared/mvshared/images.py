@@ -5,6 +5,7 @@ Decoding and encoding are Pillow's; what is refused is refused before the pixels
 
 import io
 import math
+import os
 import stat
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from mvshared.errors import ImageError, NumericsError, OptionError
 from mvshared.files import write_atomic
+from mvshared.numbers import whole
 
 MAX_PIXELS = 100_000_000
 BAND = 2**20  # pixels that are mixed at once
@@ -277,6 +279,12 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")  # macOS leaves ._names on other disks
 
 
+def find_picture(folder: Path, name: str) -> Path | None:
+    """The file of that name, which may lack its suffix, as in Blender's transforms.json; None if there is none."""
+    suffixes = ("", *PICTURE_SUFFIXES, *(suffix.upper() for suffix in PICTURE_SUFFIXES))
+    return next((path for suffix in suffixes if os.path.isfile(path := folder / (name + suffix))), None)
+
+
 def resize_rgba(rgba: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
     """Resize uint8 (h, w, 4) with Lanczos, antialiased, by Pillow in premultiplied alpha; the same pixels at the same size."""
     if rgba.shape[:2] == (height, width):
@@ -313,11 +321,8 @@ def grid(images: NDArray[np.uint8], *, columns: int | None = None, pad_px: int =
     Raises OptionError for fewer than one column or a negative distance, ImageError for an array that is no pictures.
     """
     count, height, width = _pictures(images).shape[:3]
-    across = min(count, 4) if columns is None else columns
-    if across < 1:
-        raise OptionError("columns", expected="1 or more", got=columns)
-    if pad_px < 0:
-        raise OptionError("pad_px", expected="0 or more", got=pad_px)
+    across = min(count, 4) if columns is None else whole("columns", columns, 1)
+    pad_px = whole("pad_px", pad_px, 0)
     down = math.ceil(count / across)
     padded = np.full((down * across, height + pad_px, width + pad_px, 3), 255, np.uint8)
     padded[:count, :height, :width] = images

@@ -1,11 +1,12 @@
 """How close views are to the true ones: PSNR, SSIM, contrast of details, overlap of silhouettes; one float64 number per view.
+And how far arrays of any kind are apart.
 
 Pictures are (v, h, w, c), uint8 of 0 to 255 or floats of 0 to 1, and masks bool (v, h, w). SSIM: Wang et al. 2004, "Image
 quality assessment: from error visibility to structural similarity", IEEE TIP 13(4), section III.B.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -134,6 +135,19 @@ def summary(values: Sequence[float] | NDArray[np.floating]) -> Summary:
         return Summary(mean=largest, std=0.0, min=smallest, max=largest)
     std = float(numbers.std()) if np.isfinite(largest) else float("inf")
     return Summary(mean=float(numbers.mean()), std=std, min=smallest, max=largest)
+
+
+def relative_rms(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Root mean square of the differences of two arrays over that of `expected`: 0 for equal ones, infinite where a number is
+    not finite, for zeros that should have been matched, and for other shapes."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    with np.errstate(invalid="ignore", over="ignore"):
+        differences = np.subtract(actual, expected, dtype=np.float64)
+        difference, scale = (float(np.sqrt(np.square(x, dtype=np.float64).mean())) for x in (differences, expected))
+    if difference == 0:
+        return 0.0
+    return difference / scale if scale and np.isfinite(difference) else float("inf")
 
 
 def _peak(pictures: Pictures) -> float:

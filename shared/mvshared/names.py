@@ -12,6 +12,7 @@ from mvshared.config import UNetConfig
 
 LDM_UNET_MARK = "input_blocks.0.0.weight"  # a weight file with this name is one of LDM's U-Nets
 CLIP_PREFIXES = ("text_model.", "vision_model.")
+PROJECTIONS = ("text_projection.weight", "visual_projection.weight")  # of CLIP's towers, outside of them
 BUFFERS = ("embeddings.position_ids",)  # numbers that older files hold and every model knows by itself
 
 # Attention of the VAE's mid block in checkpoints written before diffusers 0.15.

@@ -19,7 +19,7 @@ from mvshared.camera import Y_UP_TO_Z_UP, other_lenses, read_transforms
 from mvshared.errors import CameraError, ConfigError, ImageError, OptionError, OutputError, warn
 from mvshared.export import METADATA, transforms
 from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, with_leftovers, write_atomic, write_json
-from mvshared.images import PICTURE_SUFFIXES, is_picture, load_values, resize_plane, save_png
+from mvshared.images import find_picture, is_picture, load_values, resize_plane, save_png
 
 NormalMap: TypeAlias = str | Path | Image.Image | NDArray[Any]
 Normals: TypeAlias = NormalMap | Sequence[NormalMap]
@@ -207,7 +207,8 @@ def _frames(folder: Path) -> _Frames | None:
     chosen = [index for index, frame in enumerate(frames) if isinstance(frame.get(field), str)]
     if any("\0" in frames[index][field] for index in chosen):
         raise ConfigError(f"{field} must be a file name", path=path)
-    paths = [_picture_file(folder, frames[index][field]) for index in chosen]
+    names = [frames[index][field] for index in chosen]
+    paths = [find_picture(folder, name) or folder / name for name in names]  # whoever reads it says that it is not there
     space = document.get("normal_space")
     if space is not None and space not in get_args(NormalSpace):
         raise ConfigError(f"normal_space must be camera or world, got {space!r}", path=path)
@@ -219,12 +220,6 @@ def _frames(folder: Path) -> _Frames | None:
         world=np.eye(3) if document.get("up") == [0, 1, 0] else Y_UP_TO_Z_UP[:3, :3].T,
     )
     return _Frames(paths, named, found)
-
-
-def _picture_file(folder: Path, name: str) -> Path:
-    """The file of a frame, whose name may lack the extension, as in Blender's files."""
-    candidates = (folder / (name + suffix) for suffix in ("", *PICTURE_SUFFIXES))
-    return next((path for path in candidates if path.is_file()), folder / name)
 
 
 def check_cameras(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: float) -> None:

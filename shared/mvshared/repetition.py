@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvshared.arguments import SIZE_RANGE_PX, config_sha256, whole
+from mvshared.arguments import SIZE_RANGE_PX, config_sha256
 from mvshared.config import ModelConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.memory.plan import MemoryPlan
+from mvshared.numbers import whole
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.request import Request, prepare
 from mvshared.runs import Parameters, Run, Views

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mvshared.arguments import (
-    MAX_SEED,
     Latents,
     Pictures,
     array_sha256,
@@ -23,11 +22,9 @@ from mvshared.arguments import (
     load_latents,
     noise,
     normals_names,
-    number,
     picture_size,
     pictures_sha256,
     view_poses,
-    whole,
 )
 from mvshared.attention import check_pooling
 from mvshared.camera import doubt_of
@@ -38,6 +35,7 @@ from mvshared.framing import Framed, load_framed
 from mvshared.guidance import Branch, Call, Guidance, check_scales
 from mvshared.memory.estimate import RunSize
 from mvshared.normals import NormalMaps, Normals, find_normals, load_normals
+from mvshared.numbers import MAX_SEED, number, whole
 from mvshared.samplers import Step, sampler_steps
 from mvshared.schedule import MAX_STEPS, with_spacing
 from mvshared.stages import Stages

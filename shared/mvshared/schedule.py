@@ -11,7 +11,6 @@ alphas_cumprod`; it is infinite at the last timestep with zero terminal SNR.
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, get_args
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from mvshared.config import SchedulerConfig, TimestepSpacing
 from mvshared.errors import OptionError
+from mvshared.numbers import whole
 
 MAX_STEPS = 1000
 KARRAS_RHO = 7.0
@@ -98,7 +98,7 @@ def timesteps(config: SchedulerConfig, steps: int) -> list[int]:
     (1000 steps with offset 1), where diffusers fails with an IndexError. Raises OptionError.
     """
     count = config.num_train_timesteps
-    steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, count))
+    steps = whole("steps", steps, 1, min(MAX_STEPS, count))
     match config.timestep_spacing:
         case "leading":
             return _leading(config, steps, last=steps - 1, stride=count // steps)
@@ -122,7 +122,7 @@ def euler_levels(config: SchedulerConfig, steps: int) -> Levels:
         return _karras_levels(config, steps, ends=(spaced.sigmas[0], spaced.sigmas[-2]))
     if config.timestep_spacing == "linspace":
         count = config.num_train_timesteps
-        steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, count))
+        steps = whole("steps", steps, 1, min(MAX_STEPS, count))
         return _levels(config, np.linspace(0, count - 1, steps)[::-1].tolist())
     return _levels(config, timesteps(config, steps))
 
@@ -139,7 +139,7 @@ def solver_levels(config: SchedulerConfig, steps: int) -> Levels:
     if config.timestep_spacing == "trailing":
         return _levels(config, timesteps(config, steps))
     count = config.num_train_timesteps
-    steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, count - 1))
+    steps = whole("steps", steps, 1, min(MAX_STEPS, count - 1))
     if config.timestep_spacing == "leading":
         return _levels(config, _leading(config, steps, last=steps, stride=count // (steps + 1))[:-1])
     return _levels(config, np.linspace(0, count - 1, steps + 1).round()[:0:-1].astype(np.int64).tolist())
@@ -186,7 +186,7 @@ def _karras_levels(config: SchedulerConfig, steps: int, *, ends: tuple[float, fl
     the schedule as it was before it was rescaled. diffusers takes alphas_cumprod to be 2^-24 there, sigma 4096, and of 10 steps
     spends 7 above the largest sigma of before.
     """
-    steps = _whole("steps", steps, low=1, high=min(MAX_STEPS, config.num_train_timesteps))
+    steps = whole("steps", steps, 1, min(MAX_STEPS, config.num_train_timesteps))
     plain = training_sigmas(replace(config, rescale_betas_zero_snr=False))
     first, last = (plain[-1], plain[0]) if ends is None or config.rescale_betas_zero_snr else ends
     roots = np.linspace(first ** (1 / KARRAS_RHO), last ** (1 / KARRAS_RHO), steps)
@@ -198,13 +198,6 @@ def _karras_levels(config: SchedulerConfig, steps: int, *, ends: tuple[float, fl
     return Levels(called_at.tolist(), [*sigmas.tolist(), 0.0])
 
 
-def _whole(name: str, value: int, *, low: int, high: int) -> int:
-    """`value`, which may be numpy's, as an int. Raises OptionError unless it is a whole number from `low` to `high`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
-        raise OptionError(name, expected=f"a whole number from {low} to {high}", got=value)
-    return operator.index(value)
-
-
 def _alpha(config: SchedulerConfig, timestep: int) -> float:
     levels = alphas_cumprod(config)
-    return float(levels[_whole("timestep", timestep, low=0, high=len(levels) - 1)])
+    return float(levels[whole("timestep", timestep, 0, len(levels) - 1)])

@@ -34,6 +34,7 @@ from mvshared.errors import OptionError, OutputError
 from mvshared.files import make_folder
 from mvshared.framing import load_framed
 from mvshared.guidance import ALL, Guidance
+from mvshared.metrics import relative_rms
 from mvshared.quantization.plans import check_preset
 from mvshared.tokenizer import CLIPTokenizer
 from mvshared.upscaling.folder import is_upscaler, read_upscaler_config
@@ -140,7 +141,6 @@ def validate(
     reference: str | Path | None = None,
     tolerance: float | None = None,
     save: Path | None = None,
-    on_check: Callable[[Check], None] | None = None,
 ) -> Validation:
     """Run the networks of a model in a backend and in `against`, the other backend or diffusers, and compare every block.
 
@@ -148,12 +148,10 @@ def validate(
     as they are loaded, by `quantize`; what quantised ones stand for if they are stored so; or the weights of another model of
     the same networks, `reference`. "float32" is the same backend on the same device in that dtype. `tolerance` is the relative
     RMS that a block may differ by, by default of TOLERANCES, or QUANTIZED_TOLERANCES where `quantize` is given. `save` is a
-    folder for the activations, `SIDE/BLOCK.npy`; `on_check` is called with every comparison. Raises OptionError, BackendError
-    and CheckpointError.
+    folder for the activations, `SIDE/BLOCK.npy`. Raises OptionError, BackendError and CheckpointError.
     """
-    if against not in get_args(Against):
-        raise OptionError("against", expected="mlx, torch, diffusers or float32", got=against)
-    chosen = _backend_under_test(backend, against=against)  # type: ignore[arg-type]
+    other_side = _parse_against(against)
+    chosen = _backend_under_test(backend, against=other_side)
     used_dtype = parse_dtype(dtype, default="float32")
     if against == used_dtype and quantize is None and reference is None:
         raise OptionError("dtype", expected="float16 or bfloat16 for a comparison with float32", got=used_dtype)
@@ -182,18 +180,15 @@ def validate(
         gc.collect()
         keep = make_folder(folder / against) if save else None
         comparer = _Comparer(recorder, frames=suite.frames(inputs), keep=keep)
-        side, place = (chosen, device) if against == "float32" else (against, "cpu")
-        other = _load(suite, side, reference or name, dtype="float32", device=place)  # type: ignore[arg-type]
+        side, place = (chosen, device) if other_side == "float32" else (other_side, "cpu")
+        other = _load(suite, side, reference or name, dtype="float32", device=place)
         suite.run(other, inputs, comparer, states=states)
         checks = comparer.in_order()
         if against == "diffusers":
             checks = (*_input_checks(model_config, find_model(name)), *checks)
-    if on_check is not None:
-        for check in checks:
-            on_check(check)
     return Validation(
         backend=chosen,
-        against=against,  # type: ignore[arg-type]
+        against=other_side,
         dtype=used_dtype,
         quantization=quantization,
         tolerance=limit,
@@ -213,6 +208,13 @@ def _check_reference(config: Any, reference: str | Path) -> None:
         if ours != theirs:
             expected = f"a folder of the same networks, and its {name} is another"
             raise OptionError("reference", expected=expected, got=str(reference))
+
+
+def _parse_against(name: str) -> Against:
+    for against in get_args(Against):
+        if name == against:
+            return against
+    raise OptionError("against", expected="mlx, torch, diffusers or float32", got=name)
 
 
 def _backend_under_test(backend: str, *, against: Against) -> BackendName:
@@ -417,13 +419,8 @@ def _errors(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> tuple
     """
     if actual.size != expected.size:
         return float("inf"), float("inf")
-    a, e = actual.ravel().astype(np.float64), expected.ravel().astype(np.float64)
-    difference = np.abs(a - e)
-    if not np.isfinite(difference).all():
-        return float("inf"), float("inf")
-    if not difference.any():
-        return 0.0, 0.0
-    largest, rms = np.abs(e).max(), np.sqrt(np.mean(e**2))
-    if not largest:
-        return float("inf"), float("inf")
-    return float(difference.max() / largest), float(np.sqrt(np.mean(difference**2)) / rms)
+    a, e = actual.ravel(), expected.ravel()
+    rms = relative_rms(a, e)
+    if not 0 < rms < float("inf"):
+        return rms, rms
+    return float(np.abs(np.subtract(a, e, dtype=np.float64)).max() / np.abs(e).max()), rms

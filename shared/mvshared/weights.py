@@ -6,8 +6,10 @@ tensors back to back. The header is validated here before any array library sees
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -311,8 +313,15 @@ def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:
     hashes = {}
     for path in paths:
         try:
-            with path.open("rb") as file:
-                hashes[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+            status = path.stat()
+            hashes[f"{path.parent.name}/{path.name}"] = _sha256(os.path.abspath(path), status.st_size, status.st_mtime_ns)
         except OSError as cause:
             raise CheckpointError(f"cannot be read: {cause.strerror or cause}", path=path) from cause
     return hashes
+
+
+@cache
+def _sha256(path: str, size: int, modified_ns: int) -> str:
+    """Of a file of that size and time, which is read once: a model of gigabytes may make many runs."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

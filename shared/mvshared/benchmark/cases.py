@@ -20,6 +20,7 @@ from mvshared.benchmark.models import X2_UPSCALER, measured, open_model
 from mvshared.benchmark.worker import Prepared
 from mvshared.camera import camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import components
+from mvshared.conversion.networks import network_shapes
 from mvshared.files import make_folder, write_atomic, write_json
 from mvshared.guidance import ALL, PLAIN, Branch, Guidance, Mixture
 from mvshared.pipeline import Pipeline
@@ -49,8 +50,9 @@ def loading(*, model: str, backend: BackendName, device: str, dtype: Dtype) -> P
         kept.append(load(model, backend=backend, device=device, dtype=dtype).model)
 
     def facts() -> dict[str, Any]:
-        shapes = importlib.import_module(f"{PACKAGES[backend]}.model").expected_shapes(kept[0].config)
-        numbers = sum(prod(shape) for part in shapes.values() for shape in part.values())
+        config = kept[0].config
+        shapes = [network_shapes(getattr(config, part), backend=backend) for part in components(config)]
+        numbers = sum(prod(shape) for part in shapes for shape in part.values())
         return facts_of(kept[0]) | {"weights_bytes": numbers * DTYPE_BYTES[dtype]}
 
     return Prepared(call, facts)

@@ -14,10 +14,10 @@ from subprocess import PIPE
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mvshared.benchmark.results import Row
 from mvshared.benchmark.worker import Prepared
+from mvshared.metrics import relative_rms
 
 MOST_ROUNDS = 10  # times the repeats, for calls that are short
 
@@ -191,21 +191,12 @@ def _check_results(workers: Sequence[Worker | None], files: Sequence[Path], *, a
     for worker, file in zip(workers[:-1], files[:-1], strict=True):
         if worker is None or worker.failure:
             continue
-        difference = relative_difference(np.load(file), expected)
+        difference = relative_rms(np.load(file), expected)
         if not difference <= agree:
             worker.fail(f"{DIFFERENT}: relative RMS difference {difference:.3g}, allowed {agree:.3g}")
 
 
 DIFFERENT = "computes something else"
-
-
-def relative_difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Root mean square of the differences over that of `expected`; infinity for other shapes."""
-    if actual.shape != expected.shape:
-        return float("inf")
-    a, e = actual.astype(np.float64), expected.astype(np.float64)
-    scale = float(np.sqrt(np.mean(e**2)))
-    return float(np.sqrt(np.mean((a - e) ** 2))) / scale if scale else float("inf")
 
 
 def _row(case: Case, worker: Worker | None, calls: list[Call]) -> Row:

@@ -201,18 +201,18 @@ def _filled(row: Row, facts: Mapping[str, Any], point: Mapping[str, Any]) -> Row
     )
 
 
-def verdicts(rows: Sequence[Row], *, tolerance: float = TOLERANCE) -> list[dict[str, str]]:
+def verdicts(rows: Sequence[Row]) -> list[dict[str, str]]:
     """Of each size and the one before it: how much more arithmetic, time and memory it is, and whether time or memory grow
     faster than the arithmetic. Time is CPU time on a CPU, since that is safe from other work."""
     timed = [row for row in rows if row.seconds and row.flops]
-    return [_verdict(before, row, tolerance=tolerance) for before, row in pairwise(timed)]
+    return [_verdict(before, row) for before, row in pairwise(timed)]
 
 
-def _verdict(before: Row, row: Row, *, tolerance: float) -> dict[str, str]:
+def _verdict(before: Row, row: Row) -> dict[str, str]:
     assert row.flops and before.flops
     flops, time_ratio = row.flops / before.flops, _seconds(row) / _seconds(before)
     memory = row.activation_bytes / before.activation_bytes if row.activation_bytes and before.activation_bytes else None
-    slower, larger = time_ratio > tolerance * flops, memory is not None and memory > tolerance * flops
+    slower, larger = time_ratio > TOLERANCE * flops, memory is not None and memory > TOLERANCE * flops
     parts = []
     if slower:
         parts.append(f"time {time_ratio / flops:.2f}x as fast as the arithmetic: {_why(before, row)}")

@@ -4,7 +4,7 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from mvshared.arguments import MAX_VIEWS, picture_size, whole
+from mvshared.arguments import MAX_VIEWS, picture_size
 from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, check_diffusers, choose_backend
 from mvshared.benchmark.measure import free_memory_bytes
 from mvshared.benchmark.models import Measured, measured
@@ -12,6 +12,7 @@ from mvshared.checkpoint import components
 from mvshared.errors import OptionError
 from mvshared.memory.estimate import ModelSize, config_size, estimate, model_size, usual_run
 from mvshared.memory.plan import PLAIN
+from mvshared.numbers import whole
 from mvshared.schedule import MAX_STEPS
 
 Guided = Literal["on", "off", "both"]

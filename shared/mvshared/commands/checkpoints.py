@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from mvshared.arguments import number
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.embedded import embedded_source
 from mvshared.errors import CheckpointError, NumericsError, OptionError
 from mvshared.files import check_folder, make_folder
 from mvshared.inspection import Report, inspect, inspect_devices
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
+from mvshared.numbers import number
 from mvshared.upscaling.config import UpscalerConfig
 
 if TYPE_CHECKING:

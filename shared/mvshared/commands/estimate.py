@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvshared.arguments import MAX_VIEWS, number, picture_size, whole
+from mvshared.arguments import MAX_VIEWS, picture_size
 from mvshared.backend import PACKAGES, choose_backend
 from mvshared.checkpoint import components, find_model, read_model_config, weight_files
 from mvshared.commands.generate import upscale_parameters
@@ -15,6 +15,7 @@ from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.memory.budget import Fitted, fit, memory_options
 from mvshared.memory.estimate import estimate, model_size, process_bytes, usual_run, with_upscaling
 from mvshared.memory.plan import MemoryPlan, plans
+from mvshared.numbers import number, whole
 from mvshared.weights import choose_quantization
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mvshared.backend import load
 from mvshared.errors import CameraError, DatasetError, OptionError
-from mvshared.export import check_evaluation, write_evaluation
+from mvshared.export import VIEWS_SHEET, check_evaluation, write_evaluation
 from mvshared.images import sheet
 
 SHEET_ROWS = 8
@@ -188,7 +188,7 @@ def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[st
             np.stack([views.pictures[warp.view], warp.picture, np.repeat(warp.visible[..., None] * np.uint8(255), 3, axis=-1)])
             for warp in result.warps[:WARPS_SHOWN]
         ]
-        write_evaluation(output, {"sheet.png": sheet(np.stack(rows))}, document)
+        write_evaluation(output, {VIEWS_SHEET: sheet(np.stack(rows))}, document)
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mvshared.arguments import number
 from mvshared.backend import Model, choose_backend, chosen_dtype, load
 from mvshared.camera import load_cameras, other_lenses
 from mvshared.checkpoint import find_model, read_model_config
@@ -24,6 +23,7 @@ from mvshared.export import METADATA, check_free, check_source
 from mvshared.files import check_folder, make_folder, remove_others, write_atomic
 from mvshared.images import encode_png, grid
 from mvshared.messages import say
+from mvshared.numbers import number
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.quantization.plans import preset_of
 from mvshared.repetition import repeat, requested
@@ -179,6 +179,9 @@ def shown_warnings(reporter: Reporter) -> Iterator[None]:
             yield
     finally:
         reporter.close()
+        for each in caught:
+            if not issubclass(each.category, MvWarning):
+                warnings.showwarning(each.message, each.category, each.filename, each.lineno, each.file, each.line)
         for text in sorted({str(each.message) for each in caught if issubclass(each.category, MvWarning)}):
             reporter.event("warning", message=text)
             say(f"warning: {text}")

@@ -9,12 +9,13 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from mvshared.arguments import SIZE_RANGE_PX, view_poses, whole
+from mvshared.arguments import SIZE_RANGE_PX, view_poses
 from mvshared.camera import load_cameras
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.errors import OptionError
 from mvshared.mesh import NormalRenderer, fit_mesh, load_mesh
 from mvshared.normals import check_free, write_normals
+from mvshared.numbers import whole
 
 
 def render_normal_maps(path: Path, options: dict[str, Any]) -> None:

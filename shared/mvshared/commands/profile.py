@@ -11,13 +11,14 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from mvshared.arguments import picture_size, whole
+from mvshared.arguments import picture_size
 from mvshared.backend import load
 from mvshared.commands.generate import LOAD_OPTIONS, Reporter, described, poses_in, shown_warnings
 from mvshared.config import ModelConfig
 from mvshared.errors import MvWarning, OptionError
 from mvshared.export import package_versions
 from mvshared.files import check_folder, make_folder, write_atomic
+from mvshared.numbers import whole
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.profiling import LARGEST, Profile, Row, StageProfile, parts, profile, trace
 from mvshared.request import prepare

@@ -35,7 +35,15 @@ from mvshared.config import (
     VAEConfig,
 )
 from mvshared.conversion.configs import euler_document, scheduler_document
-from mvshared.conversion.folders import OnTensor, Progress, check_apart, copy_files, fingerprint, write_weights
+from mvshared.conversion.folders import (
+    DEFAULT_SHARD_BYTES,
+    OnTensor,
+    Progress,
+    check_apart,
+    copy_files,
+    fingerprint,
+    write_weights,
+)
 from mvshared.conversion.networks import Part, convert_network, network_shapes
 from mvshared.conversion.one_file import rewrite_file, write_one_file
 from mvshared.conversion.raw import FLOATS, STORED, RawTensor, cast, read_safetensors
@@ -48,11 +56,10 @@ from mvshared.names import BUFFERS
 from mvshared.public_configs import SET_BY_PIPELINES, diffusers_scheduler
 from mvshared.schedule import alphas_cumprod
 from mvshared.upscaling.config import SigmaConfig, UpscalerConfig
-from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
+from mvshared.upscaling.folder import PUBLIC_FAMILY, component_folders, is_upscaler, read_upscaler_config
 from mvshared.weights import match_network
 
-UPSCALER = "sd-x2-latent-upscaler"
-FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-768", UPSCALER)
+FAMILIES = ("mvdream", "imagedream", "imagedream-local", "sd15", "sd21", "sd21-768", PUBLIC_FAMILY)
 PREDICTS: dict[str, PredictionType] = {"sd21": "epsilon", "sd21-768": "v_prediction"}  # all that tells them apart
 SIZES_PX = {"sd15": 512, "sd21": 512, "sd21-768": 768}
 REPORT = "conversion.json"
@@ -65,7 +72,6 @@ NETWORKS: dict[str, Component] = {  # by the kind that their config.json names
 }
 PLAIN_FOLDERS = ("tokenizer", "feature_extractor", "scheduler")
 GIGABYTE = 1_000_000_000
-DEFAULT_SHARD_BYTES = 5 * GIGABYTE
 
 
 @dataclass(kw_only=True)
@@ -285,7 +291,7 @@ def _families(collected: _Collected) -> tuple[str, ...]:
         upscaler = any(str(name).startswith("K") for name in document.get("down_block_types") or ())  # k-diffusion's
         unet = public_unet(document, place=place) if "_class_name" in document and not upscaler else None
     if upscaler:
-        return (UPSCALER,)
+        return (PUBLIC_FAMILY,)
     if not isinstance(unet, UNetConfig):
         return ()
     if unet.camera_dim is not None:
@@ -478,7 +484,7 @@ def _takes_images(family: str, unet: UNetConfig | None) -> bool:
 
 def _scheduler(family: str) -> dict[str, Any]:
     """scheduler_config.json of a family."""
-    if family == UPSCALER:
+    if family == PUBLIC_FAMILY:
         return euler_document(SigmaConfig())
     return scheduler_document(SchedulerConfig(prediction_type=PREDICTS.get(family, "epsilon")))
 
@@ -490,11 +496,11 @@ def _model_index(family: str, unet: UNetConfig | None) -> dict[str, Any]:
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler" if family == UPSCALER else "DDIMScheduler"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler" if family == PUBLIC_FAMILY else "DDIMScheduler"],
     }
     if family.startswith("sd") and not _takes_images(family, unet):
-        pipeline = "StableDiffusionLatentUpscalePipeline" if family == UPSCALER else "StableDiffusionPipeline"
-        if family != UPSCALER:
+        pipeline = "StableDiffusionLatentUpscalePipeline" if family == PUBLIC_FAMILY else "StableDiffusionPipeline"
+        if family != PUBLIC_FAMILY:
             parts |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     else:
         pipeline = "MVDreamPipeline"

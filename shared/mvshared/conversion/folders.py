@@ -22,6 +22,7 @@ from mvshared.files import (
 )
 
 STATE = ".conversion.json"
+DEFAULT_SHARD_BYTES = 5_000_000_000
 
 OnTensor = Callable[[str, int], None]
 

@@ -11,22 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from mvshared.arguments import MAX_SEED, whole
 from mvshared.checkpoint import find_model, read_model_config, weight_files, write_model_config
 from mvshared.clip_images import read_clip_image_config
 from mvshared.config import CLIPImageConfig, CLIPVisionConfig, GenerationDefaults, ModelConfig, ResamplerConfig
 from mvshared.conversion.configs import image_processor_document
-from mvshared.conversion.folders import OnTensor, Progress, copy_files, fingerprint, write_weights
+from mvshared.conversion.folders import DEFAULT_SHARD_BYTES, OnTensor, Progress, copy_files, fingerprint, write_weights
 from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.one_file import own_tensors
 from mvshared.conversion.raw import RawTensor, cast, read_safetensors
 from mvshared.conversion.report import Report, written
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import make_folder, read_json_object, write_json
+from mvshared.numbers import MAX_SEED, whole
 from mvshared.public_configs import clip_vision
 from mvshared.training.initial import initial_weights
 
-SHARD_BYTES = 5_000_000_000
 DEFAULTS = GenerationDefaults(views=4, steps=30, guidance=5.0, size_px=256)
 # New tensors that are zero, by their ends: what they lead to is then added as zero.
 ZEROS = ("to_v_ip.weight", "camera_embedding.linear_2.weight", "camera_embedding.linear_2.bias")
@@ -59,7 +58,7 @@ def init_gaf(
     tensors = _unet_tensors(folder, config, gaf, seed=seed)
     sources = [folder, *([vision_folder] if vision_folder else [])]
     options = f"gaf {cameras} {seed}"
-    state = Progress(dest, fingerprint(sources, None, options, SHARD_BYTES), sources=sources, force=force)
+    state = Progress(dest, fingerprint(sources, None, options, DEFAULT_SHARD_BYTES), sources=sources, force=force)
     folders = {"vae": folder / "vae", "text_encoder": folder / "text_encoder"}
     if vision_folder is not None:
         folders["image_encoder"] = vision_folder
@@ -83,7 +82,7 @@ def init_gaf(
 
 
 def _write(dest: Path, component: Any, tensors: Mapping[str, RawTensor], state: Progress, on_tensor: OnTensor) -> int:
-    return write_weights(dest, component, tensors, shard_bytes=SHARD_BYTES, state=state, on_tensor=on_tensor)
+    return write_weights(dest, component, tensors, shard_bytes=DEFAULT_SHARD_BYTES, state=state, on_tensor=on_tensor)
 
 
 def _gaf_config(

@@ -36,11 +36,11 @@ from mvshared.conversion.links import (
 from mvshared.conversion.raw import RawTensor, cast
 from mvshared.conversion.sources import Layout
 from mvshared.errors import CheckpointError, TensorMismatchError
+from mvshared.names import PROJECTIONS
 from mvshared.public_configs import ldm_unet
 
 IMAGE_PX = 256  # MVDream's and ImageDream's
 NOISE_FREQUENCIES = "low_res_noise_embed.weight"
-PROJECTIONS = ("text_projection.weight", "visual_projection.weight")
 
 
 @dataclass(frozen=True, kw_only=True)

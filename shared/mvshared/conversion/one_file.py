@@ -8,12 +8,13 @@ from mvshared.checkpoint import Component, components, find_model, read_model_co
 from mvshared.config import ModelConfig
 from mvshared.conversion.configs import open_clip_text_layers
 from mvshared.conversion.links import Link, open_clip_links, plain_links, unet_links, vae_links
-from mvshared.conversion.networks import PROJECTIONS, network_shapes
+from mvshared.conversion.networks import network_shapes
 from mvshared.conversion.raw import FLOATS, RawTensor, cast, read_safetensors, write_safetensors
 from mvshared.conversion.report import Report, written
 from mvshared.conversion.sources import read_file
 from mvshared.errors import CheckpointError, OutputError
 from mvshared.files import LEFT_OVER_S, make_folder, remove_leftovers
+from mvshared.names import PROJECTIONS
 from mvshared.weights import match_tensors
 
 

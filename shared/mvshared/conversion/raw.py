@@ -73,7 +73,7 @@ def raw_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, RawTensor]:
 
 
 def cast(tensor: RawTensor, dtype: str, *, name: str) -> RawTensor:
-    """The tensor, of the FLOATS or F64, in another of the FLOATS, rounded to the nearest.
+    """The tensor, of the FLOATS or F64, in another of the FLOATS, rounded to the nearest, F64 by way of float32.
 
     Raises CheckpointError for a value that leaves its range."""
     if tensor.dtype == dtype:
@@ -159,7 +159,10 @@ def _write(
 
 def _contents(tensors: Mapping[str, RawTensor]) -> Iterable[tuple[str, bytes]]:
     for name, tensor in tensors.items():
-        bits = tensor.read()
+        try:
+            bits = tensor.read()
+        except OSError as cause:  # which is none of the file that is written
+            raise CheckpointError(f"{name!r} cannot be read: {cause.strerror or cause}", path=cause.filename) from cause
         if bits.shape != tensor.shape:
             raise CheckpointError(f"{name!r} has the shape {bits.shape}, {tensor.shape} was announced")
         yield name, np.ascontiguousarray(bits).astype(bits.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mvshared.errors import OptionError
+from mvshared.numbers import whole
 
 Rgb = tuple[float, float, float]
 HairStyle = Literal[
@@ -38,8 +38,8 @@ CLOTH = (
     (0.86, 0.22, 0.24), (0.95, 0.58, 0.16), (0.96, 0.82, 0.30), (0.32, 0.72, 0.36), (0.18, 0.56, 0.60), (0.22, 0.40, 0.82),
     (0.50, 0.32, 0.72), (0.95, 0.56, 0.72), (0.22, 0.23, 0.27), (0.94, 0.93, 0.90), (0.60, 0.60, 0.68), (0.58, 0.38, 0.24),
 )  # fmt: skip
-HAT_HAIR: tuple[HairStyle, ...] = ("bald", "short", "bowl", "fringe", "bob", "long", "ponytail", "pigtails", "side_part")
-ANIMAL_HAIR: tuple[HairStyle, ...] = ("bald", "short", "bowl", "fringe", "bob", "long", "ponytail", "pigtails", "side_part")
+# Below hats and animals' ears.
+COVERED_HAIR: tuple[HairStyle, ...] = ("bald", "short", "bowl", "fringe", "bob", "long", "ponytail", "pigtails", "side_part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,7 @@ class HeadIdentity:
 
 def sample_identity(number: int) -> HeadIdentity:
     """The head of a number: the same on every machine. Raises OptionError for a negative number."""
-    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 0:
-        raise OptionError("identity", expected="a whole number, at least 0", got=number)
-    random = np.random.default_rng([SEED, int(number)])
+    random = np.random.default_rng([SEED, whole("identity", number, 0)])
 
     def between(low: float, high: float) -> float:
         return float(random.uniform(low, high))
@@ -145,12 +143,12 @@ def sample_identity(number: int) -> HeadIdentity:
     animal_ears = pick(("none", "cat", "bear", "rabbit"), (7, 1, 1, 0.7))
     if hat_style not in ("none", "headband"):
         animal_ears = "none"
-        if hair_style not in HAT_HAIR:
-            hair_style = pick(HAT_HAIR)
+        if hair_style not in COVERED_HAIR:
+            hair_style = pick(COVERED_HAIR)
     elif hat_style == "headband" and hair_style == "afro":  # so since headbands were for all: a number stays its head
         hair_style = "short"
-    if animal_ears != "none" and hair_style not in ANIMAL_HAIR:
-        hair_style = pick(ANIMAL_HAIR)
+    if animal_ears != "none" and hair_style not in COVERED_HAIR:
+        hair_style = pick(COVERED_HAIR)
     cloth = shade(pick(CLOTH))
     stripe = pick(CLOTH)
     if np.abs(np.subtract(cloth, stripe)).sum() < 0.5:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mvshared.camera import validate_poses
-from mvshared.errors import OptionError
 from mvshared.heads.identity import HeadIdentity, sample_identity
+from mvshared.numbers import number, whole
 
 if TYPE_CHECKING:
     from mvshared.heads.trace import Hits, Tracer
@@ -50,10 +50,7 @@ def render(identity: HeadIdentity | int, cameras: ArrayLike, *, size_px: int, fo
     from mvshared.heads.trace import Tracer  # loads numba, which takes longer than all of mvshared
 
     poses = validate_poses(cameras)
-    if isinstance(size_px, bool) or not isinstance(size_px, int | np.integer) or not 8 <= size_px <= MAX_SIZE_PX:
-        raise OptionError("size_px", expected=f"a whole number, 8 to {MAX_SIZE_PX}", got=size_px)
-    if not 1 <= fov_deg <= 120:
-        raise OptionError("fov_deg", expected="1 to 120", got=fov_deg)
+    size_px, fov_deg = whole("size_px", size_px, 8, MAX_SIZE_PX), number("fov_deg", fov_deg, 1, 120)
     head = identity if isinstance(identity, HeadIdentity) else sample_identity(identity)
     tracer = Tracer(head)
     together = max(1, RAYS // size_px**2)

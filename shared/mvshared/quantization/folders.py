@@ -24,6 +24,7 @@ from mvshared.conversion.folders import Progress, copy_files, fingerprint, remov
 from mvshared.conversion.raw import RawTensor, cast, read_safetensors
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import copy_file, make_folder, write_atomic, write_json
+from mvshared.metrics import relative_rms
 from mvshared.quantization.groups import GROUP_SIZES, Packed
 from mvshared.quantization.plans import (
     METADATA,
@@ -42,7 +43,7 @@ from mvshared.quantization.plans import (
     to_metadata,
     with_bits,
 )
-from mvshared.quantization.sensitivity import Network, relative_rms
+from mvshared.quantization.sensitivity import Network
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.folder import component_folders, is_upscaler, read_upscaler_config
 from mvshared.weights import Stored, match_tensors

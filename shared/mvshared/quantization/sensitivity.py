@@ -13,7 +13,7 @@ from mvshared.backend import PACKAGES, BackendName, TextStates
 from mvshared.camera import camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import Component
 from mvshared.config import ModelConfig
-from mvshared.guidance import ALL, Guidance
+from mvshared.guidance import PLAIN
 from mvshared.networks import Networks
 from mvshared.upscaling.config import UpscalerConfig
 from mvshared.upscaling.latents import FACTOR
@@ -63,12 +63,6 @@ class Network:
         self.module.set_layer_weight(self.network, layer, weight)
 
 
-def relative_rms(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Root mean square of the difference over that of `expected`; 0 where both are all zeros."""
-    difference, scale = (float(np.sqrt(np.square(x, dtype=np.float64).mean())) for x in (actual - expected, expected))
-    return difference / scale if scale else (0.0 if not difference else float("inf"))
-
-
 def _normal(seed: int, *shape: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
@@ -86,13 +80,12 @@ def _unet_probe(model: Any, config: ModelConfig) -> Probe:
         "reference": model.from_numpy(_normal(3, 1, side, side, unet.out_channels)) if unet.reference_frame else None,
         "normals": model.from_numpy(_normal(4, views, side, side, unet.normal_channels)) if unet.normal_channels else None,
     }
-    mixture = Guidance(guidance=1).mixture(ALL)
     steps = config.scheduler.num_train_timesteps
 
     def run() -> NDArray[np.float32]:
         # The keys and values of what is attended to are in here: their layers count too.
-        condition = model.condition(**given, branches=mixture.branches)
-        outs = [model.denoise(x, round(share * (steps - 1)), condition, mixture.weights) for share in TIMESTEPS]
+        condition = model.condition(**given, branches=PLAIN.branches)
+        outs = [model.denoise(x, round(share * (steps - 1)), condition, PLAIN.weights) for share in TIMESTEPS]
         return np.stack([model.to_numpy(out) for out in outs])
 
     return run

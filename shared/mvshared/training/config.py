@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.backend import Dtype
+from mvshared.camera import from_front_deg
 from mvshared.checkpoint import config_from_json
 from mvshared.config import (
     CAMERA_DIM,
@@ -23,11 +25,11 @@ from mvshared.config import (
     check_color,
 )
 from mvshared.errors import ConfigError, OptionError
+from mvshared.numbers import whole
 from mvshared.upscaling.config import UpscaleDefaults
 
 AZIMUTH_ROUNDING_DEG = 1e-3  # more than what float32 poses do to an azimuth
 Stage = Literal["vae", "unet", "upscaler"]
-TrainDtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,7 @@ class DataConfig:
 
     def may_be_references(self, azimuths_deg: NDArray[np.floating]) -> NDArray[np.bool_]:
         """Which views may be references, of azimuths (n,) in degrees, rounded as they may be."""
-        from_front = np.abs((azimuths_deg + 180) % 360 - 180)
-        return from_front <= self.reference_max_azimuth_deg + AZIMUTH_ROUNDING_DEG
+        return np.abs(from_front_deg(azimuths_deg)) <= self.reference_max_azimuth_deg + AZIMUTH_ROUNDING_DEG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,7 @@ class TrainConfig:
     batch_size: int
     seed: int = 0
     family: str = "custom"
-    dtype: TrainDtype = "float32"
+    dtype: Dtype = "float32"
     model_dtype: Literal["float32", "float16"] = "float32"
     gradient_checkpointing: bool = False
     checkpoint_every: int = 500
@@ -210,12 +211,7 @@ class TrainConfig:
             raise OptionError("stage", expected=f"one of {', '.join(get_args(Stage))}", got=self.stage)
         counts = ("steps", "batch_size", "checkpoint_every", "log_every", "sample_every", "generated_captures")
         for name, least in (*((name, 1) for name in counts), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise OptionError(name, expected="a whole number", got=value)
-            if value < least:
-                raise OptionError(name, expected=f"at least {least}", got=value)
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
         for name in ("init_from", "vae_from", "views_from"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, value.rstrip("/") or value)  # runs/model/ is runs/model
@@ -274,22 +270,6 @@ class TrainConfig:
                 raise OptionError(each.name, expected=unused[each.name], got=got)
 
 
-TABLES = {
-    "data": DataConfig,
-    "optimizer": OptimizerConfig,
-    "vae": VAEConfig,
-    "vae_loss": VAELossConfig,
-    "unet": UNetConfig,
-    "unet_loss": UNetLossConfig,
-    "upscaler": KUNetConfig,
-    "upscale_defaults": UpscaleDefaults,
-    "scheduler": SchedulerConfig,
-    "camera": CameraConfig,
-    "defaults": GenerationDefaults,
-    "framing": Framing,
-}
-
-
 def load_train_config(path: Path | str) -> TrainConfig:
     """Read a TOML file; relative folders in it are relative to where the command runs.
 
@@ -307,8 +287,4 @@ def load_train_config(path: Path | str) -> TrainConfig:
 
 def parse_train_config(document: dict[str, Any], *, path: Path) -> TrainConfig:
     """A TrainConfig of nested tables. Raises ConfigError."""
-    values = dict(document)
-    for name, cls in TABLES.items():
-        if values.get(name) is not None:
-            values[name] = config_from_json(cls, values[name], path=path, table=name, error=ConfigError)
-    return config_from_json(TrainConfig, values, path=path, error=ConfigError)
+    return config_from_json(TrainConfig, document, path=path, error=ConfigError)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.camera import azimuth_elevation, camera_vectors, mirror_poses
+from mvshared.camera import azimuth_elevation, camera_vectors, from_front_deg, mirror_poses
 from mvshared.captures import Capture, files_elsewhere, load_capture
 from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError, ImageError
@@ -245,7 +245,7 @@ def encode_captures(
             normals.append(np.zeros_like(mine[:count]))
             normals[-1][views.with_normals] = mine[count:]
             cameras.append(camera_vectors(views.poses))
-            azimuths.append((azimuth_elevation(views.poses).azimuths_deg + 180) % 360 - 180)
+            azimuths.append(from_front_deg(azimuth_elevation(views.poses).azimuths_deg))
             first.append(first[-1] + count)
             if views.detail is not None:
                 details.append(_pooled(views.detail, *mine.shape[1:3]).astype(np.float16))

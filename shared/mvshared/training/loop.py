@@ -121,7 +121,8 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
         log.plot()
         if on_sample is not None:
             on_sample(folder / "model", first)
-    losses, norms, started = [], [], time.perf_counter()
+    losses, norms, seconds = [], [], 0.0
+    started = time.perf_counter()
     with tqdm(total=config.steps, initial=first, desc=f"training {config.stage}", unit="step", disable=None) as progress:
         for step, batch in enumerate(ahead(stage.batch, range(first, config.steps)), start=first):
             rate = learning_rate(config.optimizer, step=step, steps=config.steps)
@@ -132,6 +133,7 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
             losses.append(result.loss)
             if not result.skipped:
                 norms.append(result.gradient_norm)
+            seconds += time.perf_counter() - started  # of the steps alone, without what follows some of them
             done = step + 1
             last = done == config.steps
             progress.update()
@@ -145,13 +147,12 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
                     what = f"loss {after.loss} and gradient norm {after.gradient_norm} after it"
                     raise _diverged(f"{what}, loss {averaged} of the averaged weights", run, step=step)
             if saves or done % config.log_every == 0:
-                seconds = (time.perf_counter() - started) / len(losses)
                 norm = float(np.mean(norms)) if norms else None
                 scale, skipped = stage.trainer.loss_scale, len(losses) - len(norms)
                 scaled = (None if scale is None else scale.scale, skipped)
-                log.add(LogRow(done, float(np.mean(losses)), held_out, norm, rate, seconds, *scaled))
+                log.add(LogRow(done, float(np.mean(losses)), held_out, norm, rate, seconds / len(losses), *scaled))
                 progress.set_postfix(loss=f"{np.mean(losses):.4f}")
-                losses, norms = [], []
+                losses, norms, seconds = [], [], 0.0
             if saves:
                 write_safetensors(run.state_path, raw_tensors(stage.trainer.state()))
                 stage.save_model()
@@ -159,8 +160,7 @@ def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample
             if sample is not None:
                 stage.save_model()
                 sample(folder / "model", done)
-            if not losses:
-                started = time.perf_counter()
+            started = time.perf_counter()
     return folder / "model"
 
 

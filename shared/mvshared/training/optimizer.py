@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.errors import CheckpointError, OptionError
+from mvshared.errors import CheckpointError
 from mvshared.training import loss_scale
-from mvshared.training.config import OptimizerConfig, TrainDtype
+from mvshared.training.config import OptimizerConfig
 from mvshared.training.loss_scale import LossScale
 from mvshared.weights import check_names_and_shapes
 
@@ -50,14 +50,6 @@ class TrainerState(NamedTuple):
 
 
 TENSORS = TrainerState._fields[:4]
-
-
-def parse_train_dtype(name: str) -> TrainDtype:
-    """The dtype of that name. Raises OptionError for another name."""
-    for dtype in get_args(TrainDtype):
-        if name == dtype:
-            return dtype
-    raise OptionError("dtype", expected=f"one of {', '.join(get_args(TrainDtype))}", got=name)
 
 
 def step_result(loss: float, gradient_norm: float, scale: LossScale | None) -> StepResult:

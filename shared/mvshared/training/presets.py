@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from mvshared.backend import parse_dtype
 from mvshared.checkpoint import find_model, model_name, read_model_config
 from mvshared.errors import OptionError
 from mvshared.training.config import DataConfig, OptimizerConfig, TrainConfig
-from mvshared.training.optimizer import parse_train_dtype
 
 
 def gaf(source: Path | str, data: Path | str) -> TrainConfig:
@@ -57,7 +57,7 @@ def preset(family: str, *, source: Path | str, data: Path | str, changes: Mappin
         if not math.isfinite(rate):
             raise OptionError("learning_rate", expected="a finite number above 0", got=rate)
         changes["optimizer"] = replace(config.optimizer, learning_rate=rate, final_learning_rate=rate)
-    parse_train_dtype(changes.get("dtype", config.dtype))
+    parse_dtype(changes.get("dtype"), default=config.dtype)
     of_data = {field.name for field in fields(DataConfig)} & changes.keys()
     data_config = replace(config.data, **{name: changes.pop(name) for name in of_data})
     return replace(config, data=data_config, **changes)

@@ -78,7 +78,7 @@ class RunFolder:
         self._lock()
         for folder in {path.parent for path in self.path.rglob(".*.tmp")}:
             remove_leftovers(folder)
-        write_json(self.path / "config.json", _as_json(asdict(self.config)))
+        write_json(self.path / "config.json", asdict(self.config))
 
     def teach(self, files: Sequence[Path]) -> None:
         """Note which weights the run is taught by, those that it starts from. Raises OutputError if it began with others."""
@@ -120,9 +120,3 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], above: str = "")
             yield from _changes(old, value, f"{above}{name}.")
         elif value != old:
             yield f"{above}{name}" if isinstance(value, dict) or isinstance(old, dict) else f"{above}{name} (was {old!r})"
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _as_json(item) for name, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.backend import PACKAGES, choose_backend, load, load_upscaler
-from mvshared.camera import azimuth_elevation
+from mvshared.camera import front_view
 from mvshared.captures import load_capture
 from mvshared.checkpoint import read_vae_config, weight_files
 from mvshared.config import ModelConfig
@@ -73,9 +73,8 @@ def _generated(config: TrainConfig, folders: list[Path], model: Path, *, backend
     rows = []
     for folder in folders:
         capture = load_capture(folder)
-        azimuths = azimuth_elevation(capture.poses).azimuths_deg
-        front = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
-        others = [view for view in range(len(azimuths)) if view != front][-VIEWS:]
+        front = front_view(capture.poses)
+        others = [view for view in range(len(capture.poses)) if view != front][-VIEWS:]
         if not others:
             continue
         reference, *truth = from_model(_read(config, [capture.image_paths[view] for view in (front, *others)]))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.camera import azimuth_elevation
+from mvshared.camera import front_view
 from mvshared.captures import load_capture
 from mvshared.errors import DatasetError
 from mvshared.images import from_model
@@ -96,8 +96,7 @@ def generated_pairs(
         capture = load_capture(folder)
         pictures = [read_picture(path, background=config.background) for path in capture.image_paths]
         pixels = _pixels(pictures, folder=folder, multiple=multiple)
-        azimuths = azimuth_elevation(capture.poses).azimuths_deg
-        front = int(np.argmin(np.abs((azimuths + 180) % 360 - 180)))
+        front = front_view(capture.poses)
         if pixels.shape[1] != pixels.shape[2]:
             raise DatasetError("must have square pictures for views_from: those are what is generated", path=folder)
         generated = generate(from_model(halved(pixels[front])), capture.poses)

@@ -82,7 +82,7 @@ def read_upscaler_config(folder: Path) -> UpscalerConfig:
             hint="is it meant as `model`?",
         )
     try:
-        return _own(folder, index) if "format_version" in index else _public(folder, index)
+        return _own(folder, index) if "format_version" in index else _public(folder)
     except OptionError as refused:
         raise CheckpointError(str(refused), path=folder) from refused
 
@@ -146,7 +146,7 @@ def _own(folder: Path, index: Mapping[str, Any]) -> UpscalerConfig:
     )
 
 
-def _public(folder: Path, index: Mapping[str, Any]) -> UpscalerConfig:
+def _public(folder: Path) -> UpscalerConfig:
     unet_path, scheduler_path = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
     document = read_json_object(unet_path, error=CheckpointError)
     frequencies = _frequencies(document.pop("noise_frequencies", None), path=unet_path)
@@ -163,9 +163,9 @@ def _public(folder: Path, index: Mapping[str, Any]) -> UpscalerConfig:
 def _frequencies(value: object, *, path: Path) -> tuple[float, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not all(isinstance(each, float) and np.isfinite(each) for each in value):
+    if not isinstance(value, list) or not all(isinstance(each, int | float) and np.isfinite(each) for each in value):
         raise CheckpointError("noise_frequencies must be a list of numbers", path=path)
-    return tuple(value)
+    return tuple(map(float, value))
 
 
 def k_unet(document: Document, *, path: Path) -> KUNetConfig:

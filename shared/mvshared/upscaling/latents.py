@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Generic, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.arguments import number, whole
 from mvshared.backend import A, BackendName, Dtype, TextStates, UpscalerModel
 from mvshared.checkpoint import find_model, model_name
 from mvshared.config import KUNetConfig
 from mvshared.errors import NumericsError, OptionError
 from mvshared.guidance import GUIDANCE_RANGE
+from mvshared.numbers import MAX_SEED, number, whole
 from mvshared.numerics import check_views
 from mvshared.precision import DTYPE_BYTES
 from mvshared.shapes import check_pictures
@@ -191,7 +191,7 @@ def resolve(
         "noise level of the upscaler", defaults.noise_level if noise_level is None else noise_level, 0, MAX_NOISE_LEVEL
     )
     noise_embedding(level, channels=config.noise_channels, frequencies=config.noise_frequencies)
-    return UpscaleSettings(steps, guidance, level, whole("seed", seed, 0, 2**63 - 1))
+    return UpscaleSettings(steps, guidance, level, whole("seed", seed, 0, MAX_SEED))
 
 
 def check_latents(latents: NDArray[np.floating], config: UpscalerConfig) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mvshared.config import SchedulerConfig
 from mvshared.errors import OptionError
+from mvshared.numbers import whole
 from mvshared.samplers import Step
 from mvshared.schedule import alphas_cumprod
 from mvshared.upscaling.config import SigmaConfig
@@ -47,8 +48,7 @@ def sampling_sigmas(config: SigmaConfig, steps: int) -> list[float]:
 
     As diffusers has it, log-linear levels end at the smallest level of training, linear ones at 0. Raises OptionError.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_UPSCALE_STEPS:
-        raise OptionError("steps", expected=f"a whole number from 1 to {MAX_UPSCALE_STEPS}", got=steps)
+    steps = whole("steps", steps, 1, MAX_UPSCALE_STEPS)
     levels, count = training_sigmas(config), config.num_train_timesteps
     if config.interpolation_type == "log_linear":
         return np.exp(np.linspace(math.log(levels[-1]), math.log(levels[0]), steps + 1)).tolist()

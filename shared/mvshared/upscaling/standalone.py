@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mvshared.arguments import array_sha256, load_latents, whole
+from mvshared.arguments import array_sha256, load_latents
 from mvshared.backend import PACKAGES, BackendName, Dtype, choose_backend, chosen_dtype, parse_dtype
 from mvshared.checkpoint import find_model, model_name, read_vae_config
 from mvshared.config import VAEConfig
@@ -19,6 +19,7 @@ from mvshared.errors import ImageError, OptionError
 from mvshared.export import METADATA, check_free, check_source, metadata, transforms, view_names, write_views
 from mvshared.images import composite, load_image, to_model
 from mvshared.memory.plan import PLAIN, MemoryPlan
+from mvshared.numbers import MAX_SEED, whole
 from mvshared.quantization.plans import preset_of
 from mvshared.runs import UPSCALED, Parameters, UpscaleParameters, check_still_loaded, read_run
 from mvshared.shapes import check_pictures
@@ -132,7 +133,7 @@ def upscale_source(
             backend = run.backend
         seed = run.seed if seed is None else seed
         quantize = quantize or (preset_of(run.quantization) if options.method == "sd-x2" else None)
-    seed = whole("seed", 0 if seed is None else seed, 0, 2**63 - 1)
+    seed = whole("seed", 0 if seed is None else seed, 0, MAX_SEED)
     parse_dtype(dtype, default="float32")
     networks = _load(source, options, model, backend=backend, dtype=dtype, device=device, quantize=quantize)
     planned, codec, upscaler, latents = networks.planned, networks.codec, networks.upscaler, source.latents

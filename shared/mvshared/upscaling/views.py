@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mvshared.arguments import dataclass_sha256
+from mvshared.arguments import config_sha256
 from mvshared.backend import BackendName, Dtype, load_upscaler
 from mvshared.checkpoint import find_model, model_name
 from mvshared.config import VAEConfig
@@ -103,7 +103,7 @@ def plan_upscale(
         guidance=settings.guidance,
         noise_level=settings.noise_level,
         budget_bytes=budget,
-        config_sha256=dataclass_sha256(config),
+        config_sha256=config_sha256(config),
     )
 
 
@@ -238,7 +238,7 @@ def load_planned(
 
 
 def _check_config(config: UpscalerConfig, parameters: UpscaleParameters) -> None:
-    if dataclass_sha256(config) != parameters.config_sha256:
+    if config_sha256(config) != parameters.config_sha256:
         raise CheckpointError("the upscaler's configs have changed since the run", path=parameters.upscaler)
     steps, guidance, noise_level = parameters.steps, parameters.guidance, parameters.noise_level
     resolve(config, steps=steps, guidance=guidance, noise_level=noise_level, seed=0)
