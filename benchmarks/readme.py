@@ -27,7 +27,8 @@ def block(results: Sequence[Results], *, chosen: Callable[[Results], Results] = 
     """What is chosen of all machines, files of one machine together, and what none of them measured with the command for it."""
     machines: dict[tuple[object, ...], list[Results]] = {}
     for each in results:
-        machines.setdefault(tuple(each.machine.items()), []).append(chosen(each))
+        if (kept := chosen(each)).tables:
+            machines.setdefault(tuple(each.machine.items()), []).append(kept)
     parts = [markdown(those).strip() for those in machines.values()]
     missing = [name for name, (backend, device) in WANTED.items() if not _measured(results, backend, device)]
     if missing:
@@ -36,8 +37,8 @@ def block(results: Sequence[Results], *, chosen: Callable[[Results], Results] = 
             "last line puts it here, in a clone of the repository:\n\n"
             "```sh\n"
             "mvmlx benchmark --json demo.json\n"
-            "mvmlx benchmark --model sd21 --views 1,4 --sizes 256,512 --against diffusers --json sd21.json\n"
-            "python -m benchmarks.readme demo.json sd21.json   # and the files of other machines\n"
+            "mvmlx benchmark step --model sd21 --views 1,4 --sizes 256,512 --against diffusers --json sd21.json\n"
+            "python -m benchmarks.readme demo.json sd21.json   # all that stands here goes: name other machines' files, too\n"
             "```"
         )
     return "\n\n".join(parts)

@@ -281,16 +281,18 @@ class _Extras:
     def __init__(self, unet: Any) -> None:
         self.frames = self.views = 1
         self.cameras: Tensor | None = None
-        self.reference_scale = 1.0
+        self.image_scale = self.reference_scale = 1.0
         self.unet = [unet]  # in a list, or the network would be a part of itself
         unet.time_embedding.register_forward_hook(self._add_cameras)
         unet.conv_norm_out.register_forward_pre_hook(self._drop_references)
 
     def set(self, *, frames: int, views: int, cameras: Tensor | None, image_scale: float, reference_scale: float) -> None:
         self.frames, self.views, self.cameras, self.reference_scale = frames, views, cameras, reference_scale
-        for processor in self.unet[0].attn_processors.values():
-            if hasattr(processor, "scale"):
-                processor.scale = [image_scale]
+        if image_scale != self.image_scale:  # looking through the network for them takes a millisecond
+            self.image_scale = image_scale
+            for processor in self.unet[0].attn_processors.values():
+                if hasattr(processor, "scale"):
+                    processor.scale = [image_scale]
 
     def attend(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Self-attention over the tokens of all frames of an object: diffusers' own, on other groups."""

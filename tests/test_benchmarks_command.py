@@ -13,21 +13,23 @@ from mlx.utils import tree_flatten
 import mvtorch.benchmark
 from mvshared.backend import PACKAGES
 from mvshared.benchmark import against, cases, growth, models, run, settings, suite
-from mvshared.benchmark.compare import DIFFERENT
+from mvshared.benchmark.compare import DIFFERENT, ENDED, Case
 from mvshared.benchmark.growth import Point, measure_growth, points_of, verdicts
 from mvshared.benchmark.models import RANDOM, measured, open_model
 from mvshared.benchmark.results import Results, Row, Table, read_results
-from mvshared.benchmark.run import check_agreement, measure
+from mvshared.benchmark.run import check_measured, measure
 from mvshared.benchmark.settings import Needs, Place, Settings, places, resolved
 from mvshared.benchmark.suite import Suite
 from mvshared.cli import run as run_command
-from mvshared.config import CLIPTextConfig, KUNetConfig
-from mvshared.errors import BackendError, CheckpointError, NumericsError, OptionError
+from mvshared.config import SD21, CLIPTextConfig, KUNetConfig
+from mvshared.errors import BackendError, CheckpointError, NumericsError, OptionError, OutputError
+from mvshared.metrics import relative_rms
 from mvshared.upscaling.config import UpscalerConfig
 from tests.helpers import BACKENDS, TINY_MODEL, TINY_UNET, TINY_VAE, Backend, assert_close, write_tiny_model
 
 TEXT = CLIPTextConfig(vocab_size=49408, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 TINY_SD = replace(TINY_MODEL, family="tiny", unet=TINY_UNET, text_encoder=TEXT, defaults=replace(TINY_MODEL.defaults, views=1))
+SMALL_SD_UNET = replace(SD21, block_out_channels=(32, 64, 128, 128), attention_head_dim=16, cross_attention_dim=24)
 TINY_UPSCALER = UpscalerConfig(
     family="tiny",
     unet=KUNetConfig(
@@ -174,6 +176,25 @@ def test_mlx_on_a_cpu_is_measured_only_where_it_is_named() -> None:
     assert [place.dtype for place in chosen] == ["float32", "float16"] and not notes
 
 
+def test_a_backend_without_the_device_is_left_out_unless_it_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mvtorch.model.choose_device", lambda device: device)
+    monkeypatch.setattr(settings, "available_backends", lambda: ["mlx", "torch"])
+    chosen, notes = places(Settings(dtypes=("float32",), device="mps"))
+    assert [(place.backend, place.device) for place in chosen] == [("torch", "mps")]
+    assert notes == ["Not measured: MLX has the devices cpu and gpu, got 'mps'."]
+    monkeypatch.setattr(settings, "available_backends", lambda: ["mlx"])
+    with pytest.raises(BackendError, match="MLX has the devices"):
+        places(Settings(dtypes=("float32",), device="mps"))
+
+
+def test_numbers_that_are_given_twice_are_measured_once_and_series_go_upwards(model: str) -> None:
+    given, _ = resolved(Settings(model=model, views=(2, 1, 2), sizes_px=(64, 32, 64)))
+    assert (given.views, given.sizes_px) == ((2, 1), (64, 32))
+    growing = suite_of(model, views=(4, 1, 4), sizes_px=(64, 32))
+    assert [point.views for point in points_of(growing, "views")] == [1, 4]
+    assert [point.size_px for point in points_of(growing, "pixels")] == [32, 64]
+
+
 def test_what_does_not_fit_into_memory_says_so(model: str, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "free_memory_bytes", lambda: 5_000_000)
     options: dict[str, Any] = {"model": model, "backend": "torch", "device": "cpu", "dtypes": ("float32",), "repeats": 1}
@@ -201,6 +222,32 @@ def test_the_command_writes_what_it_prints(model: str, quick: None, tmp_path: Pa
     assert str(tmp_path) not in json.dumps(dict(results.machine)) and "threads 1" in printed
 
 
+def test_what_was_measured_before_a_run_broke_off_is_printed_and_written(
+    model: str, quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Suite, name: str) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Suite, "cases", lambda self, name: [] if name == "step" else interrupted(self, name))
+    monkeypatch.setattr("mvshared.benchmark.run._Timing.guess", lambda *given: None)
+    options = ["--model", model, "--backend", "torch", "--device", "cpu", "--dtype", "float32", "--repeats", "1"]
+    assert run_command(["benchmark", "start", "step", "vae", *options, "--json", str(tmp_path / "r.json")]) == 130
+    assert list(read_results(tmp_path / "r.json").tables) == ["start", "matmul", "step"]
+    assert "mvmlx --help, new process" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_does_not_keep_the_tables_from_being_printed(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, results: Results) -> None:
+        raise OutputError("cannot be written: No space left on device", path=path)
+
+    monkeypatch.setattr("mvshared.commands.benchmark.write_results", full)
+    command = ["benchmark", "start", "--model", model, "--repeats", "1", "--json", str(tmp_path / "r.json")]
+    assert run_command(command) == OutputError.exit_code
+    assert "mvmlx --help, new process" in capsys.readouterr().out
+
+
 def test_json_is_printed_where_the_file_is_a_dash(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["benchmark", "start", "--model", model, "--repeats", "1", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["format_version"] == 2
@@ -214,7 +261,7 @@ def test_numbers_that_are_not_whole_are_refused(capsys: pytest.CaptureFixture[st
 def test_diffusers_does_the_same_work_in_turns_and_has_a_ratio(model: str, quick: None) -> None:
     options: dict[str, Any] = {"model": model, "backend": "torch", "device": "cpu", "dtypes": ("float32",), "repeats": 2}
     results = measure(Settings(**options, against="diffusers", views=(2,)), lambda line: None)
-    check_agreement(results)
+    check_measured(results)
     rows = results.tables["against"].rows
     assert [(row.backend, row.variant) for row in rows] == 2 * [
         ("torch", ""),
@@ -268,7 +315,79 @@ def test_other_results_than_diffusers_are_an_error() -> None:
     row = Row(what="step", backend="torch", dtype="float32", failure=f"{DIFFERENT}: relative RMS difference 0.5, allowed 0.1")
     results = Results(machine={}, settings={}, tables={"against": Table(title="", rows=[row])})
     with pytest.raises(NumericsError, match=r"step: computes something else.*torch in float32"):
-        check_agreement(results)
+        check_measured(results)
+
+
+def test_a_case_whose_process_ended_is_an_error_and_one_that_was_left_out_is_none() -> None:
+    def results(failure: str) -> Results:
+        row = Row(what="step", backend="diffusers", variant="eager", dtype="float32", failure=failure)
+        return Results(machine={}, settings={}, tables={"against": Table(title="", rows=[row])})
+
+    with pytest.raises(
+        BackendError, match=r"step, diffusers, eager in float32: its process ended: ValueError: no \(exit code 1\)"
+    ):
+        check_measured(results(f"{ENDED}: ValueError: no (exit code 1)"))
+    check_measured(results("needs about 5 GB, 4 GB are free"))
+
+
+def test_half_precision_is_not_timed_where_the_same_work_differs_in_float32(
+    model: str, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def compared(group: list[Case], *, repeats: int, agree: float | None = None, **options: Any) -> list[Row]:
+        case = group[0].arguments
+        asked.append((*(case.get(name) for name in ("dtype", "views", "size_px")), len(group), repeats, agree))
+        failure = differs if case.get("dtype") == "float32" and "step" in group[0].what else ""
+        return [Row(what=each.what, backend=each.row.get("backend", "torch"), failure=failure) for each in group]
+
+    monkeypatch.setattr(run, "compare", compared)
+    given = Settings(
+        model=model, backend="torch", device="cpu", dtypes=("bfloat16",), against="diffusers", views=(4,), repeats=3
+    )
+    differs = ""
+    assert [row.failure for row in measure(given, lambda line: None).tables["against"].rows] == [""] * 6
+    small, half = ("float32", 2, 16, 3, 0, 1e-4), ("bfloat16", 4, 32, 3, 3, 0.1)
+    assert asked[1:] == [small, small, half, half]  # a step and decoding each, after the products
+    asked.clear()
+    differs = f"{DIFFERENT}: relative RMS difference 0.5, allowed 0.0001"
+    results = measure(given, lambda line: None)
+    assert asked[1:] == [small, small]
+    assert [row.failure for row in results.tables["against"].rows] == [differs] * 3
+    with pytest.raises(NumericsError, match="computes something else"):
+        check_measured(results)
+
+
+@pytest.mark.parametrize("left_out", ["joint attention", "text", "middle"])
+def test_every_part_of_a_network_of_random_weights_counts_in_its_result(left_out: str) -> None:
+    """Or a side that leaves it out would pass for one that computes the same."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    module = importlib.import_module("mvtorch.diffusers_model")
+    loaded = module.DiffusersModel(replace(TINY_SD, unet=SMALL_SD_UNET), dtype="float32", device="cpu", parts=["unet"])
+    call, unet = cases.step_of(loaded, views=2, size_px=64, guided=True), loaded._networks["unet"]
+    expected = call().copy()
+    if left_out == "middle":
+        unet.mid_block.register_forward_hook(lambda module, given, out: given[0])
+    else:
+        kept, ending = dict(unet.attn_processors), ".attn1.processor" if left_out == "joint attention" else ".attn2.processor"
+        other = AttnProcessor2_0() if left_out == "joint attention" else lambda attn, tokens, *given, **options: 0 * tokens
+        unet.set_attn_processor({name: other if name.endswith(ending) else each for name, each in kept.items()})
+    assert relative_rms(call(), expected) > 2 * against.AGREE["float16"]
+
+
+def test_arithmetic_of_diffusers_is_what_pytorch_counts_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setitem(RANDOM, "sd21", TINY_SD)
+    group = suite_of("sd21", against="diffusers", views=(3,), sizes_px=(32,)).against()[0]
+    theirs = against.diffusers_work(**group[-1].arguments)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        theirs.call()
+    ours, reckoned, counted = group[0].row["flops"], group[-1].row["flops"], counter.get_total_flops()
+    assert reckoned == pytest.approx(counted, rel=1e-3)  # which has an embedding of the time for every frame
+    assert ours < 0.99 * counted
 
 
 def test_diffusers_that_is_not_installed_says_how_to_install_it(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

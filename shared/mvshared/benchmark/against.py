@@ -82,8 +82,10 @@ def against_group(
     compiled: str | None,
     row: dict[str, Any],
     needed_bytes: int,
+    repeated_flops: int = 0,
 ) -> list[Case]:
-    """Ours, and diffusers in every way; the last one is what the others' results are compared with."""
+    """Ours, and diffusers in every way; the last one is what the others' results are compared with. `repeated_flops` is what
+    diffusers computes in every call, and this project once."""
     shapes: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "views": views, "size_px": size_px}
     guidance = {"guided": guided} if call == "step" else {}
     known: dict[str, Any] = {"row": row, "needed_bytes": needed_bytes}
@@ -94,6 +96,7 @@ def against_group(
         warm_up=warm_up_of(device),
         **known,
     )
+    flops = {"flops": row["flops"] + repeated_flops} if "flops" in row else {}
     # MLX's GPU is PyTorch's under another name.
     theirs = shapes | {"device": {"gpu": "mps"}.get(device, device), "call": call, "guided": guided}
     cases = [
@@ -101,7 +104,7 @@ def against_group(
             what=what,
             prepare=diffusers_work,
             arguments={**theirs, "layout": layout, "compiled": None},
-            row=row | {"backend": "diffusers", "variant": variant},
+            row=row | flops | {"backend": "diffusers", "variant": variant},
             needed_bytes=needed_bytes,
         )
         for layout, variant in EAGER.items()
@@ -114,7 +117,7 @@ def against_group(
                 what=what,
                 prepare=diffusers_work,
                 arguments={**theirs, "layout": "channels_last", "compiled": compiled},
-                row=row | {"backend": "diffusers", "variant": named},
+                row=row | flops | {"backend": "diffusers", "variant": named},
                 environment={"TORCHINDUCTOR_CACHE_DIR": str(cache)},
                 cache=cache,
                 needed_bytes=2 * needed_bytes,  # frozen weights are copies

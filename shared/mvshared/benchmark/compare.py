@@ -20,6 +20,8 @@ from mvshared.benchmark.worker import Prepared
 from mvshared.metrics import relative_rms
 
 MOST_ROUNDS = 10  # times the repeats, for calls that are short
+# How reasons begin of cases that were to be measured, and failed.
+DIFFERENT, ENDED = "computes something else", "its process ended"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class Worker:
         code = self._process.wait()
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        self.failure = " ".join([*lines[-1:], f"(exit code {code})"]).strip()
+        self.failure = f"{ENDED}: {' '.join([*lines[-1:], f'(exit code {code})'])}"
         return None
 
 
@@ -105,7 +107,8 @@ def running(case: Case, *, environment: Mapping[str, str] | None = None) -> Iter
         subprocess.Popen(
             command,
             cwd=empty,
-            env={**os.environ, "PYTHONPATH": paths, **(environment or {}), **case.environment},
+            # What it keeps in files goes with it, however it ends.
+            env={**os.environ, "TMPDIR": empty, "PYTHONPATH": paths, **(environment or {}), **case.environment},
             bufsize=0,
             stdin=PIPE,
             stdout=PIPE,
@@ -194,9 +197,6 @@ def _check_results(workers: Sequence[Worker | None], files: Sequence[Path], *, a
         difference = relative_rms(np.load(file), expected)
         if not difference <= agree:
             worker.fail(f"{DIFFERENT}: relative RMS difference {difference:.3g}, allowed {agree:.3g}")
-
-
-DIFFERENT = "computes something else"
 
 
 def _row(case: Case, worker: Worker | None, calls: list[Call]) -> Row:

@@ -131,9 +131,9 @@ def points_of(suite: Suite, axis: Axis) -> list[Point]:
         size_px = min(256, size_px)
     match axis:
         case "views":
-            return [Point(views=count, size_px=size_px, steps=1) for count in settings.views or VIEWS]
+            return [Point(views=count, size_px=size_px, steps=1) for count in sorted({*settings.views} or VIEWS)]
         case "pixels":
-            return [Point(views=views, size_px=size, steps=1) for size in settings.sizes_px or SIZES_PX]
+            return [Point(views=views, size_px=size, steps=1) for size in sorted({*settings.sizes_px} or SIZES_PX)]
         case "steps":
             steps = [count for count in STEPS if settings.steps is None or count <= settings.steps]
             return [Point(views=views, size_px=size_px, steps=count) for count in steps]

@@ -162,7 +162,7 @@ def cells(row: Row) -> dict[str, str]:
     shown["loaded (MB)"] = _megabytes(row.load_memory_bytes)
     shown["peak of loading (MB)"] = _megabytes(row.load_peak_bytes)
     shown["peak memory (MB)"] = _megabytes(row.peak_memory_bytes)
-    shown["of it activations (MB)"] = _megabytes(row.activation_bytes)
+    shown["activations (MB)"] = _megabytes(row.activation_bytes)
     shown["estimated (MB)"] = _megabytes(row.estimated_memory_bytes)
     if row.estimated_memory_bytes and row.peak_memory_bytes:
         shown["off by"] = f"{100 * (row.estimated_memory_bytes / row.peak_memory_bytes - 1):+.0f} %"

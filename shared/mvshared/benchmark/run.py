@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from mvshared.benchmark.against import AGREE, with_ratios
-from mvshared.benchmark.compare import DIFFERENT, Case, compare
+from mvshared.benchmark.compare import DIFFERENT, ENDED, Case, compare
 from mvshared.benchmark.growth import axes, measure_growth
 from mvshared.benchmark.measure import machine
 from mvshared.benchmark.results import Results, Row, Table
 from mvshared.benchmark.settings import GROWTH, NAMES, Needs, Place, Settings, memory_limit, places, resolved, too_large
 from mvshared.benchmark.suite import TITLES, Suite, grouped, refuse, start_case
-from mvshared.errors import NumericsError
+from mvshared.errors import BackendError, NumericsError
 
 PEAK_REPEATS = 10  # at least, since the best one counts
 LEAST_SECONDS = 1.0  # of calls per case, however short one is
@@ -20,8 +20,9 @@ Say = Callable[[str], None]
 Peaks = Mapping[tuple[str, str], tuple[float, float]]  # flops a second, wall clock and CPU time, by backend and dtype
 
 
-def measure(settings: Settings, say: Say) -> Results:
-    """The results; `say` gets a line before all that takes time. Raises OptionError, CheckpointError and BackendError."""
+def measure(settings: Settings, say: Say, *, on_table: Callable[[Results], None] = lambda so_far: None) -> Results:
+    """The results; `say` gets a line before all that takes time, `on_table` the results so far after every table. Raises
+    OptionError, CheckpointError and BackendError."""
     given = settings
     settings, found = resolved(settings)
     where, notes = places(settings)
@@ -37,9 +38,15 @@ def measure(settings: Settings, say: Say) -> Results:
     if settings.threads is not None:
         environment |= dict.fromkeys(THREADS, str(settings.threads))
     tables: dict[str, Table] = {}
+    results = Results(machine=machine(), settings=_described(settings), tables=tables)
+
+    def add(name: str, table: Table) -> None:
+        tables[name] = table
+        on_table(results)
+
     if "start" in settings.names:
         say("start ...")
-        tables["start"] = Table(title=TITLES["start"], rows=compare([start_case()], repeats=settings.repeats))
+        add("start", Table(title=TITLES["start"], rows=compare([start_case()], repeats=settings.repeats)))
     timing = _Timing(settings, environment, say)
     if growing:
         for suite in suites:
@@ -47,39 +54,39 @@ def measure(settings: Settings, say: Say) -> Results:
                 say(f"growth with {axis}, {found.name}, {suite.place.backend} in {suite.place.dtype} ...")
                 limit = memory_limit(suite.place)
                 name = f"growth {axis} {found.name} {suite.place.backend} {suite.place.dtype}"
-                tables[name] = measure_growth(suite, axis, limit_bytes=limit, environment=environment)
+                add(name, measure_growth(suite, axis, limit_bytes=limit, environment=environment))
     elif suites and (settings.against or set(settings.names) - {"start"}):
-        tables |= _networks(suites, settings, timing)
-    return Results(machine=machine(), settings=_described(settings), tables=tables)
+        _networks(suites, settings, timing, add)
+    return results
 
 
-def check_agreement(results: Results) -> None:
-    """Raise NumericsError if something of `--against` computed something else: its ratio would mean nothing."""
+def check_measured(results: Results) -> None:
+    """Raise NumericsError if something of `--against` computed something else: its ratio would mean nothing; and BackendError
+    if the process of a case ended early. What was left out for a reason is no error."""
     for table in results.tables.values():
         for row in table.rows:
+            side = f"{row.backend}{f', {row.variant}' if row.variant else ''} in {row.dtype}"
             if row.failure.startswith(DIFFERENT):
-                variant = f", {row.variant}" if row.variant else ""
-                raise NumericsError(f"{row.failure} ({row.backend}{variant} in {row.dtype})", where=row.what)
+                raise NumericsError(f"{row.failure} ({side})", where=row.what)
+            if row.failure.startswith(ENDED):
+                raise BackendError(f"{row.what}, {side}: {row.failure}", backend=row.backend)
 
 
-def _networks(suites: Sequence[Suite], settings: Settings, timing: "_Timing") -> dict[str, Table]:
-    """The tables of the names, and those of `--against`, with the peak of every place before them."""
+def _networks(suites: Sequence[Suite], settings: Settings, timing: "_Timing", add: Callable[[str, Table], None]) -> None:
+    """Add the tables of the names, and that of `--against`, with the peak of every place before them."""
     peaks, rows = dict[tuple[str, str], tuple[float, float]](), list[Row]()
     for suite in suites:
         found = timing.rows(suite.matmul(), place=suite.place, least_repeats=PEAK_REPEATS)
         peaks[suite.place.backend, suite.place.dtype] = _peak(found)
         rows += found
     timing.guess(suites, peaks)
-    tables = {"matmul": Table(title=TITLES["matmul"], rows=[_beside(row, peaks) for row in rows])}
+    add("matmul", Table(title=TITLES["matmul"], rows=[_beside(row, peaks) for row in rows]))
     for name in (name for name in NAMES if name in settings.names and name != "start"):
         rows = [row for group in grouped(suites, name) for row in timing.rows(group, place=suites[0].place)]
-        tables[name] = Table(title=TITLES[name], rows=[_beside(row, peaks) for row in rows])
+        add(name, Table(title=TITLES[name], rows=[_beside(row, peaks) for row in rows]))
     if settings.against is not None:
-        rows = [
-            row for suite in suites for group in suite.against() for row in timing.rows(group, place=suite.place, together=True)
-        ]
-        tables["against"] = Table(title=TITLES["against"], rows=[_beside(row, peaks) for row in rows])
-    return tables
+        rows = [row for suite in suites for row in timing.against(suite)]
+        add("against", Table(title=TITLES["against"], rows=[_beside(row, peaks) for row in rows]))
 
 
 class _Timing:
@@ -98,6 +105,20 @@ class _Timing:
         if together:
             return self._timed([refuse(case, f"{reason}; all sides have to be in memory") for case in group], repeats)
         return [row for case in group for row in self._timed([refuse(case, too_large(case.needed_bytes, limit))], repeats)]
+
+    def against(self, suite: Suite) -> list[Row]:
+        """The rows of a place beside diffusers. Rounding in half precision could hide a part of the work that one side leaves
+        out: there the sides are compared in float32 before, at a small size, and nothing is timed if they differ."""
+        faults: list[Row] = []
+        if suite.place.dtype != "float32":
+            exact = suite.small_in_float32()
+            for group in exact.against():
+                reason = too_large(sum(case.needed_bytes for case in group), memory_limit(exact.place))
+                self.say(f"{group[0].what} float32, to compare the results {f'is left out: {reason}' if reason else '...'}")
+                if not reason:
+                    rows = compare(group, repeats=0, agree=AGREE["float32"], environment=self.environment)
+                    faults += [row for row in rows if row.failure]
+        return faults or [row for group in suite.against() for row in self.rows(group, place=suite.place, together=True)]
 
     def _timed(self, group: Sequence[Case], repeats: int, *, together: bool = False) -> list[Row]:
         dtype = group[0].arguments.get("dtype", "")

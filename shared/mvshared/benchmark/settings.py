@@ -9,7 +9,7 @@ from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, c
 from mvshared.benchmark.measure import free_memory_bytes
 from mvshared.benchmark.models import Measured, measured
 from mvshared.checkpoint import components
-from mvshared.errors import OptionError
+from mvshared.errors import BackendError, OptionError
 from mvshared.memory.estimate import ModelSize, config_size, estimate, model_size, usual_run
 from mvshared.memory.plan import PLAIN
 from mvshared.numbers import whole
@@ -99,12 +99,14 @@ def resolved(settings: Settings) -> tuple[Settings, Measured]:
         if found.folder is None:  # minutes to hours of a whole run are only taken where they are asked for
             names = tuple(name for name in names if name != "run")
         names = () if settings.against else names
-    sizes = tuple(picture_size(found.config, size, name="sizes") for size in settings.sizes_px or (defaults.size_px,))
+    sizes = tuple(
+        picture_size(found.config, size, name="sizes") for size in dict.fromkeys(settings.sizes_px) or (defaults.size_px,)
+    )
     return (
         replace(
             settings,
             names=names,
-            views=settings.views or ((1, 4) if settings.against else (defaults.views,)),
+            views=tuple(dict.fromkeys(settings.views)) or ((1, 4) if settings.against else (defaults.views,)),
             sizes_px=sizes,
             steps=settings.steps or defaults.steps,
         ),
@@ -124,7 +126,13 @@ def places(settings: Settings) -> tuple[list[Place], list[str]]:
         choose_backend("auto")  # says what to install
     for backend in backends:
         module = importlib.import_module(f"{PACKAGES[backend]}.model")
-        device = module.choose_device(settings.device)
+        try:
+            device = module.choose_device(settings.device)
+        except BackendError as missing:
+            if settings.backend != "all" or (backend == backends[-1] and not chosen):
+                raise
+            notes.append(f"Not measured: {missing.message}.")
+            continue
         if settings.backend == "all" and (backend, device) == ("mlx", "cpu") and len(available) > 1:
             notes.append("MLX's CPU backend is there for tests, and not measured unless it is named: --backend mlx.")
             continue

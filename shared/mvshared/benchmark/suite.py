@@ -56,6 +56,13 @@ class Suite:
         """Of every case that loads the model."""
         return {"model": self.found.name, **self.place._asdict()}
 
+    def small_in_float32(self) -> "Suite":
+        """The same suite for at most two small views in float32, eager sides alone, where every part of the work shows."""
+        side = 2 * self.config.vae.downscale * self.config.unet.downscale
+        place = self.place._replace(dtype="float32")
+        settings = replace(self.settings, views=(min(2, max(self.settings.views)),), sizes_px=(side,), compiled=None)
+        return replace(self, settings=settings, place=place, needs=Needs(self.found, place))
+
     def matmul(self) -> list[Case]:
         """Products that say what the device can do."""
         kind = self.place.device.partition(":")[0]
@@ -94,6 +101,7 @@ class Suite:
             groups += [
                 against_group(
                     call,
+                    repeated_flops=0 if call == "decode" else self._repeated_flops(views),
                     what=case.what,
                     views=views,
                     size_px=size_px,
@@ -210,6 +218,10 @@ class Suite:
             needed_bytes=self.needs.stage("unet", views=views, size_px=size_px, guided=guided),
             warm_up=warm_up_of(self.place.device),
         )
+
+    def _repeated_flops(self, views: int) -> int:
+        """Keys and values of what is attended to, which diffusers makes for every frame of a guided step anew."""
+        return (views + self.config.unet.reference_frame) * self._condition_flops(guided=True)
 
     def _condition_flops(self, guided: bool) -> int:
         text, vision = self.config.text_encoder, self.config.image_encoder

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from mvshared.benchmark.models import RANDOM
-from mvshared.benchmark.results import document, markdown, write_results
-from mvshared.benchmark.run import check_agreement, measure
+from mvshared.benchmark.results import Results, document, markdown, write_results
+from mvshared.benchmark.run import check_measured, measure
 from mvshared.benchmark.settings import GROWTH, Settings
 from mvshared.errors import OptionError
 from mvshared.files import check_folder, make_folder
@@ -39,19 +39,28 @@ def run_benchmark(names: tuple[str, ...], options: dict[str, Any]) -> None:
         against=options["against"],
         compiled=options["compiled"],
     )
-    results = measure(settings, lambda line: click.echo(line, err=True))
-    if path is None:
-        click.echo(markdown([results]), nl=False)
-    elif str(path) == "-":
-        click.echo(json.dumps(document(results)))
-    else:
+    if path is not None and str(path) != "-":
         make_folder(path.parent)
-        write_results(path, results)
-        click.echo(markdown([results]), nl=False)
-    check_agreement(results)
+    so_far: list[Results] = []
+    try:
+        results = measure(settings, lambda line: click.echo(line, err=True), on_table=so_far.append)
+        so_far.append(results)
+    finally:  # whatever ends it, hours of measurements are not lost
+        if so_far:
+            _tell(so_far[-1], path)
+    check_measured(results)
     if not names and options["model"] not in RANDOM:
         for arguments in LONGER:
             click.echo(f"longer: mvmlx benchmark {shlex.join(shlex.split(arguments))}", err=True)
+
+
+def _tell(results: Results, path: Path | None) -> None:
+    if str(path) == "-":
+        click.echo(json.dumps(document(results)))
+        return
+    click.echo(markdown([results]), nl=False)
+    if path is not None:
+        write_results(path, results)
 
 
 def _whole(name: str, given: list[float] | None) -> tuple[int, ...]:
