@@ -104,6 +104,13 @@ DIFFUSERS_SAMPLERS: dict[str, dict[SamplerName, dict[str, Any]]] = {
     "EulerDiscreteScheduler": {"euler": EULER},
     "EulerAncestralDiscreteScheduler": {"euler-ancestral": {}},
 }
+# What these classes take some values for: a config that was made from another class's still has that one's.
+OF_DPM_SOLVERS = {"solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"), "algorithm_type": {"deis": "dpmsolver++"}}
+TAKEN_FOR: dict[str, dict[str, dict[str, str]]] = {
+    "DPMSolverMultistepScheduler": OF_DPM_SOLVERS,
+    "DPMSolverSinglestepScheduler": OF_DPM_SOLVERS,
+    "UniPCMultistepScheduler": {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")},
+}
 SCHEDULER_NEUTRAL: dict[str, tuple[Any, ...]] = {"clip_sample": (False,), "thresholding": (False,), "trained_betas": (None,)}
 SCHEDULER_NEUTRAL |= {"sigma_min": (None,), "sigma_max": (None,), "use_flow_sigmas": (False,)}
 # The schedulers of diffusers that have its noise schedule of betas, and the fields of each beside that schedule's. Files often
@@ -425,8 +432,11 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
 
 def diffusers_sampler(document: Document) -> SamplerName:
     """The sampler that a scheduler_config.json names; for one that is not here, as it is set up there, DDIM."""
-    for name, settings in DIFFUSERS_SAMPLERS.get(str(document.get("_class_name")), {}).items():
-        if all(document.get(field, value) == value for field, value in settings.items()):
+    kind = str(document.get("_class_name"))
+    taken_for = TAKEN_FOR.get(kind, {})
+    given = {field: taken_for.get(field, {}).get(str(value), value) for field, value in document.items()}
+    for name, settings in DIFFUSERS_SAMPLERS.get(kind, {}).items():
+        if all(given.get(field, value) == value for field, value in settings.items()):
             return name
     return "ddim"
 
