@@ -410,3 +410,20 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
         camera.load_cameras(tmp_path / "none.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         camera.load_cameras(tmp_path)
+
+
+def test_rolled_cameras_are_doubted_and_those_of_a_world_that_is_up_elsewhere_by_name(tmp_path: Path) -> None:
+    poses = camera.orbit([0, 45, 90, 200], [0, 20, -5, 10])
+    assert camera.doubt_of(poses) == ""
+    assert camera.doubt_of(camera.orbit([30], 90)) == ""
+    turn = math.radians(20)
+    rolled = poses.copy()
+    across, up = poses[2, :3, 0], poses[2, :3, 1]
+    rolled[2, :3, 0] = math.cos(turn) * across + math.sin(turn) * up
+    rolled[2, :3, 1] = math.cos(turn) * up - math.sin(turn) * across
+    assert camera.doubt_of(rolled) == "camera 2 is rolled by 20 degrees, and views are upright"
+    frames = [{"transform_matrix": pose.tolist()} for pose in poses]
+    document = {"camera_angle_x": 0.5, "frames": frames}
+    misread = camera.read_transforms(document, path=tmp_path).poses
+    assert 'is +Y up in its transforms.json, without "up": [0, 1, 0]?' in camera.doubt_of(misread)
+    assert camera.doubt_of(camera.read_transforms(document | {"up": [0, 1, 0]}, path=tmp_path).poses) == ""

@@ -459,12 +459,16 @@ def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytes
     aside = poses.copy()
     aside[:, 1, 3] += 2
     (desk / "aside.json").write_text(json.dumps(aside.tolist()))
+    rolled = poses.copy()
+    rolled[0, :3, :2] = poses[0, :3, 1::-1] * [1, -1]  # a picture in portrait format, held as one in landscape format
+    (desk / "rolled.json").write_text(json.dumps(rolled.tolist()))
     (desk / "good.json").write_text(json.dumps(poses.tolist()))
     for name, says in (
         ("lens", "lens.json: has a field of view of 65.0 degrees, and views have that of the model, "),
         ("lenses", "lenses.json: has a field of view of 30.0 to 65.0 degrees, and views have that of the model, "),
         ("mixed", "mixed.json: has a field of view of 30.0 degrees in 1 of 2 views, and views have that of the model, "),
         ("far", "the cameras stand at distances from 3.4 to 13.6, and models know of one"),
+        ("rolled", "camera 0 is rolled by 80 degrees, and views are upright"),
         ("aside", "looks 28 degrees past the origin, where views are to have their subject"),
         ("good", ""),
     ):

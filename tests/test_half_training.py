@@ -321,7 +321,7 @@ def test_a_log_from_before_loss_scaling_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_dtype_that_nobody_trains_in_is_refused(backend: Backend) -> None:
-    with pytest.raises(OptionError, match="dtype must be one of float32, float16, bfloat16, got 'float64'"):
+    with pytest.raises(OptionError, match="dtype must be float32, float16 or bfloat16, got 'float64'"):
         make_trainer(backend, "unet", dtype="float64")
 
 

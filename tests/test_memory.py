@@ -323,6 +323,11 @@ def test_other_budgets_are_refused(text: Any) -> None:
         memory_options(memory_budget=text)
 
 
+def test_low_memory_is_true_or_false() -> None:
+    with pytest.raises(OptionError, match="low_memory must be True or False, got 'no'"):
+        memory_options(low_memory="no")  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def public(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The sizes of ImageDream, without weights: what `model_size` reads from files is put together from shapes."""

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from upscalers import write_tiny_models
 from mvshared.backend import load
 from mvshared.blocks import Call
 from mvshared.cli import run
-from mvshared.errors import NumericsError, OutputError
+from mvshared.errors import NumericsError, OptionError, OutputError
 from mvshared.images import from_model
 from mvshared.memory.plan import MemoryPlan
 from mvshared.numerics import check_views, frames_with_nan
@@ -332,3 +332,8 @@ def test_tiles_of_the_vae_do_not_count_as_views(backend: Backend, tmp_path: Path
     with pytest.raises(NumericsError) as caught:
         generate(pipeline, tmp_path / "nan")
     assert (caught.value.where, caught.value.view) == ("vae.decoder.conv_out", "view 1")
+
+
+def test_what_is_no_folder_is_refused_before_anything_runs() -> None:
+    with pytest.raises(OptionError, match="check_numerics must be a folder for what is found, got True"):
+        generate(imagedream("torch"), cast(Any, True))

@@ -667,6 +667,14 @@ def test_settings_without_effect_are_refused(stage: str, changes: dict[str, Any]
         replace(config, **changes)
 
 
+def test_a_model_whose_own_steps_are_more_than_its_timesteps_is_refused(data: Path, vae: Path) -> None:
+    given = {"scheduler": SchedulerConfig(num_train_timesteps=10), "defaults": replace(DEFAULTS, steps=30)}
+    with pytest.raises(
+        OptionError, match=r"defaults.steps must be at most num_train_timesteps \(10\), for its samples, got 30"
+    ):
+        unet_config(data, vae, **given)
+
+
 def test_a_sample_that_is_not_finite_does_not_end_the_training(
     data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

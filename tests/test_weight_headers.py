@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
+import safetensors.torch
+import torch
 from safetensors.numpy import save
 
 from mvshared.conversion.raw import read_safetensors
-from mvshared.errors import CheckpointError
-from mvshared.weights import read_header
+from mvshared.errors import CheckpointError, TensorMismatchError
+from mvshared.weights import MAX_HEADER_BYTES, read_dequantized, read_header, read_weights
 
 FILES, SEED = 20_000, 0
 TOKENS = [
@@ -215,3 +217,41 @@ def test_every_fault_is_named(name: str, tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: No such file or directory"):
         read_header(tmp_path / "a.safetensors")
+
+
+def test_a_header_larger_than_any_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        file.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{")
+        file.truncate(MAX_HEADER_BYTES + 100)  # of zeros that take no room
+    with pytest.raises(CheckpointError, match="its header should have 100000001 bytes"):
+        read_header(tmp_path / "a.safetensors")
+
+
+def test_tensors_without_numbers_may_stand_anywhere_between_others(tmp_path: Path) -> None:
+    entries = {"full": (4, 0, 16), "before": (0, 0, 0), "between": (0, 16, 16), "more": (1, 16, 20)}
+    header = {name: {"dtype": "F32", "shape": [n], "data_offsets": [first, end]} for name, (n, first, end) in entries.items()}
+    (tmp_path / "a.safetensors").write_bytes(with_header(json.dumps(header).encode(), bytes(20)))
+    assert read_header(tmp_path / "a.safetensors").tensors.keys() == entries.keys()
+
+
+# What is read
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_numbers_of_every_dtype_are_read_as_they_are(tmp_path: Path, dtype: str) -> None:
+    stored = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    safetensors.torch.save_file({"a.weight": stored}, tmp_path / "a.safetensors")
+    for read in (read_weights, read_dequantized):
+        found = read([tmp_path / "a.safetensors"], {"a.weight": (5, 7)})["a.weight"]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, stored.float().numpy())
+
+
+def test_linear_layers_may_be_stored_as_convolutions_in_a_vae_s_attention_alone(tmp_path: Path) -> None:
+    name, other = "decoder.mid_block.attentions.0.to_q.weight", "decoder.mid_block.resnets.0.to_q.weight"
+    for each in (name, other):
+        safetensors.torch.save_file({each: torch.ones(4, 3, 1, 1)}, tmp_path / f"{each}.safetensors")
+    for read in (read_weights, read_dequantized):
+        assert read([tmp_path / f"{name}.safetensors"], {name: (4, 3)})[name].shape == (4, 3)
+        with pytest.raises(TensorMismatchError, match=r"expected \[4, 3\], got \[4, 3, 1, 1\]"):
+            read([tmp_path / f"{other}.safetensors"], {other: (4, 3)})

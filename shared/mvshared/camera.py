@@ -30,6 +30,7 @@ PINHOLES = ("PINHOLE", "OPENCV", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "F
 LENS_TOLERANCE = 0.05  # shares of a picture by which lenses of scans are off
 DISTANCE_TOLERANCE = 0.01
 AIM_TOLERANCE_DEG = 5.0
+ROLL_TOLERANCE_DEG = 15.0  # around where a camera looks
 FOV_TOLERANCE_DEG = 1.0
 
 Y_UP_TO_Z_UP = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
@@ -310,7 +311,19 @@ def doubt_of(poses: NDArray[np.float32]) -> str:
     worst = int(angles_deg.argmax())
     if angles_deg[worst] > AIM_TOLERANCE_DEG:
         return f"camera {worst} looks {angles_deg[worst]:.0f} degrees past the origin, where views are to have their subject"
-    return ""
+    return _roll_doubt(poses)
+
+
+def _roll_doubt(poses: NDArray[np.float32]) -> str:
+    right = poses[:, :3, 0].astype(np.float64)
+    rolls_deg = np.degrees(np.arcsin(np.clip(np.abs(right[:, 1]), 0, 1)))
+    worst = int(rolls_deg.argmax())
+    if rolls_deg[worst] <= ROLL_TOLERANCE_DEG:
+        return ""
+    reason = f"camera {worst} is rolled by {rolls_deg[worst]:.0f} degrees, and views are upright"
+    # With the third axis up, as files have it that say nothing, what was horizontal along the second has no third component.
+    upright = np.abs(right[:, 2]).max() < math.sin(math.radians(ROLL_TOLERANCE_DEG))
+    return f'{reason}: is +Y up in its transforms.json, without "up": [0, 1, 0]?' if upright else reason
 
 
 def other_lenses(fovs_deg: Sequence[float | None], fov_deg: float) -> str:

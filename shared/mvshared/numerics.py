@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mvshared.backend import Dtype
 from mvshared.blocks import Block, Call
-from mvshared.errors import NumericsError
+from mvshared.errors import NumericsError, OptionError
 from mvshared.files import check_folder, make_folder, write_atomic
 from mvshared.stages import Stages
 
@@ -57,6 +57,8 @@ def checked_numerics(models: Mapping[str, Watched[Any]], stages: Stages, folder:
     if folder is None:
         yield
         return
+    if not isinstance(folder, str | Path):
+        raise OptionError("check_numerics", expected="a folder for what is found", got=folder)
     check_folder(folder)
     with ExitStack() as stack:
         for prefix, model in models.items():

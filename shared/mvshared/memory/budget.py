@@ -36,6 +36,8 @@ class Fitted:
 
 def memory_options(*, low_memory: bool = False, memory_budget: str | float | None = None) -> MemoryOptions:
     """The options of a budget such as "6GB", "500MB", "6GiB", or a number of GB. Raises OptionError for any other."""
+    if not isinstance(low_memory, bool):
+        raise OptionError("low_memory", expected="True or False", got=low_memory)
     if memory_budget is None:
         return MemoryOptions(low_memory=low_memory)
     size = 0.0

@@ -230,6 +230,9 @@ class TrainConfig:
             raise OptionError("vae_from", expected=expected, got=self.vae_from)
         if self.stage == "unet" and self.unet is not None and self.unet.camera_dim not in (None, CAMERA_DIM):
             raise OptionError("unet.camera_dim", expected=f"{CAMERA_DIM}, or left out", got=self.unet.camera_dim)
+        if self.stage == "unet" and self.unet is not None and self.defaults.steps > self.scheduler.num_train_timesteps:
+            expected = f"at most num_train_timesteps ({self.scheduler.num_train_timesteps}), for its samples"
+            raise OptionError("defaults.steps", expected=expected, got=self.defaults.steps)
         if self.stage == "unet" and self.unet_loss.distill_rest and self.init_from is None:
             raise OptionError("init_from", expected="a model whose outputs are distilled, for distill_rest", got=None)
         if self.stage == "upscaler" and (self.upscaler is None or self.vae_from is None):

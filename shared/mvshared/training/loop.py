@@ -186,24 +186,24 @@ def _vae_stage(run: RunFolder, module: ModuleType, *, backend: str, device: str)
     assert config.vae is not None
     vae = config.vae
     training, held_out = find_captures(config.data.folder, held_out=config.data.held_out)
+    captures = [load_capture(each) for each in (*training, *held_out)]
+    details = config.vae_loss.detail_weight != 0
+    check_sizes(captures, factor=vae.downscale, normals=config.data.normals, details=details)
+    if details:
+        check_details(captures, folder=config.data.folder)
     pictures, held_out_pictures = (
         VAEPictures(
             folders,
             config.data,
             latent_channels=vae.latent_channels,
             downscale=vae.downscale,
-            with_detail=config.vae_loss.detail_weight != 0,
+            with_detail=details,
         )
         if folders
         else None
         for folders in (training, held_out)
     )
     assert pictures is not None
-    captures = [load_capture(each) for each in (*training, *held_out)]
-    details = config.vae_loss.detail_weight != 0
-    check_sizes(captures, factor=vae.downscale, normals=config.data.normals, details=details)
-    if details:
-        check_details(captures, folder=config.data.folder)
     shapes = network_shapes(vae, backend=backend)
     check_frozen(config, shapes)
     weights = _initial(config, "vae", shapes)
