@@ -27,6 +27,7 @@ from mvmlx.layers import (
     timestep_embedding,
 )
 from mvshared.attention import FUSED, AttentionOptions
+from mvshared.channels import LevelPlan, unet_plan
 from mvshared.config import UNetConfig
 from mvshared.shapes import check_conditions, check_unet_inputs
 
@@ -70,19 +71,11 @@ def frames_in_common(constants: Constants) -> Constants:
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: a resnet per entry of `inputs` (its input channels), transformers behind the first ones."""
+    """The blocks of one resolution, as planned, and what changes it behind them."""
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        level: int,
-        *,
-        inputs: Sequence[int],
-        attentions: int,
-        downsample: bool = False,
-        upsample: bool = False,
-    ) -> None:
+    def __init__(self, config: UNetConfig, plan: LevelPlan, *, downsample: bool = False, upsample: bool = False) -> None:
         super().__init__()
+        level, inputs, attentions = plan
         channels, groups = config.block_out_channels[level], config.norm_num_groups
         self.resnets = [
             ResnetBlock(size, channels, groups=groups, eps=config.norm_eps, time_embed_dim=config.time_embed_dim)
@@ -122,7 +115,7 @@ class MultiViewUNet(nn.Module):
         self.config = config
         self.attention_options = attention_options
         self.gradient_checkpointing = gradient_checkpointing
-        channels, levels = config.block_out_channels, range(len(config.block_out_channels))
+        channels, plan = config.block_out_channels, unet_plan(config)
         if config.resampler is not None:
             self.image_embed = Resampler(config.resampler)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -130,29 +123,12 @@ class MultiViewUNet(nn.Module):
         if config.camera_dim is not None:
             self.camera_embedding = TimestepEmbedding(config.camera_dim, config.time_embed_dim)
 
-        skips, width = [channels[0]], channels[0]  # channels of the skip connections, and of x
-        down, up = [], []
-        for level in levels:
-            layers, last = config.layers_per_block[level], level == levels[-1]
-            inputs = [width] + [channels[level]] * (layers - 1)
-            attentions = layers if config.attention_levels[level] else 0
-            down.append(Level(config, level, inputs=inputs, attentions=attentions, downsample=not last))
-            width = channels[level]
-            skips += [width] * (layers + (not last))
-        mid_resnets = 2 if config.mid_attention else 1  # as diffusers' UNetMidBlock2D without attention
-        mid = Level(config, levels[-1], inputs=[width] * mid_resnets, attentions=mid_resnets - 1)
-        for level in reversed(levels):
-            layers = config.layers_per_block[level] + 1
-            inputs = [(width if index == 0 else channels[level]) + skips.pop() for index in range(layers)]
-            attentions = layers if config.attention_levels[level] else 0
-            up.append(Level(config, level, inputs=inputs, attentions=attentions, upsample=level > 0))
-            width = channels[level]
-        self.down_blocks = down
-        self.mid_block = mid
-        self.up_blocks = up
+        self.down_blocks = [Level(config, each, downsample=each.level < plan.mid.level) for each in plan.down]
+        self.mid_block = Level(config, plan.mid)
+        self.up_blocks = [Level(config, each, upsample=each.level > 0) for each in plan.up]
 
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def constants(
         self,

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mvmlx.attention import Attention, KeyValues
 from mvmlx.layers import AdaGroupNorm, _PointConv2d, gelu, run_block
 from mvshared.attention import FUSED, AttentionOptions
+from mvshared.channels import KLevelPlan, upscaler_plan
 from mvshared.config import K_GROUP_WIDTH, K_NORM_EPS, KUNetConfig
 from mvshared.upscaling.shapes import check_context, check_inputs
 
@@ -74,15 +75,13 @@ class KAttentionBlock(nn.Module):
 
 
 class KLevel(nn.Module):
-    """The blocks of one resolution: resnets of given (in, hidden, out) channels, each with an attention of its own if there is
-    one."""
+    """The blocks of one resolution, as planned: at a level that attends, every resnet has an attention of its own."""
 
-    def __init__(
-        self, resnets: Sequence[tuple[int, int, int]], *, config: KUNetConfig, attends: bool, itself: bool = False
-    ) -> None:
+    def __init__(self, config: KUNetConfig, plan: KLevelPlan) -> None:
         super().__init__()
-        self.resnets = [KResnetBlock(*channels, config=config) for channels in resnets]
-        self.attentions = [KAttentionBlock(channels[2], config=config, itself=itself) for channels in resnets if attends]
+        attends, itself = config.attention_levels[plan.level], plan.level == len(config.attention_levels) - 1
+        self.resnets = [KResnetBlock(*channels, config=config) for channels in plan.resnets]
+        self.attentions = [KAttentionBlock(channels[2], config=config, itself=itself) for channels in plan.resnets if attends]
 
     def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
         """Every resnet with the attention that follows it."""
@@ -130,26 +129,12 @@ class LatentUpscaler(nn.Module):
         self.config = config
         self.attention_options = attention_options
         self.gradient_checkpointing = gradient_checkpointing
-        channels, attends, layers = config.block_out_channels, config.attention_levels, config.layers_per_block
-        levels = range(len(channels))
+        channels, plan = config.block_out_channels, upscaler_plan(config)
         self.conv_in = _PointConv2d(config.in_channels, channels[0])
         self.time_proj = FourierEmbedding(config.time_embed_dim)
         self.time_embedding = KTimeEmbedding(config)
-        down, up = [], []
-        for level in levels:
-            last, width = level == levels[-1], channels[level]
-            first = (channels[max(0, level - 1)], width, width)
-            resnets = [first] + [(width, width, width)] * (layers - 1)
-            down.append(KLevel(resnets, config=config, attends=attends[level], itself=last))
-        for level in reversed(levels):
-            # The coarsest level has no skip connection if it attends.
-            last, width, narrower = level == levels[-1], channels[level], channels[max(0, level - 1)]
-            inputs = [width if last and attends[level] else 2 * width] + [width] * (layers - 1)
-            resnets = [(size, width, width) for size in inputs]
-            resnets[-1] = (inputs[-1], width, narrower)
-            up.append(KLevel(resnets, config=config, attends=attends[level], itself=last))
-        self.down_blocks = down
-        self.up_blocks = up
+        self.down_blocks = [KLevel(config, each) for each in plan.down]
+        self.up_blocks = [KLevel(config, each) for each in plan.up]
         self.conv_out = _PointConv2d(channels[0], config.out_channels)
 
     def keys_values(self, context: mx.array | None) -> Sequence[KeyValues]:

@@ -8,6 +8,7 @@ differ only in their text and image tokens have in common.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from mvshared.channels import unet_plan, upscaler_plan
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, ResamplerConfig, UNetConfig, VAEConfig
 
 
@@ -57,22 +58,10 @@ def unet_flops(config: UNetConfig, frames: Frames, *, tokens: int = 0) -> Flops:
 
 def _unet_resnets(config: UNetConfig) -> Iterator[tuple[int, int, int, bool]]:
     """Level, input and output channels of every resnet, and whether a transformer follows it."""
-    channels, last = config.block_out_channels, len(config.block_out_channels) - 1
-    width, skips = channels[0], [channels[0]]
-    for level, count in enumerate(config.layers_per_block):
-        for _ in range(count):
-            yield level, width, channels[level], config.attention_levels[level]
-            width = channels[level]
-            skips.append(width)
-        if level < last:
-            skips.append(width)
-    yield last, width, width, config.mid_attention
-    if config.mid_attention:
-        yield last, width, width, False
-    for level in range(last, -1, -1):
-        for _ in range(config.layers_per_block[level] + 1):
-            yield level, width + skips.pop(), channels[level], config.attention_levels[level]
-            width = channels[level]
+    down, mid, up = unet_plan(config)
+    for each in (*down, mid, *up):
+        for inputs, attends in each.layers():
+            yield each.level, inputs, config.block_out_channels[each.level], attends
 
 
 def condition_flops(config: UNetConfig, *, branches: int, text_tokens: int, pictures: int = 0, states: int = 0) -> Flops:
@@ -123,20 +112,17 @@ def vae_flops(config: VAEConfig, *, size_px: int, decoder: bool) -> Flops:
 
 def upscaler_flops(config: KUNetConfig, *, branches: int, views: int, side: int, tokens: int = 0) -> Flops:
     """One call of the latent upscaler for results of that side, whose cross-attention sees `tokens` of text."""
-    n, pixels, channels, attends = branches * views, side**2, config.block_out_channels, config.attention_levels
-    width, last, layers = config.time_embed_dim, len(config.block_out_channels) - 1, config.layers_per_block
+    n, pixels, channels = branches * views, side**2, config.block_out_channels
+    width, last, plan = config.time_embed_dim, len(channels) - 1, upscaler_plan(config)
     total = n * pixels * channels[0] * (config.in_channels + config.out_channels)
     total += branches * width * (config.time_cond_proj_dim + 2 * width)
     attended = 0
-    for level, own in enumerate(channels):
-        finer, here = channels[max(0, level - 1)], pixels // 4**level
-        down = [(finer, own, own)] + [(own, own, own)] * (layers - 1)
-        up = [(own if level == last and attends[level] else 2 * own, own, own)] + [(own, own, own)] * (layers - 1)
-        up[-1] = (up[-1][0], own, finer)
-        for inputs, hidden, outputs in down + up:
+    for level, resnets in (*plan.down, *plan.up):
+        here = pixels // 4**level
+        for inputs, hidden, outputs in resnets:
             total += n * here * (9 * hidden * (inputs + outputs) + (inputs != outputs) * inputs * outputs)
             total += n * 2 * width * (inputs + hidden)  # adaptive norms
-            if attends[level]:
+            if config.attention_levels[level]:
                 total += n * here * 2 * outputs**2
                 total += n * 2 * width * outputs
                 attended += 2 * n * here * tokens * outputs

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mvshared.attention import FUSED_WIDTHS, SCORE_BYTES, AttentionOptions
 from mvshared.backend import BackendName, Dtype
+from mvshared.channels import unet_plan
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from mvshared.precision import DTYPE_BYTES
 
@@ -118,21 +119,21 @@ def unet_bytes(config: UNetConfig, sizes: Sizes, costs: Costs) -> int:
 def _unet_layers(config: UNetConfig) -> Iterator[tuple[int, int, int, float, bool]]:
     """Level, input and output channels, and channels of the waiting skip connections per pixel of the finest level, of every
     resnet, and whether a transformer follows it."""
-    channels, last = config.block_out_channels, len(config.block_out_channels) - 1
-    width, skips = channels[0], [(0, channels[0])]
-    for level, count in enumerate(config.layers_per_block):
-        for _ in range(count):
-            yield level, width, channels[level], _waiting(skips), config.attention_levels[level]
-            width = channels[level]
-            skips.append((level, width))
-        if level < last:
-            skips.append((level + 1, width))
-    yield last, width, width, _waiting(skips), config.mid_attention
-    for level in range(last, -1, -1):
-        for _ in range(config.layers_per_block[level] + 1):
-            skip = skips.pop()[1]
-            yield level, width + skip, channels[level], _waiting(skips), config.attention_levels[level]
-            width = channels[level]
+    channels, (down, mid, up) = config.block_out_channels, unet_plan(config)
+    skips = [(0, channels[0])]
+    for each in down:
+        outputs = channels[each.level]
+        for inputs, attends in each.layers():
+            yield each.level, inputs, outputs, _waiting(skips), attends
+            skips.append((each.level, outputs))
+        if each.level < mid.level:
+            skips.append((each.level + 1, outputs))
+    for inputs, attends in mid.layers():
+        yield mid.level, inputs, channels[mid.level], _waiting(skips), attends
+    for each in up:
+        for inputs, attends in each.layers():
+            skips.pop()
+            yield each.level, inputs, channels[each.level], _waiting(skips), attends
 
 
 def _waiting(skips: list[tuple[int, int]]) -> float:
