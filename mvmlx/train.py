@@ -275,9 +275,9 @@ def upscaler_trainer(
     )
 
 
-def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.array:
+def vae_loss(vae: AutoencoderKL, batch: VAEBatch[mx.array], config: VAELossConfig) -> mx.array:
     """The terms of VAELossConfig, as means."""
-    pixels, foreground, noise, detail = (_array(array) for array in batch)
+    pixels, foreground, noise, detail = batch
     mean, logvar = (moment.astype(mx.float32) for moment in vae.encode(pixels))
     error = vae.decode(mean + mx.exp(logvar / 2) * noise) - pixels
     rows, columns = (mx.pad(mx.zeros(side - 2), 1, constant_values=config.border_weight) for side in pixels.shape[1:3])
@@ -298,10 +298,10 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> mx.a
 
 
 def unet_loss(
-    unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig, *, teacher: MultiViewUNet | None = None
+    unet: MultiViewUNet, batch: UNetBatch[mx.array], config: UNetLossConfig, *, teacher: MultiViewUNet | None = None
 ) -> mx.array:
     """UNetLossConfig's squared error of the network's output; `teacher` is the one whose output is the target of the rest."""
-    *_, target, _, _, detail = (_array(array) for array in batch)
+    target, detail = batch.target, batch.detail
     out = _output(unet, batch)
     if detail is None:
         return (out - target).square().mean()
@@ -311,22 +311,21 @@ def unet_loss(
     return (weight / weight.mean() * (out - target).square()).mean()
 
 
-def _output(unet: MultiViewUNet, batch: UNetBatch) -> mx.array:
+def _output(unet: MultiViewUNet, batch: UNetBatch[mx.array]) -> mx.array:
     """What the network makes of a batch, float32."""
-    sample, timesteps, camera, reference, _, text, image_states, _ = (_array(array) for array in batch)
-    states = None if image_states is None else image_states[:, None]
+    states = None if batch.image_states is None else batch.image_states[:, None]
     constants = unet.constants(
-        text,
+        batch.text,
         image_states=states,
-        camera=camera if unet.config.camera_dim else None,
-        reference=reference[:, None] if unet.config.reference_frame else None,
+        camera=batch.camera if unet.config.camera_dim else None,
+        reference=batch.reference[:, None] if unet.config.reference_frame else None,
     )
-    return unet(sample, unet.time_embeddings(timesteps), constants).astype(mx.float32)
+    return unet(batch.sample, unet.time_embeddings(batch.timesteps), constants).astype(mx.float32)
 
 
-def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> mx.array:
+def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch[mx.array]) -> mx.array:
     """Negative log-likelihood of the target, whose variance the network gives for each picture (k-diffusion's has_variance)."""
-    sample, noise, condition, target = (_array(array) for array in batch)
+    sample, noise, condition, target = batch
     out = network(sample, noise, text=[], condition=condition).astype(mx.float32)
     logvar = out[..., -1:].mean(axis=(1, 2, 3, 4), keepdims=True)
     return 0.5 * ((out[..., :-1] - target).square() * mx.exp(-logvar) + logvar).mean()
@@ -334,11 +333,6 @@ def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> mx.array:
 
 def _cast(weights: Mapping[str, mx.array], dtype: Dtype) -> dict[str, mx.array]:
     return {name: array.astype(getattr(mx, tensor_dtype(name, dtype))) for name, array in weights.items()}
-
-
-def _array(array: Any) -> mx.array:
-    """A batch's field inside the trainer, where the fields are MLX arrays."""
-    return array
 
 
 def _to_arrays(batch: Any) -> Any:

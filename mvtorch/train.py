@@ -294,10 +294,10 @@ class _LeanGroupNorm(torch.autograd.Function):
 
 def _use_lean_group_norm(network: nn.Module) -> None:
     def forward(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-        return _LeanGroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)  # type: ignore[no-any-return]
+        return _LeanGroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
     def adaptive(norm: AdaGroupNorm, x: Tensor, emb: Tensor) -> Tensor:
-        return _LeanGroupNorm.apply(x, *norm.scale_shift(emb), norm.groups, norm.eps)  # type: ignore[no-any-return]
+        return _LeanGroupNorm.apply(x, *norm.scale_shift(emb), norm.groups, norm.eps)
 
     for module in network.modules():
         if isinstance(module, nn.GroupNorm):
@@ -422,9 +422,9 @@ def upscaler_trainer(
     )
 
 
-def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> Tensor:
+def vae_loss(vae: AutoencoderKL, batch: VAEBatch[Tensor], config: VAELossConfig) -> Tensor:
     """The terms of VAELossConfig, as means."""
-    pixels, foreground, noise, detail = (_tensor(array) for array in batch)
+    pixels, foreground, noise, detail = batch
     moments = vae.encode(pixels)
     mean, logvar = moments.mean.float(), moments.logvar.float()
     error = vae.decode(mean + torch.exp(logvar / 2) * noise).float() - pixels
@@ -445,9 +445,11 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch, config: VAELossConfig) -> Tens
     return loss + config.gradient_weight * edges + config.coarse_weight * color + config.kl_weight * kl
 
 
-def unet_loss(unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig, *, teacher: MultiViewUNet | None = None) -> Tensor:
+def unet_loss(
+    unet: MultiViewUNet, batch: UNetBatch[Tensor], config: UNetLossConfig, *, teacher: MultiViewUNet | None = None
+) -> Tensor:
     """UNetLossConfig's squared error of the network's output; `teacher` is the one whose output is the target of the rest."""
-    *_, target, _, _, detail = (_tensor(array) for array in batch)
+    target, detail = batch.target, batch.detail
     out = _output(unet, batch)
     if detail is None:
         return F.mse_loss(out, target)
@@ -458,27 +460,21 @@ def unet_loss(unet: MultiViewUNet, batch: UNetBatch, config: UNetLossConfig, *, 
     return (weight / weight.mean() * (out - target).square()).mean()
 
 
-def _output(unet: MultiViewUNet, batch: UNetBatch) -> Tensor:
+def _output(unet: MultiViewUNet, batch: UNetBatch[Tensor]) -> Tensor:
     """What the network makes of a batch, float32."""
-    sample, timesteps, camera, reference, _, text, image_states, _ = (_tensor(array) for array in batch)
-    states = None if image_states is None else image_states[:, None]
+    states = None if batch.image_states is None else batch.image_states[:, None]
     constants = unet.constants(
-        text,
+        batch.text,
         image_states=states,
-        camera=camera if unet.config.camera_dim else None,
-        reference=reference[:, None] if unet.config.reference_frame else None,
+        camera=batch.camera if unet.config.camera_dim else None,
+        reference=batch.reference[:, None] if unet.config.reference_frame else None,
     )
-    return unet(sample, unet.time_embeddings(timesteps), constants).float()
+    return unet(batch.sample, unet.time_embeddings(batch.timesteps), constants).float()
 
 
-def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch) -> Tensor:
+def upscaler_loss(network: LatentUpscaler, batch: UpscalerBatch[Tensor]) -> Tensor:
     """Negative log-likelihood of the target, whose variance the network gives for each picture (k-diffusion's has_variance)."""
-    sample, noise, condition, target = (_tensor(array) for array in batch)
+    sample, noise, condition, target = batch
     out = network(sample, noise, text=[], condition=condition).float()
     logvar = out[..., -1:].mean(dim=(1, 2, 3, 4), keepdim=True)
     return 0.5 * ((out[..., :-1] - target).square() * torch.exp(-logvar) + logvar).mean()
-
-
-def _tensor(array: Any) -> Tensor:
-    """A batch's field inside the trainer, where the fields are tensors."""
-    return array

@@ -200,7 +200,7 @@ class VAECodec(NamedTuple):
 
 def available_backends() -> list[BackendName]:
     """The backends whose array library is installed; nothing is imported."""
-    return [name for name, library in (("mlx", "mlx"), ("torch", "torch")) if find_spec(library) is not None]  # type: ignore[misc]
+    return [name for name in PACKAGES if find_spec(name) is not None]  # named as their libraries are
 
 
 def check_diffusers() -> None:
@@ -222,8 +222,8 @@ def choose_backend(name: str = "auto") -> BackendName:
     available = available_backends()
     if name in available:
         return name
-    if name != "auto":
-        raise BackendError(f"the {name} backend is not installed", backend=name, hint=INSTALL_HINTS[name])  # type: ignore[index]
+    if name in INSTALL_HINTS:
+        raise BackendError(f"the {name} backend is not installed", backend=name, hint=INSTALL_HINTS[name])
     if not available:
         raise BackendError(
             "no backend is installed", backend="auto", hint=f"{INSTALL_HINTS['torch']}; or for MLX {INSTALL_HINTS['mlx']}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mvshared.checkpoint import find_model, read_model_config, weight_files, write_model_config
+from mvshared.checkpoint import Component, find_model, read_model_config, weight_files, write_model_config
 from mvshared.clip_images import read_clip_image_config
 from mvshared.config import CLIPImageConfig, CLIPVisionConfig, GenerationDefaults, ModelConfig, ResamplerConfig
 from mvshared.conversion.configs import image_processor_document
@@ -59,7 +59,7 @@ def init_gaf(
     sources = [folder, *([vision_folder] if vision_folder else [])]
     options = f"gaf {cameras} {seed}"
     state = Progress(dest, fingerprint(sources, None, options, DEFAULT_SHARD_BYTES), sources=sources, force=force)
-    folders = {"vae": folder / "vae", "text_encoder": folder / "text_encoder"}
+    folders: dict[Component, Path] = {"vae": folder / "vae", "text_encoder": folder / "text_encoder"}
     if vision_folder is not None:
         folders["image_encoder"] = vision_folder
     with state.writing(("unet", *folders)):
@@ -68,7 +68,7 @@ def init_gaf(
         parts = [written("unet", tensors, files=_write(dest, "unet", tensors, state, on_tensor))]
         names = {"unet": {name: (name,) for name in tensors}}
         for component, place in folders.items():
-            files = weight_files(folder, component) if place.parent == folder else sorted(place.glob("*.safetensors"))  # type: ignore[arg-type]
+            files = weight_files(folder, component) if place.parent == folder else sorted(place.glob("*.safetensors"))
             copied = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
             copy_files(place, dest / component, only=("config.json",))
             parts.append(written(component, copied, files=_write(dest, component, copied, state, on_tensor)))
@@ -81,7 +81,7 @@ def init_gaf(
     return Report(folder=dest, family="gaf", written=tuple(parts), names=names, left_out={}, missing=())
 
 
-def _write(dest: Path, component: Any, tensors: Mapping[str, RawTensor], state: Progress, on_tensor: OnTensor) -> int:
+def _write(dest: Path, component: Component, tensors: Mapping[str, RawTensor], state: Progress, on_tensor: OnTensor) -> int:
     return write_weights(dest, component, tensors, shard_bytes=DEFAULT_SHARD_BYTES, state=state, on_tensor=on_tensor)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.backend import A
 from mvshared.camera import azimuth_elevation, camera_vectors, from_front_deg, mirror_poses
 from mvshared.captures import Capture, files_elsewhere, load_capture
 from mvshared.config import SchedulerConfig
@@ -35,17 +36,17 @@ class Picture(NamedTuple):
     alpha: NDArray[np.float32]
 
 
-class VAEBatch(NamedTuple):
+class VAEBatch(NamedTuple, Generic[A]):
     """Pixels (n, h, w, 3) in [-1, 1], foreground (n, h, w) in [0, 1], noise (n, h / f, w / f, c) of the posterior; detail
     (n, h, w) in [0, 1] if the loss weighs it."""
 
-    pixels: NDArray[np.float32]
-    foreground: NDArray[np.float32]
-    noise: NDArray[np.float32]
-    detail: NDArray[np.float32] | None = None
+    pixels: A
+    foreground: A
+    noise: A
+    detail: A | None = None
 
 
-class UNetBatch(NamedTuple):
+class UNetBatch(NamedTuple, Generic[A]):
     """Inputs and target of the U-Net, v views of b objects.
 
     Noisy latents and normal latents (b, v, h, w, in_channels), timesteps (b,), camera vectors (b, v, 16), the clean reference
@@ -53,14 +54,14 @@ class UNetBatch(NamedTuple):
     tokens, states of the reference picture (b, m, e). Detail (b, v, h, w) in [0, 1] if the loss weighs it.
     """
 
-    sample: NDArray[np.float32]
-    timesteps: NDArray[np.float32]
-    camera: NDArray[np.float32]
-    reference: NDArray[np.float32]
-    target: NDArray[np.float32]
-    text: NDArray[np.float32] | None = None
-    image_states: NDArray[np.float32] | None = None
-    detail: NDArray[np.float32] | None = None
+    sample: A
+    timesteps: A
+    camera: A
+    reference: A
+    target: A
+    text: A | None = None
+    image_states: A | None = None
+    detail: A | None = None
 
 
 def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], list[Path]]:
@@ -146,7 +147,7 @@ class VAEPictures:
         self.details = [path for capture in captures for path in capture.detail_paths] if with_detail else None
         self.normals = [path for capture in captures for path in capture.normal_paths if path] if config.normals else []
 
-    def batch(self, step: int, *, size: int, seed: int) -> VAEBatch:
+    def batch(self, step: int, *, size: int, seed: int) -> VAEBatch[NDArray[np.float32]]:
         """The batch of a step: one picture in eight is a normal map, every second one is mirrored if the config says so."""
         random = np.random.default_rng([VAE_STREAM, seed, step])
         pictures, details = [], []
@@ -370,7 +371,7 @@ class ViewBatches:
                 f"and {config.targets} others"
             )
 
-    def batch(self, step: int, *, size: int, seed: int) -> UNetBatch:
+    def batch(self, step: int, *, size: int, seed: int) -> UNetBatch[NDArray[np.float32]]:
         """The batch of a step: `size` objects with `config.targets` views each."""
         random = np.random.default_rng([UNET_STREAM, seed, step])
         data, config = self.latents, self.config

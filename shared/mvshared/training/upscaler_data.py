@@ -6,11 +6,12 @@ All randomness is drawn in numpy from (seed, step), as in `mvshared.training.dat
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mvshared.backend import A
 from mvshared.camera import front_view
 from mvshared.captures import load_capture
 from mvshared.errors import DatasetError
@@ -25,17 +26,17 @@ UPSCALER_STREAM = 3  # first number of the random seeds, beside those of the oth
 CLEAN_SHARE = 0.5  # of the examples whose low-resolution latents get no noise
 
 
-class UpscalerBatch(NamedTuple):
+class UpscalerBatch(NamedTuple, Generic[A]):
     """Inputs and target of the upscaler's network, n pictures.
 
     Noisy and low-resolution latents (n, 1, h, w, 2 c), noise levels (n,) as quarters of ln sigma, conditions (n, k), and the
     target (n, 1, h, w, c), minus the velocity.
     """
 
-    sample: NDArray[np.float32]
-    noise: NDArray[np.float32]
-    condition: NDArray[np.float32]
-    target: NDArray[np.float32]
+    sample: A
+    noise: A
+    condition: A
+    target: A
 
 
 class LatentPairs(NamedTuple):
@@ -146,7 +147,7 @@ class UpscalerBatches:
         levels = training_sigmas(sigmas)
         self.log_sigmas = math.log(levels[0]), math.log(levels[-1])
 
-    def batch(self, step: int, *, size: int, seed: int) -> UpscalerBatch:
+    def batch(self, step: int, *, size: int, seed: int) -> UpscalerBatch[NDArray[np.float32]]:
         """The batch of a step: `size` pictures."""
         random = np.random.default_rng([UPSCALER_STREAM, seed, step])
         chosen = random.integers(len(self.pairs.high), size=size)
