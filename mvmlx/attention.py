@@ -11,7 +11,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.layers import FeedForward, GroupNorm, _PointConv2d, repeat_objects
+from mvmlx.convolutions import PointConv2d
+from mvmlx.layers import FeedForward, GroupNorm, repeat_objects
 from mvmlx.metal import on_metal
 from mvshared.attention import AttentionOptions, check_pooling, fused_width, score_slices
 
@@ -227,11 +228,11 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.finest = finest
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
+        self.proj_in = nn.Linear(channels, channels) if linear else PointConv2d(channels, channels)
         self.transformer_blocks = [
             TransformerBlock(channels, heads, context_dim=context_dim, image_tokens=image_tokens) for _ in range(depth)
         ]
-        self.proj_out = nn.Linear(channels, channels) if linear else _PointConv2d(channels, channels)
+        self.proj_out = nn.Linear(channels, channels) if linear else PointConv2d(channels, channels)
 
     def __call__(
         self,

@@ -5,7 +5,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mvmlx.latents import _on_device
+from mvmlx.device import on_device
 from mvmlx.model import MultiViewModel, random_network
 from mvmlx.upscaling import UpscalerModel
 from mvshared.backend import Dtype
@@ -29,12 +29,12 @@ def random_upscaler(config: UpscalerConfig, *, dtype: Dtype, device: str) -> Ups
 
 def matrix_product(size: int, *, dtype: Dtype, device: str) -> Callable[[], None]:
     """The product of two square matrices, which waits for the device."""
-    with _on_device(device):
+    with on_device(device):
         a, b = (mx.random.normal((size, size), key=mx.random.key(seed)).astype(getattr(mx, dtype)) for seed in range(2))
         mx.eval(a, b)
 
     def call() -> None:
-        with _on_device(device):
+        with on_device(device):
             mx.eval(a @ b)
 
     return call

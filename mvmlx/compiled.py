@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mvmlx.observation import _is_observed
+from mvmlx.observation import any_observed
 
 
 class CompiledCalls:
@@ -23,7 +23,7 @@ class CompiledCalls:
     def __call__(self, network: Any, method: str = "__call__") -> Callable[..., mx.array]:
         """A method of a network that has `attention_options`."""
         function: Callable[..., mx.array] = getattr(network, method)
-        if not self.worthwhile or network.training or _is_observed(network):
+        if not self.worthwhile or network.training or any_observed(network):
             return function
         key = id(network), network.attention_options, method
         if key not in self._functions:

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from mvmlx.compiled import CompiledCalls
-from mvmlx.layers import _evaluated
+from mvmlx.device import evaluated, on_device
 from mvmlx.metal import memory_limits, worth_compiling
 from mvmlx.observation import Observer, OnEnd, OnStart, observe, observe_blocks
 from mvmlx.vae import AutoencoderKL
@@ -73,7 +72,7 @@ class LatentModel:
         before, self.plan = self.plan, plan
         if before.networks_at_once and not plan.networks_at_once:
             self.release()
-        with _on_device(self.device), memory_limits(self.device, plan.cache_bytes):
+        with on_device(self.device), memory_limits(self.device, plan.cache_bytes):
             try:
                 with self.networks.watched(plan.attach):
                     yield
@@ -100,8 +99,8 @@ class LatentModel:
 
     def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
         """A float32 copy on the device."""
-        with _on_device(self.device):
-            return _evaluated(mx.array(np.asarray(x, dtype=np.float32)))
+        with on_device(self.device):
+            return evaluated(mx.array(np.asarray(x, dtype=np.float32)))
 
     def to_numpy(self, x: mx.array) -> NDArray[np.float32]:
         """A float32 copy."""
@@ -109,7 +108,7 @@ class LatentModel:
 
     def all_finite(self, x: mx.array) -> bool:
         """Whether there is neither NaN nor infinity in an array."""
-        with _on_device(self.device):
+        with on_device(self.device):
             return bool(mx.isfinite(x).all().item())
 
     def encode_latents(self, pixels: NDArray[np.float32]) -> mx.array:
@@ -119,13 +118,12 @@ class LatentModel:
         """
         vae = self.vae.config
         check_pictures("pixels", pixels.shape, channels=vae.in_channels, multiple=vae.downscale)
-        with _on_device(self.device):
+        with on_device(self.device):
             x = self.from_numpy(pixels)
             means = [
-                _evaluated(self.vae.encode(x[n : n + 1], tile=self.plan.vae_tile).mean.astype(mx.float32))
-                for n in range(len(x))
+                evaluated(self.vae.encode(x[n : n + 1], tile=self.plan.vae_tile).mean.astype(mx.float32)) for n in range(len(x))
             ]
-            return _evaluated(self.vae.scale_latents(mx.concatenate(means)))
+            return evaluated(self.vae.scale_latents(mx.concatenate(means)))
 
     def decode(self, x: mx.array) -> NDArray[np.float32]:
         """Pixels (v, H, W, 3), about [-1, 1], of scaled latents (v, h, w, c), one view at a time.
@@ -133,16 +131,11 @@ class LatentModel:
         Raises OptionError for shapes that do not fit.
         """
         check_pictures("latents", x.shape, channels=self.vae.config.latent_channels)
-        with _on_device(self.device):
+        with on_device(self.device):
             latents, tile = self.vae.unscale_latents(x), self.plan.vae_tile
             decode = partial(self.vae.decode, tile=tile) if tile else self._compiled(self.vae, "decode")
             decoded = [self.to_numpy(decode(latents[v : v + 1])) for v in range(len(latents))]
             return np.concatenate(decoded)
-
-
-def _on_device(device: str) -> AbstractContextManager[Any]:
-    """A context in which MLX computes on cpu or gpu; its default device belongs to the program around this."""
-    return mx.stream(mx.Device(getattr(mx, device)))
 
 
 def _free_memory() -> None:

@@ -12,10 +12,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.nn.utils import checkpoint
 
-from mvmlx.group_norm import fused_group_norm, usable
+from mvmlx.convolutions import PointConv2d
+from mvmlx.norms import group_norm, norm_silu, normalised
 from mvshared.errors import OptionError
-
-_SUMMED = 1024  # pixels that are added up one after the other
 
 
 class GroupNorm(nn.Module):
@@ -35,12 +34,7 @@ class GroupNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(n, h, w, c) to (n, h, w, c)."""
-        return self._normalised(x, silu=False)
-
-    def _normalised(self, x: mx.array, *, silu: bool) -> mx.array:
-        fused = not self.training and usable(x)  # the kernel has no gradient
-        norm = fused_group_norm if fused else _group_norm
-        return norm(x, self.weight, self.bias, groups=self.groups, eps=self.eps, silu=silu)
+        return normalised(self, x)
 
 
 class AdaGroupNorm(nn.Module):
@@ -54,68 +48,12 @@ class AdaGroupNorm(nn.Module):
 
     def __call__(self, x: mx.array, emb: mx.array) -> mx.array:
         """(n, h, w, c) and embeddings (n, embed_dim) to (n, h, w, c)."""
-        return _group_norm(x, *self.scale_shift(emb), groups=self.groups, eps=self.eps)
+        return group_norm(x, *self.scale_shift(emb), groups=self.groups, eps=self.eps)
 
     def scale_shift(self, emb: mx.array) -> tuple[mx.array, mx.array]:
         """Factors and summands (n, c)."""
         scale, shift = mx.split(self.linear(emb), 2, axis=-1)
         return 1 + scale, shift
-
-
-def _norm_silu(norm: GroupNorm, x: mx.array) -> mx.array:
-    """SiLU of a norm's output, without writing that down; a norm that is observed has another class, and shows its output."""
-    return norm._normalised(x, silu=True) if type(norm) is GroupNorm else nn.silu(norm(x))
-
-
-def _group_norm(x: mx.array, weight: mx.array, bias: mx.array, *, groups: int, eps: float, silu: bool = False) -> mx.array:
-    """Normalise (n, h, w, c), then SiLU if asked for; weight and bias are (c,), or (n, c) with one for each picture."""
-    grouped = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups).astype(mx.float32)
-    weight, bias = (p.reshape(-1, 1, *grouped.shape[2:]) for p in (weight, bias))
-    share = mx.array(1 / (grouped.shape[1] * grouped.shape[3]))
-    shifted = grouped - grouped[:, :1, :, :1]
-    total = _total(shifted)
-    scale = _deviation_scale(_total(_squares(shifted, total, share)), share, mx.array(eps), weight)
-    affine = _affine_silu if silu else _affine
-    return affine(shifted, total, share, scale, bias).astype(x.dtype).reshape(x.shape)
-
-
-def _total(grouped: mx.array) -> mx.array:
-    """Sums (n, 1, groups, 1) of (n, pixels, groups, width).
-
-    Pixels are summed first, since sums of rows are many times faster on the CPU than of all at once, and few of them at a time,
-    since MLX adds one to the other, which costs float32 its digits in long sums.
-    """
-    n, pixels, *rest = grouped.shape
-    while pixels > _SUMMED:
-        together = next(count for count in range(_SUMMED, 0, -1) if pixels % count == 0)
-        if together == 1:
-            break
-        pixels //= together
-        grouped = grouped.reshape(n, pixels, together, *rest).sum(axis=2)
-    return grouped.sum(axis=1, keepdims=True).sum(axis=-1, keepdims=True)
-
-
-# Compiled, the feature map is written three times: shifted, squared, normalised.
-
-
-@partial(mx.compile, shapeless=True)
-def _squares(shifted: mx.array, total: mx.array, share: mx.array) -> mx.array:
-    return (shifted - total * share).square()
-
-
-@partial(mx.compile, shapeless=True)
-def _deviation_scale(squares: mx.array, share: mx.array, eps: mx.array, weight: mx.array) -> mx.array:
-    return mx.rsqrt(squares * share + eps) * weight
-
-
-@partial(mx.compile, shapeless=True)
-def _affine(shifted: mx.array, total: mx.array, share: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
-    return (shifted - total * share) * scale + bias
-
-
-@partial(mx.compile, shapeless=True)
-def _affine_silu(shifted: mx.array, total: mx.array, share: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
-    return nn.silu(_affine(shifted, total, share, scale, bias))
 
 
 class Float32Conv2d(nn.Conv2d):
@@ -125,20 +63,6 @@ class Float32Conv2d(nn.Conv2d):
         """Convolve x (n, h, w, c); the result is float32."""
         y = mx.conv2d(x.astype(mx.float32), self.weight.astype(mx.float32), self.stride, self.padding)
         return y + self.bias.astype(mx.float32) if "bias" in self else y
-
-
-class _PointConv2d(nn.Conv2d):
-    """A convolution of size 1, which is a linear layer of every pixel."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=bias)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(n, h, w, in_channels) to (n, h, w, out_channels)."""
-        if x.dtype != mx.float32 and mx.default_device() == mx.Device(mx.cpu):
-            return super().__call__(x)  # MLX's CPU multiplies matrices in half precision slowly, and convolves in float32
-        weight = self.weight.reshape(len(self.weight), -1).T
-        return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
 
 
 class ResnetBlock(nn.Module):
@@ -157,14 +81,14 @@ class ResnetBlock(nn.Module):
             self.time_emb_proj = nn.Linear(time_embed_dim, out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = _PointConv2d(in_channels, out_channels) if in_channels != out_channels else None
+        self.conv_shortcut = PointConv2d(in_channels, out_channels) if in_channels != out_channels else None
 
     def __call__(self, x: mx.array, emb: mx.array | None = None) -> mx.array:
         """x (n, h, w, in_channels) and time embeddings after SiLU (n, time_embed_dim) to (n, h, w, out_channels)."""
-        h = self.conv1(_norm_silu(self.norm1, x))
+        h = self.conv1(norm_silu(self.norm1, x))
         if emb is not None:
             h = h + self.time_emb_proj(emb)[:, None, None, :]
-        h = self.conv2(_norm_silu(self.norm2, h))
+        h = self.conv2(norm_silu(self.norm2, h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -273,9 +197,3 @@ def run_block(block: nn.Module, *inputs: Any, recompute: bool, **static: Any) ->
     if not recompute:
         return block(*inputs, **static)
     return checkpoint(block, lambda *arrays: block(*arrays, **static))(*inputs)
-
-
-def _evaluated(x: mx.array) -> mx.array:
-    """The same array, computed, so that another thread may use it."""
-    mx.eval(x)
-    return x

@@ -19,9 +19,10 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
-from mvmlx.latents import LatentModel, _on_device, to_numpy
-from mvmlx.layers import _evaluated
-from mvmlx.observation import _is_observed
+from mvmlx.device import evaluated, on_device
+from mvmlx.latents import LatentModel, to_numpy
+from mvmlx.layout import checkpoint_shape, from_checkpoint, to_checkpoint
+from mvmlx.observation import any_observed
 from mvmlx.quantized import packed_tensors, quantize_network
 from mvmlx.unet import Constants, MultiViewUNet, frames_in_common, select_objects
 from mvmlx.upscaler import LatentUpscaler
@@ -85,8 +86,8 @@ class MultiViewModel(LatentModel):
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
         assert self.config.text_encoder is not None
         check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
-        with _on_device(self.device):
-            return _evaluated(self.networks["text_encoder"](mx.array(token_ids)).last_hidden_state.astype(mx.float32))
+        with on_device(self.device):
+            return evaluated(self.networks["text_encoder"](mx.array(token_ids)).last_hidden_state.astype(mx.float32))
 
     def encode_image(self, pixels: NDArray[np.float32]) -> mx.array:
         """The vision tower's states before its last layer (n, m, c), float32, of normalised pixels (n, s, s, 3).
@@ -95,8 +96,8 @@ class MultiViewModel(LatentModel):
         """
         if "image_encoder" not in self.networks:
             raise OptionError("image", expected="left out: this model has no image encoder", got=pixels.shape)
-        with _on_device(self.device):
-            return _evaluated(self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].astype(mx.float32))
+        with on_device(self.device):
+            return evaluated(self.networks["image_encoder"](self.from_numpy(pixels)).hidden_states[-2].astype(mx.float32))
 
     def condition(
         self,
@@ -121,9 +122,9 @@ class MultiViewModel(LatentModel):
         check_branches(branches, texts=None if text is None else len(text))
 
         def batched(x: mx.array | None, seen: Sequence[bool]) -> mx.array | None:
-            return None if x is None else _evaluated(mx.stack([x if each else mx.zeros_like(x) for each in seen]))
+            return None if x is None else evaluated(mx.stack([x if each else mx.zeros_like(x) for each in seen]))
 
-        with _on_device(self.device):
+        with on_device(self.device):
             pictured = [branch.image for branch in branches]
             context = None if text is None else mx.stack([text[-1 if branch.text else 0] for branch in branches])
             states = batched(image_states, pictured)
@@ -147,12 +148,12 @@ class MultiViewModel(LatentModel):
     def defers(self) -> bool:
         """Whether `denoise` only puts together what `start` begins to compute: unless little memory is to be taken, or somebody
         looks at the blocks."""
-        observed = any(_is_observed(self.networks[component]) for component in self.networks.loaded)
+        observed = any(any_observed(self.networks[component]) for component in self.networks.loaded)
         return self.plan.networks_at_once and not observed
 
     def start(self, x: mx.array) -> None:
         """Begin to compute an array."""
-        with _on_device(self.device):
+        with on_device(self.device):
             mx.async_eval(x)
 
     def wait(self, x: mx.array) -> None:
@@ -177,7 +178,7 @@ class MultiViewModel(LatentModel):
         check_step(self.config.unet, x=x.shape, normals=normals)
         count = len(condition.branches)
         together = count if self.plan.branches_at_once else 1
-        with _on_device(self.device):
+        with on_device(self.device):
             outs: list[mx.array] = []
             for first in range(0, count, together):
                 more = list(self._outputs(x, t, condition, slice(first, first + together)))
@@ -192,7 +193,7 @@ class MultiViewModel(LatentModel):
         distinct = list(dict.fromkeys(timesteps))
         if not distinct:
             return {}
-        embedded = _evaluated(self.unet.time_embeddings(mx.array(distinct, dtype=mx.float32)))
+        embedded = evaluated(self.unet.time_embeddings(mx.array(distinct, dtype=mx.float32)))
         return {t: mx.broadcast_to(each, (batch, each.size)) for t, each in zip(distinct, embedded, strict=True)}
 
     def _outputs(self, x: mx.array, t: float, condition: Condition, branches: slice) -> mx.array:
@@ -207,7 +208,7 @@ class MultiViewModel(LatentModel):
         normals, channels = condition.normals, self.config.unet.normal_channels
         references = constants.reference is not None
         alike = frames_are_alike(condition.branches[branches], references=references, normals=normals is not None)
-        if alike and constants.cross and not _is_observed(self.unet):
+        if alike and constants.cross and not any_observed(self.unet):
             times, constants = times[:1], frames_in_common(constants)
         sample = mx.broadcast_to(x[None], (len(times), *x.shape))
         if normals is not None:
@@ -328,7 +329,7 @@ def load_network(
     stored, layers = stored_quantization(paths).layers, preset_layers(config, shapes, quantize)
     expected = quantized_shapes(shapes, stored)
     unet = config if isinstance(config, UNetConfig) else None
-    with _on_device(device):
+    with on_device(device):
         quantize_network(network, stored or layers)
         tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
     return filled(network, tensors, device=device)
@@ -342,23 +343,23 @@ def random_network(config: NetworkConfig, *, dtype: Dtype, device: str) -> Any:
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Dtype, device: str) -> dict[str, mx.array]:
     """Random weights by their names in the model."""
-    with _on_device(device):
+    with on_device(device):
         return {name: _placed(mx.array(array), name, dtype=dtype) for name, array in random_weights(shapes)}
 
 
 def filled(network: Any, tensors: Mapping[str, mx.array], *, device: str) -> Any:
     """A network with these weights, ready to compute on the device that they are on."""
-    with _on_device(device):
+    with on_device(device):
         network.load_weights(list(tensors.items()), strict=True)
     return network.eval()
 
 
 def _placed(tensor: mx.array, name: str, *, dtype: Dtype) -> mx.array:
     """A weight of a checkpoint as the network of this dtype has it, kernels channels-last."""
-    return _from_checkpoint(tensor.astype(getattr(mx, precision.tensor_dtype(name, dtype))))
+    return from_checkpoint(tensor.astype(getattr(mx, precision.tensor_dtype(name, dtype))))
 
 
-_NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
+NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
     UNetConfig: MultiViewUNet,
     VAEConfig: AutoencoderKL,
     CLIPTextConfig: CLIPTextModel,
@@ -368,7 +369,7 @@ _NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
 
 
 def _network(config: NetworkConfig) -> Any:
-    return _NETWORKS[type(config)](config)
+    return NETWORKS[type(config)](config)
 
 
 def load_weights(
@@ -379,7 +380,7 @@ def load_weights(
     `unet` is the config, if the module is a U-Net. Raises CheckpointError for a damaged file and TensorMismatchError if names
     or shapes differ.
     """
-    with _on_device(device):
+    with on_device(device):
         tensors = read_tensors(paths, weight_shapes(module), dtype=dtype, device=device, unet=unet)
         module.load_weights(list(tensors.items()), strict=True)
 
@@ -401,7 +402,7 @@ def read_tensors(
     """
     stored, quantize = stored or {}, quantize or {}
     places = match_tensors(paths, shapes, unet=unet, layers=stored)
-    with _on_device(device):
+    with on_device(device):
         lazy: dict[Path, Any] = {path: mx.load(str(path)) for path in paths}
         tensors: dict[str, mx.array] = {}
         for name, place in places.items():
@@ -411,7 +412,7 @@ def read_tensors(
                 packed = quantize_weight(to_numpy(tensor), quantize[part.layer], name=place.name, path=place.path)
                 tensors |= packed_tensors(part.layer, packed, device=device)
             elif part_of(name, stored) is not None:
-                tensors[name] = _evaluated(tensor)
+                tensors[name] = evaluated(tensor)
             else:
                 tensors[name] = _placed(tensor, name, dtype=dtype)
         if quantize:
@@ -429,11 +430,11 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         batch = dataset_batch(chosen, pixels=pixels.shape[1] * pixels.shape[2])
-        with _on_device(chosen):
+        with on_device(chosen):
             return to_numpy(vae.scale_latents(vae.encode(mx.array(pixels), batch=batch).mean))
 
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        with _on_device(chosen):
+        with on_device(chosen):
             return to_numpy(vae.decode(vae.unscale_latents(mx.array(latents))))
 
     return VAECodec(encode, decode)
@@ -451,36 +452,22 @@ def packing_bytes(config: NetworkConfig, *, dtype: Dtype, device: str) -> int:
 
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a checkpoint of this module."""
-    return {name: _checkpoint_shape(array.shape) for name, array in _weights(module)}
+    return {name: checkpoint_shape(array.shape) for name, array in _weights(module)}
 
 
 def set_weights(module: nn.Module, weights: Mapping[str, NDArray[Any]]) -> None:
     """Overwrite the module's weights with arrays in checkpoint layout. Raises TensorMismatchError."""
     found = {name: array.shape for name, array in weights.items()}
     check_names_and_shapes(expected=weight_shapes(module), found=found, path=None)
-    tensors = [(name, _from_checkpoint(mx.array(weights[name]).astype(array.dtype))) for name, array in _weights(module)]
+    tensors = [(name, from_checkpoint(mx.array(weights[name]).astype(array.dtype))) for name, array in _weights(module)]
     module.load_weights(tensors, strict=True)
 
 
 def get_weights(module: nn.Module) -> dict[str, NDArray[np.float32]]:
     """Float32 copies of the module's weights in checkpoint layout."""
-    return {name: _to_checkpoint(array) for name, array in _weights(module)}
+    return {name: to_checkpoint(array) for name, array in _weights(module)}
 
 
 def _weights(module: nn.Module) -> list[tuple[str, mx.array]]:
     flat: Any = tree_flatten(module.parameters())
     return flat
-
-
-def _checkpoint_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
-
-
-def _from_checkpoint(x: mx.array) -> mx.array:
-    """Convolution kernels (out, in, h, w) as (out, h, w, in), evaluated; all else as it is."""
-    return _evaluated(mx.contiguous(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x)
-
-
-def _to_checkpoint(x: mx.array) -> NDArray[np.float32]:
-    """A float32 copy; convolution kernels (out, h, w, in) as (out, in, h, w)."""
-    return to_numpy(mx.contiguous(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x)

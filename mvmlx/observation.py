@@ -97,9 +97,14 @@ def _show(module: nn.Module, looked: _Looked) -> None:
         _observed.pop(id(module), None)
 
 
-def _is_observed(network: nn.Module) -> bool:
+def is_observed(module: nn.Module) -> bool:
+    """Whether somebody looks at a module itself now, so that it must be called as it is."""
+    return id(module) in _observed
+
+
+def any_observed(network: nn.Module) -> bool:
     """Whether somebody looks at a network now, or at a part of it."""
-    return bool(_observed) and any(id(module) in _observed for module in network.modules())
+    return bool(_observed) and any(map(is_observed, network.modules()))
 
 
 class _Watch:
@@ -118,8 +123,7 @@ class _Watch:
         """A class of modules that are `kind` and call the observers."""
         call: Any = kind.__call__
         signature = inspect.signature(call)
-        # A private class computes what its base does, in another way.
-        known_as = next(each.__name__ for each in kind.__mro__ if not each.__name__.startswith("_"))
+        known_as = getattr(kind, "kind", kind.__name__)  # what a layer that is computed in another way stands for
 
         @wraps(call)  # and so its signature, for whoever looks as well
         def watched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mvmlx.layers import GroupNorm, ResnetBlock, _evaluated, _total
+from mvmlx.device import evaluated
+from mvmlx.layers import GroupNorm, ResnetBlock
+from mvmlx.norms import summed
 from mvshared.attention import AttentionOptions
 from mvshared.tiling import Tile, check_tile, tiles
 
@@ -38,11 +40,11 @@ def norm_of(norm: GroupNorm, x: mx.array, *, side: int) -> Affine:
     first = x[:, 0, 0, :: c // groups].astype(mx.float32)
     mean = squares = mx.zeros((n, groups))
     for tile in tiles(height, width, side):
-        total = _total(_grouped(x[:, *tile.target], groups) - first[:, None, :, None])[:, 0, :, 0]
-        mean = _evaluated(mean + total / (height * width * c // groups))
+        total = summed(_grouped(x[:, *tile.target], groups) - first[:, None, :, None])[:, 0, :, 0]
+        mean = evaluated(mean + total / (height * width * c // groups))
     for tile in tiles(height, width, side):
         centred = _grouped(x[:, *tile.target], groups) - first[:, None, :, None] - mean[:, None, :, None]
-        squares = _evaluated(squares + _total(centred.square())[:, 0, :, 0])
+        squares = evaluated(squares + summed(centred.square())[:, 0, :, 0])
     deviation = mx.rsqrt(squares / (height * width * c // groups) + norm.eps)
     first, mean, deviation = (mx.repeat(value, c // groups, axis=1)[:, None, None] for value in (first, mean, deviation))
     scale = deviation * norm.weight.astype(mx.float32)

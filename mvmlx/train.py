@@ -11,8 +11,9 @@ from mlx.optimizers import AdamW, clip_grad_norm
 from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
-from mvmlx.latents import _on_device
-from mvmlx.model import _NETWORKS, _from_checkpoint, _to_checkpoint, choose_device, choose_dtype, set_weights, weight_shapes
+from mvmlx.device import on_device
+from mvmlx.layout import from_checkpoint, to_checkpoint
+from mvmlx.model import NETWORKS, choose_device, choose_dtype, set_weights, weight_shapes
 from mvmlx.unet import MultiViewUNet
 from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
@@ -72,7 +73,7 @@ class Trainer:
         result, learned, gradients = self._measure(batch)
         self.steps, self.loss_scale = counted(result, self.steps, self.loss_scale)
         if result.learned:
-            with _on_device(self.device):
+            with on_device(self.device):
                 self._update(learned, gradients, learning_rate=learning_rate)
         return result
 
@@ -82,7 +83,7 @@ class Trainer:
 
     def _measure(self, batch: Any) -> tuple[StepResult, dict[str, mx.array], dict[str, mx.array]]:
         """Also the weights that learn, and their gradient, clipped."""
-        with _on_device(self.device):
+        with on_device(self.device):
             arrays, scale = _to_arrays(batch), 1.0 if self.loss_scale is None else self.loss_scale.scale
 
             def scaled_loss(weights: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
@@ -104,7 +105,7 @@ class Trainer:
     def evaluate(self, batch: Any) -> float:
         """The loss of a batch under the EMA weights; nothing is learned."""
         try:
-            with _on_device(self.device):
+            with on_device(self.device):
                 self._assign(self._computed(self.ema))
                 return _float(self.loss(self.network, _to_arrays(batch)))
         finally:
@@ -128,7 +129,7 @@ class Trainer:
     def load_state(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         """Continue from what `state` gave, in either backend. Raises TensorMismatchError for another network's."""
         unpacked = unpack_state(state, weight_shapes(self.network), scaled=self.loss_scale is not None)
-        with _on_device(self.device):
+        with on_device(self.device):
             self.parameters, self.ema = _from_numpy(unpacked.model), _from_numpy(unpacked.ema)
             exp_avg, exp_avg_sq = _from_numpy(unpacked.exp_avg), _from_numpy(unpacked.exp_avg_sq)
         self.steps, self.loss_scale = unpacked.steps, unpacked.loss_scale
@@ -178,7 +179,7 @@ def _network(
 ) -> Any:
     # With gradients MLX has no kernel for attention, and would keep scores in half precision.
     options = FUSED if dtype == "float32" else AttentionOptions(implementation="plain")
-    network = _NETWORKS[type(config)](config, attention_options=options, gradient_checkpointing=gradient_checkpointing)
+    network = NETWORKS[type(config)](config, attention_options=options, gradient_checkpointing=gradient_checkpointing)
     set_weights(network, weights)
     return network
 
@@ -187,7 +188,7 @@ def _teacher(config: UNetConfig, weights: Mapping[str, NDArray[np.float32]], *, 
     """The network that training starts from, in the dtype of the computation."""
     device = choose_device(device)
     computed = choose_dtype(parse_dtype(dtype, default="float32"), device=device)
-    with _on_device(device):
+    with on_device(device):
         network = _network(config, weights, dtype=dtype)
         network.update(tree_unflatten(list(_cast(dict(_flat(network.parameters())), computed).items())))
         mx.eval(network.parameters())
@@ -345,12 +346,12 @@ def _float(x: mx.array) -> float:
 
 
 def _from_numpy(weights: Mapping[str, NDArray[np.float32]]) -> dict[str, mx.array]:
-    return {name: _from_checkpoint(mx.array(array)) for name, array in weights.items()}
+    return {name: from_checkpoint(mx.array(array)) for name, array in weights.items()}
 
 
 def _to_numpy(weights: dict[str, mx.array]) -> dict[str, NDArray[np.float32]]:
     """Float32 copies in checkpoint layout."""
-    return {name: _to_checkpoint(array) for name, array in weights.items()}
+    return {name: to_checkpoint(array) for name, array in weights.items()}
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:

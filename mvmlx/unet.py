@@ -21,11 +21,11 @@ from mvmlx.layers import (
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
-    _norm_silu,
     repeat_objects,
     run_block,
     timestep_embedding,
 )
+from mvmlx.norms import norm_silu
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.channels import LevelPlan, unet_plan
 from mvshared.config import UNetConfig
@@ -222,7 +222,7 @@ class MultiViewUNet(nn.Module):
                 x = upsample(x)
         if f > v:
             x = mx.unflatten(x, 0, (b, f))[:, :v].flatten(0, 1)
-        x = self.conv_out(_norm_silu(self.conv_norm_out, x))
+        x = self.conv_out(norm_silu(self.conv_norm_out, x))
         return mx.unflatten(x, 0, (b, v))
 
     def _transformers(self) -> Iterator[SpatialTransformer]:

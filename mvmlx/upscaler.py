@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mvmlx.attention import Attention, KeyValues
-from mvmlx.layers import AdaGroupNorm, _PointConv2d, gelu, run_block
+from mvmlx.convolutions import PointConv2d
+from mvmlx.layers import AdaGroupNorm, gelu, run_block
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.channels import KLevelPlan, upscaler_plan
 from mvshared.config import K_GROUP_WIDTH, K_NORM_EPS, KUNetConfig
@@ -28,7 +29,7 @@ class KResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, hidden, 3, padding=1)
         self.norm2 = _norm(hidden, config)
         self.conv2 = nn.Conv2d(hidden, out_channels, 3, padding=1)
-        self.conv_shortcut = _PointConv2d(in_channels, out_channels, bias=False) if in_channels != out_channels else None
+        self.conv_shortcut = PointConv2d(in_channels, out_channels, bias=False) if in_channels != out_channels else None
 
     def __call__(self, x: mx.array, emb: mx.array) -> mx.array:
         """x (n, h, w, in_channels) and embeddings (n, time_embed_dim) to (n, h, w, out_channels)."""
@@ -130,12 +131,12 @@ class LatentUpscaler(nn.Module):
         self.attention_options = attention_options
         self.gradient_checkpointing = gradient_checkpointing
         channels, plan = config.block_out_channels, upscaler_plan(config)
-        self.conv_in = _PointConv2d(config.in_channels, channels[0])
+        self.conv_in = PointConv2d(config.in_channels, channels[0])
         self.time_proj = FourierEmbedding(config.time_embed_dim)
         self.time_embedding = KTimeEmbedding(config)
         self.down_blocks = [KLevel(config, each) for each in plan.down]
         self.up_blocks = [KLevel(config, each) for each in plan.up]
-        self.conv_out = _PointConv2d(channels[0], config.out_channels)
+        self.conv_out = PointConv2d(channels[0], config.out_channels)
 
     def keys_values(self, context: mx.array | None) -> Sequence[KeyValues]:
         """What the views attend to of a text (b, l, cross_attention_dim), for every attention: constant over the steps.

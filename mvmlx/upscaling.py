@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvmlx.attention import KeyValues
-from mvmlx.latents import LatentModel, _on_device
-from mvmlx.layers import _evaluated
+from mvmlx.device import evaluated, on_device
+from mvmlx.latents import LatentModel
 from mvmlx.model import check_files, choose_device, choose_dtype, load_network, network_loaders
 from mvmlx.upscaler import LatentUpscaler
 from mvshared.backend import Dtype, TextStates
@@ -72,10 +72,10 @@ class UpscalerModel(LatentModel):
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
         assert self.config.text_encoder is not None
         check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
-        with _on_device(self.device):
+        with on_device(self.device):
             out = self.networks["text_encoder"](mx.array(token_ids))
             states, pooled = (x.astype(mx.float32) for x in (out.hidden_states[-1], out.pooler_output))
-            return TextStates(_evaluated(states), _evaluated(pooled))
+            return TextStates(evaluated(states), evaluated(pooled))
 
     def condition(
         self, low: NDArray[np.float32], noise_embedding: NDArray[np.float32], *, text: TextStates[mx.array] | None
@@ -83,7 +83,7 @@ class UpscalerModel(LatentModel):
         """What `denoise` needs of low-resolution latents (v, h, w, c), the embedding (k,) of their noise level and a text of b
         branches. Raises OptionError for shapes that do not fit."""
         check_pictures("latents", low.shape, channels=self.config.unet.latent_channels)
-        with _on_device(self.device):
+        with on_device(self.device):
             embedding = self.from_numpy(noise_embedding)[None]
             if text is not None:
                 levels = mx.broadcast_to(embedding, (len(text.pooled), embedding.shape[1]))
@@ -93,7 +93,7 @@ class UpscalerModel(LatentModel):
             return UpscaleCondition(
                 text=keys_values,
                 low=self.from_numpy(low.repeat(2, axis=1).repeat(2, axis=2)),
-                embedding=_evaluated(embedding),
+                embedding=evaluated(embedding),
             )
 
     def denoise(self, x: mx.array, t: float, condition: UpscaleCondition, guidance: float) -> mx.array:
@@ -103,14 +103,14 @@ class UpscalerModel(LatentModel):
         do not fit.
         """
         check_same("latents", x.shape, condition.low.shape)
-        with _on_device(self.device):
+        with on_device(self.device):
             branches = len(condition.embedding)
             sample = mx.concatenate([x, condition.low], axis=-1)[None]
             sample = mx.broadcast_to(sample, (branches, *sample.shape[1:]))
             noise = mx.full((branches,), t, dtype=mx.float32)
             unet = self._compiled(self.unet)
             out = unet(sample, noise, text=condition.text, condition=condition.embedding)[..., :-1].astype(mx.float32)
-            return _evaluated(out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0]))
+            return evaluated(out[0] if branches == 1 else out[0] + guidance * (out[1] - out[0]))
 
 
 def load_upscaler_model(

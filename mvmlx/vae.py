@@ -8,7 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mvmlx.attention import SpatialAttention
-from mvmlx.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample, _norm_silu, _PointConv2d, run_block
+from mvmlx.convolutions import PointConv2d
+from mvmlx.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample, run_block
+from mvmlx.norms import norm_silu
 from mvmlx.tiling import decode_in_tiles, encode_in_tiles
 from mvshared.attention import FUSED, AttentionOptions
 from mvshared.config import VAEConfig
@@ -89,7 +91,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, recompute=recompute)
         x = self.mid_block(x, options=options, recompute=recompute)
-        return self.conv_out(_norm_silu(self.conv_norm_out, x))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -119,7 +121,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x), options=options, recompute=recompute)
         for block in self.up_blocks:
             x = block(x, recompute=recompute)
-        return self.conv_out(_norm_silu(self.conv_norm_out, x))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class AutoencoderKL(nn.Module):
@@ -137,8 +139,8 @@ class AutoencoderKL(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = _PointConv2d(2 * config.latent_channels, 2 * config.latent_channels)
-        self.post_quant_conv = _PointConv2d(config.latent_channels, config.latent_channels)
+        self.quant_conv = PointConv2d(2 * config.latent_channels, 2 * config.latent_channels)
+        self.post_quant_conv = PointConv2d(config.latent_channels, config.latent_channels)
 
     def encode(self, pixels: mx.array, *, batch: int | None = None, tile: int | None = None) -> Moments:
         """Moments (n, h / 8, w / 8, c) of pixels (n, h, w, 3), `batch` pictures at a time, or all at once.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mvshared.attention import AttentionOptions, check_pooling, score_slices
 from mvtorch import cpu_attention, cuda_fused, widened
-from mvtorch.cpu_norms import is_observed
 from mvtorch.joined import JoinedLinears
 from mvtorch.layers import FeedForward, GroupNorm, repeat_objects
+from mvtorch.observation import is_observed
 
 
 class KeyValues(NamedTuple):
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, channels, bias=bias)
         self.to_v = nn.Linear(context_dim, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self._joint: JoinedLinears | None = None  # to_q, to_k and to_v
+        self.joint: JoinedLinears | None = None  # to_q, to_k and to_v
 
     def keys_values(self, context: Tensor) -> KeyValues:
         """Keys and values (b, n, m, d) of a context (b, m, context_dim)."""
@@ -104,7 +104,7 @@ class Attention(nn.Module):
 
     def _to_itself(self, x: Tensor, *, options: AttentionOptions, key_bias: Tensor | None) -> Tensor:
         """Tokens (b, l, c) that attend to each other: one product for queries, keys and values if these layers are joined."""
-        projected = None if self._joint is None or is_observed(self) else self._joint(x)
+        projected = None if self.joint is None or is_observed(self) else self.joint(x)
         if projected is None:
             return self(x, self.keys_values(x), options=options, key_bias=key_bias)
         q, k, v = map(self._split_heads, projected)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvtorch import cuda_fused
+from mvtorch.observation import is_observed
 
 _LEAST_NUMBERS = 1 << 15  # of a piece: with fewer, the many calls take longer than what they save
 # Pixels whose numbers are added up one after the other, which costs float32 its last digits.
@@ -18,11 +19,6 @@ _PIECE_PIXELS = {torch.float32: 256, torch.bfloat16: 4096, torch.float16: 4096}
 _MOST_PIXELS = 1024  # that PyTorch's kernel adds up one after the other
 _CACHED_PIXELS = 4096
 _LARGEST_MEAN = 64  # in deviations
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Whether someone looks at the inputs or outputs of a module, so that it must be called as it is."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def may_overwrite(*modules: nn.Module) -> bool:

@@ -78,8 +78,9 @@ def join_projections(network: MultiViewUNet) -> None:
     as one product each; see `JoinedLinears`."""
     for block in network.modules():
         if isinstance(block, TransformerBlock):
-            block.attn1._joint = join_linears([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
-    network._joint_times = join_linears([resnet.time_emb_proj for resnet in network._resnets()])
+            block.attn1.joint = join_linears([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
+    levels: tuple[Any, ...] = (*network.down_blocks, network.mid_block, *network.up_blocks)
+    network.joint_times = join_linears([resnet.time_emb_proj for level in levels for resnet in level.resnets])
 
 
 def to_device(host: Tensor, device: str) -> Tensor:

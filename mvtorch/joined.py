@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvtorch.cpu_norms import is_observed
+from mvtorch.observation import is_observed
 
 
 class JoinedLinears:

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mvshared.errors import OptionError
 from mvtorch import cpu_norms, cuda_fused
-from mvtorch.cpu_norms import is_observed, norm_silu
+from mvtorch.cpu_norms import norm_silu
+from mvtorch.observation import is_observed
 
 
 class GroupNorm(nn.GroupNorm):

@@ -36,9 +36,9 @@ from mvshared.weights import (
     stored_quantization,
 )
 from mvtorch.clip import CLIPTextModel, CLIPVisionModel
-from mvtorch.cpu_norms import is_observed
 from mvtorch.inference import inference, join_projections
 from mvtorch.latents import LatentModel, to_numpy
+from mvtorch.observation import any_observed
 from mvtorch.packed import added_bytes, pack_network
 from mvtorch.quantized import packed_tensors, quantize_network
 from mvtorch.unet import Constants, MultiViewUNet, frames_in_common, select_objects
@@ -206,7 +206,7 @@ class MultiViewModel(LatentModel):
 
         def call(x: Tensor, times: Tensor) -> Tensor:
             given = constants
-            if alike and given.cross and not any(map(is_observed, unet.modules())):
+            if alike and given.cross and not any_observed(unet):
                 times, given = times[:1], frames_in_common(given)
             sample = x[None].expand(len(times), *x.shape)
             if normals is not None:
@@ -377,7 +377,7 @@ def _placed(tensor: Tensor, name: str, *, dtype: Dtype, device: str) -> Tensor:
     return tensor.to(device=device, dtype=used, memory_format=layout, copy=True)
 
 
-_NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
+NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
     UNetConfig: MultiViewUNet,
     VAEConfig: AutoencoderKL,
     CLIPTextConfig: CLIPTextModel,
@@ -387,7 +387,7 @@ _NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
 
 
 def _network(config: NetworkConfig) -> Any:
-    return _NETWORKS[type(config)](config)
+    return NETWORKS[type(config)](config)
 
 
 def load_weights(

@@ -64,6 +64,16 @@ def observe_blocks(networks: Observed, on_end: OnEnd, on_start: OnStart | None =
         yield watch.clock
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether somebody looks at a module itself now, so that it must be called as it is."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def any_observed(network: nn.Module) -> bool:
+    """Whether somebody looks at a network now, or at a part of it."""
+    return any(map(is_observed, network.modules()))
+
+
 class _Watch:
     """Measures nested blocks, and leaves out the time that the observers take."""
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mvshared.errors import first_line
 from mvshared.process_memory import trim_heap
 from mvtorch import winograd
-from mvtorch.cpu_norms import is_observed
 from mvtorch.layers import FeedForward, Float32Conv2d, Upsample
+from mvtorch.observation import is_observed
 from mvtorch.onednn import Packed, linear, linear_times, packed_matrix
 from mvtorch.packed_convolutions import PackedConv2d, PackedFloat32Conv2d, PackedUpsample
 

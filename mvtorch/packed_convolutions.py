@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from mvshared.process_memory import trim_heap
 from mvtorch import winograd
-from mvtorch.cpu_norms import is_observed
 from mvtorch.layers import Float32Conv2d, Upsample
+from mvtorch.observation import is_observed
 from mvtorch.onednn import Packed, convolution, linear, packed_kernel, packed_matrix
 
 _FLOAT32_PIXELS = 4096

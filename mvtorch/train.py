@@ -33,7 +33,7 @@ from mvshared.training.optimizer import (
 from mvshared.training.upscaler_data import UpscalerBatch
 from mvtorch.graphs import CudaRecorder, Recorder, Recording
 from mvtorch.layers import AdaGroupNorm
-from mvtorch.model import _NETWORKS, choose_device, get_weights, set_weights, weight_shapes
+from mvtorch.model import NETWORKS, choose_device, get_weights, set_weights, weight_shapes
 from mvtorch.unet import MultiViewUNet
 from mvtorch.upscaler import LatentUpscaler
 from mvtorch.vae import AutoencoderKL
@@ -328,7 +328,7 @@ def _network(
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
     with torch.device("meta"):
-        network = _NETWORKS[type(config)](config, gradient_checkpointing=gradient_checkpointing)
+        network = NETWORKS[type(config)](config, gradient_checkpointing=gradient_checkpointing)
     set_weights(network.to_empty(device="cpu"), weights)
     return network
 

@@ -20,7 +20,7 @@ from mvshared.config import UNetConfig
 from mvshared.shapes import check_conditions, check_unet_inputs
 from mvtorch.attention import CrossKeyValues, KeyValues, SpatialTransformer
 from mvtorch.clip import Resampler
-from mvtorch.cpu_norms import is_observed, norm_silu
+from mvtorch.cpu_norms import norm_silu
 from mvtorch.joined import JoinedLinears
 from mvtorch.layers import (
     Downsample,
@@ -32,6 +32,7 @@ from mvtorch.layers import (
     run_block,
     timestep_embedding,
 )
+from mvtorch.observation import is_observed
 
 Cross = Sequence[Sequence[CrossKeyValues]]  # of every block of every transformer, in the order in which they run
 
@@ -134,7 +135,7 @@ class MultiViewUNet(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self._joint_times: JoinedLinears | None = None  # what the resnets project the time with
+        self.joint_times: JoinedLinears | None = None  # what the resnets project the time with
 
     def constants(
         self,
@@ -202,7 +203,7 @@ class MultiViewUNet(nn.Module):
         if reference is not None:
             frames = torch.cat([frames, reference], dim=1)
         emb = self._embed(times, camera, objects=b, frames=f)
-        shifts = None if self._joint_times is None else self._joint_times(emb)
+        shifts = None if self.joint_times is None else self.joint_times(emb)
         run = partial(
             self._run,
             emb=emb,
@@ -237,11 +238,6 @@ class MultiViewUNet(nn.Module):
         """The transformers in the order in which they run."""
         for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
             yield from level.attentions
-
-    def _resnets(self) -> Iterator[Any]:
-        """The resnets in the order in which they run."""
-        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            yield from level.resnets
 
     def _objects(self, cross: Cross | None, default: int) -> int:
         """How many objects the keys are of; a model may have no cross-attention, or no transformer at all."""

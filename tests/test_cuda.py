@@ -165,7 +165,7 @@ def test_float32_has_the_digits_of_the_cpu() -> None:
 def test_projections_are_joined() -> None:
     unet = pipeline_of("float16", graphs=True).model.unet  # pyright: ignore[reportAttributeAccessIssue]
     blocks = [module for name, module in unet.named_modules() if name.endswith("transformer_blocks.0")]
-    joints = [unet._joint_times, *(block.attn1._joint for block in blocks)]
+    joints = [unet.joint_times, *(block.attn1.joint for block in blocks)]
     with inference("cuda"):
         assert blocks and all(joint(joint.weight[:1]) is not None for joint in joints)
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 import mvmlx.group_norm
 import mvtorch.layers
 from mvmlx.group_norm import MANY, MANY_THREADS, THREADS, fused_group_norm
-from mvmlx.layers import GroupNorm, _group_norm, _norm_silu
+from mvmlx.layers import GroupNorm
+from mvmlx.norms import group_norm, norm_silu
 from mvshared.errors import MvWarning
 
 # (n, h, w, c) and groups, of the U-Nets' and the VAEs' finest and coarsest levels, the concatenated ones, and the demo model's.
@@ -75,7 +76,7 @@ def inputs(shape: tuple[int, ...], *, mean: float = 0.0) -> tuple[NDArray[np.flo
 
 
 def plain(x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any], **options: Any) -> NDArray[np.float32]:
-    return np.array(_group_norm(*map(mx.array, (x, weight, bias)), **options).astype(mx.float32))
+    return np.array(group_norm(*map(mx.array, (x, weight, bias)), **options).astype(mx.float32))
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])
@@ -150,7 +151,7 @@ def test_the_kernel_gives_what_the_plain_path_gives(
         x, weight, bias = (mx.array(array).astype(getattr(mx, dtype)) for array in inputs(shape, mean=3.0))
         assert mvmlx.group_norm.usable(x)
     options = {"groups": groups, "eps": 1e-5, "silu": silu}
-    expected = _group_norm(*(array.astype(mx.float32) for array in (x, weight, bias)), **options)
+    expected = group_norm(*(array.astype(mx.float32) for array in (x, weight, bias)), **options)
     found = fused_group_norm(x, weight, bias, **options)
     assert found.dtype == x.dtype
     tolerance = {"float32": 3e-5, "float16": 1e-2}[dtype]
@@ -164,16 +165,16 @@ def test_a_network_in_training_never_uses_the_kernel(monkeypatch: pytest.MonkeyP
         called.append(x.shape)
         return x
 
-    monkeypatch.setattr("mvmlx.layers.usable", lambda x: True)
-    monkeypatch.setattr("mvmlx.layers.fused_group_norm", fused)
+    monkeypatch.setattr("mvmlx.norms.usable", lambda x: True)
+    monkeypatch.setattr("mvmlx.norms.fused_group_norm", fused)
     norm, x = GroupNorm(4, 16, eps=1e-5), mx.ones((1, 2, 2, 16))
     norm.train()
     norm(x)
-    _norm_silu(norm, x)
+    norm_silu(norm, x)
     assert called == []
     norm.eval()
     norm(x)
-    _norm_silu(norm, x)
+    norm_silu(norm, x)
     assert called == [(1, 2, 2, 16)] * 2
 
 
@@ -196,7 +197,7 @@ def test_a_kernel_that_cannot_be_built_is_told_once_and_done_without(monkeypatch
 def test_the_environment_turns_the_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mvmlx.group_norm, "on_metal", lambda: True)
     monkeypatch.setattr(
-        mvmlx.group_norm, "fused_group_norm", lambda x, *_, groups, **__: _group_norm(x, *_, groups=groups, eps=0.0)
+        mvmlx.group_norm, "fused_group_norm", lambda x, *_, groups, **__: group_norm(x, *_, groups=groups, eps=0.0)
     )
     for value, expected in (("0", False), ("1", True)):
         monkeypatch.setenv("MVMLX_METAL_KERNELS", value)
@@ -207,7 +208,7 @@ def test_the_environment_turns_the_kernel_off(monkeypatch: pytest.MonkeyPatch) -
 
 def test_silu_in_one_step_is_silu_of_the_norm() -> None:
     norm, x = GroupNorm(4, 16, eps=1e-5), mx.array(inputs((2, 3, 4, 16))[0])
-    np.testing.assert_array_equal(np.array(_norm_silu(norm, x)), np.array(nn.silu(norm(x))))
+    np.testing.assert_array_equal(np.array(norm_silu(norm, x)), np.array(nn.silu(norm(x))))
 
 
 def test_gradients_are_right_for_shapes_that_follow_others() -> None:
@@ -217,7 +218,7 @@ def test_gradients_are_right_for_shapes_that_follow_others() -> None:
         x, w, b = (rng.standard_normal(shape, np.float32) for shape in ((n, size, size, groups * width), *[groups * width] * 2))
         direction = rng.standard_normal(x.shape, np.float32)
 
-        normalise = partial(_group_norm, groups=groups, eps=1e-5, silu=True)
+        normalise = partial(group_norm, groups=groups, eps=1e-5, silu=True)
 
         def loss(*arrays: mx.array, normalise: Any = normalise, direction: Any = direction) -> mx.array:
             return (normalise(*arrays) * mx.array(direction)).sum()

@@ -124,7 +124,7 @@ def joined(dtype: str = "float32") -> Any:
 
 
 def joints(network: Any) -> list[Any]:
-    return [network._joint_times, *(each._joint for each in attentions(network))]
+    return [network.joint_times, *(each.joint for each in attentions(network))]
 
 
 def attentions(network: Any) -> list[Any]:
@@ -199,8 +199,8 @@ def test_new_weights_are_used_whether_they_come_in_place_or_not() -> None:
     assert_close(denoise(other, inputs), denoise(plain, inputs), rms=FLOAT32_RMS)
     for find, name in (
         (lambda network: attentions(network)[0].to_v, "weight"),
-        (lambda network: list(network._resnets())[1].time_emb_proj, "weight"),
-        (lambda network: list(network._resnets())[1].time_emb_proj, "bias"),
+        (lambda network: network.down_blocks[1].resnets[0].time_emb_proj, "weight"),
+        (lambda network: network.down_blocks[1].resnets[0].time_emb_proj, "bias"),
     ):
         other, plain = joined(), make_unet(TINY_UNET, "torch")
         for network in (other, plain):

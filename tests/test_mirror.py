@@ -22,8 +22,9 @@ ONLY_TORCH |= {
     "cpu_norms.py",
 }
 ONLY_TORCH |= {"cuda_fused.py", "cuda_kernels.py", "joined.py"}
-# Compilation, and what is for a Mac's GPU.
-ONLY_MLX = {"compiled.py", "group_norm.py", "metal.py"}
+# Compilation, and what is for a Mac's GPU; where and when MLX computes, its layout of weights, and layers that it is slow or
+# inexact at.
+ONLY_MLX = {"compiled.py", "group_norm.py", "metal.py", "device.py", "layout.py", "norms.py", "convolutions.py"}
 
 # PyTorch's word, MLX's word, and the one that stands for both.
 WORDS = (

@@ -211,13 +211,13 @@ def test_an_mlx_model_loaded_in_one_thread_works_in_another_and_leaves_its_defau
 def test_what_an_mlx_run_computes_by_itself_is_on_the_model_s_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of arrays go to the default stream, which is the GPU's on a Mac, whatever the model was loaded for."""
     model, entered = load("mlx", folder), []
-    real = mvmlx.latents._on_device
+    real = mvmlx.latents.on_device
 
     def noted(device: str) -> Any:
         entered.append(device)
         return real(device)
 
-    monkeypatch.setattr(mvmlx.latents, "_on_device", noted)
+    monkeypatch.setattr(mvmlx.latents, "on_device", noted)
     with model.planned(model.plan):
         assert entered == ["cpu"]
 
