@@ -155,21 +155,6 @@ class Trainer:
         self.network.update(tree_unflatten(list(weights.items())))
 
 
-def _trainer(
-    config: VAEConfig | UNetConfig | KUNetConfig,
-    optimizer: OptimizerConfig,
-    loss: Callable[[Any, Any], mx.array],
-    weights: Mapping[str, NDArray[np.float32]],
-    *,
-    frozen: Sequence[str],
-    dtype: str,
-    device: str,
-    gradient_checkpointing: bool,
-) -> Trainer:
-    network = _network(config, weights, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
-    return Trainer(network, loss, optimizer, frozen=frozen, dtype=dtype, device=device)
-
-
 def _network(
     config: VAEConfig | UNetConfig | KUNetConfig,
     weights: Mapping[str, NDArray[np.float32]],
@@ -210,16 +195,8 @@ def vae_trainer(
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
-    return _trainer(
-        config,
-        optimizer,
-        partial(vae_loss, config=loss),
-        weights,
-        frozen=frozen,
-        dtype=dtype,
-        device=device,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    network = _network(config, weights, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    return Trainer(network, partial(vae_loss, config=loss), optimizer, frozen=frozen, dtype=dtype, device=device)
 
 
 def unet_trainer(
@@ -238,15 +215,9 @@ def unet_trainer(
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
     teacher = _teacher(config, weights, dtype=dtype, device=device) if loss.distill_rest else None
-    return _trainer(
-        config,
-        optimizer,
-        partial(unet_loss, config=loss, teacher=teacher),
-        weights,
-        frozen=frozen,
-        dtype=dtype,
-        device=device,
-        gradient_checkpointing=gradient_checkpointing,
+    network = _network(config, weights, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    return Trainer(
+        network, partial(unet_loss, config=loss, teacher=teacher), optimizer, frozen=frozen, dtype=dtype, device=device
     )
 
 
@@ -264,16 +235,8 @@ def upscaler_trainer(
 
     Raises TensorMismatchError for weights that do not fit, OptionError and BackendError as `Trainer` does.
     """
-    return _trainer(
-        config,
-        optimizer,
-        upscaler_loss,
-        weights,
-        frozen=frozen,
-        dtype=dtype,
-        device=device,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    network = _network(config, weights, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    return Trainer(network, upscaler_loss, optimizer, frozen=frozen, dtype=dtype, device=device)
 
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch[mx.array], config: VAELossConfig) -> mx.array:
