@@ -29,10 +29,10 @@ from mvmlx.upscaler import LatentUpscaler
 from mvmlx.vae import AutoencoderKL
 from mvshared import precision
 from mvshared.backend import Dtype, Guided, VAECodec, parse_dtype
-from mvshared.checkpoint import components, find_model, read_model_config, weight_files
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ModelConfig, NetworkConfig, UNetConfig, VAEConfig
 from mvshared.errors import BackendError, OptionError
 from mvshared.guidance import Branch, check_branches, check_weights, frames_are_alike
+from mvshared.loading import encoder_parts, model_parts, prepare
 from mvshared.memory.plan import dataset_batch
 from mvshared.networks import Networks
 from mvshared.precision import DtypeChoice
@@ -40,7 +40,7 @@ from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
 from mvshared.random_weights import random_weights
 from mvshared.shapes import check_step, check_token_ids
-from mvshared.weights import check_names_and_shapes, choose_quantization, match_network, match_tensors, stored_quantization
+from mvshared.weights import check_names_and_shapes, match_tensors, stored_quantization
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -272,21 +272,12 @@ def load_model(
 
     Raises CheckpointError, OptionError and BackendError.
     """
-    chosen_device = choose_device(device)
-    chosen_dtype = choose_dtype(dtype, device=chosen_device)
-    folder = find_model(name)
-    config = read_model_config(folder)
-    files = {component: weight_files(folder, component) for component in components(config)}
-    quantization = choose_quantization(files, quantize)
-    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen_device, quantize=quantize)
-    for component in files:
-        if at_once:
-            networks[component]
-        else:
-            check_files(getattr(config, component), files[component])
-    weights = [file for component in files for file in files[component]]
+    device = choose_device(device)
+    chosen, parts = choose_dtype(dtype, device=device), model_parts(name, quantize=quantize)
+    networks = network_loaders(parts.config, parts.files, dtype=chosen, device=device, quantize=quantize)
+    prepare(networks, parts, shapes=network_shapes, at_once=at_once)
     return MultiViewModel(
-        config, networks, device=chosen_device, dtype=chosen_dtype, weight_files=weights, quantization=quantization
+        parts.config, networks, device=device, dtype=chosen, weight_files=parts.weight_files, quantization=parts.quantization
     )
 
 
@@ -295,17 +286,9 @@ def load_encoders(name: str | Path, *, device: str = "auto") -> MultiViewModel:
 
     Raises CheckpointError, OptionError and BackendError.
     """
-    chosen, folder = choose_device(device), find_model(name)
-    config = read_model_config(folder)
-    files = {component: weight_files(folder, component) for component in components(config) if component not in ("unet", "vae")}
-    networks = network_loaders(config, files, dtype="float32", device=chosen)
-    weights = [file for component in files for file in files[component]]
-    return MultiViewModel(config, networks, device=chosen, dtype="float32", weight_files=weights)
-
-
-def check_files(config: NetworkConfig, paths: Sequence[Path]) -> None:
-    """Look whether weight files fit a network, by their headers alone. Raises as `load_network` does."""
-    match_network(config, network_shapes(config), paths, layers=stored_quantization(paths).layers)
+    chosen, parts = choose_device(device), encoder_parts(name)
+    networks = network_loaders(parts.config, parts.files, dtype="float32", device=chosen)
+    return MultiViewModel(parts.config, networks, device=chosen, dtype="float32", weight_files=parts.weight_files)
 
 
 def network_loaders(

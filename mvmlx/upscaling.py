@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 from mvmlx.attention import KeyValues
 from mvmlx.device import evaluated, on_device
 from mvmlx.latents import LatentModel
-from mvmlx.model import check_files, choose_device, choose_dtype, load_network, network_loaders
+from mvmlx.model import choose_device, choose_dtype, load_network, network_loaders, network_shapes
 from mvmlx.upscaler import LatentUpscaler
 from mvshared.backend import Dtype, TextStates
-from mvshared.checkpoint import Component, find_model, read_vae_config, weight_files
+from mvshared.checkpoint import find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
+from mvshared.loading import prepare, upscaler_parts
 from mvshared.networks import Networks
 from mvshared.shapes import check_pictures, check_same, check_token_ids
 from mvshared.upscaling.config import UpscalerConfig
-from mvshared.upscaling.folder import read_upscaler_config, upscaler_weight_files
-from mvshared.weights import choose_quantization
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,21 +126,13 @@ def load_upscaler_model(
 
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
-    chosen = choose_device(device)
-    chosen_dtype = choose_dtype(dtype, device=chosen)
-    folder = find_model(name)
-    config = read_upscaler_config(folder)
-    files = upscaler_weight_files(folder, config)
-    quantization = choose_quantization(files, quantize)
-    networks = network_loaders(config, files, dtype=chosen_dtype, device=chosen, quantize=quantize)
-    used: list[Component] = [component for component in files if component != "vae"]
-    for component in used:
-        if at_once:
-            networks[component]
-        else:
-            check_files(getattr(config, component), files[component])
-    weights = [path for component in used for path in files[component]]
-    return UpscalerModel(config, networks, device=chosen, dtype=chosen_dtype, weight_files=weights, quantization=quantization)
+    device = choose_device(device)
+    chosen, parts = choose_dtype(dtype, device=device), upscaler_parts(name, quantize=quantize)
+    networks = network_loaders(parts.config, parts.files, dtype=chosen, device=device, quantize=quantize)
+    prepare(networks, parts, shapes=network_shapes, at_once=at_once)
+    return UpscalerModel(
+        parts.config, networks, device=device, dtype=chosen, weight_files=parts.weight_files, quantization=parts.quantization
+    )
 
 
 def load_latent_model(name: str | Path, *, dtype: str | None = None, device: str = "auto") -> LatentModel:
