@@ -38,7 +38,7 @@ def load(
     low_memory: bool = False,
     memory_budget: str | float | None = None,
 ) -> "Pipeline[mx.array]":
-    """Load an embedded model by name, or a checkpoint folder, ready for `generate`.
+    """Load an embedded or downloaded model by its name or repository, or a checkpoint folder, ready for `generate`.
 
     dtype: float32, float16 or, not on Metal, bfloat16; by default float16 on a GPU, float32 on the CPU. device: auto, cpu, gpu.
     quantize: q8 or q4 quantises the weights as they are read; see docs/quantization.md. low_memory: runs take as little memory

@@ -266,9 +266,9 @@ def load_model(
     quantize: str | None = None,
     at_once: bool = True,
 ) -> MultiViewModel:
-    """Load an embedded model by name, or a checkpoint folder; its networks `at_once`, or each when it is needed.
+    """Load an embedded or downloaded model by its name or repository, or a checkpoint folder.
 
-    `quantize`, q8 or q4, quantises it as it is read.
+    Its networks are read `at_once`, or each when it is needed; `quantize`, q8 or q4, quantises them as they are read.
 
     Raises CheckpointError, OptionError and BackendError.
     """

@@ -164,7 +164,10 @@ class DiffusersNetworks:
 
 
 class DiffusersModel(DiffusersNetworks):
-    """Implements `mvshared.backend.Model` with diffusers' U-Net and VAE and transformers' CLIP, on a folder's weights."""
+    """What computes of `mvshared.backend.Model`, with diffusers' U-Net and VAE and transformers' CLIP, on a folder's weights.
+
+    `mvmlx validate` and `mvmlx benchmark` call it. It has no memory plan and releases no networks, so no pipeline can run it.
+    """
 
     def __init__(
         self,

@@ -27,7 +27,10 @@ class UpscaleCondition(NamedTuple):
 
 
 class DiffusersUpscaler(DiffusersNetworks):
-    """Implements `mvshared.backend.UpscalerModel` with diffusers' networks and transformers' CLIP, on a folder's weights."""
+    """What computes of `mvshared.backend.UpscalerModel`, with diffusers' networks and transformers' CLIP on a folder's weights.
+
+    `mvmlx validate` calls it. It has no memory plan and releases no networks, so no `Upscaler` can run it.
+    """
 
     def __init__(self, name: str | Path, *, dtype: str | None = None, device: str = "auto") -> None:
         """Raises CheckpointError, OptionError and BackendError, also if diffusers or transformers is not installed."""

@@ -147,7 +147,12 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("image", nargs=-1, type=PATH)
-@click.option("--model", default="demo", show_default=True, help="A model's name (see `mvmlx models`), or a checkpoint folder.")
+@click.option(
+    "--model",
+    default="demo",
+    show_default=True,
+    help="A model's name (see `mvmlx models`) or repository, or a checkpoint folder.",
+)
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
 @QUANTIZE
@@ -266,7 +271,7 @@ def download(name: str, **options: Any) -> None:
 @upscale_options(default="none")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def info(model: str | None, backend: str, device: str, estimate: bool, as_json: bool, **options: Any) -> None:
-    """Say what is in MODEL, an embedded model's name or a checkpoint folder, and what is wrong with it.
+    """Say what is in MODEL, a model's name or repository or a checkpoint folder, and what is wrong with it.
 
     And what the installed backends compute on, in which dtype, and why; without MODEL, only that. With --estimate instead the
     memory of a run, stage by stage.
@@ -323,7 +328,7 @@ def convert(source: Path, dest: Path, **options: Any) -> None:
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def quantize(source: str, dest: Path, **options: Any) -> None:
-    """Store SOURCE, a model's name or a checkpoint folder, with weights of few bits in the folder DEST.
+    """Store SOURCE, a model's name or repository or a checkpoint folder, with weights of few bits in the folder DEST.
 
     DEST loads as every folder does. See docs/quantization.md.
     """
@@ -486,7 +491,7 @@ def render_normals(mesh: Path, **options: Any) -> None:
 
 @cli.command()
 @click.argument("folder", required=False, type=PATH)
-@click.option("--model", default="demo", show_default=True, help="An embedded model's name, or a checkpoint folder.")
+@click.option("--model", default="demo", show_default=True, help="A model's name or repository, or a checkpoint folder.")
 @backend_options
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: the device's]")
 @QUANTIZE

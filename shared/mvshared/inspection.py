@@ -81,10 +81,11 @@ def inspect_devices(*, backend: str = "auto") -> tuple[DeviceReport, ...]:
 
 
 def inspect(name: Path | str, *, backend: str = "auto") -> Report:
-    """Look at an embedded model or upscaler, or a checkpoint folder: configs, names and shapes of all tensors, the tokenizer.
+    """Look at configs, names and shapes of all tensors, and the tokenizer of a model or upscaler.
 
-    The models of a backend say which tensors belong there. Faults of the folder are in the report. Raises CheckpointError for a
-    folder that is none, OptionError and BackendError for the backend.
+    `name` is that of an embedded or downloaded one, its repository, or a checkpoint folder. The models of a backend say which
+    tensors belong there. Faults of the folder are in the report. Raises CheckpointError for a folder that is none, OptionError
+    and BackendError for the backend.
     """
     network_shapes = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.model").network_shapes
     folder = find_model(name)
