@@ -653,6 +653,8 @@ DEFAULTS, VELOCITY = GenerationDefaults(steps=33), SchedulerConfig(prediction_ty
             "scheduler must be left out but for stage 'unet'",
         ),
         ("vae", {"first_step_share": 0.5}, "first_step_share must be left out but for stage 'upscaler'"),
+        ("vae", {"unet": UNET}, "unet must be left out but for stage 'unet'"),
+        ("unet", {"vae": VAE}, "vae must be left out but for stage 'vae'"),
         ("unet", {"generated_captures": 3}, "generated_captures must be left out but for stage 'upscaler'"),
         (
             "unet",

@@ -158,7 +158,14 @@ class UNetLossConfig:
 
 
 PLAIN_UNET_LOSS = UNetLossConfig()
-_OF_UPSCALERS: tuple[str, ...] = ("upscaler", "first_step_share", "generated_share", "generated_captures", "upscale_defaults")
+_OF_UPSCALERS: tuple[str, ...] = (
+    "upscaler",
+    "views_from",
+    "first_step_share",
+    "generated_share",
+    "generated_captures",
+    "upscale_defaults",
+)
 _OF_MODELS: tuple[str, ...] = ("scheduler", "camera", "defaults", "framing")
 
 
@@ -218,49 +225,56 @@ class TrainConfig:
         if self.framing.background not in (Framing.background, self.data.background):
             expected = f"that of the data, {self.data.background}, or left out"
             raise OptionError("framing.background", expected=expected, got=self.framing.background)
-        if self.stage == "vae" and self.vae is None:
-            raise OptionError("vae", expected="a table of VAEConfig fields for stage 'vae'", got=None)
-        if self.stage == "unet" and self.init_from is None and self.unet is None:
-            expected = "a table of UNetConfig fields, and vae_from, for stage 'unet' without init_from"
-            raise OptionError("unet", expected=expected, got=None)
-        if self.stage == "unet" and self.unet is not None and self.vae_from is None:
-            raise OptionError("vae_from", expected="the model whose VAE is used, beside a table 'unet'", got=None)
-        if self.stage == "unet" and self.unet is None and self.vae_from is not None:
-            expected = "left out without a table 'unet': all of the model is that of init_from"
-            raise OptionError("vae_from", expected=expected, got=self.vae_from)
-        if self.stage == "unet" and self.unet is not None and self.unet.camera_dim not in (None, CAMERA_DIM):
-            raise OptionError("unet.camera_dim", expected=f"{CAMERA_DIM}, or left out", got=self.unet.camera_dim)
-        if self.stage == "unet" and self.unet is not None and self.defaults.steps > self.scheduler.num_train_timesteps:
-            expected = f"at most num_train_timesteps ({self.scheduler.num_train_timesteps}), for its samples"
-            raise OptionError("defaults.steps", expected=expected, got=self.defaults.steps)
-        if self.stage == "unet" and self.unet_loss.distill_rest and self.init_from is None:
-            raise OptionError("init_from", expected="a model whose outputs are distilled, for distill_rest", got=None)
-        if self.stage == "upscaler" and (self.upscaler is None or self.vae_from is None):
-            raise OptionError(
-                "upscaler", expected="a table of KUNetConfig fields, and vae_from, for stage 'upscaler'", got=None
-            )
-        if self.stage == "vae" and self.vae_from is not None:
-            raise OptionError("vae_from", expected="left out for stage 'vae', which starts from init_from", got=self.vae_from)
-        if self.stage != "upscaler" and self.views_from is not None:
-            raise OptionError("views_from", expected="left out but for stage 'upscaler'", got=self.views_from)
-        for stage, name, loss in (("unet", "unet_loss", self.unet_loss), ("vae", "vae_loss", self.vae_loss)):
-            for each in fields(loss) if self.stage != stage else ():
-                if (got := getattr(loss, each.name)) != each.default:
-                    raise OptionError(f"{name}.{each.name}", expected=f"left out but for stage '{stage}'", got=got)
+        {"vae": self._check_vae, "unet": self._check_unet, "upscaler": self._check_upscaler}[self.stage]()
         self._check_unused()
         for name in ("first_step_share", "generated_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(name, expected="0 to 1", got=getattr(self, name))
-        if self.upscaler is not None and self.upscaler.cross_attention_dim is not None:
-            expected = "left out: upscalers that are trained here take no text"
-            raise OptionError("cross_attention_dim", expected=expected, got=self.upscaler.cross_attention_dim)
-        if self.unet is not None and self.unet.cross_attention_dim is not None:
+
+    def _check_vae(self) -> None:
+        if self.vae is None:
+            raise OptionError("vae", expected="a table of VAEConfig fields for stage 'vae'", got=None)
+        if self.vae_from is not None:
+            raise OptionError("vae_from", expected="left out for stage 'vae', which starts from init_from", got=self.vae_from)
+
+    def _check_unet(self) -> None:
+        if self.unet_loss.distill_rest and self.init_from is None:
+            raise OptionError("init_from", expected="a model whose outputs are distilled, for distill_rest", got=None)
+        if self.unet is None:
+            if self.init_from is None:
+                expected = "a table of UNetConfig fields, and vae_from, for stage 'unet' without init_from"
+                raise OptionError("unet", expected=expected, got=None)
+            if self.vae_from is not None:
+                expected = "left out without a table 'unet': all of the model is that of init_from"
+                raise OptionError("vae_from", expected=expected, got=self.vae_from)
+            return
+        if self.vae_from is None:
+            raise OptionError("vae_from", expected="the model whose VAE is used, beside a table 'unet'", got=None)
+        if self.unet.camera_dim not in (None, CAMERA_DIM):
+            raise OptionError("unet.camera_dim", expected=f"{CAMERA_DIM}, or left out", got=self.unet.camera_dim)
+        if self.unet.cross_attention_dim is not None:
             expected = "left out: a model with encoders comes whole from init_from"
             raise OptionError("cross_attention_dim", expected=expected, got=self.unet.cross_attention_dim)
+        if self.defaults.steps > self.scheduler.num_train_timesteps:
+            expected = f"at most num_train_timesteps ({self.scheduler.num_train_timesteps}), for its samples"
+            raise OptionError("defaults.steps", expected=expected, got=self.defaults.steps)
+
+    def _check_upscaler(self) -> None:
+        if self.upscaler is None or self.vae_from is None:
+            expected = "a table of KUNetConfig fields, and vae_from, for stage 'upscaler'"
+            raise OptionError("upscaler", expected=expected, got=None)
+        if self.upscaler.cross_attention_dim is not None:
+            expected = "left out: upscalers that are trained here take no text"
+            raise OptionError("cross_attention_dim", expected=expected, got=self.upscaler.cross_attention_dim)
 
     def _check_unused(self) -> None:
         """Raise OptionError for fields that have another value than theirs and no effect: a run's config.json would lie."""
-        unused: dict[str, str] = {}
+        for stage, name, loss in (("unet", "unet_loss", self.unet_loss), ("vae", "vae_loss", self.vae_loss)):
+            for each in fields(loss) if self.stage != stage else ():
+                if (got := getattr(loss, each.name)) != each.default:
+                    raise OptionError(f"{name}.{each.name}", expected=f"left out but for stage '{stage}'", got=got)
+        tables = [name for name in ("vae", "unet") if name != self.stage]
+        unused = {name: f"left out but for stage '{name}'" for name in tables}
         if self.stage != "upscaler":
             unused |= dict.fromkeys(_OF_UPSCALERS, "left out but for stage 'upscaler'")
         if self.stage != "unet":
