@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-import mvmlx.layers
+import mvmlx.norms
 from mvmlx.unet import MultiViewUNet
 from mvshared.config import SD21
 
@@ -132,8 +132,8 @@ def as_on_metal() -> Iterator[None]:
     places: list[tuple[Any, str, Any]] = [
         (mx.fast, "layer_norm", kernel),
         (mx.fast, "scaled_dot_product_attention", kernel),
-        (mvmlx.layers, "usable", lambda x: True),
-        (mvmlx.layers, "fused_group_norm", group_norm),
+        (mvmlx.norms, "usable", lambda x: True),
+        (mvmlx.norms, "fused_group_norm", group_norm),
     ]
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, new in places:

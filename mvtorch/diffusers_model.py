@@ -8,7 +8,7 @@ here, and only once a model is loaded.
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -25,6 +25,7 @@ from mvshared.errors import BackendError, OptionError
 from mvshared.files import read_json_object
 from mvshared.guidance import Branch, check_branches, check_weights
 from mvshared.weights import read_dequantized, stored_quantization, weight_stamps
+from mvtorch.inference import exact_float32
 from mvtorch.model import choose_device, choose_dtype, network_shapes, random_tensors, read_tensors, rescaled
 from mvtorch.observation import Observer, observe
 
@@ -129,17 +130,23 @@ class DiffusersNetworks:
         """A float32 copy."""
         return x.detach().float().cpu().contiguous().numpy().copy()
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """A context without gradients, in which float32 is float32, as it is for this project's networks."""
+        with torch.inference_mode(), exact_float32() if self.dtype == "float32" else nullcontext():
+            yield
+
     def encode_latents(self, pixels: NDArray[np.float32]) -> Tensor:
         """Scaled latents (n, h, w, c) of pixels (n, H, W, 3) in [-1, 1]: the posterior's mean."""
         mean, scale = self._latent_statistics()
-        with torch.inference_mode():
+        with self._computing():
             means = [self._networks["vae"].encode(self._pictures(x[None])).latent_dist.mean for x in self.from_numpy(pixels)]
             return (torch.cat(means).float().permute(0, 2, 3, 1) - mean) * scale
 
     def decode(self, x: Tensor) -> NDArray[np.float32]:
         """Pixels (v, H, W, 3) of scaled latents (v, h, w, c)."""
         mean, scale = self._latent_statistics()
-        with torch.inference_mode():
+        with self._computing():
             latents = self._pictures(x / scale + mean)
             pixels = [self._networks["vae"].decode(some).sample for some in latents.split(self.vae_batch)]
             return self.to_numpy(torch.cat(pixels).permute(0, 2, 3, 1))
@@ -190,13 +197,13 @@ class DiffusersModel(DiffusersNetworks):
 
     def encode_prompt(self, token_ids: NDArray[np.int64]) -> Tensor:
         """The text tower's last states (n, l, c) of token ids (n, l)."""
-        with torch.inference_mode():
+        with self._computing():
             states = self._network("text_encoder", "prompt")(torch.tensor(token_ids, device=self.device))
             return states.last_hidden_state.float()
 
     def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
         """The vision tower's states before its last layer (n, m, c) of normalised pixels (n, s, s, 3)."""
-        with torch.inference_mode():
+        with self._computing():
             x = self._pictures(self.from_numpy(pixels))
             return self._network("image_encoder", "image")(x, output_hidden_states=True).hidden_states[-2].float()
 
@@ -241,7 +248,7 @@ class DiffusersModel(DiffusersNetworks):
         """See `mvshared.backend.Model.guided`."""
         check_weights(weights, branches=condition.branches)
         unet, config = self._networks["unet"], self.config.unet
-        with torch.inference_mode():
+        with self._computing():
             batch, views = len(condition.branches), len(x)
             sample = x[None].expand(batch, *x.shape)
             if config.normal_channels:

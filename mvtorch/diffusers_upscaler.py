@@ -41,7 +41,7 @@ class DiffusersUpscaler(DiffusersNetworks):
 
     def encode_text(self, token_ids: NDArray[np.int64]) -> TextStates[Tensor]:
         """States before the last norm (b, l, c) and pooled states (b, c) of token ids (b, l)."""
-        with torch.inference_mode():
+        with self._computing():
             encoder = self._network("text_encoder", "prompt")
             out = encoder(torch.tensor(token_ids, device=self.device), output_hidden_states=True)
             return TextStates(out.hidden_states[-1].float(), out.pooler_output.float())
@@ -58,7 +58,7 @@ class DiffusersUpscaler(DiffusersNetworks):
 
     def denoise(self, x: Tensor, t: float, condition: UpscaleCondition, guidance: float) -> Tensor:
         """See `mvshared.backend.UpscalerModel.denoise`."""
-        with torch.inference_mode():
+        with self._computing():
             branches, views = len(condition.embedding), len(x)
             sample = torch.cat([x, condition.low], dim=-1).repeat(branches, 1, 1, 1)
             out = self._networks["unet"](

@@ -50,6 +50,7 @@ def test_variables_reach_the_processes() -> None:
     case = Case(what="a", prepare=benchmark_cases.environment, environment={"CASE": "its own"})
     (row,) = compare([case], repeats=1, environment={"OMP_NUM_THREADS": "3"})
     assert (row.variant, row.dtype) == ("3", "its own")
+    assert Path(row.device).is_absolute() and not Path(row.device).parent.exists(), "what it kept in files is gone"
 
 
 @pytest.mark.parametrize(

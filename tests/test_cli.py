@@ -26,7 +26,8 @@ import mvshared.export
 from mvshared import __version__
 from mvshared.camera import orbit
 from mvshared.cli import cli, run
-from mvshared.errors import MvWarning
+from mvshared.commands.generate import Reporter, shown_warnings
+from mvshared.errors import MvWarning, warn
 from mvshared.export import transforms
 from mvshared.images import load_image
 
@@ -444,6 +445,14 @@ def test_a_run_does_not_remove_what_it_is_made_of(desk: Path, capfd: pytest.Capt
         assert run(command) == 2
         assert re.search("output must be another folder: .*out.*, which is read, would be removed", capfd.readouterr().err)
     assert {path: path.read_bytes() for path in (desk / "out").rglob("*.*")} == before
+
+
+def test_warnings_of_libraries_are_passed_on_and_our_own_are_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(RuntimeWarning, match="invalid value"), shown_warnings(Reporter(as_json=False, stepwise=None)):
+        warnings.warn("invalid value encountered in divide", RuntimeWarning, stacklevel=1)
+        warn("too wide")
+        warn("too wide")
+    assert capfd.readouterr().err == "mvmlx: warning: too wide\n"
 
 
 def test_cameras_that_views_do_not_follow_are_warned_of(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ from mvshared.conversion.configs import (
 )
 from mvshared.conversion.convert import convert
 from mvshared.conversion.folders import STATE
-from mvshared.conversion.raw import RawTensor, cast
+from mvshared.conversion.raw import RawTensor, cast, read_safetensors, write_safetensors
 from mvshared.errors import CheckpointError, MvError, OptionError, OutputError, TensorMismatchError
 from mvshared.files import file_stamps, lock_folder, make_folder
 from mvshared.inspection import inspect
@@ -1188,3 +1188,12 @@ def test_nan_stays_nan_in_bfloat16() -> None:
     bits = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
     found = cast(RawTensor(dtype="F32", shape=(3,), read=lambda: bits), "BF16", name="x").read()
     assert torch.from_numpy(found.view(np.int16)).view(torch.bfloat16).isnan().all()
+
+
+def test_a_source_that_vanishes_is_named_and_not_what_is_written(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(3)}, tmp_path / "in.safetensors")
+    tensors = read_safetensors(tmp_path / "in.safetensors")
+    (tmp_path / "in.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"in\.safetensors: 'a' cannot be read: No such file"):
+        write_safetensors(tmp_path / "out.safetensors", tensors)
+    assert not list(tmp_path.iterdir())

@@ -35,7 +35,7 @@ import mvtorch.attention
 import mvtorch.model
 from mvshared.attention import AttentionOptions
 from mvshared.backend import load
-from mvshared.checkpoint import weight_files
+from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.conversion.gaf import init_gaf
 from mvshared.errors import OptionError
 from mvshared.guidance import ALL, PLAIN, Branch, Guidance, Mixture
@@ -488,3 +488,10 @@ def test_what_a_model_has_nothing_for_is_refused_before_any_work(name: str, opti
     with pytest.raises(OptionError, match=message):
         recorded.pipeline.generate(*given, prompt=None if name == "demo" else "an owl", **options)
     assert not recorded.model.calls
+
+
+def test_guidance_to_a_picture_says_whether_none_is_given_or_none_is_taken() -> None:
+    there = Branch(text=True, image=False, normals=False)
+    for name, why in (("tiny-imagedream", "no picture given"), ("tiny-mvdream", "this model takes no picture")):
+        with pytest.raises(OptionError, match=f"guidance_image must be left out: {why}, got 2"):
+            Guidance(guidance=2, guidance_image=2).check_there(there, read_model_config(FIXTURES / name))

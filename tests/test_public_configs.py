@@ -187,18 +187,20 @@ def test_a_sampler_that_is_here_is_the_default_with_its_spacing(
 
 
 @pytest.mark.parametrize(
-    ("cls", "field", "value", "name"),
+    ("cls", "name", "taken", "others"),
     [
-        *((UniPCMultistepScheduler, "solver_type", value, "unipc") for value in ("midpoint", "heun", "logrho")),
-        *((DPMSolverMultistepScheduler, "solver_type", value, "dpmpp-2m") for value in ("bh1", "bh2", "logrho")),
-        (DPMSolverMultistepScheduler, "algorithm_type", "deis", "dpmpp-2m"),
-        (DPMSolverSinglestepScheduler, "solver_type", "bh2", "dpmpp-2s"),
+        (UniPCMultistepScheduler, "unipc", "bh2", ("midpoint", "heun", "logrho")),
+        (DPMSolverMultistepScheduler, "dpmpp-2m", "midpoint", ("bh1", "bh2", "logrho")),
+        (DPMSolverSinglestepScheduler, "dpmpp-2s", "midpoint", ("bh1", "bh2", "logrho")),
     ],
 )
-def test_what_diffusers_takes_for_a_solver_is_taken_for_it(cls: Any, field: str, value: str, name: str) -> None:
-    plain = dict(cls().config) | {"_class_name": cls.__name__, "final_sigmas_type": "zero"}
-    assert cls.from_config(plain | {field: value}).config[field] == plain[field]
-    assert diffusers_sampler(plain | {field: value}) == diffusers_sampler(plain) == name
+def test_what_diffusers_takes_for_a_solver_is_taken_for_it(cls: Any, name: str, taken: str, others: tuple[str, ...]) -> None:
+    for other in others:
+        assert cls(solver_type=other).config["solver_type"] == taken
+        assert diffusers_sampler({"_class_name": cls.__name__, "solver_type": other}) == name
+    with pytest.raises(NotImplementedError):
+        cls(solver_type="none of them")
+    assert diffusers_sampler({"_class_name": cls.__name__, "solver_type": "none of them"}) == "ddim"
 
 
 def test_karras_ends_are_those_of_the_file_s_spacing_for_euler_alone() -> None:

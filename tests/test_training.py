@@ -188,6 +188,22 @@ def test_detail_counts_in_a_run_and_without_a_detail_map_the_run_is_refused(
     run(config(without, 0.0), tmp_path / "run")
 
 
+def test_the_log_s_seconds_are_those_of_the_steps_alone(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    def later(seconds: float, result: Any) -> Any:
+        nonlocal now
+        now += seconds
+        return result
+
+    step, save = mvtorch.train.Trainer.step, mvtorch.train.Trainer.state
+    monkeypatch.setattr(mvtorch.train.Trainer, "step", lambda self, *given, **named: later(2, step(self, *given, **named)))
+    monkeypatch.setattr(mvtorch.train.Trainer, "state", lambda self: later(50, save(self)))
+    monkeypatch.setattr(mvshared.training.loop.time, "perf_counter", lambda: now)
+    run(vae_config(data, steps=6, log_every=2, sample_every=1), tmp_path / "run", on_sample=lambda *_: later(30, None))
+    assert [row.seconds_per_step for row in read_log(tmp_path / "run/log.csv")] == [2, 2, 2]
+
+
 def test_a_run_with_detail_goes_on_from_the_latents_that_it_has_and_ends_as_one_left_alone(
     data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

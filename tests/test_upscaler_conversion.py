@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import BACKENDS, FLOAT32_RMS, assert_close, make_upscaler
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from upscalers import FIXTURES, TINY, diffusers_pipeline, run_upscaler, upscaler
 
 from mvshared.backend import load_upscaler
 from mvshared.conversion.convert import convert
+from mvshared.errors import CheckpointError
 from mvshared.inspection import inspect
 from mvshared.upscaling.folder import read_upscaler_config
 
@@ -130,3 +132,16 @@ def test_a_folder_is_stored_in_another_dtype(tmp_path: Path) -> None:
 def own_names(manifest: dict[str, list[int]]) -> list[str]:
     """diffusers' names in the order of `k_diffusion_names`, the first one of those that are one tensor there."""
     return [name for name in manifest if not re.search(r"attn1\.to_[kv]\.|attn2\.to_v\.", name)]
+
+
+@pytest.mark.parametrize("given", [3.0, ["1"], [True, 1.0], [10**400], [float("nan")]], ids=str)
+def test_frequencies_of_the_noise_that_are_no_numbers_are_refused(given: object, tmp_path: Path) -> None:
+    folder = tmp_path / "diffusers"
+    diffusers_pipeline(replace(TINY, block_out_channels=(64, 64, 128, 128), attention_head_dim=64)).save_pretrained(folder)
+    path = folder / "unet" / "config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"noise_frequencies": [0, 1.5, *[-2] * 62]}))
+    assert read_upscaler_config(folder).noise_frequencies == (0.0, 1.5, *[-2.0] * 62)
+    path.write_text(json.dumps(document | {"noise_frequencies": given}))
+    with pytest.raises(CheckpointError, match="noise_frequencies must be a list of numbers"):
+        read_upscaler_config(folder)

@@ -57,7 +57,7 @@ def warn(text: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line: the first of its text, or its name if it has none."""
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 class OptionError(MvError):

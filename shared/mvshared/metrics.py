@@ -142,6 +142,8 @@ def relative_rms(actual: NDArray[Any], expected: NDArray[Any]) -> float:
     not finite, for zeros that should have been matched, and for other shapes."""
     if actual.shape != expected.shape:
         return float("inf")
+    if not actual.size:
+        return 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         differences = np.subtract(actual, expected, dtype=np.float64)
         difference, scale = (float(np.sqrt(np.square(x, dtype=np.float64).mean())) for x in (differences, expected))

@@ -23,6 +23,7 @@ def number(name: str, value: object, low: float, high: float, *, or_zero: bool =
     expected = f"{'0, or ' * or_zero}a number from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise OptionError(name, expected=expected, got=value)
-    if not (low <= value <= high or (or_zero and value == 0)):
+    given = value.item() if isinstance(value, np.generic) else value  # a bound may be beyond float16
+    if not (low <= given <= high or (or_zero and given == 0)):
         raise OptionError(name, expected=expected, got=value)
-    return float(value)
+    return float(given)

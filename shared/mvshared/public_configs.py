@@ -104,12 +104,11 @@ DIFFUSERS_SAMPLERS: dict[str, dict[SamplerName, dict[str, Any]]] = {
     "EulerDiscreteScheduler": {"euler": EULER},
     "EulerAncestralDiscreteScheduler": {"euler-ancestral": {}},
 }
-# What these classes take some values for: a config that was made from another class's still has that one's.
-OF_DPM_SOLVERS = {"solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"), "algorithm_type": {"deis": "dpmsolver++"}}
-TAKEN_FOR: dict[str, dict[str, dict[str, str]]] = {
-    "DPMSolverMultistepScheduler": OF_DPM_SOLVERS,
-    "DPMSolverSinglestepScheduler": OF_DPM_SOLVERS,
-    "UniPCMultistepScheduler": {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")},
+# What these classes take some of each other's `solver_type` for: a config that was made from another class's may still have it.
+SOLVERS_TAKEN_FOR = {
+    "DPMSolverMultistepScheduler": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    "DPMSolverSinglestepScheduler": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    "UniPCMultistepScheduler": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
 }
 SCHEDULER_NEUTRAL: dict[str, tuple[Any, ...]] = {"clip_sample": (False,), "thresholding": (False,), "trained_betas": (None,)}
 SCHEDULER_NEUTRAL |= {"sigma_min": (None,), "sigma_max": (None,), "use_flow_sigmas": (False,)}
@@ -433,8 +432,9 @@ def diffusers_scheduler(document: Document, *, path: Path) -> SchedulerConfig:
 def diffusers_sampler(document: Document) -> SamplerName:
     """The sampler that a scheduler_config.json names; for one that is not here, as it is set up there, DDIM."""
     kind = str(document.get("_class_name"))
-    taken_for = TAKEN_FOR.get(kind, {})
-    given = {field: taken_for.get(field, {}).get(str(value), value) for field, value in document.items()}
+    solver = str(document.get("solver_type"))
+    taken_for = {"solver_type": SOLVERS_TAKEN_FOR[kind][solver]} if solver in SOLVERS_TAKEN_FOR.get(kind, {}) else {}
+    given = {**document, **taken_for}
     for name, settings in DIFFUSERS_SAMPLERS.get(kind, {}).items():
         if all(given.get(field, value) == value for field, value in settings.items()):
             return name

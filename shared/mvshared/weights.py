@@ -314,14 +314,15 @@ def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:
     for path in paths:
         try:
             status = path.stat()
-            hashes[f"{path.parent.name}/{path.name}"] = _sha256(os.path.abspath(path), status.st_size, status.st_mtime_ns)
+            stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            hashes[f"{path.parent.name}/{path.name}"] = _sha256(os.path.realpath(path), stamp)
         except OSError as cause:
             raise CheckpointError(f"cannot be read: {cause.strerror or cause}", path=path) from cause
     return hashes
 
 
 @cache
-def _sha256(path: str, size: int, modified_ns: int) -> str:
-    """Of a file of that size and time, which is read once: a model of gigabytes may make many runs."""
+def _sha256(path: str, stamp: tuple[int, ...]) -> str:
+    """Of a file with that stamp, which is read once: a model of gigabytes may make many runs."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -123,14 +123,15 @@ def upscaler_step(*, backend: BackendName, device: str, dtype: Dtype, views: int
 
 
 def generation(
-    *, model: str, backend: BackendName, device: str, dtype: Dtype, views: int, size_px: int, steps: int
+    *, model: str, backend: BackendName, device: str, dtype: Dtype, views: int, size_px: int, steps: int, guidance: float
 ) -> Prepared:
-    """`Pipeline.generate` of a loaded model with its own guidance, from a made-up picture and a text to views in memory."""
+    """`Pipeline.generate` of a loaded model, from a made-up picture and a text to views in memory."""
     pipeline = pipeline_of(model, backend=backend, device=device, dtype=dtype)
     config = pipeline.model.config
     image = textured_subject(size_px) if config.unet.takes_pictures else None
     prompt = None if config.text_encoder is None else "a head"  # with none at all there would be nothing to be guided by
     options: dict[str, Any] = {"prompt": prompt, "views": views, "size_px": size_px, "steps": steps, "seed": 0}
+    options["guidance"] = guidance
     return Prepared(lambda: pipeline.generate(image, **options).images, lambda: facts_of(pipeline.model) | {"made": views})
 
 

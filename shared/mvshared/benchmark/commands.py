@@ -28,7 +28,9 @@ def help_text() -> Prepared:
     return Prepared(lambda: _run(["--help"]), lambda: {"device": "cpu", "peak_memory_bytes": children_peak_rss_bytes()})
 
 
-def generate(*, model: str, backend: str, device: str, dtype: str, views: int, size_px: int, steps: int) -> Prepared:
+def generate(
+    *, model: str, backend: str, device: str, dtype: str, views: int, size_px: int, steps: int, guidance: float
+) -> Prepared:
     """`mvmlx generate` of a made-up picture into a new folder."""
     # Not before: the memory of this process is the least that its children's peak can be.
     from mvshared.benchmark.models import measured
@@ -42,6 +44,7 @@ def generate(*, model: str, backend: str, device: str, dtype: str, views: int, s
     outputs = (Path(folder.name) / str(number) for number in count())
     options = ["--model", model, "--backend", backend, "--device", device, "--dtype", dtype, "--seed", "0"]
     options += ["--views", str(views), "--size", str(size_px), "--steps", str(steps)]
+    options += ["--guidance", str(guidance)]
     options += [] if config.text_encoder is None else ["--prompt", "a head"]
     done: list[Path] = []
 

@@ -102,7 +102,8 @@ def running(case: Case, *, environment: Mapping[str, str] | None = None) -> Iter
     paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
     with (
         tempfile.TemporaryFile() as stderr,
-        tempfile.TemporaryDirectory(prefix="mvmlx-benchmark-") as empty,  # where a file of any name hides no module
+        # Where a file of any name hides no module; what a child of the process still writes there is no fault.
+        tempfile.TemporaryDirectory(prefix="mvmlx-benchmark-", ignore_cleanup_errors=True) as empty,
         # Unbuffered, so that nothing is left to be flushed into the pipe of a process that ended.
         subprocess.Popen(
             command,

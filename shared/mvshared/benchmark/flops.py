@@ -64,8 +64,11 @@ def _unet_resnets(config: UNetConfig) -> Iterator[tuple[int, int, int, bool]]:
             yield each.level, inputs, config.block_out_channels[each.level], attends
 
 
-def condition_flops(config: UNetConfig, *, branches: int, text_tokens: int, pictures: int = 0, states: int = 0) -> Flops:
-    """The keys and values of `text_tokens`, and of the image tokens of pictures with as many `states` each."""
+def condition_flops(
+    config: UNetConfig, *, branches: int, text_tokens: int, pictures: int = 0, states: int = 0, frames: int = 1
+) -> Flops:
+    """The keys and values of `text_tokens`, and of the image tokens of pictures with as many `states` each, the keys and values
+    for each of `frames` apart, the tokens once."""
     if config.cross_attention_dim is None:
         return Flops(0, 0)
     widths = sum(
@@ -76,7 +79,7 @@ def condition_flops(config: UNetConfig, *, branches: int, text_tokens: int, pict
         tokens += pictures * config.resampler.num_queries
         one = _resampler_flops(config.resampler, states=states)
         resampled = Flops(branches * pictures * one.all, branches * pictures * one.attention)
-    return Flops(4 * branches * tokens * config.cross_attention_dim * widths + resampled.all, resampled.attention)
+    return Flops(4 * branches * frames * tokens * config.cross_attention_dim * widths + resampled.all, resampled.attention)
 
 
 def _resampler_flops(config: ResamplerConfig, *, states: int) -> Flops:

@@ -16,6 +16,7 @@ PEAK_REPEATS = 10  # at least, since the best one counts
 LEAST_SECONDS = 1.0  # of calls per case, however short one is
 EFFICIENCY = 0.3  # share of the peak that the networks are expected to reach, for a guess of how long it takes
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+EXACT = {"MLX_ENABLE_TF32": "0"}  # products of float32 as such on every GPU, for what is compared and not timed
 Say = Callable[[str], None]
 Peaks = Mapping[tuple[str, str], tuple[float, float]]  # flops a second, wall clock and CPU time, by backend and dtype
 
@@ -65,11 +66,11 @@ def check_measured(results: Results) -> None:
     if the process of a case ended early. What was left out for a reason is no error."""
     for table in results.tables.values():
         for row in table.rows:
-            side = f"{row.backend}{f', {row.variant}' if row.variant else ''} in {row.dtype}"
+            side = ", ".join(filter(None, (row.backend, row.variant))) + f" in {row.dtype}" * bool(row.dtype)
             if row.failure.startswith(DIFFERENT):
                 raise NumericsError(f"{row.failure} ({side})", where=row.what)
             if row.failure.startswith(ENDED):
-                raise BackendError(f"{row.what}, {side}: {row.failure}", backend=row.backend)
+                raise BackendError(f"{', '.join(filter(None, (row.what, side)))}: {row.failure}", backend=row.backend)
 
 
 def _networks(suites: Sequence[Suite], settings: Settings, timing: "_Timing", add: Callable[[str, Table], None]) -> None:
@@ -94,6 +95,7 @@ class _Timing:
 
     def __init__(self, settings: Settings, environment: Mapping[str, str], say: Say) -> None:
         self.settings, self.environment, self.say = settings, environment, say
+        self._compared: dict[tuple[str, str], list[Row]] = {}  # by backend and device, what differs in float32
 
     def rows(self, group: Sequence[Case], *, place: Place, together: bool = False, least_repeats: int = 1) -> list[Row]:
         """The rows of cases that take turns, as far as they fit into memory at once; those that are `together` are refused
@@ -109,16 +111,21 @@ class _Timing:
     def against(self, suite: Suite) -> list[Row]:
         """The rows of a place beside diffusers. Rounding in half precision could hide a part of the work that one side leaves
         out: there the sides are compared in float32 before, at a small size, and nothing is timed if they differ."""
-        faults: list[Row] = []
-        if suite.place.dtype != "float32":
-            exact = suite.small_in_float32()
-            for group in exact.against():
-                reason = too_large(sum(case.needed_bytes for case in group), memory_limit(exact.place))
+        faults = [] if suite.place.dtype == "float32" else self._differing(suite.small_in_float32())
+        return faults or [row for group in suite.against() for row in self.rows(group, place=suite.place, together=True)]
+
+    def _differing(self, suite: Suite) -> list[Row]:
+        """The rows of sides that compute something else, or fail; compared once for all dtypes of a place."""
+        place = (suite.place.backend, suite.place.device)
+        if place not in self._compared:
+            self._compared[place] = []
+            for group in suite.against():
+                reason = too_large(sum(case.needed_bytes for case in group), memory_limit(suite.place))
                 self.say(f"{group[0].what} float32, to compare the results {f'is left out: {reason}' if reason else '...'}")
                 if not reason:
-                    rows = compare(group, repeats=0, agree=AGREE["float32"], environment=self.environment)
-                    faults += [row for row in rows if row.failure]
-        return faults or [row for group in suite.against() for row in self.rows(group, place=suite.place, together=True)]
+                    rows = compare(group, repeats=0, agree=AGREE["float32"], environment={**self.environment, **EXACT})
+                    self._compared[place] += [row for row in rows if row.failure]
+        return self._compared[place]
 
     def _timed(self, group: Sequence[Case], repeats: int, *, together: bool = False) -> list[Row]:
         dtype = group[0].arguments.get("dtype", "")

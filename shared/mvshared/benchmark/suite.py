@@ -180,11 +180,13 @@ class Suite:
         assert steps is not None
         views = self._views if config.defaults.views > 1 else 1
         for size_px in self.settings.sizes_px:
-            arguments = {**self.arguments, "views": views, "size_px": size_px, "steps": steps}
-            branches = 2 if config.defaults.guidance > 1 else 1
+            guidance = 1.0 if self.settings.guidance == "off" else config.defaults.guidance
+            arguments = {**self.arguments, "views": views, "size_px": size_px, "steps": steps, "guidance": guidance}
+            branches = 2 if guidance > 1 else 1
             flops = run_flops(config, views=views, size_px=size_px, steps=steps, branches=branches).all
             row = {"flops": flops, "views": views, "size_px": size_px, "steps": steps}
             needed, words = self.needs.run(views=views, size_px=size_px), f"{sized(views, size_px)}, {steps} steps"
+            words += ", not guided" if branches == 1 else ""
             if self.found.folder is not None:
                 yield Case(
                     what=f"cold: mvmlx generate, {words}",
@@ -221,9 +223,9 @@ class Suite:
 
     def _repeated_flops(self, views: int) -> int:
         """Keys and values of what is attended to, which diffusers makes for every frame of a guided step anew."""
-        return (views + self.config.unet.reference_frame) * self._condition_flops(guided=True)
+        return self._condition_flops(guided=True, frames=views + self.config.unet.reference_frame)
 
-    def _condition_flops(self, guided: bool) -> int:
+    def _condition_flops(self, guided: bool, *, frames: int = 1) -> int:
         text, vision = self.config.text_encoder, self.config.image_encoder
         return condition_flops(
             self.config.unet,
@@ -231,6 +233,7 @@ class Suite:
             text_tokens=0 if text is None else text.max_position_embeddings,
             pictures=0 if vision is None else 1,
             states=0 if vision is None else vision.tokens,
+            frames=frames,
         ).all
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mvshared.benchmark.models import RANDOM
 from mvshared.benchmark.results import Results, document, markdown, write_results
 from mvshared.benchmark.run import check_measured, measure
 from mvshared.benchmark.settings import GROWTH, Settings
-from mvshared.errors import OptionError
+from mvshared.errors import OptionError, OutputError
 from mvshared.files import check_folder, make_folder
 
 LONGER = (
@@ -23,8 +24,9 @@ LONGER = (
 
 
 def run_benchmark(names: tuple[str, ...], options: dict[str, Any]) -> None:
-    """`mvmlx benchmark`: print tables or JSON, and write the results into a file. Raises OptionError for numbers that are
-    none, and NumericsError if what `--against` compares differs."""
+    """`mvmlx benchmark`: print tables or JSON, and write the results into a file.
+
+    Raises OptionError for numbers that are none, and as `check_measured` does."""
     path: Path | None = options["file"]
     if path is not None:
         check_folder(path.parent)
@@ -39,28 +41,37 @@ def run_benchmark(names: tuple[str, ...], options: dict[str, Any]) -> None:
         against=options["against"],
         compiled=options["compiled"],
     )
-    if path is not None and str(path) != "-":
-        make_folder(path.parent)
+    as_json, file = str(path) == "-", None if str(path) == "-" else path
     so_far: list[Results] = []
+
+    def keep(results: Results) -> None:
+        """Hours of measurements are not lost, whatever ends them."""
+        so_far[:] = [results]
+        if file is not None:
+            with suppress(OutputError):  # the end may fare better
+                write_results(_partial(file), results)
+
+    if file is not None:
+        make_folder(file.parent)
     try:
-        results = measure(settings, lambda line: click.echo(line, err=True), on_table=so_far.append)
-        so_far.append(results)
-    finally:  # whatever ends it, hours of measurements are not lost
-        if so_far:
-            _tell(so_far[-1], path)
+        results = measure(settings, lambda line: click.echo(line, err=True), on_table=keep)
+    except BaseException:
+        if so_far and not as_json:
+            click.echo(markdown(so_far), nl=False)
+        raise
+    click.echo(json.dumps(document(results)) if as_json else markdown([results]), nl=as_json)
+    if file is not None:
+        write_results(file, results)
+        _partial(file).unlink(missing_ok=True)
     check_measured(results)
     if not names and options["model"] not in RANDOM:
         for arguments in LONGER:
             click.echo(f"longer: mvmlx benchmark {shlex.join(shlex.split(arguments))}", err=True)
 
 
-def _tell(results: Results, path: Path | None) -> None:
-    if str(path) == "-":
-        click.echo(json.dumps(document(results)))
-        return
-    click.echo(markdown([results]), nl=False)
-    if path is not None:
-        write_results(path, results)
+def _partial(file: Path) -> Path:
+    """Where the tables are that are done, until all are."""
+    return file.with_name(f"{file.name}.partial")
 
 
 def _whole(name: str, given: list[float] | None) -> tuple[int, ...]:

@@ -71,7 +71,6 @@ NETWORKS: dict[str, Component] = {  # by the kind that their config.json names
     "MultiViewUNetModel": "unet",
 }
 PLAIN_FOLDERS = ("tokenizer", "feature_extractor", "scheduler")
-GIGABYTE = 1_000_000_000
 
 
 @dataclass(kw_only=True)

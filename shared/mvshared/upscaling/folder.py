@@ -3,6 +3,7 @@
 A folder of this project may leave its VAE out and name the model that has it, as `vae_from` in model_index.json.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ from mvshared.checkpoint import (
 from mvshared.config import K_NORM_EPS, KUNetConfig
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.files import make_folder, read_json_object, write_atomic, write_json
+from mvshared.numbers import number
 from mvshared.public_configs import DIFFUSERS_UNET_NEUTRAL, Document, Fields, attention_levels, clip_text
 from mvshared.upscaling.config import SigmaConfig, UpscaleDefaults, UpscalerConfig
 
@@ -163,9 +165,11 @@ def _public(folder: Path) -> UpscalerConfig:
 def _frequencies(value: object, *, path: Path) -> tuple[float, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not all(isinstance(each, int | float) and np.isfinite(each) for each in value):
-        raise CheckpointError("noise_frequencies must be a list of numbers", path=path)
-    return tuple(map(float, value))
+    try:
+        given: list[object] = value if isinstance(value, list) else [None]
+        return tuple(number("noise_frequencies", each, -sys.float_info.max, sys.float_info.max) for each in given)
+    except OptionError as refused:
+        raise CheckpointError("noise_frequencies must be a list of numbers", path=path) from refused
 
 
 def k_unet(document: Document, *, path: Path) -> KUNetConfig:
