@@ -16,6 +16,7 @@ from mvtorch.observation import is_observed
 _LEAST_NUMBERS = 1 << 15  # of a piece: with fewer, the many calls take longer than what they save
 # Pixels whose numbers are added up one after the other, which costs float32 its last digits.
 _PIECE_PIXELS = {torch.float32: 256, torch.bfloat16: 4096, torch.float16: 4096}
+_PIECE_NUMBERS = 1 << 16  # of what is looked at twice, so that it is still in a processor's cache
 _MOST_PIXELS = 1024  # that PyTorch's kernel adds up one after the other
 _CACHED_PIXELS = 4096
 _LARGEST_MEAN = 64  # in deviations
@@ -74,17 +75,25 @@ def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance, float32 (n, c), of the group of every channel of x (n, c, h, w).
 
     A group's variance is the mean of its channels' and of the squares of their means around its own. Pieces of a picture are
-    put together in the same way.
+    put together in the same way, and so are `beside` parts of each, whose numbers lie side by side like more channels: few
+    channels would make many short calls.
     """
     n, c, height, width = x.shape
-    limit = max(1, _PIECE_PIXELS[x.dtype] // width)
+    most = _PIECE_PIXELS[x.dtype]
+    limit = max(1, most * max(1, _PIECE_NUMBERS // (most * c)) // width)
     rows = next(rows for rows in range(min(limit, height), 0, -1) if height % rows == 0)
+    beside = next((count for count in range(1, rows + 1) if rows % count == 0 and rows * width <= most * count), rows)
     # Left as they are: statistics of half precision are float32 only beside them.
-    zeros = torch.zeros(c, dtype=torch.float32, device=x.device)
+    zeros = torch.zeros(beside * c, dtype=torch.float32, device=x.device)
     pieces = (piece for picture in x.split(1) for piece in picture.split(rows, dim=2))
-    found = [torch.batch_norm_update_stats(piece, zeros, zeros, 0.0) for piece in pieces]
+    found = [torch.batch_norm_update_stats(_beside(piece, beside), zeros, zeros, 0.0) for piece in pieces]
     means, variances = (torch.stack(each).view(n, -1, groups, c // groups).double() for each in zip(*found, strict=True))
     mean = means.mean(dim=(1, 3), keepdim=True)
     variance = variances.add_((means - mean).square_()).mean(dim=(1, 3), keepdim=True)
     mean, variance = (each.float().expand(n, 1, groups, c // groups).reshape(n, c) for each in (mean, variance))
     return mean, variance
+
+
+def _beside(x: Tensor, count: int) -> Tensor:
+    """Pixels of (1, c, h, w) in turns as channels of `count` parts, (1, count * c, h * w / count, 1), in the same memory."""
+    return x if count == 1 else x.permute(0, 2, 3, 1).reshape(1, -1, 1, count * x.shape[1]).permute(0, 3, 1, 2)

@@ -139,7 +139,7 @@ def test_the_last_convolution_is_in_float32(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mean", [0.0, 30.0, 3e3])
-@pytest.mark.parametrize("shape", [(1, 128, 64, 64), (3, 160, 53, 37), (2, 136, 1, 2048)])
+@pytest.mark.parametrize("shape", [(1, 128, 64, 64), (3, 160, 53, 37), (2, 136, 1, 2048), (2, 24, 128, 128), (2, 16, 90, 66)])
 def test_norms_are_exact_whatever_the_mean(shape: tuple[int, ...], mean: float, dtype: torch.dtype) -> None:
     norm = GroupNorm(8, shape[1], eps=1e-5)
     norm.weight.copy_(1 + normal(shape[1]) / 4)
