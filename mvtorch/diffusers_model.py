@@ -8,7 +8,7 @@ here, and only once a model is loaded.
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -133,7 +133,7 @@ class DiffusersNetworks:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """A context without gradients, in which float32 is float32, as it is for this project's networks."""
-        with torch.inference_mode(), exact_float32() if self.dtype == "float32" else nullcontext():
+        with torch.inference_mode(), exact_float32():
             yield
 
     def encode_latents(self, pixels: NDArray[np.float32]) -> Tensor:

@@ -96,7 +96,7 @@ def against_group(
         warm_up=warm_up_of(device),
         **known,
     )
-    flops = {"flops": row["flops"] + repeated_flops} if "flops" in row else {}
+    their_row = row | {"backend": "diffusers", "flops": row["flops"] + repeated_flops}
     # MLX's GPU is PyTorch's under another name.
     theirs = shapes | {"device": {"gpu": "mps"}.get(device, device), "call": call, "guided": guided}
     cases = [
@@ -104,7 +104,7 @@ def against_group(
             what=what,
             prepare=diffusers_work,
             arguments={**theirs, "layout": layout, "compiled": None},
-            row=row | flops | {"backend": "diffusers", "variant": variant},
+            row=their_row | {"variant": variant},
             needed_bytes=needed_bytes,
         )
         for layout, variant in EAGER.items()
@@ -117,7 +117,7 @@ def against_group(
                 what=what,
                 prepare=diffusers_work,
                 arguments={**theirs, "layout": "channels_last", "compiled": compiled},
-                row=row | flops | {"backend": "diffusers", "variant": named},
+                row=their_row | {"variant": named},
                 environment={"TORCHINDUCTOR_CACHE_DIR": str(cache)},
                 cache=cache,
                 needed_bytes=2 * needed_bytes,  # frozen weights are copies
