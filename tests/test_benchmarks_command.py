@@ -2,8 +2,11 @@
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +17,7 @@ import mvtorch.benchmark
 from mvshared.backend import PACKAGES
 from mvshared.benchmark import against, cases, growth, models, run, settings, suite
 from mvshared.benchmark.compare import DIFFERENT, ENDED, Case
+from mvshared.benchmark.flops import run_flops
 from mvshared.benchmark.growth import Point, measure_growth, points_of, verdicts
 from mvshared.benchmark.models import RANDOM, measured, open_model
 from mvshared.benchmark.results import Results, Row, Table, read_results
@@ -23,6 +27,7 @@ from mvshared.benchmark.suite import Suite
 from mvshared.cli import run as run_command
 from mvshared.config import SD21, CLIPImageConfig, CLIPTextConfig, CLIPVisionConfig, KUNetConfig, ResamplerConfig
 from mvshared.errors import BackendError, CheckpointError, NumericsError, OptionError, OutputError
+from mvshared.guidance import Branch, Call, Guidance
 from mvshared.metrics import relative_rms
 from mvshared.upscaling.config import UpscalerConfig
 from tests.helpers import BACKENDS, TINY_MODEL, TINY_UNET, TINY_VAE, Backend, assert_close, write_tiny_model
@@ -476,6 +481,33 @@ def test_every_case_that_is_recorded_on_a_gpu_has_its_calls_left_out(model: str)
     given = replace(given, place=given.place._replace(device="cuda"))
     cases = [case for name in ("step", "vae", "upscaler") for case in given.cases(name)]
     assert {case.warm_up for case in cases} == {3}
+
+
+@pytest.mark.parametrize(("guidance", "branches"), [("both", 2), ("on", 2), ("off", 1)])
+def test_whole_runs_of_a_series_are_guided_unless_that_is_off(
+    guidance: str, branches: int, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, given = list[int](), suite_of(model, guidance=guidance, steps=1, repeats=1)
+
+    def calls(strength: Guidance, there: Branch, *, steps: int) -> list[Call]:
+        found = plain(strength, there, steps=steps)
+        asked.extend(len(call.mixture.branches) for call in found)
+        return found
+
+    plain = Guidance.calls
+    monkeypatch.setattr(Guidance, "calls", calls)
+    monkeypatch.setattr(growth, "running", in_this_process)
+    (row,) = measure_growth(given, "steps", limit_bytes=10**12, environment={}).rows
+    assert set(asked) == {branches}
+    reckoned = run_flops(given.config, views=2, size_px=32, steps=1, branches=branches).all
+    assert row.flops == reckoned and row.what.endswith(", not guided") == (branches == 1)
+
+
+@contextmanager
+def in_this_process(case: Case, **options: Any) -> Iterator[Any]:
+    """What `running` gives, without a process of its own."""
+    prepared = case.prepare(**case.arguments)
+    yield SimpleNamespace(call=prepared.call, facts=prepared.facts, failure="")
 
 
 def test_a_size_of_a_series_that_does_not_fit_is_left_out(model: str) -> None:

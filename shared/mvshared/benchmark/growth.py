@@ -57,7 +57,8 @@ def series(
     points: Sequence[Mapping[str, int]],
     repeats: int,
 ) -> Prepared:
-    """Every point in turns, `repeats` times after those that do not count: steps, or with `whole` whole runs.
+    """Every point in turns, `repeats` times after those that do not count: steps, or with `whole` whole runs, which have the
+    model's own guidance if they are `guided`.
 
     The facts are those of the device, and `points` with fields of their rows.
     """
@@ -71,6 +72,7 @@ def series(
         def run(point: Point) -> Callable[[], object]:
             image = textured_subject(point.size_px) if takes else None
             options: dict[str, Any] = {"views": point.views, "size_px": point.size_px, "steps": point.steps, "prompt": prompt}
+            options |= {} if guided else {"guidance": 1.0}
             return lambda: pipeline.generate(image, **options)
 
         calls = [run(point) for point in given]
@@ -143,7 +145,7 @@ def measure_growth(suite: Suite, axis: Axis, *, limit_bytes: int, environment: M
     """The rows of a series with their verdicts; sizes that do not fit into memory say so."""
     rows = [_row(suite, axis, point, limit_bytes=limit_bytes) for point in points_of(suite, axis)]
     fitting = [row for row in rows if not row.failure]
-    arguments: dict[str, Any] = {**suite.arguments, "guided": _guided(suite), "whole": axis == "steps"}
+    arguments: dict[str, Any] = {**suite.arguments, "guided": _guided(suite, axis), "whole": axis == "steps"}
     arguments["points"] = [{"views": row.views, "size_px": row.size_px, "steps": row.steps} for row in fitting]
     case = Case(what=axis, prepare=series, arguments={**arguments, "repeats": suite.settings.repeats})
     with running(case, environment=environment) as worker:
@@ -161,18 +163,19 @@ def measure_growth(suite: Suite, axis: Axis, *, limit_bytes: int, environment: M
     return Table(title=title, rows=rows, notes=(format_table(grown),) if grown else ())
 
 
-def _guided(suite: Suite) -> bool:
-    return suite.settings.guidance == "on"
+def _guided(suite: Suite, axis: Axis) -> bool:
+    """Whole runs are guided unless that is off, single steps only if it is on."""
+    return suite.settings.guidance != "off" if axis == "steps" else suite.settings.guidance == "on"
 
 
 def _row(suite: Suite, axis: Axis, point: Point, *, limit_bytes: int) -> Row:
     """The row of a size before it is measured."""
-    guided, views, size_px, steps = _guided(suite), point.views, point.size_px, point.steps
+    guided, views, size_px, steps = _guided(suite, axis), point.views, point.size_px, point.steps
     if axis == "steps":
-        branches = 2 if suite.config.defaults.guidance > 1 else 1
+        branches = 2 if guided and suite.config.defaults.guidance > 1 else 1
         flops = run_flops(suite.config, views=views, size_px=size_px, steps=steps, branches=branches).all
         needed = suite.needs.run(views=views, size_px=size_px)
-        what = f"run, {sized(views, size_px)}, {steps} step{'s' if steps > 1 else ''}"
+        what = f"run, {sized(views, size_px)}, {steps} step{'s' if steps > 1 else ''}{'' if branches > 1 else ', not guided'}"
     else:
         flops = step_flops(suite.config, views=views, size_px=size_px, guided=guided)
         needed = suite.needs.stage("unet", views=views, size_px=size_px, guided=guided)
