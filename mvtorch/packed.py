@@ -89,7 +89,7 @@ class PackedFeedForward(FeedForward):
 def pack_network(network: nn.Module, *, lean: bool = False) -> None:
     """Exchange the layers of a network on a CPU, one after the other: there is never a second copy of all weights.
 
-    With `lean` its weights take no more memory than before, and its wide convolutions more time.
+    With `lean` its weights take no more memory than before, and wide convolutions and upsampling more time.
 
     A packed network is for inference, it has no weights to save or to train. Other devices, dtypes and layers stay as they
     are, and so does all that PyTorch cannot pack, which is logged once per process.
@@ -127,7 +127,8 @@ def _exchange(module: nn.Module, *, lean: bool) -> Iterator[int]:
             size = sum(weight.nbytes for weight in child.parameters())
             if type(child) is nn.Conv2d and not lean and winograd.is_for(child):
                 kind = winograd.WinogradConv2d
-            module._modules[name] = kind(child)
+            options: dict[str, Any] = {"lean": lean} if type(child) is Upsample else {}
+            module._modules[name] = kind(child, **options)
             del child
             yield size
 

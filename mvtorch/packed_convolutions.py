@@ -13,6 +13,7 @@ from mvtorch.observation import is_observed
 from mvtorch.onednn import Packed, convolution, linear, packed_kernel, packed_matrix
 
 _FLOAT32_PIXELS = 4096
+_PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # of the rows and columns of a map that is enlarged
 _UNFOLDED_PIXELS = 16  # of maps so small that oneDNN's convolutions leave most of their registers empty
 
 
@@ -88,18 +89,17 @@ class PackedUpsampledConv2d(Packed):
     """A 3x3 convolution of a map that has every pixel four times, as four 2x2 convolutions of the map with every pixel once.
 
     In each direction an output pixel sees two different pixels, one of them with the sum of two weights. That is 4/9 of the
-    arithmetic.
+    arithmetic. The four kernels have 16 numbers for 9 weights; with `lean` each is made when it is needed.
     """
 
     kind = "Conv2d"
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, *, lean: bool = False) -> None:
         super().__init__(conv.weight, conv.bias)
-        kernel = conv.weight.detach().float()
-        self.phases: list[tuple[int, int, Tensor]] = []  # of the output's rows and columns, even or odd
-        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            folded = _folded(_folded(kernel, row, axis=2), column, axis=3).to(conv.weight.dtype)
-            self.phases.append((row, column, packed_kernel(folded, stride=[1, 1], padding=[0, 0])))
+        kernel = conv.weight.detach()
+        self.kernel = kernel if lean else None
+        phases = () if lean else _PHASES
+        self.kernels = [packed_kernel(_kernel_of(kernel, *phase), stride=[1, 1], padding=[0, 0]) for phase in phases]
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, i, 2 h, 2 w), every pixel four times, to (n, o, 2 h, 2 w)."""
@@ -110,7 +110,8 @@ class PackedUpsampledConv2d(Packed):
         n, _, height, width = x.shape
         size = (n, self.weight.shape[0], 2 * height, 2 * width)
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        for row, column, kernel in self.phases:
+        for number, (row, column) in enumerate(_PHASES):
+            kernel = self.kernels[number] if self.kernel is None else _kernel_of(self.kernel, row, column)
             padded = F.pad(x, (1 - column, column, 1 - row, row))
             out[:, :, row::2, column::2] = convolution(padded, kernel, self.bias, stride=[1, 1], padding=[0, 0])
         return out
@@ -121,14 +122,20 @@ class PackedUpsample(Upsample):
 
     kind = "Upsample"
 
-    def __init__(self, upsample: Upsample) -> None:
+    def __init__(self, upsample: Upsample, *, lean: bool = False) -> None:
         nn.Module.__init__(self)
-        kind = winograd.UpsampledConv2d if winograd.is_for(upsample.conv) else PackedUpsampledConv2d
-        self.conv: Any = kind(upsample.conv)
+        conv, tiled = upsample.conv, winograd.is_for(upsample.conv)  # whose matrices have 9 numbers for 9 weights
+        self.conv: Any = winograd.UpsampledConv2d(conv) if tiled else PackedUpsampledConv2d(conv, lean=lean)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) to (n, c, 2 h, 2 w)."""
         return super().forward(x) if is_observed(self.conv) else self.conv.upsampled(x)
+
+
+def _kernel_of(kernel: Tensor, row: int, column: int) -> Tensor:
+    """The 2x2 kernel for the output's even (0) or odd (1) rows and columns, of a 3x3 one."""
+    folded = _folded(_folded(kernel.float(), row, axis=2), column, axis=3).to(kernel.dtype)
+    return folded.contiguous(memory_format=torch.channels_last)
 
 
 def _folded(kernel: Tensor, phase: int, *, axis: int) -> Tensor:

@@ -281,20 +281,37 @@ def test_blocks_of_a_packed_network_have_the_names_the_kinds_and_the_arithmetic_
 @NETWORKS
 def test_what_packing_adds_is_known_before(dtype: torch.dtype, rms: float, convolutions: None) -> None:
     model = make_unet(WIDE, "torch").to(dtype)
-    before = sum(weight.nbytes for weight in model.parameters() if weight.ndim > 1)
+    before = weights_bytes(model)
     added, on_cuda = (packing_bytes(WIDE, dtype=NAMES[dtype], device=device) for device in ("cpu", "cuda"))
     assert on_cuda == 0
     pack_network(model)
-    fields = [value for layer in model.modules() for name, value in vars(layer).items() if name != "outputs"]
-    after = sum(dtype.itemsize * each.numel() for each in arrays(fields) if each.ndim > 1 and not each.is_meta)
-    assert after == before + added > before
+    assert packed_bytes(model, dtype) == before + added > before
 
 
-def test_a_lean_network_takes_no_more_memory_and_computes_the_same(convolutions: None) -> None:
+@NETWORKS
+def test_a_lean_network_takes_no_more_memory(dtype: torch.dtype, rms: float, convolutions: None) -> None:
+    for model in (make_unet(WIDE, "torch").to(dtype), make_vae(WIDE_VAE, "torch").to(dtype)):
+        before = weights_bytes(model)
+        pack_network(model, lean=True)
+        assert packed_bytes(model, dtype) == before
+
+
+def weights_bytes(network: nn.Module) -> int:
+    return sum(weight.nbytes for weight in network.parameters() if weight.ndim > 1)
+
+
+def packed_bytes(network: nn.Module, dtype: torch.dtype) -> int:
+    """Of all weights in a dtype that a packed network keeps in some layout."""
+    fields = [value for layer in network.modules() for name, value in vars(layer).items() if name != "outputs"]
+    return sum(dtype.itemsize * each.numel() for each in arrays(fields) if each.ndim > 1 and not each.is_meta)
+
+
+def test_a_lean_network_computes_the_same(convolutions: None) -> None:
     inputs, model = unet_inputs(WIDE, views=2, size=(16, 8)), make_unet(WIDE, "torch")
     expected = denoise(model, inputs)
     pack_network(model, lean=True)
     assert not any(isinstance(layer, winograd.WinogradConv2d) for layer in model.modules())
+    assert any(isinstance(layer, PackedUpsample) for layer in model.modules())
     assert_close(denoise(model, inputs), expected, rms=FLOAT32_RMS)
 
 
