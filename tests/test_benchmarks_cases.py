@@ -8,6 +8,7 @@ import mvtorch.model
 from benchmarks import memory, suite, training
 from benchmarks.__main__ import main, measure
 from benchmarks.suite import TITLES, cases
+from mvshared.benchmark.compare import Case
 from mvshared.benchmark.results import Row, markdown, read_results
 from mvshared.errors import CheckpointError, OptionError
 from mvshared.upscaling.folder import write_upscaler
@@ -38,6 +39,20 @@ def test_every_case_can_be_called_again_and_says_what_it_measured(
         assert (row.peak_memory_bytes or 0) > (2**22 if name != "quantized" else 2**18)  # there of what was added alone
         if name == "loading":
             assert row.weights_bytes and row.device
+
+
+def test_the_peak_of_memory_is_that_of_one_run_and_times_are_of_as_many_calls_as_asked_for(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, set[int]] = {}
+
+    def compared(group: list[Case], *, repeats: int) -> list[Row]:
+        asked.setdefault(group[0].prepare.__module__, set()).add(repeats)
+        return []
+
+    monkeypatch.setattr("benchmarks.__main__.compare", compared)
+    measure(["memory", "renderer"], model=str(model), repeats=2)
+    assert asked == {"benchmarks.memory": {0}, "benchmarks.renderer": {2}}
 
 
 def test_an_unknown_model_or_nothing_to_repeat_is_refused(tmp_path: Path) -> None:

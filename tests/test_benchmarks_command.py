@@ -29,6 +29,7 @@ from mvshared.config import SD21, CLIPImageConfig, CLIPTextConfig, CLIPVisionCon
 from mvshared.errors import BackendError, CheckpointError, NumericsError, OptionError, OutputError
 from mvshared.guidance import Branch, Call, Guidance
 from mvshared.metrics import relative_rms
+from mvshared.profiling import Recorder
 from mvshared.upscaling.config import UpscalerConfig
 from tests.helpers import BACKENDS, TINY_MODEL, TINY_UNET, TINY_VAE, Backend, assert_close, write_tiny_model
 
@@ -153,6 +154,73 @@ def test_views_sizes_and_guidance_make_a_case_each(model: str) -> None:
     assert len(list(suite_of(model, views=(1, 2, 5), guidance="off").cases("step"))) == 3
 
 
+def test_one_number_of_views_is_the_model_s_own_if_that_is_asked_for_and_else_the_first(model: str) -> None:
+    for views, chosen in (((1, 2), 2), ((4, 1), 4)):
+        given = suite_of(model, views=views, steps=1)
+        assert {case.arguments["views"] for name in ("condition", "vae", "upscaler", "run") for case in given.cases(name)} == {
+            chosen
+        }
+
+
+def test_a_whole_run_has_the_steps_and_the_guidance_asked_for(model: str) -> None:
+    rows: dict[str, list[Any]] = {}
+    for guidance in ("both", "off"):
+        found = list(suite_of(model, guidance=guidance, steps=7).cases("run"))
+        rows[guidance] = [case.row["flops"] for case in found]
+        assert {case.arguments["steps"] for case in found} == {case.row["steps"] for case in found} == {7}
+        assert {case.arguments["guidance"] for case in found} == {1.0 if guidance == "off" else 2.0}
+        assert all(case.what.endswith(", not guided") == (guidance == "off") for case in found)
+    assert all(off < 0.6 * on for on, off in zip(rows["both"], rows["off"], strict=True))
+    images = [
+        cases.generation(
+            model=model, backend="torch", device="cpu", dtype="float32", views=1, size_px=32, steps=2, guidance=guidance
+        ).call()
+        for guidance in (1.0, 5.0, 5.0)
+    ]
+    assert not np.array_equal(images[0], images[1]) and np.array_equal(images[1], images[2])
+
+
+def test_a_step_embeds_no_time(model: str) -> None:
+    """It was announced, as a run announces its times."""
+    loaded, names = open_model(model, ["unet"], backend="torch", dtype="float32", device="cpu"), list[str]()
+    call = cases.step_of(loaded, views=1, size_px=32, guided=True)
+    with loaded.observe(lambda name, array, seconds: names.append(name)):
+        call()
+    assert "unet.conv_out" in names and "unet.time_embedding" not in names
+
+
+@pytest.mark.parametrize("name", ["step", "vae", "upscaler"])
+def test_arithmetic_of_every_case_is_what_pytorch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr("mvtorch.model.pack_network", lambda network: None)  # packed layers are not counted
+    monkeypatch.setitem(RANDOM, "sd21", TINY_SD)
+    for module in (cases, suite):
+        monkeypatch.setattr(module, "X2_UPSCALER", TINY_UPSCALER)
+    found = list(suite_of("sd21", views=(3,), sizes_px=(64,), guidance="off").cases(name))
+    for case in found:
+        prepared = case.prepare(**case.arguments)
+        prepared.call()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            prepared.call()
+        assert case.row["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert len(found) == (2 if name == "vae" else 1)
+
+
+def test_a_gpu_of_any_number_multiplies_large_matrices_and_has_a_share_of_its_own_memory(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = suite_of(model)
+    for device, sizes in (("cuda:1", (2048, 4096, 8192)), ("cpu", (1024, 2048))):
+        products = replace(given, place=given.place._replace(device=device)).matmul()
+        assert [(case.arguments["size"], case.row["flops"]) for case in products] == [(size, 2 * size**3) for size in sizes]
+    monkeypatch.setattr(settings, "free_memory_bytes", lambda: 7)
+    monkeypatch.setattr("mvtorch.benchmark.device_memory_bytes", lambda device: 1000 if device == "cuda:1" else None)
+    limits = [settings.memory_limit(given.place._replace(device=device)) for device in ("cuda:1", "cpu")]
+    assert limits == [900, 7]
+
+
 def test_the_names_without_any_are_those_that_take_a_minute(model: str) -> None:
     assert resolved(Settings(model=model))[0].names == ("start", "load", "condition", "step", "vae", "run")
     assert resolved(Settings(model="sd21"))[0].names == ("start", "condition", "step", "vae", "upscaler")
@@ -239,6 +307,43 @@ def test_the_command_writes_what_it_prints(model: str, quick: None, tmp_path: Pa
     assert str(tmp_path) not in json.dumps(dict(results.machine)) and "threads 1" in printed
 
 
+def test_every_option_of_the_command_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Settings] = []
+
+    def measured_settings(settings: Settings, *rest: Any, **options: Any) -> Results:
+        given.append(settings)
+        return Results(machine={}, settings={}, tables={})
+
+    monkeypatch.setattr("mvshared.commands.benchmark.measure", measured_settings)
+    chosen: dict[str, Any] = {"model": "sd21", "backend": "torch", "device": "cpu", "guidance": "on", "steps": 3, "repeats": 2}
+    chosen |= {"threads": 4, "against": "diffusers"}
+    options = [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
+    options += [
+        "--dtype",
+        "float16",
+        "--dtype",
+        "float32",
+        "--views",
+        "1,4",
+        "--sizes",
+        "64",
+        "--compiled=default",
+        "--json",
+        "-",
+    ]
+    assert run_command(["benchmark", "step", "vae", *options]) == 0
+    assert given == [
+        Settings(
+            **chosen,
+            names=("step", "vae"),
+            dtypes=("float16", "float32"),
+            views=(1, 4),
+            sizes_px=(64,),
+            compiled="default",
+        )
+    ]
+
+
 def test_what_was_measured_before_a_run_broke_off_is_printed_and_written(
     model: str, quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,14 +425,65 @@ def test_the_layout_of_diffusers_is_what_its_name_says() -> None:
         assert kernel.is_contiguous(memory_format=memory_format) and kernel.dtype == torch.bfloat16
 
 
+def test_every_side_of_diffusers_is_what_its_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layout, dtype and compilation; and on a CPU, where that is fastest, views are decoded one by one."""
+    import torch
+
+    module: Any = importlib.import_module("mvtorch.diffusers_model")
+    made: list[Any] = []
+
+    class Kept(module.DiffusersModel):
+        modes: tuple[str, ...] = ()
+
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            made.append(self)
+
+        def compile(self, mode: str) -> None:
+            self.modes = (*self.modes, mode)
+
+    monkeypatch.setattr(module, "DiffusersModel", Kept)
+    monkeypatch.setitem(RANDOM, "sd21", TINY_SD)
+    options: dict[str, Any] = {"views": (2,), "sizes_px": (32,), "against": "diffusers", "compiled": "default"}
+    expected = {
+        "compiled": (torch.channels_last, ("default",)),
+        "eager, channels_last": (torch.channels_last, ()),
+        "eager": (torch.contiguous_format, ()),
+    }
+    for group in suite_of("sd21", dtype="bfloat16", **options).against():
+        for case in group[1:]:
+            case.prepare(**case.arguments)
+        assert {
+            case.row["variant"]: (side.memory_format, side.modes) for case, side in zip(group[1:], made, strict=True)
+        } == expected
+        assert {(side.dtype, side.vae_batch) for side in made} == {("bfloat16", 1)}
+        made.clear()
+
+
+def test_on_a_gpu_both_sides_are_on_the_same_one_and_recorded_calls_of_ours_do_not_count(model: str) -> None:
+    given = suite_of(model, against="diffusers", views=(1, 4, 2))
+    for backend, device, warm_up, theirs in (
+        ("torch", "cuda:1", 3, "cuda:1"),
+        ("mlx", "gpu", 1, "mps"),
+        ("torch", "cpu", 1, "cpu"),
+    ):
+        groups = replace(given, place=Place(cast(Any, backend), device, "float16")).against()
+        assert [(group[0].arguments["views"], len(group)) for group in groups] == [(1, 3), (4, 3), (2, 3), (4, 3)]
+        for ours, *others in groups:
+            assert (ours.arguments["device"], ours.warm_up) == (device, warm_up)
+            assert {(case.arguments["device"], case.arguments["views"]) for case in others} == {
+                (theirs, ours.arguments["views"])
+            }
+
+
 def test_a_ratio_is_of_the_best_eager_diffusers_turn_by_turn() -> None:
     rows = [
         Row(what="ours", backend="torch", seconds=(1.0, 4.0), cpu_seconds=(2.0, 2.0)),
         Row(what="fast", backend="diffusers", variant="compiled", seconds=(0.5, 0.5), cpu_seconds=(1.0, 1.0)),
-        Row(what="slow", backend="diffusers", variant="eager, channels_last", seconds=(9.0, 9.0), cpu_seconds=(9.0, 9.0)),
+        Row(what="slow", backend="diffusers", variant="eager, channels_last", seconds=(1.0, 9.0), cpu_seconds=(9.0, 9.0)),
         Row(what="best", backend="diffusers", variant="eager", seconds=(2.0, 5.0), cpu_seconds=(4.0, 8.0)),
     ]
-    assert [row.ratios for row in against.with_ratios(rows)] == [(0.5, 0.8), (0.25, 0.1), (4.5, 1.8), (1.0, 1.0)]
+    assert [row.ratios for row in against.with_ratios(rows)] == [(0.5, 0.8), (0.25, 0.1), (0.5, 1.8), (1.0, 1.0)]
     assert against.with_ratios(rows)[0].cpu_ratios == (0.5, 0.25)
     assert against.with_ratios(rows[:2]) == rows[:2]
 
@@ -383,6 +539,57 @@ def test_half_precision_is_not_timed_where_the_same_work_differs_in_float32(
     assert asked.count(small) == 2 and [row.failure for row in both] == [differs] * 6
     with pytest.raises(NumericsError, match="computes something else"):
         check_measured(results)
+
+
+def test_every_comparison_and_timing_has_the_limits_of_its_dtype_and_the_threads_asked_for(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def compared(
+        group: list[Case],
+        *,
+        repeats: int,
+        environment: dict[str, str],
+        agree: float | None = None,
+        least_seconds: float = 0.0,
+    ) -> list[Row]:
+        threads = {environment.get(name) for name in run.THREADS}
+        exact = environment.get("MLX_ENABLE_TF32") == "0"
+        asked.append((group[0].arguments["dtype"], len(group), repeats, least_seconds, agree, exact, threads))
+        return [Row(what=each.what, backend="torch") for each in group]
+
+    monkeypatch.setattr(run, "compare", compared)
+    given: dict[str, Any] = {"backend": "torch", "device": "cpu", "dtypes": ("float32", "float16"), "views": (1,)}
+    given |= {"against": "diffusers", "compiled": "default", "repeats": 2, "threads": 3}
+    measure(Settings(model=model, **given), lambda line: None)
+    products = [(dtype, 2, 10, 1.0, None, False, {"3"}) for dtype in ("float32", "float16")]
+    assert [each for each in asked if each[4] is None] == products
+    step_and_decoding = [("float32", 4, 2, 1.0, 1e-4, False, {"3"})] * 2
+    compared_before = [("float32", 3, 0, 0.0, 1e-4, True, {"3"})] * 2  # without the compiled side, which takes minutes
+    timed = [("float16", 4, 2, 1.0, 2e-2, False, {"3"})] * 2
+    assert [each for each in asked if each[4] is not None] == [*step_and_decoding, *compared_before, *timed]
+
+
+def test_the_peak_is_the_best_call_of_the_best_size_and_diffusers_has_that_of_pytorch() -> None:
+    rows = [
+        Row(what="1 x 1", flops=100, seconds=(2.0, 1.0), cpu_seconds=(4.0, 2.0)),
+        Row(what="2 x 2", flops=800, seconds=(8.0, 4.0), cpu_seconds=(20.0, 10.0)),
+        Row(what="3 x 3", failure="no memory"),
+    ]
+    assert run._peak(rows) == (200.0, 80.0)
+    peaks = {("torch", "float32"): (200.0, 80.0), ("mlx", "float32"): (7.0, 7.0)}
+    for backend, dtype, peak in (("diffusers", "float32", 200.0), ("mlx", "float32", 7.0), ("torch", "float16", None)):
+        assert run._beside(Row(what="", backend=backend, dtype=dtype), peaks).peak_flops == peak
+
+
+def test_what_takes_minutes_is_said_before(model: str) -> None:
+    given, lines = suite_of(model, names=("step",), repeats=4), list[str]()
+    flops = sum(case.row["flops"] for case in given.cases("step"))
+    timing = run._Timing(given.settings, {}, lines.append)
+    for peak in (flops / 18, flops):  # 5 calls of a minute at 0.3 of it, and of 3.3 seconds
+        timing.guess([given], {("torch", "float32"): (peak, 1.0)})
+    assert lines == ["this is going to take about 5 minutes, and loading"]
 
 
 @pytest.mark.parametrize("left_out", ["joint attention", "text", "middle"])
@@ -454,6 +661,23 @@ def test_growth_is_measured_for_every_size_in_one_process(backend: Backend, mode
     assert "verdict" in table.notes[0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_kinds_of_work_add_up_to_the_time_of_the_network(
+    backend: Backend, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Recorder] = []
+
+    def kept() -> Recorder:
+        made.append(Recorder())
+        return made[-1]
+
+    monkeypatch.setattr(growth, "Recorder", kept)
+    loaded = open_model(model, ["unet"], backend=backend, dtype="float32", device="cpu")
+    work = growth.work_of(loaded, cases.step_of(loaded, views=1, size_px=32, guided=False))
+    (network,) = (event for event in made[0].events if event.name == "unet")
+    assert len(work) > 3 and sum(seconds for _, seconds, _ in work) == pytest.approx(network.seconds)
+
+
 @pytest.mark.parametrize(("warm_up", "before"), [(1, 1 + 2), (3, 0)])
 def test_where_calls_get_recorded_a_series_measures_memory_before_and_time_after_that(
     model: str, monkeypatch: pytest.MonkeyPatch, warm_up: int, before: int
@@ -474,6 +698,91 @@ def test_where_calls_get_recorded_a_series_measures_memory_before_and_time_after
     (row,) = made.facts()["points"]
     assert (len(row["seconds"]), row["activation_bytes"], measured) == (2, 7, [before])
     assert len(calls) == warm_up + 2 + (2 if warm_up == 1 else 1)  # with those for memory and for the kinds of work
+
+
+def test_sizes_of_a_series_take_turns_and_the_first_time_of_each_does_not_count(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, called = 0.0, list[int]()
+
+    def step_of(loaded: Any, *, views: int, **options: Any) -> Any:
+        def call() -> None:
+            nonlocal now
+            now += views if views in called else 1000
+            called.append(views)
+
+        return call
+
+    monkeypatch.setattr(growth, "step_of", step_of)
+    monkeypatch.setattr(growth, "activation_bytes", lambda model, call: None)
+    monkeypatch.setattr(growth, "work_of", lambda model, call: [])
+    monkeypatch.setattr(growth, "time", SimpleNamespace(perf_counter=lambda: now))
+    options: dict[str, Any] = {"backend": "torch", "device": "cpu", "dtype": "float32", "guided": False, "whole": False}
+    points = [{"views": views, "size_px": 32, "steps": 1} for views in (1, 2)]
+    made = growth.series(model=model, points=points, repeats=2, **options)
+    made.call()
+    assert called == [1, 2] * 3
+    assert [row["seconds"] for row in made.facts()["points"]] == [[1, 1], [2, 2]]
+
+
+def test_activations_are_what_a_call_takes_on_top_of_what_is_there_before_it(model: str) -> None:
+    import mlx.core as mx
+
+    loaded = open_model(model, ["vae"], backend="mlx", dtype="float32", device="cpu")
+    kept = mx.arange(2**23, dtype=mx.float32)
+    mx.eval(kept)
+    mx.eval(mx.arange(2**24, dtype=mx.float32))  # an earlier call that took more
+    taken = growth.activation_bytes(loaded, lambda: mx.eval(mx.arange(2**22, dtype=mx.float32)))
+    assert taken == pytest.approx(2**24, rel=0.01)
+    assert kept.nbytes == 2**25
+
+
+def test_growth_takes_the_usual_sizes_or_those_asked_for_in_the_dtype_of_the_device(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def measured_growth(suite: Suite, axis: growth.Axis, **options: Any) -> Table:
+        points = [(point.views, point.size_px, point.steps) for point in points_of(suite, axis)]
+        asked.append((suite.place.dtype, axis, points))
+        return Table(title=axis, rows=[])
+
+    both = [Place("torch", "cpu", "float32"), Place("torch", "cpu", "bfloat16")]
+    monkeypatch.setattr(run, "places", lambda settings: (both, []))
+    monkeypatch.setattr(run, "measure_growth", measured_growth)
+    measure(Settings(model=model, names=("growth",), sizes_px=(64,), steps=3), lambda line: None)
+    assert asked == [
+        ("bfloat16", "views", [(views, 32, 1) for views in growth.VIEWS]),
+        ("bfloat16", "pixels", [(2, 64, 1)]),
+        ("bfloat16", "steps", [(2, 32, 1), (2, 32, 2)]),
+    ]
+    asked.clear()
+    tables = measure(Settings(model=model, names=("growth",), dtypes=("float32", "bfloat16")), lambda line: None).tables
+    assert [dtype for dtype, *_ in asked] == ["float32"] * 3 + ["bfloat16"] * 3 and len(tables) == 6
+
+
+def test_cases_that_do_not_fit_into_memory_together_are_timed_apart_and_sides_to_compare_not_at_all(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def compared(group: list[Case], **options: Any) -> list[Row]:
+        asked.append([case.what for case in group if not case.refused])
+        return [Row(what=case.what, failure=case.refused) for case in group]
+
+    monkeypatch.setattr(run, "compare", compared)
+    monkeypatch.setattr(run, "memory_limit", lambda place: 10**9)
+    group = [
+        Case(what=what, prepare=cases.step, arguments={"dtype": "float32"}, needed_bytes=needed)
+        for what, needed in (("a", 6 * 10**8), ("b", 7 * 10**8), ("c", 2 * 10**9))
+    ]
+    timing, place = run._Timing(suite_of(model).settings, {}, lambda line: None), Place("torch", "cpu", "float32")
+    rows = timing.rows(group, place=place)
+    assert asked == [["a"], ["b"], []]
+    assert [row.failure for row in rows] == ["", "", "needs about 2.0 GB of memory, 1.0 GB are free"]
+    rows = timing.rows(group[:2], place=place, together=True)
+    reason = "needs about 1.3 GB of memory, 1.0 GB are free; all sides have to be in memory"
+    assert asked[3:] == [[]] and [row.failure for row in rows] == [reason] * 2
 
 
 def test_every_case_that_is_recorded_on_a_gpu_has_its_calls_left_out(model: str) -> None:
@@ -568,6 +877,21 @@ def test_matrix_products_are_waited_for() -> None:
         package.wait("cpu")
         assert package.device_facts("cpu")["threads"] >= 1
         assert package.device_memory_bytes("cpu") is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_matrices_have_the_dtype_whose_peak_is_measured(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlx.core as mx
+    import torch
+
+    multiplied: list[Any] = []
+    monkeypatch.setattr(torch, "mm", lambda a, b: multiplied.extend((a.dtype, b.dtype)))
+    monkeypatch.setattr(mx, "eval", lambda *arrays: multiplied.extend(each.dtype for each in arrays))
+    expected = {"torch": getattr(torch, dtype), "mlx": getattr(mx, dtype)}
+    for backend in BACKENDS:
+        importlib.import_module(f"{PACKAGES[backend]}.benchmark").matrix_product(8, dtype=dtype, device="cpu")()
+        assert multiplied and set(multiplied) == {expected[backend]}
+        multiplied.clear()
 
 
 def test_a_gpu_is_named_with_the_memory_of_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,12 @@ def test_short_calls_are_repeated_more_often(tmp_path: Path) -> None:
     assert len(row.seconds) == 20
 
 
+def test_a_case_that_is_not_run_makes_the_others_no_more_often(tmp_path: Path) -> None:
+    refused = Case(what="a", prepare=benchmark_cases.logging, refused="too large")
+    _, row = compare([refused, logging("b", tmp_path / "log")], repeats=2, least_seconds=1e-9)
+    assert len(row.seconds) == 2
+
+
 def test_calls_that_warm_up_do_not_count(tmp_path: Path) -> None:
     log = tmp_path / "log"
     (row,) = compare([logging("a", log, warm_up=3)], repeats=2)

@@ -3,8 +3,10 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import readme
 from benchmarks.plots import plot_growth
@@ -78,6 +80,45 @@ def test_a_row_shows_median_spread_repeats_and_what_follows_from_them() -> None:
     }
 
 
+def test_memory_stands_beside_what_was_estimated_and_what_the_weights_need() -> None:
+    row = Row(
+        what="run",
+        load_seconds=0.5,
+        load_memory_bytes=5_000_000,
+        load_peak_bytes=6_000_000,
+        peak_memory_bytes=400_000_000,
+        activation_bytes=7_000_000,
+        estimated_memory_bytes=300_000_000,
+        weights_bytes=100_000_000,
+        device_memory_bytes=8_000_000,
+    )
+    header, shown = lines_of(markdown([results(row)]))
+    assert dict(zip(header, shown, strict=True)) == {
+        "what": "run",
+        "load (s)": "0.5",
+        "loaded (MB)": "5",
+        "peak of loading (MB)": "6",
+        "peak memory (MB)": "400",
+        "activations (MB)": "7",
+        "estimated (MB)": "300",
+        "off by": "-25 %",
+        "weights (MB)": "100",
+        "peak / weights": "4.00",
+        "arrays (MB)": "8",
+    }
+
+
+def test_on_a_gpu_the_time_of_the_cpu_which_waits_is_not_shown() -> None:
+    on_cpu = replace(TORCH, cpu_ratios=(0.25, 0.25, 0.25))
+    header, cpu, gpu = lines_of(markdown([results(on_cpu, replace(on_cpu, device="CUDA, Some GPU"))]))
+    for column, value in (
+        ("CPU time (s)", "3"),
+        ("of peak, CPU time", "33 %"),
+        ("x diffusers, CPU time", "0.25 (0.25 to 0.25)"),
+    ):
+        assert (cpu[header.index(column)], gpu[header.index(column)]) == (value, "")
+
+
 def test_one_repeat_has_no_spread() -> None:
     header, row = lines_of(markdown([results(MLX)]))
     assert "median (s)" in header and "spread" not in header
@@ -101,6 +142,10 @@ def test_a_failed_case_has_its_reason_and_no_time() -> None:
     header, _, failed = lines_of(markdown([results(TORCH, FAILED)]))
     assert failed[header.index("median (s)")] == ""
     assert failed[header.index("not measured because")] == "no kernel for a \\| b"
+
+
+def test_the_readme_shows_why_something_was_not_measured() -> None:
+    assert "no kernel for a" in readme.block([results(TORCH, FAILED)], chosen=readme.short)
 
 
 def test_results_are_the_same_after_a_file(tmp_path: Path) -> None:
@@ -201,6 +246,22 @@ def test_the_command_fills_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "![Time and memory against the arithmetic](images/growth.png)" in long
     assert (tmp_path / "docs" / "images" / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert short.startswith("# mvmlx") and "## File map" in short
+
+
+def test_the_arithmetic_is_drawn_through_the_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **options: drawn.append(figure))
+    rows = [
+        Row(what="", device="cpu", views=views, flops=views * 10, seconds=(9.0,), cpu_seconds=(time,), activation_bytes=size)
+        for views, time, size in ((1, 1.0, 10**6), (2, 3.0, 10**7))
+    ]
+    plot_growth([Table(title="Growth with the views: demo", rows=rows)])
+    (figure,) = drawn
+    curves = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes]
+    assert curves == [
+        {"arithmetic": [[1, 1.5], [2, 3]], "time": [[1, 1], [2, 3]]},  # of the CPU, on a CPU
+        {"arithmetic": [[1, 5], [2, 10]], "memory": [[1, 1], [2, 10]]},
+    ]
 
 
 def test_without_a_series_nothing_is_drawn() -> None:
