@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -204,6 +205,28 @@ def test_the_first_call_of_a_kernel_is_checked_once(kernels: PlainKernels, monke
         assert len(kernels.calls) == 3
         norm(pictures(1, 16, 70, 70))
         assert len(kernels.calls) == 5
+
+
+def test_every_form_of_a_norm_is_checked(kernels: PlainKernels) -> None:
+    x, numbers, shifts = pictures(2, 16, 9, 8), torch.ones(16), torch.ones(2, 16)
+    for silu, before, shift in product((False, True), (None, numbers), (None, shifts)):
+        for calls in (2, 1):
+            kernels.calls.clear()
+            with torch.no_grad():
+                cuda_fused.group_norm(x, 8, numbers, numbers, eps=1e-5, silu=silu, before=before, shift=shift)
+            assert len(kernels.calls) == calls
+
+
+def test_memory_that_is_not_there_is_no_fault_of_a_kernel(kernels: PlainKernels) -> None:
+    norm, x = GroupNorm(8, 16, eps=1e-5), pictures(2, 16, 9, 8)
+    kernels.error = torch.OutOfMemoryError("CUDA out of memory")
+    with torch.no_grad():
+        with pytest.raises(torch.OutOfMemoryError):
+            norm(x)
+        kernels.error = None
+        kernels.calls.clear()
+        norm(x)
+    assert kernels.calls and not cuda_fused._failed
 
 
 @pytest.mark.parametrize("number", [0.0, float("nan")])

@@ -237,6 +237,18 @@ def test_decoding_is_recorded_anew_when_the_vae_has_other_weights() -> None:
     assert recorder.replayed == 4
 
 
+def test_large_views_and_plans_that_spare_memory_are_decoded_without_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(keeps=False)
+    model: Any = pipeline_of(None).model
+    model._vae_graphs = Graphs(recorder)
+    monkeypatch.setattr("mvtorch.latents._RECORDED_PIXELS", 32 * 32)
+    for size, plan, tries in (((4, 5), PLAIN, 0), ((4, 4), MemoryPlan(networks_at_once=False), 0), ((4, 4), PLAIN, 1)):
+        with model.planned(plan):
+            for _ in range(3):
+                model.decode(torch.zeros(1, *size, 4))
+        assert recorder.tries == tries
+
+
 def test_gradients_and_recordings_of_the_program_around_get_an_ordinary_call() -> None:
     recorder, network, condition = Recorder(), Network(), Condition()
     graphs = Graphs(recorder)

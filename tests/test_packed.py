@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 
 import mvtorch
 import mvtorch.packed
+import mvtorch.packed_convolutions
+from mvshared.attention import FUSED
 from mvshared.backend import Dtype, load
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.config import VAEConfig
@@ -36,6 +39,7 @@ from mvshared.errors import BackendError
 from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.precision import SLOW_AVX512
 from mvtorch import cpu_attention, cpu_norms, widened, winograd
+from mvtorch.attention import attention
 from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
 from mvtorch.model import load_network, packing_bytes
 from mvtorch.packed import PackedFeedForward, PackedLinear, pack_network
@@ -129,6 +133,52 @@ def test_a_packed_feed_forward_computes_what_it_did(tokens: int, dtype: torch.dt
     assert_same(FeedForward(24), normal(2, tokens, 24), dtype=dtype, rms=rms)
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
+    """A name for every call of a module's function from now on."""
+    called, function = list[str](), getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given, **options: (called.append(name), function(*given, **options))[1])
+    return called
+
+
+def test_packed_layers_take_the_fast_way_unless_they_are_observed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, enlarged = counted(monkeypatch, mvtorch.packed, "linear_times"), counted(monkeypatch, nn.functional, "interpolate")
+    layers = {"ff": (FeedForward(24), normal(2, 5, 24)), "up": (Upsample(64), pictures(1, 64, 3, 3))}
+    for observed in (False, True):
+        for name, (layer, x) in layers.items():
+            network = nn.ModuleDict({name: packed(layer, torch.float32)})
+            with mvtorch.observe(network, lambda *_: None) if observed else nullcontext():
+                network[name](x)
+        assert (len(fused), len(enlarged)) == (1, observed)
+
+
+@pytest.mark.parametrize("channels", [64, winograd._LEAST_CHANNELS])
+def test_upsampling_makes_no_map_with_every_pixel_four_times(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, enlarged = packed(Upsample(channels), torch.float32), counted(monkeypatch, nn.functional, "interpolate")
+    assert layer(pictures(1, channels, 3, 3)).shape == (1, channels, 6, 6)
+    assert not enlarged
+
+
+def test_small_maps_and_convolutions_of_points_are_products_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = counted(monkeypatch, mvtorch.packed_convolutions, "linear")
+    for kernel, stride, side, expected in ((3, 1, 4, 1), (3, 1, 5, 0), (3, 2, 4, 0), (1, 1, 20, 1)):
+        layer = packed(nn.Conv2d(24, 64, kernel, stride=stride, padding=kernel // 2), torch.float32)
+        layer(pictures(2, 24, side, side))
+        assert len(products) == expected
+        products.clear()
+
+
+def test_kernels_are_not_packed_where_another_layout_may_be_wanted_for_other_maps() -> None:
+    widths = {64: True, 128: True, 192: False, 320: True, 384: False, 48: False}
+    assert {width: packed(nn.Conv2d(16, width, 3, padding=1), torch.float32).packed.is_mkldnn for width in widths} == widths
+
+
+def test_a_norm_writes_over_its_input_only_if_it_may() -> None:
+    norm, x = GroupNorm(8, 128, eps=1e-5), pictures(1, 128, 32, 32)
+    given = x.clone()
+    assert cpu_norms.norm_silu(norm, x).data_ptr() != x.data_ptr() and torch.equal(x, given)
+    assert cpu_norms.norm_silu(norm, x, overwrite=True).data_ptr() == x.data_ptr()
+
+
 @pytest.mark.parametrize("size", [(3, 70), (70, 70), (65, 62)])
 def test_the_last_convolution_is_in_float32(size: tuple[int, int]) -> None:
     conv, x = Float32Conv2d(24, 3, 3, padding=1), pictures(2, 24, *size).bfloat16()
@@ -208,6 +258,26 @@ def test_shifted_attention_is_for_processors_whose_kernel_is_slow(monkeypatch: p
         assert cpu_attention.is_for(q, q) is wanted
         assert not cpu_attention.is_for(q, few)
         assert not cpu_attention.is_for(q.float(), q.float())
+
+
+def test_attention_takes_the_way_that_is_for_its_dtype_and_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    shifted, wide = (counted(monkeypatch, *each) for each in ((cpu_attention, "shifted_attention"), (widened, "attention")))
+    x = torch.zeros(1, 1, 300, 8)
+    for instructions, dtype, expected in (
+        ("AVX-512", torch.bfloat16, (1, 0)),
+        ("AMX", torch.bfloat16, (0, 0)),
+        (None, torch.bfloat16, (0, 1)),
+        ("AVX-512", torch.float16, (0, 1)),
+        ("AVX-512", torch.float32, (0, 0)),
+    ):
+        monkeypatch.setattr("mvshared.precision.bfloat16_instructions", lambda instructions=instructions: instructions)
+        attention(*[x.to(dtype)] * 3, options=FUSED)
+        assert (len(shifted), len(wide)) == expected
+        shifted.clear()
+        wide.clear()
+        attention(*[x.to(dtype)] * 3, options=FUSED, causal=True)
+        assert not shifted
+        wide.clear()
 
 
 @NETWORKS
@@ -348,6 +418,7 @@ def test_loaded_networks_are_packed_and_have_no_weights_to_save() -> None:
     unet = load_network(read_model_config(folder).unet, weight_files(folder, "unet"), dtype="float32", device="cpu")
     assert not any(isinstance(layer, PackedLinear | PackedConv2d) for layer in unet.modules())
     assert "conv_in.weight" in unet.state_dict()
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)  # as pictures are, or each call would copy
 
 
 def test_a_vae_that_is_loaded_alone_is_packed_too() -> None:
