@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvmlx
 import mvtorch
+from benchmarks.operations import primitives
 from mvshared.backend import load
 from mvshared.pipeline import Pipeline
 from mvtorch.model import MultiViewModel
@@ -51,6 +52,14 @@ def test_cameras_times_and_tokens_are_embedded_once_for_every_mixture_of_branche
     assert len(keys) > 4
     assert {counts[name] for name in keys} == {2}
     assert counts["unet"] == 4
+
+
+def test_mlx_computes_what_is_constant_before_the_first_step() -> None:
+    condition = random_conditions(pipeline_of("mlx").model, timesteps=[998.0])
+    found = condition.constants
+    attended = [array for blocks in found.cross for each in blocks for kv in each if kv is not None for array in kv]
+    assert len(attended) > 4
+    assert primitives(*attended, found.camera, found.reference) == {}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,35 @@ def test_a_kernel_that_cannot_be_built_is_told_once_and_done_without(monkeypatch
         assert len(told) == 1
     finally:
         mvmlx.group_norm._works.cache_clear()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, float]]:
+    """The plain path in the place of the kernel, with a factor of its result by dtype."""
+    factors: dict[Any, float] = {mx.float32: 1.0, mx.float16: 1.0}
+
+    def fused(x: mx.array, weight: mx.array, bias: mx.array, **options: Any) -> mx.array:
+        return factors[x.dtype] * group_norm(x, weight, bias, **options)
+
+    monkeypatch.setattr(mvmlx.group_norm, "on_metal", lambda: True)
+    monkeypatch.setattr(mvmlx.group_norm, "fused_group_norm", fused)
+    monkeypatch.delenv("MVMLX_METAL_KERNELS", raising=False)
+    mvmlx.group_norm._works.cache_clear()
+    yield factors
+    mvmlx.group_norm._works.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_kernel_that_gives_something_else_is_told_and_done_without(dtype: str, kernels: dict[Any, float]) -> None:
+    kernels[getattr(mx, dtype)] = 1.05
+    with pytest.warns(MvWarning, match=f"without a Metal kernel: its result in mlx.core.{dtype} is wrong"):
+        assert not mvmlx.group_norm.usable(mx.ones((1, 2)))
+
+
+def test_the_kernel_is_for_the_dtypes_that_it_was_tried_in(kernels: dict[Any, float]) -> None:
+    expected = {mx.float32: True, mx.float16: True, mx.bfloat16: False}
+    assert {dtype: mvmlx.group_norm.usable(mx.ones((1, 2), dtype)) for dtype in expected} == expected
+    assert not mvmlx.group_norm.usable(mx.zeros((0, 2)))
 
 
 def test_the_environment_turns_the_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import BACKENDS, Backend, assert_close
+from helpers import BACKENDS, Backend, assert_close, random_conditions
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -21,6 +21,8 @@ from upscalers import write_tiny_models
 
 import mvshared.commands.generate
 import mvshared.pipeline
+from benchmarks.operations import primitives
+from mvmlx.attention import attention
 from mvshared import process_memory
 from mvshared.attention import AttentionOptions
 from mvshared.backend import load
@@ -107,6 +109,42 @@ def test_every_plan_gives_the_views_of_the_plain_one(backend: Backend, name: str
     assert views.parameters.memory == PLANS[name]
     assert_close(views.latents, expected.latents, rms=2e-5)
     assert np.abs(views.images.astype(int) - expected.images).max() <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_vae_computes_in_the_tiles_of_the_plan(backend: Backend) -> None:
+    pipe, sides = pipeline(backend), dict[str, int]()
+    pipe.memory = PLANS["the VAE in tiles"]
+
+    def look(name: str, array: Any, seconds: float) -> None:
+        if name in ("vae.encoder.conv_in", "vae.decoder.conv_out"):
+            sides[name] = max(sides.get(name, 0), *array.shape[1:3])
+
+    with pipe.model.observe(look):
+        generate(pipe, views=1)
+    assert sides == dict.fromkeys(("vae.encoder.conv_in", "vae.decoder.conv_out"), 16 + 2)  # with the pixels beside a tile
+
+
+def test_mlx_has_computed_the_branches_one_after_the_other_where_memory_is_spared() -> None:
+    """It puts all of them together otherwise, and would have them in memory at the same time."""
+    model: Any = pipeline("mlx").model
+    condition = random_conditions(model)
+    x, left = model.from_numpy(np.ones((2, 8, 8, 4), np.float32)), dict[bool, set[str]]()
+    for together in (True, False):
+        with model.planned(MemoryPlan(branches_at_once=together)):
+            left[together] = set(primitives(*model.guided(x, 500.0, condition, [-2.0, 3.0])))
+    assert "Convolution" in left[True] and "Convolution" not in left[False]
+
+
+def test_mlx_has_a_dozen_slices_of_attention_in_memory_however_many_there_are() -> None:
+    count, rows = 2048, 32
+    q, k, v = (mx.random.normal((1, 1, count, 8), key=mx.random.key(seed)) for seed in range(3))
+    mx.eval(q, k, v)
+    slice_bytes = 4 * count * rows
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(attention(q, k, v, options=AttentionOptions(implementation="sliced", budget_bytes=slice_bytes)))
+    assert mx.get_peak_memory() - before < 14 * slice_bytes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

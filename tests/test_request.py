@@ -59,6 +59,7 @@ def test_its_size_counts_what_memory_depends_on() -> None:
     size = request_of(image=[BUSY, BUSY], views=3, guidance=1.0).size
     assert (size.views, size.size_px, size.pictures, size.branches, size.texts, size.normals) == (3, 32, 2, 1, 0, False)
     assert request_of(guidance=2.0).size.branches == 2
+    assert request_of(guidance=2.0, guidance_interval=(0.5, 1.0), steps=4).size.branches == 2
 
 
 LOOKING = replace(TINY_MODEL, framing=Framing(mode="subject"))
