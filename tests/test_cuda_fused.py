@@ -80,6 +80,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> PlainKernels:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
+    monkeypatch.setattr(cpu_norms, "is_for", lambda x: False)  # the CPU stands for a GPU
     monkeypatch.setattr(cuda_fused, "_kernels", lambda: kernels)
     monkeypatch.setattr(cuda_fused, "_on_device", lambda x: True)
     monkeypatch.setattr(cuda_fused, "_capturing", lambda: False)
@@ -196,8 +197,7 @@ def blocks_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(ours, layer(given).detach(), rms=1e-6)
 
 
-def test_the_first_call_of_a_kernel_is_checked_once(kernels: PlainKernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_norms, "is_for", lambda x: False)  # the CPU stands for a GPU
+def test_the_first_call_of_a_kernel_is_checked_once(kernels: PlainKernels) -> None:
     norm, x = GroupNorm(8, 16, eps=1e-5), pictures(2, 16, 9, 8)
     with torch.no_grad():
         for _ in range(2):

@@ -40,7 +40,7 @@ from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.precision import SLOW_AVX512
 from mvtorch import cpu_attention, cpu_norms, widened, winograd
 from mvtorch.attention import attention
-from mvtorch.layers import FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
+from mvtorch.layers import AdaGroupNorm, FeedForward, Float32Conv2d, GroupNorm, ResnetBlock, Upsample
 from mvtorch.model import load_network, packing_bytes
 from mvtorch.packed import PackedFeedForward, PackedLinear, pack_network
 from mvtorch.packed_convolutions import PackedConv2d, PackedUpsample
@@ -202,6 +202,34 @@ def test_norms_are_exact_whatever_the_mean(shape: tuple[int, ...], mean: float, 
     assert out.dtype == dtype
     assert_close(out, nn.functional.group_norm(x.double(), 8, norm.weight.double(), norm.bias.double(), 1e-5), rms=rms)
     assert_close(cpu_norms.norm_silu(norm, x.clone(), overwrite=True), nn.functional.silu(expected), rms=2 * rms)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 3.0, 30.0, 3e3])
+@pytest.mark.parametrize("shape", [(4, 160, 16, 16), (2, 24, 5, 7), (1, 24, 1, 9), (3, 64, 1, 1)])
+def test_norms_of_small_maps_are_exact_whatever_the_mean(shape: tuple[int, ...], mean: float) -> None:
+    x = mean + pictures(*shape)
+    plain = nn.functional.group_norm(x.double(), 8, eps=1e-5)
+    norm, scaled = GroupNorm(8, shape[1], eps=1e-5), AdaGroupNorm(8, shape[1], embed_dim=16, eps=1e-5)
+    norm.weight.copy_(1 + normal(shape[1]) / 4)
+    norm.bias.copy_(normal(shape[1], seed=1))
+    emb = normal(shape[0], 16)
+    scale, shift = (each.double()[:, :, None, None] for each in scaled.scale_shift(emb))
+    assert cpu_norms.is_for(x)
+    expected = plain * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+    assert_close(norm(x), expected, rms=2e-6)
+    assert_close(cpu_norms.norm_silu(norm, x.clone(), overwrite=True), nn.functional.silu(expected), rms=2e-6)
+    assert_close(scaled(x, emb), plain * scale + shift, rms=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 8, 12), (2, 24, 1, 9), (3, 64, 1, 1)])
+def test_norms_of_small_maps_take_any_memory(shape: tuple[int, ...]) -> None:
+    norm, x, (n, c, _, width) = GroupNorm(8, shape[1], eps=1e-5), pictures(*shape), shape
+    others = [x.contiguous(), torch.cat([x, x], dim=1)[:, :c], x.repeat_interleave(2, dim=3)[..., ::2]]
+    if n == 1:
+        others.append(x.as_strided(shape, (c, 1, width * c, c)))  # of views that slices of batches leave
+    for other in others:
+        assert torch.equal(other, x)
+        assert_close(norm(other), norm(x), rms=1e-6)
 
 
 def test_norms_and_blocks_leave_what_is_observed_and_their_input_alone() -> None:

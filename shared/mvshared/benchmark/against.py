@@ -26,6 +26,8 @@ RECORDED_WARM_UP = 3  # the second call on CUDA is recorded
 # Relative RMS that rounding explains between two orders of computing a guided step or a picture.
 AGREE: dict[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
+DIFFUSERS_PIXELS_ON_CPU = 2**15  # of pictures that diffusers' VAE computes together
+
 
 def diffusers_work(
     *,
@@ -45,8 +47,8 @@ def diffusers_work(
     part = "unet" if call == "step" else "vae"
     source: Any = found.config if found.folder is None else found.folder
     loaded = module.DiffusersModel(source, dtype=dtype, device=device, parts=[part], layout=layout)
-    if loaded.device != "cpu":
-        loaded.vae_batch = views  # what is fastest there; on a CPU, one view at a time is
+    # What is fastest for it: on a CPU one view at a time, and two of small ones.
+    loaded.vae_batch = views if loaded.device != "cpu" else max(1, DIFFUSERS_PIXELS_ON_CPU // size_px**2)
     if compiled is not None:
         loaded.compile(compiled)
     work = step_of(loaded, views=views, size_px=size_px, guided=guided) if call == "step" else None

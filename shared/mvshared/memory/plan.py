@@ -44,15 +44,17 @@ PLAIN = MemoryPlan()
 SLICED = AttentionOptions(implementation="sliced", budget_bytes=2**26)
 CACHE_BYTES = 2**28
 VAE_PIXELS = 2**20  # of pictures that the VAE computes together: four of 512 x 512
-VAE_PIXELS_ON_CPU = 2**16  # what stays in the cache: more take longer
+VAE_PIXELS_ON_CPU = 2**16  # one of 256 x 256, what stays in the cache: more take longer
 
 
 def vae_batch(plan: MemoryPlan, backend: BackendName, device: str, *, pixels: int) -> int:
-    """How many pictures of so many pixels the VAE computes together: on CUDA, where one alone leaves much of the device idle,
-    as many as VAE_PIXELS allow, unless memory is to be spared; one elsewhere."""
-    if backend != "torch" or not device.startswith("cuda") or not plan.networks_at_once or plan.vae_tile is not None:
+    """How many pictures of so many pixels the VAE of PyTorch computes together, unless memory is to be spared: on CUDA, where
+    one alone leaves much of the device idle, as many as VAE_PIXELS allow, and on a CPU, where small ones cost more calls than
+    arithmetic, as many as VAE_PIXELS_ON_CPU do. One elsewhere."""
+    most = {"cuda": VAE_PIXELS, "cpu": VAE_PIXELS_ON_CPU}.get(device.partition(":")[0], 0) if backend == "torch" else 0
+    if not plan.networks_at_once or plan.vae_tile is not None:
         return 1
-    return max(1, VAE_PIXELS // max(1, pixels))
+    return max(1, most // max(1, pixels))
 
 
 def dataset_batch(device: str, *, pixels: int) -> int:
