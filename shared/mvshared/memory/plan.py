@@ -51,9 +51,9 @@ def vae_batch(plan: MemoryPlan, backend: BackendName, device: str, *, pixels: in
     """How many pictures of so many pixels the VAE of PyTorch computes together, unless memory is to be spared: on CUDA, where
     one alone leaves much of the device idle, as many as VAE_PIXELS allow, and on a CPU, where small ones cost more calls than
     arithmetic, as many as VAE_PIXELS_ON_CPU do. One elsewhere."""
-    most = {"cuda": VAE_PIXELS, "cpu": VAE_PIXELS_ON_CPU}.get(device.partition(":")[0], 0) if backend == "torch" else 0
-    if not plan.networks_at_once or plan.vae_tile is not None:
+    if backend != "torch" or not plan.networks_at_once or plan.vae_tile is not None:
         return 1
+    most = {"cuda": VAE_PIXELS, "cpu": VAE_PIXELS_ON_CPU}.get(device.partition(":")[0], 0)
     return max(1, most // max(1, pixels))
 
 
