@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from email.message import Message
@@ -101,6 +102,14 @@ def test_the_wheel_holds_the_demo_model(wheel: Path) -> None:
     assert demo.get(".safetensors", 0) > 100_000
     assert demo.get(".json", 0) > 0
     assert demo.get(".md", 0) > 0
+
+
+def test_the_source_distribution_holds_what_its_pages_lead_to(wheel: Path) -> None:
+    [source] = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {*BUILD_FILES, "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "docs/index.md", "tests/conftest.py"} <= names
+    assert not {name for name in names if name.startswith((".git/", ".venv", ".hypothesis", "out/"))}
 
 
 def test_the_wheel_says_its_version_licence_and_python(wheel: Path) -> None:
