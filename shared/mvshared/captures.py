@@ -169,29 +169,21 @@ def write_capture(
     if rgba.dtype != np.uint8 or rgba.ndim != 4 or rgba.shape[-1] != 4 or len(rgba) != len(checked):
         raise OptionError("rgba", expected=f"uint8 ({len(checked)}, h, w, 4)", got=(rgba.dtype.name, rgba.shape))
     views, height, width = rgba.shape[:3]
-    pictures = {f"view_{index:03}.png": picture for index, picture in enumerate(rgba)}
-    normal_names = None
-    if normals is not None:
-        if normals.dtype != np.uint8 or normals.shape not in (rgba.shape, (*rgba.shape[:3], 3)):
-            raise OptionError(
-                "normals", expected=f"uint8 {rgba.shape} or with 3 channels", got=(normals.dtype.name, normals.shape)
-            )
-        normal_names = [f"normal_{index:03}.png" for index in range(views)]
-        pictures |= dict(zip(normal_names, normals, strict=True))
-    detail_names = None
-    if detail is not None:
-        if detail.dtype != np.uint8 or detail.shape != rgba.shape[:3]:
-            raise OptionError("detail", expected=f"uint8 {rgba.shape[:3]}", got=(detail.dtype.name, detail.shape))
-        detail_names = [f"detail_{index:03}.png" for index in range(views)]
-        pictures |= dict(zip(detail_names, detail, strict=True))
+    if normals is not None and (normals.dtype != np.uint8 or normals.shape not in (rgba.shape, (*rgba.shape[:3], 3))):
+        raise OptionError("normals", expected=f"uint8 {rgba.shape} or with 3 channels", got=(normals.dtype.name, normals.shape))
+    if detail is not None and (detail.dtype != np.uint8 or detail.shape != rgba.shape[:3]):
+        raise OptionError("detail", expected=f"uint8 {rgba.shape[:3]}", got=(detail.dtype.name, detail.shape))
+    names = {kind: [f"{kind}_{index:03}.png" for index in range(views)] for kind in ("view", "normal", "detail")}
+    maps = {kind: each for kind, each in (("view", rgba), ("normal", normals), ("detail", detail)) if each is not None}
+    pictures = {name: picture for kind, each in maps.items() for name, picture in zip(names[kind], each, strict=True)}
     document = transforms(
         checked,
         width_px=width,
         height_px=height,
         fov_deg=fov_deg,
-        file_names=[f"view_{index:03}.png" for index in range(views)],
-        normal_names=normal_names,
-        detail_names=detail_names,
+        file_names=names["view"],
+        normal_names=names["normal"] if "normal" in maps else None,
+        detail_names=names["detail"] if "detail" in maps else None,
     )
 
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")

@@ -162,10 +162,8 @@ def evaluate(
     model, size_px = pipeline.model, pipeline.model.config.defaults.size_px
     if not model.config.unet.takes_pictures:
         raise OptionError("model", expected="one that takes a picture: views of heads are compared", got=pipeline.name)
-    measured: dict[str, list[NDArray[np.float64]]] = {
-        name: [] for name, field in Evaluation.__dataclass_fields__.items() if field.type in (Summary, Summary | None)
-    }
-    rows = []
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "spacing": spacing, "seed": seed}
+    rows, measured = [], list[dict[str, NDArray[np.float64]]]()
     for identity in tqdm(identities, desc="evaluating", unit="head", disable=None):
         subject = held_out_subject(identity, size_px=size_px, views=views)
         runs = [
@@ -173,46 +171,20 @@ def evaluate(
                 subject.reference,
                 cameras=subject.cameras[at : at + together],
                 normals=list(subject.normals[at : at + together]) if normals else None,
-                steps=steps,
-                guidance=guidance,
-                scheduler=scheduler,
-                spacing=spacing,
-                seed=seed,
+                **options,
             )
             for at in range(0, views, together)
         ]
-        generated, reference = np.concatenate([run.images for run in runs]), runs[0].reference
-        truth = composite(subject.truth)
-        copies = np.repeat(composite(subject.reference)[None], len(truth), axis=0)
+        generated, reference, truth = np.concatenate([run.images for run in runs]), runs[0].reference, composite(subject.truth)
         decoded = from_model(model.decode(model.encode_latents(to_model(truth))))
-        measured["psnr_db"].append(psnr(generated, truth))
-        measured["ssim"].append(ssim(generated, truth))
-        silhouettes, true_silhouettes = (background_mask(x, background=(255, 255, 255)) for x in (generated, truth))
-        measured["silhouette_iou"].append(iou(silhouettes, true_silhouettes))
-        measured["copy_psnr_db"].append(psnr(copies, truth))
-        measured["copy_ssim"].append(ssim(copies, truth))
-        measured["vae_psnr_db"].append(psnr(decoded, truth))
-        measured["vae_ssim"].append(ssim(decoded, truth))
-        for prefix, pictures in (("", generated), ("copy_", copies), ("vae_", decoded)):
-            for name, metric, mask in (
-                ("face_psnr_db", psnr, subject.face),
-                ("eye_contrast", contrast, subject.eyes),
-                ("mouth_contrast", contrast, subject.mouth),
-            ):
-                seen = mask.any(axis=(1, 2))
-                values = metric(pictures[seen], truth[seen], mask=mask[seen]) if seen.any() else NONE
-                measured[prefix + name].append(values)
+        found = _compared(subject, generated, truth, decoded)
         if normals:
-            measured["normals_iou"].append(iou(silhouettes, alpha_mask(subject.normals)))
-        near = views >= 360 / MAX_ANGLE_DEG  # else no two views show a common surface
-        for prefix, pictures in (("", generated), ("truth_", truth), ("copy_", copies)) if near else ():
-            found = consistency(pictures, subject.cameras, fov_deg=DEFAULT_FOV_DEG, depth=subject.depth).views
-            for name in ("psnr_db", "ssim"):
-                values = [value for figures in found if (value := getattr(figures, name)) is not None]
-                measured[f"{prefix}consistency_{name}"].append(np.asarray(values, np.float64))
+            found["normals_iou"] = iou(_silhouettes(generated), alpha_mask(subject.normals))
+        measured.append(found)
         assert reference is not None
         rows.append(np.concatenate([reference[None], generated, truth]))
-    numbers = {name: np.concatenate(values) if values else NONE for name, values in measured.items()}
+    names = [name for name, field in Evaluation.__dataclass_fields__.items() if field.type in (Summary, Summary | None)]
+    numbers = {name: np.concatenate([found.get(name, NONE) for found in measured]) for name in names}
     summaries: dict[str, Any] = {name: summary(values) if values.size else None for name, values in numbers.items()}
     made, true = (np.stack([row[first : first + views] for row in rows]) for first in (1, 1 + views))
     return Evaluation(
@@ -223,6 +195,36 @@ def evaluate(
         rows=tuple(rows),
         **summaries,
     )
+
+
+def _compared(
+    subject: Subject, generated: NDArray[np.uint8], truth: NDArray[np.uint8], decoded: NDArray[np.uint8]
+) -> dict[str, NDArray[np.float64]]:
+    """The figures of a head by the names of `Evaluation`, of the views that have them: of generated views uint8 (v, h, w, 3),
+    of the reference in their place, and of what the VAE makes of the truth, all against the truth."""
+    views, copies = len(truth), np.repeat(composite(subject.reference)[None], len(truth), axis=0)
+    found: dict[str, NDArray[np.float64]] = {"silhouette_iou": iou(_silhouettes(generated), _silhouettes(truth))}
+    for prefix, pictures in (("", generated), ("copy_", copies), ("vae_", decoded)):
+        found |= {f"{prefix}psnr_db": psnr(pictures, truth), f"{prefix}ssim": ssim(pictures, truth)}
+        for name, metric, mask in (
+            ("face_psnr_db", psnr, subject.face),
+            ("eye_contrast", contrast, subject.eyes),
+            ("mouth_contrast", contrast, subject.mouth),
+        ):
+            seen = mask.any(axis=(1, 2))
+            found[prefix + name] = metric(pictures[seen], truth[seen], mask=mask[seen]) if seen.any() else NONE
+    near = views >= 360 / MAX_ANGLE_DEG  # else no two views show a common surface
+    for prefix, pictures in (("", generated), ("truth_", truth), ("copy_", copies)) if near else ():
+        figures = consistency(pictures, subject.cameras, fov_deg=DEFAULT_FOV_DEG, depth=subject.depth).views
+        for name in ("psnr_db", "ssim"):
+            values = [value for each in figures if (value := getattr(each, name)) is not None]
+            found[f"{prefix}consistency_{name}"] = np.asarray(values, np.float64)
+    return found
+
+
+def _silhouettes(pictures: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Where pictures (v, h, w, 3) over white show something, bool (v, h, w)."""
+    return background_mask(pictures, background=(255, 255, 255))
 
 
 def _rimmed(parts: NDArray[np.bool_]) -> NDArray[np.bool_]:
