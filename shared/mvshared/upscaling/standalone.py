@@ -117,25 +117,19 @@ def upscale_source(
     others. Raises OptionError, CheckpointError and OutputError before any long work, and NumericsError for latents that are not
     finite.
     """
-    given: dict[str, Any] = {"model": model, "backend": backend, "dtype": dtype, "device": device, "quantize": quantize}
-    given |= {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+    asked = _Asked(model, backend, dtype, device, quantize, prompt, negative_prompt, seed)
     for name in UNUSED.get(options.method, ()):
-        if given[name] not in (None, "auto"):
-            raise OptionError(name, expected=f"left out with {options.method}, which has no use for it", got=given[name])
+        if (value := getattr(asked, name)) not in (None, "auto"):
+            raise OptionError(name, expected=f"left out with {options.method}, which has no use for it", got=value)
     run = source.run
     output = output or (source.paths[0] / UPSCALED if run else Path(f"{source.paths[0].stem}-{UPSCALED}"))
     check_source(output, source.paths)
     check_free(output, force=force)
     if run is not None:
-        model = model or run.model
-        if backend in ("auto", run.backend):  # another backend has other devices
-            dtype, device = dtype or run.dtype, run.device if device == "auto" else device
-            backend = run.backend
-        seed = run.seed if seed is None else seed
-        quantize = quantize or (preset_of(run.quantization) if options.method == "sd-x2" else None)
-    seed = whole("seed", 0 if seed is None else seed, 0, MAX_SEED)
-    parse_dtype(dtype, default="float32")
-    networks = _load(source, options, model, backend=backend, dtype=dtype, device=device, quantize=quantize)
+        asked = _completed(asked, run, method=options.method)
+    seed = whole("seed", 0 if asked.seed is None else asked.seed, 0, MAX_SEED)
+    parse_dtype(asked.dtype, default="float32")
+    networks = _load(source, options, asked)
     planned, codec, upscaler, latents = networks.planned, networks.codec, networks.upscaler, source.latents
     if upscaler is not None:
         upscaler.check_prompts(prompt, negative_prompt)
@@ -164,7 +158,7 @@ def upscale_source(
         "seed": None if upscaler is None else seed,
         "prompt": prompt,
         "negative_prompt": negative_prompt,
-        "model": model,
+        "model": asked.model,
         "backend": None if codec is None else codec.backend,
         "device": None if codec is None else codec.device,
         "dtype": None if codec is None else codec.dtype,
@@ -174,8 +168,33 @@ def upscale_source(
     }
     files = [] if codec is None else codec.weight_files
     for each in networks.models:
-        check_still_loaded(each.weight_stamps, each.weight_files, path=str(planned.upscaler or model))
+        check_still_loaded(each.weight_stamps, each.weight_files, path=str(planned.upscaler or asked.model))
     return _save(output, upscaled, source, planned, document, files=files, force=force)
+
+
+class _Asked(NamedTuple):
+    """Arguments of `upscale_source`: what is None or auto is left to the run."""
+
+    model: str | None
+    backend: str
+    dtype: str | None
+    device: str
+    quantize: str | None
+    prompt: str | None
+    negative_prompt: str | None
+    seed: int | None
+
+
+def _completed(asked: _Asked, run: Parameters, *, method: str) -> _Asked:
+    """With what the run had, but for the texts: not all upscalers take them."""
+    if asked.backend in ("auto", run.backend):  # another backend has other devices
+        device = run.device if asked.device == "auto" else asked.device
+        asked = asked._replace(backend=run.backend, dtype=asked.dtype or run.dtype, device=device)
+    return asked._replace(
+        model=asked.model or run.model,
+        quantize=asked.quantize or (preset_of(run.quantization) if method == "sd-x2" else None),
+        seed=run.seed if asked.seed is None else asked.seed,
+    )
 
 
 class _Networks(NamedTuple):
@@ -192,30 +211,22 @@ class _Networks(NamedTuple):
         return [each for each in (self.codec, None if self.upscaler is None else self.upscaler.model) if each is not None]
 
 
-def _load(
-    source: Source,
-    options: UpscaleOptions,
-    model: str | None,
-    *,
-    backend: str,
-    dtype: str | None,
-    device: str,
-    quantize: str | None,
-) -> _Networks:
+def _load(source: Source, options: UpscaleOptions, asked: _Asked) -> _Networks:
     """The networks that the options ask for. Raises OptionError and CheckpointError."""
     if options.method == "lanczos":
         if source.images is None:
             raise OptionError("upscale", expected="bilinear or sd-x2 for latents", got="lanczos")
         return _Networks(UpscaleParameters(method="lanczos"))
-    run, folder, chosen = source.run, _vae_folder(options, model), choose_backend(backend)
-    vae, used = read_vae_config(folder), chosen_dtype(dtype, backend=chosen, device=device)
+    run, folder, chosen = source.run, _vae_folder(options, asked.model), choose_backend(asked.backend)
+    place: dict[str, Any] = {"dtype": asked.dtype, "device": asked.device}
+    vae, used = read_vae_config(folder), chosen_dtype(asked.dtype, backend=chosen, device=asked.device)
     memory = _memory_of(run, options, backend=chosen, dtype=used)
     options = replace(options, low_memory=not memory.networks_at_once)
     planned = plan_upscale(options, vae=vae, latent_size=_latent_size(source, vae), backend=chosen, dtype=used)
     planned = replace(planned, memory=None if run is None or memory == run.memory else memory)
-    codec = importlib.import_module(f"{PACKAGES[chosen]}.upscaling").load_latent_model(folder, dtype=dtype, device=device)
+    codec = importlib.import_module(f"{PACKAGES[chosen]}.upscaling").load_latent_model(folder, **place)
     at_once = memory.networks_at_once
-    upscaler = load_planned(planned, backend=backend, dtype=dtype, device=device, quantize=quantize, at_once=at_once)
+    upscaler = load_planned(planned, backend=asked.backend, quantize=asked.quantize, at_once=at_once, **place)
     return _Networks(planned, memory, codec, upscaler)
 
 
