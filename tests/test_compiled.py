@@ -122,8 +122,14 @@ def test_which_macs_compile(monkeypatch: pytest.MonkeyPatch, name: str, chosen: 
     assert worth_compiling() is expected
 
 
-def test_the_cpu_does_not_compile(tmp_path: Path) -> None:
+def test_without_metal_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MVMLX_COMPILE", raising=False)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     assert not worth_compiling()
+
+
+def test_the_cpu_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MVMLX_COMPILE", "1")  # as on a Mac with an M3
     model: Any = load(write_tiny_model(tmp_path), backend="mlx", device="cpu").model
     assert not model._compiled.worthwhile
 
