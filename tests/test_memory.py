@@ -1,7 +1,9 @@
 """Memory: runs with less of it give the same views, keep to their budget or refuse it, and take what was estimated."""
 
+import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -609,10 +611,31 @@ def test_an_estimate_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--estimate needs a MODEL" in capsys.readouterr().err
 
 
+class LikeMacOS:
+    """Stands for the C library there."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+
+    def proc_pid_rusage(self, process: int, flavor: int, usage: Any) -> int:
+        assert (process, flavor, ctypes.sizeof(usage)) == (os.getpid(), 0, 96)
+        ctypes.memmove(ctypes.addressof(usage) + 72, (1234).to_bytes(8, "little"), 8)  # ri_phys_footprint
+        return self.answer
+
+
+def test_on_a_mac_what_is_taken_now_counts_and_not_the_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(process_memory, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: LikeMacOS(0))
+    assert process_memory.resident() == process_bytes("gpu") == 1234
+
+
 @pytest.mark.parametrize(("platform", "peak"), [("darwin", 5000), ("freebsd14", 1024 * 5000), ("win32", 0)])
-def test_where_the_system_does_not_say_what_is_resident_the_most_that_ever_was_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, peak: int
+@pytest.mark.parametrize("library", [LikeMacOS(-1), None])
+def test_where_the_system_does_not_say_what_is_taken_the_most_that_ever_was_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, peak: int, library: Any
 ) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     usage = SimpleNamespace(ru_maxrss=5000)
     monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage))
     monkeypatch.setattr(process_memory, "_STATUS", tmp_path / "none")
