@@ -72,7 +72,7 @@ class LatentModel:
         before, self.plan = self.plan, plan
         if before.networks_at_once and not plan.networks_at_once:
             self.release()
-        with on_device(self.device), memory_limits(self.device, plan.cache_bytes):
+        with on_device(self.device), memory_limits(self.device, plan.cache_bytes, plan.memory_bytes):
             try:
                 with self.networks.watched(plan.attach):
                     yield

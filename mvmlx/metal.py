@@ -3,10 +3,12 @@
 import os
 import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
+
+from mvshared.process_memory import resident
 
 CACHE_BYTES = 2 * 10**9  # several times what a step frees; without a limit MLX keeps freed memory until the machine swaps
 
@@ -29,22 +31,37 @@ def worth_compiling() -> bool:
 
 
 @contextmanager
-def memory_limits(device: str, cache_bytes: int | None) -> Iterator[None]:
+def memory_limits(device: str, cache_bytes: int | None = None, memory_bytes: int | None = None) -> Iterator[None]:
     """Within the context, at most `cache_bytes` of freed memory are kept for later, None for CACHE_BYTES on Metal and all
-    elsewhere; and on Metal what is in use is wired, so that macOS does not page out weights between two steps."""
+    elsewhere. On Metal MLX waits where it would run ahead until the process takes more than `memory_bytes`, None for MLX's
+    arrays as far as the system recommends; and what is in use is wired up to there, so that macOS does not page out weights
+    between two steps.
+
+    MLX's limit refuses nothing: beyond it, freed memory is given back, and an operation begins when those before it are done.
+    """
     metal = device == "gpu" and mx.metal.is_available()
-    if cache_bytes is None and metal:
-        cache_bytes = CACHE_BYTES
-    cache = None if cache_bytes is None else mx.set_cache_limit(cache_bytes)
-    wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"])) if metal and _can_wire() else None
-    try:
+    with ExitStack() as stack:
+
+        def limit(set_limit: Callable[[int], int], size: int) -> None:
+            stack.callback(set_limit, set_limit(size))
+
+        if cache_bytes is not None or metal:
+            limit(mx.set_cache_limit, CACHE_BYTES if cache_bytes is None else cache_bytes)
+        if metal:
+            most = int(mx.device_info()["max_recommended_working_set_size"])
+            if memory_bytes is not None:
+                most = min(most, max(0, memory_bytes - _other_bytes()))
+            limit(mx.set_memory_limit, most)
+            if _can_wire():
+                limit(mx.set_wired_limit, most)
+                # The memory of what still runs must stay wired.
+                stack.callback(lambda: mx.synchronize(mx.default_stream(mx.Device(mx.gpu))))
         yield
-    finally:
-        if wired is not None:
-            mx.synchronize(mx.default_stream(mx.Device(mx.gpu)))  # the memory of what still runs must stay wired
-            mx.set_wired_limit(wired)
-        if cache is not None:
-            mx.set_cache_limit(cache)
+
+
+def _other_bytes() -> int:
+    """What the process takes beside MLX's arrays: Python, libraries, pictures."""
+    return max(0, resident() - mx.get_active_memory() - mx.get_cache_memory())
 
 
 def _can_wire() -> bool:

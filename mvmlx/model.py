@@ -412,7 +412,7 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     vae.eval()
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        batch = dataset_batch(chosen, pixels=pixels.shape[1] * pixels.shape[2])
+        batch = dataset_batch("mlx", chosen, pixels=pixels.shape[1] * pixels.shape[2])
         with on_device(chosen):
             return to_numpy(vae.scale_latents(vae.encode(mx.array(pixels), batch=batch).mean))
 

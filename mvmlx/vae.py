@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from mvmlx.attention import SpatialAttention
 from mvmlx.convolutions import PointConv2d
+from mvmlx.device import evaluated
 from mvmlx.layers import Downsample, Float32Conv2d, GroupNorm, ResnetBlock, Upsample, run_block
 from mvmlx.norms import norm_silu
 from mvmlx.tiling import decode_in_tiles, encode_in_tiles
@@ -201,4 +202,5 @@ def _in_batches(function: Callable[[mx.array], mx.array], x: mx.array, batch: in
         raise OptionError("batch", expected="at least 1 or None", got=batch)
     if batch is None or batch >= len(x):
         return function(x)
-    return mx.concatenate([function(x[start : start + batch]) for start in range(0, len(x), batch)])
+    # Left to one evaluation, MLX would compute them side by side.
+    return mx.concatenate([evaluated(function(x[start : start + batch])) for start in range(0, len(x), batch)])

@@ -438,7 +438,7 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     load_weights(vae, paths, dtype="float32", device=chosen)
 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        batch = dataset_batch(chosen, pixels=pixels.shape[1] * pixels.shape[2])
+        batch = dataset_batch("torch", chosen, pixels=pixels.shape[1] * pixels.shape[2])
         with inference(chosen):
             moments = vae.encode(torch.tensor(np.ascontiguousarray(pixels), device=chosen), batch=batch)
             return to_numpy(vae.scale_latents(moments.mean))

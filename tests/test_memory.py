@@ -25,6 +25,7 @@ import mvshared.commands.generate
 import mvshared.pipeline
 from benchmarks.operations import primitives
 from mvmlx.attention import attention
+from mvmlx.vae import AutoencoderKL
 from mvshared import process_memory
 from mvshared.attention import AttentionOptions
 from mvshared.backend import load
@@ -34,7 +35,7 @@ from mvshared.errors import MemoryBudgetError, OptionError, TensorMismatchError
 from mvshared.memory.activations import costs_of
 from mvshared.memory.budget import MemoryOptions, fit, memory_options
 from mvshared.memory.estimate import RunSize, estimate, model_size, process_bytes
-from mvshared.memory.plan import PLAIN, MemoryPlan, plans, vae_batch
+from mvshared.memory.plan import PLAIN, MemoryPlan, dataset_batch, plans, vae_batch
 from mvshared.networks import Networks
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.repetition import repeat
@@ -489,6 +490,91 @@ def test_a_budget_takes_the_fastest_plan_that_fits(public: Any) -> None:
         chosen = fit(public, run, MemoryOptions(budget_bytes=peak), process_bytes=0).plan
         assert chosen == next(each for each in allowed if estimate(public, run, each).peak_bytes <= peak)
     assert fit(public, run, MemoryOptions(budget_bytes=2**40), process_bytes=0).plan == PLAIN
+
+
+def test_mlx_on_a_gpu_is_held_to_the_budget_but_for_an_operation_s_memory(public: Any) -> None:
+    size = replace(public, backend="mlx", device="gpu", dtype="float16")
+
+    def allowed(size: Any, **options: Any) -> tuple[int | None, int]:
+        fitted = fit(size, RUN, MemoryOptions(**options), process_bytes=3 * 10**8)
+        largest = max(stage.activations_bytes for stage in fitted.estimate.stages)
+        return fitted.plan.memory_bytes, fitted.estimate.peak_bytes - largest
+
+    held, least = allowed(size, low_memory=True)
+    assert held == least
+    held, least = allowed(size, budget_bytes=50 * 10**9)
+    assert held is not None and 40 * 10**9 < held < 50 * 10**9 - RUN.size_px**2
+    assert (
+        allowed(size)[0]
+        is allowed(replace(size, device="cpu"), low_memory=True)[0]
+        is allowed(public, low_memory=True)[0]
+        is None
+    )
+
+
+def test_plans_that_differ_in_how_far_mlx_runs_ahead_are_equal() -> None:
+    assert replace(PLAIN, memory_bytes=10**9) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "pictures", "side", "transformed"),
+    [
+        (320, 320, 4, 32, True),
+        (96, 160, 1, 64, True),
+        (96, 128, 1, 64, False),
+        (320, 328, 1, 64, False),
+        (316, 320, 1, 64, False),
+        (320, 320, 3, 32, False),
+    ],
+)
+def test_on_metal_wide_convolutions_of_large_maps_take_what_winograd_s_method_does(
+    inputs: int, outputs: int, pictures: int, side: int, transformed: bool
+) -> None:
+    """As `dispatch_conv_2D_gpu` and `winograd_conv_2D_gpu` of MLX's backend/metal/conv.cpp have it."""
+    layer: dict[str, Any] = {"pictures": pictures, "height": side, "width": side}
+    tiles = -(-side // 6)
+    filters, products = 64 * inputs * outputs, 64 * pictures * tiles**2 * (inputs + outputs)
+    arrays = pictures * (side**2 * (inputs + outputs) + (6 * tiles + 2) ** 2 * inputs) + filters + products
+    taken = costs_of("mlx", "gpu").convolution(inputs, outputs, **layer, number=4)
+    assert (taken == 4 * arrays) is transformed
+    assert transformed or taken == 4 * pictures * side**2 * (4 * inputs + outputs)
+    assert costs_of("mlx", "cpu").convolution(inputs, outputs, **layer, number=4) == (
+        pictures * side**2 * (4 * (4 * inputs + outputs) + 36 * inputs)
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "size_px", "together"),
+    [
+        ("mlx", "gpu", 256, 4),
+        ("mlx", "gpu", 1024, 1),
+        ("mlx", "cpu", 128, 4),
+        ("torch", "cuda", 256, 16),
+        ("torch", "cpu", 256, 1),
+    ],
+)
+def test_a_data_set_is_encoded_in_as_many_pictures_as_the_device_has_room_for(
+    backend: Backend, device: str, size_px: int, together: int
+) -> None:
+    assert dataset_batch(backend, device, pixels=size_px**2) == together
+
+
+def test_mlx_encodes_batches_one_after_the_other() -> None:
+    """A graph of all batches would be computed side by side, and take as much as all together."""
+    config = replace(SD_VAE, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
+    vae = AutoencoderKL(config)
+    vae.eval()
+    pixels = mx.random.normal((16, 64, 64, 3), key=mx.random.key(0))
+    mx.eval(vae.parameters(), pixels)
+
+    def peak_bytes(count: int) -> int:
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(vae.encode(pixels[:count], batch=1).mean)
+        return mx.get_peak_memory() - before
+
+    peak_bytes(1)
+    assert peak_bytes(16) < 1.5 * peak_bytes(1)
 
 
 def test_a_budget_that_is_too_small_is_refused_with_what_would_fit(public: Any) -> None:

@@ -1,6 +1,7 @@
 """Steps that are begun before the one before them is told of, and MLX's limits of memory within a run."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 from helpers import TINY_MODEL, write_tiny_model
 
+import mvmlx.latents
 import mvmlx.metal
 from mvmlx.metal import CACHE_BYTES, memory_limits
 from mvshared.backend import load
+from mvshared.memory.plan import MemoryPlan
 from mvshared.pipeline import Pipeline, Progress
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -86,11 +89,12 @@ class Limits:
     """Stands for MLX's limits on a Mac."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, macos: str) -> None:
-        self.cache, self.wired, self.events = 10**12, 7, []
+        self.cache, self.memory, self.wired, self.events = 10**12, 10**11, 7, []
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
         monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 2**34})
         monkeypatch.setattr(mvmlx.metal.platform, "mac_ver", lambda: (macos, ("", "", ""), "arm64"))
         monkeypatch.setattr(mx, "set_cache_limit", lambda limit: self.change("cache", limit))
+        monkeypatch.setattr(mx, "set_memory_limit", lambda limit: self.change("memory", limit))
         monkeypatch.setattr(mx, "set_wired_limit", lambda limit: self.change("wired", limit))
         monkeypatch.setattr(mx, "default_stream", lambda device: device)
         monkeypatch.setattr(mx, "synchronize", lambda stream: self.events.append(("synchronize", str(stream))))
@@ -104,14 +108,52 @@ class Limits:
 
 def test_a_run_on_metal_wires_its_memory_until_all_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = Limits(monkeypatch, macos="15.2")
-    with pytest.raises(KeyboardInterrupt), memory_limits("gpu", None):
-        assert (limits.cache, limits.wired) == (CACHE_BYTES, 2**34)
+    with pytest.raises(KeyboardInterrupt), memory_limits("gpu"):
+        assert (limits.cache, limits.memory, limits.wired) == (CACHE_BYTES, 2**34, 2**34)
         with memory_limits("gpu", 5):  # the upscaler's, within
-            assert (limits.cache, limits.wired) == (5, 2**34)
-        assert (limits.cache, limits.wired) == (CACHE_BYTES, 2**34)
+            assert (limits.cache, limits.memory, limits.wired) == (5, 2**34, 2**34)
+        assert (limits.cache, limits.memory, limits.wired) == (CACHE_BYTES, 2**34, 2**34)
         raise KeyboardInterrupt
-    assert (limits.cache, limits.wired) == (10**12, 7)
-    assert limits.events[-3][0] == "synchronize"
+    assert (limits.cache, limits.memory, limits.wired) == (10**12, 10**11, 7)
+    assert [name for name, _ in limits.events[-4:]] == ["synchronize", "wired", "memory", "cache"]
+
+
+@pytest.mark.parametrize(("memory_bytes", "left"), [(5 * 10**9, 5 * 10**9 - 3 * 10**8), (10**8, 0), (10**12, 2**34)])
+def test_on_metal_mlx_is_held_to_what_a_plan_leaves_it(monkeypatch: pytest.MonkeyPatch, memory_bytes: int, left: int) -> None:
+    limits = Limits(monkeypatch, macos="15.2")
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 2 * 10**9)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 10**9)
+    monkeypatch.setattr(mvmlx.metal, "resident", lambda: 33 * 10**8)  # 0.3 GB are none of MLX's arrays
+    with memory_limits("gpu", None, memory_bytes):
+        assert (limits.memory, limits.wired) == (left, left)
+    assert (limits.memory, limits.wired) == (10**11, 7)
+
+
+def test_a_memory_limit_below_what_is_in_use_fails_nothing_and_changes_no_result() -> None:
+    x = mx.random.normal((1, 64, 64, 16), key=mx.random.key(0))
+    weight = mx.random.normal((16, 3, 3, 16), key=mx.random.key(1)) / 12
+    mx.eval(x, weight)
+
+    def computed() -> mx.array:
+        y = x
+        for _ in range(30):
+            y = mx.conv2d(y, weight, padding=1)
+        mx.eval(y)
+        return y
+
+    expected, before = computed(), mx.set_memory_limit(0)
+    try:
+        found = computed()
+    finally:
+        mx.set_memory_limit(before)
+    assert mx.array_equal(found, expected)
+
+
+def test_a_plan_s_limit_reaches_mlx(pipeline: Pipeline[mx.array], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(mvmlx.latents, "memory_limits", lambda *limits: given.append(limits) or nullcontext())
+    with pipeline.model.planned(MemoryPlan(cache_bytes=5, memory_bytes=10**9)):
+        assert given == [("cpu", 5, 10**9)]
 
 
 def test_an_older_macos_wires_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +166,6 @@ def test_the_cpu_keeps_its_limits_unless_the_plan_has_one(monkeypatch: pytest.Mo
     limits = Limits(monkeypatch, macos="15.2")
     with memory_limits("cpu", None):
         assert limits.events == []
-    with memory_limits("cpu", 3):
-        assert (limits.cache, limits.wired) == (3, 7)
+    with memory_limits("cpu", 3, 4):
+        assert (limits.cache, limits.memory, limits.wired) == (3, 10**11, 7)
     assert limits.cache == 10**12

@@ -7,6 +7,8 @@ backend, and was fitted to measured peaks: see docs/memory.md.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import ceil, prod
 
 from mvshared.attention import FUSED_WIDTHS, SCORE_BYTES, AttentionOptions
 from mvshared.backend import BackendName, Dtype
@@ -27,7 +29,7 @@ class Costs:
     weight is copied to another layout when it is used. `caches`: whether freed memory is kept for later. `spread`: how much
     more memory activations take than they have, since what is freed leaves gaps. `narrow`: how much more a convolution of
     fewer than NARROW channels takes. `dequantized`: bytes per number of a quantised weight when it is used. `runtime`: of the
-    library itself, once it computes.
+    library itself, once it computes. `winograd`: whether wide convolutions of large maps are computed by Winograd's method.
     """
 
     norm: tuple[float, float]
@@ -41,11 +43,25 @@ class Costs:
     narrow: float = 1.0
     dequantized: int = 8
     runtime: int = 45_000_000
+    winograd: bool = False
 
-    def convolution(self, inputs: float, outputs: float, *, number: int) -> float:
-        """Bytes per pixel of a convolution with its norm before it."""
-        factor = self.narrow if inputs < NARROW else 1
-        return factor * number * (self.norm[number < SCORE_BYTES] * inputs + outputs) + SCORE_BYTES * self.unfolded * inputs
+    def convolution(self, inputs: int, outputs: int, *, pictures: int, height: float, width: float, number: int) -> float:
+        """Bytes of a 3x3 convolution of maps of that size, with its norm before it."""
+        pixels, factor = pictures * height * width, self.narrow if inputs < NARROW else 1
+        plain = factor * number * (self.norm[number < SCORE_BYTES] * inputs + outputs) + SCORE_BYTES * self.unfolded * inputs
+        transformed = self._transformed(inputs, outputs, pictures=pictures, height=height, width=width)
+        # The norm's copies are gone before Winograd's method begins.
+        return max(pixels * plain, number * (pixels * (inputs + outputs) + transformed) if transformed else 0)
+
+    def _transformed(self, inputs: int, outputs: int, *, pictures: int, height: float, width: float) -> int:
+        """Numbers that Winograd's method holds beside input and output: filter, padded input, and input and output of the
+        products, of 8x8 numbers for a tile of 6x6 pixels; 0 where MLX computes otherwise (its backend/metal/conv.cpp)."""
+        fits = inputs % 32 == 0 and outputs % 32 == 0 and inputs + outputs >= 256 and pictures * height * width >= 4096
+        if not self.winograd or not fits:
+            return 0
+        down, across = ceil(height / 6), ceil(width / 6)
+        padded = pictures * (6 * down + 2) * (6 * across + 2) * inputs
+        return 64 * inputs * outputs + padded + 64 * pictures * down * across * (inputs + outputs)
 
     def weight(self, largest: int, quantized: int, *, number: int) -> int:
         """Bytes of a weight's copies while it is used, for the numbers of the largest one and the largest quantised one."""
@@ -55,7 +71,17 @@ class Costs:
 TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=24, unfolded=0, fused=None, pieces=3, relaid=True, spread=1.3, narrow=1.6)
 TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=None, pieces=3, relaid=False)
 MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=0, pieces=10, relaid=True, caches=True)
-MLX_GPU = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=max(FUSED_WIDTHS), pieces=10, relaid=False, caches=True)
+MLX_GPU = Costs(
+    norm=(4, 6),
+    feed_forward=18,
+    unfolded=0,
+    fused=max(FUSED_WIDTHS),
+    pieces=10,
+    relaid=False,
+    caches=True,
+    runtime=45_000_000 + 110_000_000,  # Metal frees nothing before a command buffer is full, of 40 operations on small maps
+    winograd=True,
+)
 
 
 def costs_of(backend: BackendName, device: str) -> Costs:
@@ -103,7 +129,14 @@ def unet_bytes(config: UNetConfig, sizes: Sizes, costs: Costs) -> int:
     for level, inputs, outputs, skips, attends in _unet_layers(config):
         pixels = sizes.pixels / 4**level
         waiting = sizes.number * sizes.pixels * skips
-        work = pixels * (sizes.number * inputs + costs.convolution(max(inputs, outputs), outputs, number=sizes.number))
+        work = sizes.number * pixels * inputs + costs.convolution(
+            max(inputs, outputs),
+            outputs,
+            pictures=sizes.batch * sizes.frames,
+            height=sizes.height / 2**level,
+            width=sizes.width / 2**level,
+            number=sizes.number,
+        )
         if attends:
             tokens = sizes.frames * sizes.height * sizes.width // 4**level
             heads = config.heads(level)
@@ -148,11 +181,13 @@ def vae_bytes(config: VAEConfig, sizes: Sizes, costs: Costs, *, decoder: bool, t
     for level, width in enumerate(channels):
         here = pixels / 4**level
         wider = channels[min(level + 1, len(channels) - 1)] if decoder else width
-        whole = here * (number * wider + costs.convolution(wider, max(width, wider), number=number))
+        sides = {"height": sizes.height / 2**level, "width": sizes.width / 2**level}
+        convolved = partial(costs.convolution, wider, max(width, wider), number=number)
+        whole = here * number * wider + convolved(pictures=sizes.batch * sizes.frames, **sides)
         if tile is not None:
-            piece = min(here, (tile + 2) ** 2)
+            piece = {name: min(side, tile + 2) for name, side in sides.items()}
             held = number * here * (wider + 2 * width if wider != width else 2 * width)
-            whole = min(whole, held + piece * (4 * wider + costs.convolution(wider, wider, number=number)))
+            whole = min(whole, held + 4 * wider * prod(piece.values()) + convolved(pictures=1, **piece))
         most = max(most, whole)
     coarse = pixels // 4 ** (len(channels) - 1)
     middle = channels[-1] * coarse * number * 6.0

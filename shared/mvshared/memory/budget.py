@@ -51,7 +51,8 @@ def memory_options(*, low_memory: bool = False, memory_budget: str | float | Non
 
 
 def fit(model: ModelSize, run: RunSize, options: MemoryOptions, *, process_bytes: int) -> Fitted:
-    """The fastest plan of a run that fits the budget, the one of least memory with `low_memory`.
+    """The fastest plan of a run that fits the budget, the one of least memory with `low_memory`; with either, MLX on a GPU is
+    held to it.
 
     Raises MemoryBudgetError, with what would fit instead, where none fits.
     """
@@ -62,10 +63,11 @@ def fit(model: ModelSize, run: RunSize, options: MemoryOptions, *, process_bytes
     ]
     budget = options.budget_bytes
     if budget is None:
-        return candidates[0]
+        first = candidates[0]
+        return _held(first, model, allowed_bytes=first.estimate.peak_bytes) if options.low_memory else first
     for fitted in candidates:
         if fitted.estimate.peak_bytes <= budget:
-            return fitted
+            return _held(fitted, model, allowed_bytes=budget)
     least = min((fitted.estimate for fitted in candidates), key=lambda each: each.peak_bytes)
     raise MemoryBudgetError(
         needed_bytes=least.peak_bytes,
@@ -73,6 +75,15 @@ def fit(model: ModelSize, run: RunSize, options: MemoryOptions, *, process_bytes
         stage=least.largest.name,
         hint=_what_fits(model, run, budget_bytes=budget, process_bytes=process_bytes),
     )
+
+
+def _held(fitted: Fitted, model: ModelSize, *, allowed_bytes: int) -> Fitted:
+    """The same with what MLX may take on a GPU before it waits. It looks after an operation that has its memory, so what that
+    takes at most is left free."""
+    if model.backend != "mlx" or model.device == "cpu":
+        return fitted
+    largest = max(stage.activations_bytes for stage in fitted.estimate.stages)
+    return replace(fitted, plan=replace(fitted.plan, memory_bytes=max(0, allowed_bytes - largest)))
 
 
 def _what_fits(model: ModelSize, run: RunSize, *, budget_bytes: int, process_bytes: int) -> str:

@@ -1,7 +1,7 @@
 """How a run uses memory: what is held together, and what is computed in pieces. It changes results by rounding only."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mvshared.attention import FUSED, AttentionOptions
@@ -17,7 +17,9 @@ class MemoryPlan:
     `branches_at_once`: the branches of guidance in one call of the U-Net, else one after the other. `attention` and
     `vae_attention`: how it is computed in all networks, and in the VAE. `vae_tile`: the side of the tiles of the VAE in pixels,
     None for whole pictures.
-    `cache_bytes`: how much freed memory MLX may keep for later, None for the backend's own limit. Raises OptionError.
+    `cache_bytes`: how much freed memory MLX may keep for later, None for the backend's own limit. `memory_bytes`: what the
+    process may take on Metal before MLX waits for work that runs instead of preparing more, None for all that the system
+    recommends; it changes no result, and plans that differ in it are equal. Raises OptionError.
     """
 
     networks_at_once: bool = True
@@ -26,6 +28,7 @@ class MemoryPlan:
     vae_attention: AttentionOptions = FUSED
     vae_tile: int | None = None
     cache_bytes: int | None = None
+    memory_bytes: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.vae_tile is not None:
@@ -45,6 +48,7 @@ SLICED = AttentionOptions(implementation="sliced", budget_bytes=2**26)
 CACHE_BYTES = 2**28
 VAE_PIXELS = 2**20  # of pictures that the VAE computes together: four of 512 x 512
 VAE_PIXELS_ON_CPU = 2**16  # one of 256 x 256, what stays in the cache: more take longer
+VAE_PIXELS_ON_METAL = 2**18  # one of 512 x 512, which takes 1 GB in float32
 
 
 def vae_batch(plan: MemoryPlan, backend: BackendName, device: str, *, pixels: int) -> int:
@@ -57,9 +61,10 @@ def vae_batch(plan: MemoryPlan, backend: BackendName, device: str, *, pixels: in
     return max(1, most // max(1, pixels))
 
 
-def dataset_batch(device: str, *, pixels: int) -> int:
+def dataset_batch(backend: BackendName, device: str, *, pixels: int) -> int:
     """How many pictures of so many pixels are encoded together for training, where all of the memory is there for it."""
-    return max(1, (VAE_PIXELS_ON_CPU if device == "cpu" else VAE_PIXELS) // pixels)
+    on_gpu = VAE_PIXELS_ON_METAL if backend == "mlx" else VAE_PIXELS
+    return max(1, (VAE_PIXELS_ON_CPU if device == "cpu" else on_gpu) // pixels)
 
 
 def plans(backend: BackendName, device: str) -> tuple[MemoryPlan, ...]:
