@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.full_size import write_random_component
 from mvshared.backend import PACKAGES
-from mvshared.benchmark.cases import facts_of, step_of
+from mvshared.benchmark.cases import as_in_a_run, facts_of, step_of
 from mvshared.benchmark.measure import peak_rss_bytes
 from mvshared.benchmark.worker import Prepared
 from mvshared.checkpoint import read_model_config, weight_files
@@ -57,7 +57,7 @@ def step(*, model: str, backend: str, dtype: str, quantize: str) -> Prepared:
         loading = {"load_seconds": seconds, "load_memory_bytes": loaded, "load_peak_bytes": peak}
         return facts_of(running) | loading | {"peak_memory_bytes": peak_now}
 
-    return Prepared(call, facts)
+    return Prepared(call, facts, as_in_a_run(running))
 
 
 def worthwhile(backend: str) -> bool:

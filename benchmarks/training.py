@@ -36,7 +36,8 @@ def step(*, size: str, backend: str, dtype: str, batch: int, checkpointing: int)
     """A step from the batch in memory to new weights and averages; `checkpointing` is 0 or 1."""
     package, config = PACKAGES[backend], unet_config(size)  # type: ignore[index]
     shapes = importlib.import_module(f"{package}.model").network_shapes(config)
-    trainer = importlib.import_module(f"{package}.train").unet_trainer(
+    module = importlib.import_module(f"{package}.train")
+    trainer = module.unet_trainer(
         config, OptimizerConfig(), initial_weights(shapes, seed=0), dtype=dtype, gradient_checkpointing=bool(checkpointing)
     )
     side, rng = SIZES[size][1], np.random.default_rng(0)
@@ -57,7 +58,7 @@ def step(*, size: str, backend: str, dtype: str, batch: int, checkpointing: int)
     def facts() -> dict[str, Any]:
         return {"device": trainer.device, "dtype": dtype, "peak_memory_bytes": peak_rss_bytes(), **_arrays(trainer)}
 
-    return Prepared(lambda: trainer.step(given, learning_rate=1e-4), facts)
+    return Prepared(lambda: trainer.step(given, learning_rate=1e-4), facts, module.memory_limits(trainer.device))
 
 
 def _arrays(trainer: Any) -> dict[str, int]:

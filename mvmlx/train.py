@@ -1,6 +1,7 @@
 """Training in MLX: the losses of the stages, and the optimiser step. All else is in mvshared.training."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from mlx.optimizers import AdamW, clip_grad_norm
 from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
+from mvmlx import metal
 from mvmlx.device import on_device
 from mvmlx.layout import from_checkpoint, to_checkpoint
 from mvmlx.model import NETWORKS, choose_device, choose_dtype, set_weights, weight_shapes
@@ -178,6 +180,11 @@ def _teacher(config: UNetConfig, weights: Mapping[str, NDArray[np.float32]], *, 
         network.update(tree_unflatten(list(_cast(dict(_flat(network.parameters())), computed).items())))
         mx.eval(network.parameters())
     return network
+
+
+def memory_limits(device: str) -> AbstractContextManager[None]:
+    """A context for all of a training, which keeps to what the device's memory allows. Raises BackendError."""
+    return metal.memory_limits(choose_device(device))
 
 
 def vae_trainer(

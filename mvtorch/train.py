@@ -326,6 +326,12 @@ def _teacher(config: UNetConfig, weights: Mapping[str, NDArray[np.float32]], *, 
     return network.to(device)
 
 
+def memory_limits(device: str) -> AbstractContextManager[None]:
+    """A context for all of a training, which keeps to what the device's memory allows. Raises BackendError."""
+    choose_device(device)
+    return nullcontext()  # PyTorch keeps to it by itself
+
+
 def vae_trainer(
     config: VAEConfig,
     optimizer: OptimizerConfig,

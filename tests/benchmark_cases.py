@@ -3,6 +3,8 @@
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,21 @@ def compiled_before(*, folder: str) -> Prepared:
             sys.exit("file too short")
 
     return Prepared(call, dict)
+
+
+def within_a_context() -> Prepared:
+    """Says how often its context was entered and left at every call, and at the end."""
+    seen, facts = {"entered": 0, "left": 0}, []
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        seen["entered"] += 1
+        yield
+        seen["left"] += 1
+
+    return Prepared(
+        lambda: facts.append(tuple(seen.values())), lambda: {"variant": str([*facts, tuple(seen.values())])}, within()
+    )
 
 
 def environment() -> Prepared:

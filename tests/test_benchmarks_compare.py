@@ -52,6 +52,12 @@ def test_a_case_that_is_refused_is_not_run(tmp_path: Path) -> None:
     assert log.read_text().split() == ["b", "b"]
 
 
+def test_all_calls_of_a_case_are_made_in_its_context() -> None:
+    case = Case(what="a", prepare=benchmark_cases.within_a_context)
+    (row,) = compare([case], repeats=2)
+    assert row.variant == str([*[(1, 0)] * 3, (1, 1)])  # the first does not count
+
+
 def test_variables_reach_the_processes() -> None:
     case = Case(what="a", prepare=benchmark_cases.environment, environment={"CASE": "its own"})
     (row,) = compare([case], repeats=1, environment={"OMP_NUM_THREADS": "3"})

@@ -1,7 +1,7 @@
 """Steps that are begun before the one before them is told of, and MLX's limits of memory within a run."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import TINY_MODEL, write_tiny_model
+from training_cases import vae_config
 
 import mvmlx.latents
 import mvmlx.metal
+import mvshared.training.loop
 from mvmlx.metal import CACHE_BYTES, memory_limits
 from mvshared.backend import load
-from mvshared.memory.plan import MemoryPlan
+from mvshared.benchmark import cases
+from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.pipeline import Pipeline, Progress
+from mvshared.training.loop import train
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -154,6 +158,38 @@ def test_a_plan_s_limit_reaches_mlx(pipeline: Pipeline[mx.array], monkeypatch: p
     monkeypatch.setattr(mvmlx.latents, "memory_limits", lambda *limits: given.append(limits) or nullcontext())
     with pipeline.model.planned(MemoryPlan(cache_bytes=5, memory_bytes=10**9)):
         assert given == [("cpu", 5, 10**9)]
+
+
+def test_all_of_a_training_keeps_to_mlx_s_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Captures are encoded and samples drawn inside as well."""
+    within: list[str] = []
+
+    @contextmanager
+    def limited(device: str) -> Iterator[None]:
+        within.append(device)
+        yield
+        within.append("done")
+
+    monkeypatch.setattr(mvmlx.metal, "memory_limits", limited)
+    monkeypatch.setattr(mvshared.training.loop, "_train", lambda *given, **options: within.append("training"))
+    train(vae_config(tmp_path / "data"), tmp_path / "out", backend="mlx", device="cpu")
+    assert within == ["cpu", "training", "done"]
+
+
+@pytest.mark.parametrize("case", ["step", "vae_decode"])
+def test_a_benchmark_s_calls_are_made_as_a_run_makes_them(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    plans: list[MemoryPlan] = []
+
+    @contextmanager
+    def planned(self: Any, plan: MemoryPlan) -> Iterator[None]:
+        plans.append(plan)
+        yield
+
+    monkeypatch.setattr(mvmlx.latents.LatentModel, "planned", planned)
+    options: Any = {"model": "demo", "backend": "mlx", "device": "cpu", "dtype": "float32", "views": 1, "size_px": 32}
+    prepared = getattr(cases, case)(**options, **({"guided": False} if case == "step" else {}))
+    with prepared.within:
+        assert plans == [PLAIN]
 
 
 def test_an_older_macos_wires_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -784,6 +785,7 @@ def test_mlx_refuses_bfloat16_on_metal_before_it_encodes_anything(
 ) -> None:
     monkeypatch.setattr(mvshared.training.loop, "kept_latents", lambda *_, **__: pytest.fail("encoded"))
     monkeypatch.setattr(mvmlx.train, "choose_device", lambda device: "gpu")
+    monkeypatch.setattr(mvmlx.train.metal, "memory_limits", lambda device: nullcontext())  # there are none without a GPU
     monkeypatch.setattr(mvmlx.model.mx.metal, "is_available", lambda: True)
     with pytest.raises(BackendError, match="use float16 or float32"):
         run(unet_config(data, vae, dtype="bfloat16"), tmp_path / "run", backend="mlx")

@@ -7,6 +7,7 @@ through the members of `mvshared.backend.Model` that a run goes through as well.
 import importlib
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mvshared.checkpoint import components
 from mvshared.conversion.networks import network_shapes
 from mvshared.files import make_folder, write_atomic, write_json
 from mvshared.guidance import ALL, PLAIN, Branch, Guidance, Mixture
+from mvshared.memory import plan as memory
 from mvshared.pipeline import Pipeline
 from mvshared.precision import DTYPE_BYTES
 from mvshared.tokenizer import CLIPTokenizer
@@ -70,13 +72,14 @@ def condition(
         loaded.condition(**given)
         package.wait(device)
 
-    return Prepared(call, lambda: facts_of(loaded))
+    return Prepared(call, lambda: facts_of(loaded), as_in_a_run(loaded))
 
 
 def step(*, model: str, backend: BackendName, device: str, dtype: Dtype, views: int, size_px: int, guided: bool) -> Prepared:
     """One call of the U-Net with its constant part prepared, its output copied to numpy."""
     loaded = open_model(model, ["unet"], backend=backend, dtype=dtype, device=device)
-    return Prepared(step_of(loaded, views=views, size_px=size_px, guided=guided), lambda: facts_of(loaded))
+    work = step_of(loaded, views=views, size_px=size_px, guided=guided)
+    return Prepared(work, lambda: facts_of(loaded), as_in_a_run(loaded))
 
 
 def step_of(model: Model[Any], *, views: int, size_px: int, guided: bool) -> Callable[[], NDArray[np.float32]]:
@@ -92,13 +95,13 @@ def vae_encode(*, model: str, backend: BackendName, device: str, dtype: Dtype, v
     loaded = open_model(model, ["vae"], backend=backend, dtype=dtype, device=device)
     shape = (views, size_px, size_px, loaded.config.vae.in_channels)
     pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    return Prepared(lambda: loaded.to_numpy(loaded.encode_latents(pixels)), lambda: facts_of(loaded))
+    return Prepared(lambda: loaded.to_numpy(loaded.encode_latents(pixels)), lambda: facts_of(loaded), as_in_a_run(loaded))
 
 
 def vae_decode(*, model: str, backend: BackendName, device: str, dtype: Dtype, views: int, size_px: int) -> Prepared:
     """Pictures of latents, as numpy arrays."""
     loaded = open_model(model, ["vae"], backend=backend, dtype=dtype, device=device)
-    return Prepared(decode_of(loaded, views=views, size_px=size_px), lambda: facts_of(loaded))
+    return Prepared(decode_of(loaded, views=views, size_px=size_px), lambda: facts_of(loaded), as_in_a_run(loaded))
 
 
 def decode_of(model: Model[Any], *, views: int, size_px: int) -> Callable[[], NDArray[np.float32]]:
@@ -119,7 +122,14 @@ def upscaler_step(*, backend: BackendName, device: str, dtype: Dtype, views: int
     pooled = upscaler.from_numpy(rng.standard_normal((1, text.hidden_size), np.float32))
     embedding = noise_embedding(0.0, channels=X2_UPSCALER.noise_channels, frequencies=None)
     prepared = upscaler.condition(low, embedding, text=TextStates(states, pooled))
-    return Prepared(lambda: upscaler.to_numpy(upscaler.denoise(x, 0.0, prepared, 0.0)), lambda: facts_of(upscaler))
+    return Prepared(
+        lambda: upscaler.to_numpy(upscaler.denoise(x, 0.0, prepared, 0.0)), lambda: facts_of(upscaler), as_in_a_run(upscaler)
+    )
+
+
+def as_in_a_run(model: LatentModel[Any]) -> AbstractContextManager[None]:
+    """The context that a run's calls are made in."""
+    return model.planned(memory.PLAIN)
 
 
 def generation(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mvshared.backend import BackendName, Dtype, Model
 from mvshared.benchmark.against import warm_up_of
-from mvshared.benchmark.cases import facts_of, pipeline_of, step_of
+from mvshared.benchmark.cases import as_in_a_run, facts_of, pipeline_of, step_of
 from mvshared.benchmark.compare import Case, running
 from mvshared.benchmark.flops import run_flops
 from mvshared.benchmark.measure import cpu_seconds, timing_of
@@ -101,7 +101,7 @@ def series(
             for number, (each, mine) in enumerate(zip(calls, times, strict=True))
         )
 
-    return Prepared(call, lambda: {"facts": facts_of(loaded), "points": rows})
+    return Prepared(call, lambda: {"facts": facts_of(loaded), "points": rows}, as_in_a_run(loaded))
 
 
 def activation_bytes(model: Model[Any], call: Callable[[], object]) -> int | None:

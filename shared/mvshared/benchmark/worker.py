@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ from mvshared.errors import MvError
 
 
 class Prepared(NamedTuple):
-    """What a case's function returns: the call to be timed, which waits for its device, and then fields of a Row by name."""
+    """What a case's function returns: the call to be timed, which waits for its device, and then fields of a Row by name; the
+    calls are made in the context `within`, which is entered once."""
 
     call: Callable[[], Any]
     facts: Callable[[], dict[str, Any]]
+    within: AbstractContextManager[Any] = nullcontext()
 
 
 def serve(prepare: Callable[..., Prepared], arguments: dict[str, Any]) -> None:
@@ -29,15 +32,16 @@ def serve(prepare: Callable[..., Prepared], arguments: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     prepared = prepare(**arguments)
-    for line in sys.stdin:
-        start, cpu_start = time.perf_counter(), cpu_seconds()
-        result = prepared.call()
-        seconds = time.perf_counter() - start, cpu_seconds() - cpu_start
-        if line.strip():
-            import numpy as np
+    with prepared.within:
+        for line in sys.stdin:
+            start, cpu_start = time.perf_counter(), cpu_seconds()
+            result = prepared.call()
+            seconds = time.perf_counter() - start, cpu_seconds() - cpu_start
+            if line.strip():
+                import numpy as np
 
-            np.save(line.strip(), result, allow_pickle=False)
-        answers.write(f"{json.dumps(seconds)}\n")
+                np.save(line.strip(), result, allow_pickle=False)
+            answers.write(f"{json.dumps(seconds)}\n")
     answers.write(f"{json.dumps(prepared.facts())}\n")
 
 

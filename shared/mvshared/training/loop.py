@@ -98,14 +98,15 @@ def train(
     """
     if not isinstance(config, TrainConfig):
         raise OptionError("config", expected="a TrainConfig, such as load_train_config reads", got=type(config).__name__)
-    package = PACKAGES[choose_backend(backend)]
-    with closing(RunFolder(folder, config)) as run:
-        return _train(run, package, backend=backend, device=device, on_sample=on_sample)
+    module = importlib.import_module(f"{PACKAGES[choose_backend(backend)]}.train")
+    with closing(RunFolder(folder, config)) as run, module.memory_limits(device):
+        return _train(run, module, backend=backend, device=device, on_sample=on_sample)
 
 
-def _train(run: RunFolder, package: str, *, backend: str, device: str, on_sample: Callable[[Path, int], None] | None) -> Path:
+def _train(
+    run: RunFolder, module: ModuleType, *, backend: str, device: str, on_sample: Callable[[Path, int], None] | None
+) -> Path:
     config, folder, state = run.config, run.path, run.last_state()
-    module = importlib.import_module(f"{package}.train")
     make = {"vae": _vae_stage, "unet": _unet_stage, "upscaler": _upscaler_stage}
     stage = make[config.stage](run, module, backend=backend, device=device)
     if state is not None:
