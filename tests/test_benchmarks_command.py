@@ -514,10 +514,12 @@ def test_half_precision_is_not_timed_where_the_same_work_differs_in_float32(
     model: str, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
+    exact: list[Any] = []
 
     def compared(group: list[Case], *, repeats: int, agree: float | None = None, **options: Any) -> list[Row]:
-        case = group[0].arguments
+        case, given = group[0].arguments, options.get("environment", {})
         asked.append((*(case.get(name) for name in ("dtype", "views", "size_px")), len(group), repeats, agree))
+        exact.append(given if repeats == 0 else {name for name in given if name.startswith("MLX_")})
         failure = differs if case.get("dtype") == "float32" and "step" in group[0].what else ""
         return [Row(what=each.what, backend=each.row.get("backend", "torch"), failure=failure) for each in group]
 
@@ -529,6 +531,8 @@ def test_half_precision_is_not_timed_where_the_same_work_differs_in_float32(
     assert [row.failure for row in measure(given, lambda line: None).tables["against"].rows] == [""] * 6
     small, half = ("float32", 2, 16, 3, 0, 1e-4), ("bfloat16", 4, 32, 3, 3, 0.1)
     assert asked[1:] == [small, small, half, half]  # a step and decoding each, after the products
+    variables = {"MLX_ENABLE_TF32": "0", "MLX_CONV_WINOGRAD": "0", "MLX_CONV_WINOGRAD_WORKING_SET": "1"}
+    assert exact[1:] == [variables, variables, set(), set()]  # what is timed is what a run takes
     asked.clear()
     differs = f"{DIFFERENT}: relative RMS difference 0.5, allowed 0.0001"
     results = measure(given, lambda line: None)

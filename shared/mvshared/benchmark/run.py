@@ -16,7 +16,9 @@ PEAK_REPEATS = 10  # at least, since the best one counts
 LEAST_SECONDS = 1.0  # of calls per case, however short one is
 EFFICIENCY = 0.3  # share of the peak that the networks are expected to reach, for a guess of how long it takes
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-EXACT = {"MLX_ENABLE_TF32": "0"}  # products of float32 as such on every GPU, for what is compared and not timed
+# For what is compared and not timed: products of float32 as such on every GPU, and on Metal no convolutions by Winograd's
+# method. MLX has a variable for that from 0.32.4 on; in all versions it leaves the method where it has no memory for it.
+EXACT = {"MLX_ENABLE_TF32": "0", "MLX_CONV_WINOGRAD": "0", "MLX_CONV_WINOGRAD_WORKING_SET": "1"}
 Say = Callable[[str], None]
 Peaks = Mapping[tuple[str, str], tuple[float, float]]  # flops a second, wall clock and CPU time, by backend and dtype
 
