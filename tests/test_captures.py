@@ -275,6 +275,23 @@ def test_files_elsewhere_are_none_of_a_malformed_file(folder: Path) -> None:
         assert captures.files_elsewhere(folder) == []
 
 
+def test_a_folder_in_which_the_finder_was_is_free(tmp_path: Path) -> None:
+    (tmp_path / "head").mkdir()
+    for name in (".DS_Store", "._view_000.png"):
+        (tmp_path / "head" / name).write_bytes(b"of the Finder")
+    captures.write_capture(tmp_path / "head", RGBA, NORMALS, POSES, 40.0)
+    assert captures.load_capture(tmp_path / "head").poses.shape == POSES.shape
+    assert not [path for path in (tmp_path / "head").iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_with_a_hidden_file_of_somebody_else_is_not_free(tmp_path: Path) -> None:
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head/.gitignore").write_text("*")
+    with pytest.raises(OutputError, match="exists already"):
+        captures.write_capture(tmp_path / "head", RGBA, NORMALS, POSES, 40.0)
+    assert (tmp_path / "head/.gitignore").read_text() == "*"
+
+
 def test_a_frame_whose_matrix_is_none_is_named(folder: Path) -> None:
     edit(folder, lambda document: document["frames"][1].update(transform_matrix=None))
     with pytest.raises(DatasetError, match="frame 1: transform_matrix: "):

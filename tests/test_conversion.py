@@ -714,6 +714,8 @@ def test_a_folder_of_one_network_of_diffusers_may_have_any_name(folders: dict[st
     assert twice.left_out[str(vae)] == "another source, before this one, has it"
     (vae / "diffusion_pytorch_model.fp16.safetensors").unlink()
     (vae / "diffusion_pytorch_model.safetensors").rename(vae / "vae-ft-mse-840000.safetensors")
+    for name in ("._vae-ft-mse-840000.safetensors", "._x.index.json", "._x.bin"):  # as macOS leaves on disks of other systems
+        (vae / name).write_bytes(b"no weights")
     convert(source, tmp_path / "renamed", family="sd15", extra=[vae])
     assert_same_tensors(tensors_of(tmp_path / "renamed", "vae"), tensors_of(folders["sd15"], "vae"))
 
@@ -811,6 +813,23 @@ def test_files_behind_linked_folders_are_part_of_a_source_s_state(tmp_path: Path
     (tmp_path / "real/weights").write_text("ab")
     after = file_stamps(tmp_path / "source")
     assert len(before) == len(after) == 1 and before != after
+
+
+def test_hidden_files_are_no_part_of_a_source_nor_of_what_is_made_of_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    source, out = shutil.copytree(folders["sd15"], tmp_path / "source"), tmp_path / "out"
+    convert(source, tmp_path / "plain")
+    before = file_stamps(source)
+    for name in (".DS_Store", "tokenizer/._vocab.json", "tokenizer/.DS_Store", "unet/._config.json"):
+        (source / name).write_bytes(b"of macOS")
+    assert file_stamps(source) == before
+    out.mkdir()
+    (out / ".DS_Store").write_bytes(b"of macOS")
+    convert(source, out)
+    assert files_in(out) == files_in(tmp_path / "plain") | {".DS_Store"}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -1011,6 +1030,9 @@ def test_what_an_earlier_model_had_and_the_new_one_has_not_is_removed_with_force
     assert (out / "text_encoder" / "notes.md").read_text() == "mine"
     (out / "text_encoder" / "notes.md").unlink()
     (out / "text_encoder").rmdir()
+    convert(folders["imagedream"], out, force=True)
+    for name in (".DS_Store", "._config.json"):
+        (out / "image_encoder" / name).write_bytes(b"of macOS")
     convert(Path("demo"), out, force=True)
     assert not (out / "image_encoder").exists()
     assert not inspect(out).faults

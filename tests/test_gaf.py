@@ -104,6 +104,14 @@ def test_without_an_image_encoder_there_are_no_image_tokens(tmp_path: Path, capf
     assert views.images.shape == (4, 16, 16, 3)
 
 
+def test_hidden_files_beside_the_weights_of_an_image_encoder_are_no_weights(tmp_path: Path) -> None:
+    source = stable_diffusion(tmp_path / "sd21", unet=SD21)
+    encoder = shutil.copytree(FIXTURES / "tiny-imagedream" / "image_encoder", tmp_path / "encoder")
+    (encoder / "._model.safetensors").write_bytes(b"as macOS leaves on disks of other systems")
+    init_gaf(source, tmp_path / "gaf", image_encoder=encoder)
+    assert not inspect(tmp_path / "gaf").faults
+
+
 def test_what_can_be_no_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"from must be an ImageDream, MVDream or Stable Diffusion 2\.1 folder, got .*demo"):
         init_gaf("demo", tmp_path / "gaf")

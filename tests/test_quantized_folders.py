@@ -323,6 +323,15 @@ def test_a_component_that_cannot_be_quantised_is_refused_before_another_is(tmp_p
     assert not (tmp_path / "q").exists()
 
 
+def test_hidden_indices_are_not_copied(tiny: Path, tmp_path: Path) -> None:
+    convert(tiny, tmp_path / "shards", shard_bytes=20_000)
+    index = next((tmp_path / "shards" / "vae").glob("*.index.json"))
+    index.with_name(f"._{index.name}").write_bytes(b"as macOS leaves on disks of other systems")
+    quantize_folder(tmp_path / "shards", tmp_path / "q", chosen=["unet"], measure=False, backend="torch")
+    assert (tmp_path / "q" / "vae" / index.name).exists()
+    assert not list((tmp_path / "q").rglob(".*"))
+
+
 def test_a_folder_that_holds_something_is_written_with_force_only(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "notes.txt").write_text("mine")

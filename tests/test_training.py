@@ -305,6 +305,13 @@ def test_a_run_written_before_a_field_existed_goes_on(data: Path, tmp_path: Path
     run(vae_config(data, steps=2), tmp_path / "run")
 
 
+def test_a_folder_in_which_the_finder_was_is_free_for_a_run(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.DS_Store").write_bytes(b"of the Finder")
+    run(vae_config(data), tmp_path / "run")
+    assert (tmp_path / "run/state.safetensors").exists()
+
+
 def test_a_folder_with_something_else_is_refused_and_left_alone(data: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("do not touch")
     (tmp_path / ".backup.tmp").write_text("nor this")

@@ -1,5 +1,6 @@
 """What training starts from: captures, the batches that are drawn of them, and the initial weights."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -69,6 +70,33 @@ def test_pictures_outside_of_a_capture_belong_to_its_digest(tmp_path: Path) -> N
     assert before == captures_digest([folder])
     os.utime(outside, ns=(1, 1))
     assert before != captures_digest([folder])
+
+
+def test_what_is_hidden_in_a_capture_does_not_belong_to_its_digest_unless_it_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "object"
+    write_object(folder, 0)
+    before = captures_digest([folder])
+    (folder / ".DS_Store").write_bytes(b"of the Finder")
+    (folder / "._view_000.png").write_bytes(b"of a disk without attributes")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/thumbnail.png").write_bytes(b"of a viewer")
+    assert before == captures_digest([folder])
+    document = json.loads((folder / "transforms.json").read_text())
+    document["frames"][0]["file_path"] = ".cache/thumbnail.png"
+    (folder / "transforms.json").write_text(json.dumps(document))
+    named = captures_digest([folder])
+    os.utime(folder / ".cache/thumbnail.png", ns=(1, 1))
+    assert named != captures_digest([folder])
+
+
+def test_a_digest_is_that_of_earlier_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "object/images").mkdir(parents=True)
+    for name, content in (("transforms.json", "{}"), ("b.png", "b"), ("images/a.png", "aa")):
+        (tmp_path / "object" / name).write_text(content)
+        os.utime(tmp_path / "object" / name, ns=(5, 5))
+    lines = ["object/b.png 1 5", "object/images/a.png 2 5", "object/transforms.json 2 5"]
+    assert captures_digest([Path("object")]) == hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def test_a_folder_with_too_few_captures_is_refused(tmp_path: Path) -> None:

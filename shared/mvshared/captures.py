@@ -24,7 +24,7 @@ from mvshared.camera import lens_doubt, read_transforms, validate_poses
 from mvshared.consistency import foreground
 from mvshared.errors import ConfigError, DatasetError, OptionError, OutputError
 from mvshared.export import transforms
-from mvshared.files import read_json_object, write_atomic, write_json
+from mvshared.files import is_empty, read_json_object, remove_if_empty, write_atomic, write_json
 from mvshared.images import composite, find_picture, load_image, orientation
 
 METADATA = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})  # of a PNG, that may say how it is turned
@@ -97,7 +97,10 @@ def load_capture(folder: Path | str) -> Capture:
 
 
 def files_elsewhere(folder: Path) -> list[Path]:
-    """The files of a capture that do not lie in its folder, as its transforms.json names them; none if that is malformed."""
+    """The files of a capture that do not lie in its folder, or are hidden there, as its transforms.json names them.
+
+    None if that is malformed.
+    """
     try:
         document = read_json_object(folder / "transforms.json")
     except ConfigError:
@@ -105,13 +108,13 @@ def files_elsewhere(folder: Path) -> list[Path]:
     frames = document.get("frames")
     known = [each for each in frames if isinstance(each, dict)] if isinstance(frames, list) else []
     named = [frame[field] for frame in known for field in FILE_FIELDS if field in frame]
-    away = [name for name in named if isinstance(name, str) and "\0" not in name and _leaves(name)]
+    away = [name for name in named if isinstance(name, str) and "\0" not in name and _is_elsewhere(name)]
     return [found for name in away if (found := find_picture(folder, name)) is not None]
 
 
-def _leaves(name: str) -> bool:
-    """Whether a relative path is none, or leads out of its folder."""
-    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+def _is_elsewhere(name: str) -> bool:
+    """Whether a relative path is none, leads out of its folder, or to what is hidden in it."""
+    return os.path.isabs(name) or any(part.startswith(".") for part in os.path.normpath(name).split(os.sep))
 
 
 def read_views(capture: Capture) -> CaptureViews:
@@ -159,8 +162,8 @@ def write_capture(
     """Write pictures uint8 (v, h, w, 4), normal maps uint8 (v, h, w, 3 or 4) and detail maps uint8 (v, h, w) as a capture.
 
     All of it or nothing: the folder holds view_000.png ..., normal_000.png ..., detail_000.png ... and transforms.json. It is
-    written under a temporary name beside `folder` and renamed; `folder` must not exist, or be empty. `fov_deg` is the vertical
-    field of view, `fields` are more fields of transforms.json.
+    written under a temporary name beside `folder` and renamed; `folder` must not exist, or be empty but for what macOS leaves.
+    `fov_deg` is the vertical field of view, `fields` are more fields of transforms.json.
 
     Raises OptionError and CameraError for what does not fit together, OutputError for what cannot be written.
     """
@@ -188,7 +191,7 @@ def write_capture(
 
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or not is_empty(folder)):
             raise OutputError("exists already", path=folder, hint="name a new folder, or remove this one first")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -198,6 +201,8 @@ def write_capture(
                 Image.fromarray(picture).save(encoded, "PNG", compress_level=PNG_LEVEL)
                 write_atomic(temporary / name, encoded.getvalue())
             write_json(temporary / "transforms.json", {**document, **(fields or {})})
+            if folder.exists():
+                remove_if_empty(folder)
             os.replace(temporary, folder)
         except BaseException as failed:
             shutil.rmtree(temporary, ignore_errors=True)

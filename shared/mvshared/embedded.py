@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.errors import CheckpointError, OutputError
-from mvshared.files import make_folder, read_json_object, user_cache, write_atomic, write_json
+from mvshared.files import make_folder, read_json_object, user_cache, visible, write_atomic, write_json
 from mvshared.models import EMBEDDED
 from mvshared.quantization.groups import Packed
 from mvshared.quantization.plans import dequantize_weight, part_of
@@ -127,4 +127,4 @@ def _digest(source: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return visible(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)

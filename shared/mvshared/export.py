@@ -20,7 +20,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from mvshared.camera import validate_poses
 from mvshared.errors import ConfigError, OptionError, OutputError
-from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, with_leftovers, write_atomic, write_json
+from mvshared.files import (
+    check_folder,
+    lock_folder,
+    make_folder,
+    read_json_object,
+    remove_if_empty,
+    with_leftovers,
+    write_atomic,
+    write_json,
+)
 from mvshared.images import encode_png, grid, save_png, save_turntable
 
 METADATA = "metadata.json"
@@ -139,8 +148,7 @@ def discard(folder: Path | str) -> None:
         files = [path for path in _run_files(folder, LEFTOVERS) if path.name != UNFINISHED]
         for path in (*_figures(folder), folder / METADATA, *files, folder / UNFINISHED):
             path.unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        remove_if_empty(folder)
     except OSError as cause:
         raise OutputError(f"cannot be removed: {cause.strerror or cause}", path=folder) from cause
 

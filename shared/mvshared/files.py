@@ -6,7 +6,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from mvshared.errors import CheckpointError, ConfigError, DatasetError, OutputEr
 
 COPY_BYTES = 1 << 24
 LEFT_OVER_S = 3600.0  # since when what is half-written has not changed whose process must be gone
+OF_MACOS = re.compile(r"\.DS_Store|\._.+", re.DOTALL)  # in folders that were looked at, and on disks of other systems
 
 FileError = type[CheckpointError] | type[ConfigError] | type[DatasetError]
 
@@ -155,10 +156,31 @@ def _blocks(source: Path, dest: Path) -> Iterator[bytes]:
 
 def copy_folder(source: Path, dest: Path) -> None:
     """Copy the files in a folder, and in those in it, one by one as `copy_file` does. Raises OutputError."""
-    paths = sorted(source.iterdir())
+    paths = visible(source.iterdir())
     make_folder(dest)
     for path in paths:
         (copy_folder if path.is_dir() else copy_file)(path, dest / path.name)
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Those whose names are not hidden, in order: what begins with a dot in a folder is the system's, and no file of a user's.
+    macOS leaves a .DS_Store where a folder was looked at, and on other disks a ._name beside every file."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def is_empty(folder: Path, *, but_for: str | None = None) -> bool:
+    """Whether nothing is in a folder but what macOS leaves in any, and what a killed `atomic_file` has left of files that match
+    `but_for`."""
+    passed = OF_MACOS.pattern if but_for is None else rf"{OF_MACOS.pattern}|{_leftover_of(but_for)}"
+    return all(re.fullmatch(passed, path.name, re.DOTALL) for path in folder.iterdir())
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing is but what macOS leaves in any. Raises OSError."""
+    if is_empty(folder):
+        for path in folder.iterdir():
+            path.unlink(missing_ok=True)  # on other disks a ._name goes with its file
+        folder.rmdir()
 
 
 def with_leftovers(names: str) -> re.Pattern[str]:
@@ -182,7 +204,7 @@ def remove_leftovers(folder: Path, names: str = ".+", *, unchanged_s: float = 0.
 
 
 def file_stamps(path: Path) -> list[str]:
-    """Path, size and time of a file, or of every file in a folder in the order of their names."""
+    """Path, size and time of a file, or of every file in a folder in the order of their names, but for hidden ones."""
     files = [str(path)]
     if path.is_dir():
         files = sorted(os.path.join(place, name) for place, names in _walk(path) for name in names)
@@ -191,12 +213,13 @@ def file_stamps(path: Path) -> list[str]:
 
 
 def _walk(path: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """Every folder in one, behind links too, and the names in it that are no folders; a link to a folder above is left out."""
+    """Every folder in one, behind links too, and the names in it that are no folders; what is hidden, and a link to
+    a folder above, is left out."""
     real = os.path.realpath(path)
     if real in above:
         return
     with os.scandir(path) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     yield str(path), [entry.name for entry in entries if not entry.is_dir()]
     for entry in entries:
         if entry.is_dir():

@@ -276,7 +276,7 @@ def from_model(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 def is_picture(path: Path) -> bool:
     """Whether a file's name is that of a picture."""
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")  # macOS leaves ._names on other disks
+    return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def find_picture(folder: Path, name: str) -> Path | None:

@@ -18,7 +18,16 @@ from PIL import Image
 from mvshared.camera import Y_UP_TO_Z_UP, other_lenses, read_transforms
 from mvshared.errors import CameraError, ConfigError, ImageError, OptionError, OutputError, warn
 from mvshared.export import METADATA, transforms
-from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, with_leftovers, write_atomic, write_json
+from mvshared.files import (
+    check_folder,
+    lock_folder,
+    make_folder,
+    read_json_object,
+    visible,
+    with_leftovers,
+    write_atomic,
+    write_json,
+)
 from mvshared.images import find_picture, is_picture, load_values, resize_plane, save_png
 
 NormalMap: TypeAlias = str | Path | Image.Image | NDArray[Any]
@@ -177,7 +186,7 @@ def _from_folder(folder: Path) -> NormalMaps:
     if frames is not None and frames.named:
         return frames.found
     try:
-        pictures = sorted(path for path in folder.iterdir() if is_picture(path))
+        pictures = [path for path in visible(folder.iterdir()) if is_picture(path)]
     except OSError as cause:
         raise ImageError(f"cannot be read: {cause.strerror or cause}", path=folder) from cause
     return _with_cameras([path for path in pictures if path.name.startswith("normal_")] or pictures, frames)

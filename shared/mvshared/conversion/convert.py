@@ -50,7 +50,7 @@ from mvshared.conversion.raw import FLOATS, STORED, RawTensor, cast, read_safete
 from mvshared.conversion.report import Report, written
 from mvshared.conversion.sources import read_file, sort_tensors
 from mvshared.errors import CheckpointError, MvError, OptionError
-from mvshared.files import make_folder, read_json_object, write_json
+from mvshared.files import make_folder, read_json_object, visible, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.names import BUFFERS
 from mvshared.public_configs import SET_BY_PIPELINES, diffusers_scheduler
@@ -445,8 +445,8 @@ def _folder_tensors(collected: _Collected, component: Component) -> dict[str, Ra
     try:
         files = weight_files_in(folder, component)
     except CheckpointError:
-        files = list(folder.glob("*.safetensors"))  # whatever its name, if it is the only one
-        if len(files) != 1 or any(folder.glob("*.index*.json")) or any(folder.glob("*.bin")):
+        files = visible(folder.glob("*.safetensors"))  # whatever its name, if it is the only one
+        if len(files) != 1 or visible(folder.glob("*.index*.json")) or visible(folder.glob("*.bin")):
             raise
     tensors = {name: each for file in files for name, each in read_safetensors(file).items()}
     for name in [name for name in tensors if name.endswith(BUFFERS)]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,10 +13,13 @@ from mvshared.conversion.raw import RawTensor, shards, write_safetensors
 from mvshared.errors import OptionError, OutputError
 from mvshared.files import (
     file_stamps,
+    is_empty,
     lock_folder,
     make_folder,
     read_json_object,
+    remove_if_empty,
     remove_leftovers,
+    visible,
     with_leftovers,
     write_atomic,
     write_json,
@@ -49,7 +53,7 @@ class Progress:
         if dest.exists() and not dest.is_dir():
             raise OutputError("is a file, and a folder is needed", path=dest, hint="name another folder")
         begun = (dest / STATE).is_file()
-        if not begun and dest.is_dir() and any(not file.match(f".{STATE}.*.tmp") for file in dest.iterdir()) and not force:
+        if not begun and dest.is_dir() and not is_empty(dest, but_for=re.escape(STATE)) and not force:
             raise OutputError("is not empty", path=dest, hint="name another folder, or use force=True")
 
     def _kept(self, name: str, sha256: str) -> bool:
@@ -90,8 +94,7 @@ class Progress:
             folder = self.dest / component
             remove_weights(self.dest, component, keep=())
             (folder / "config.json").unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+            remove_if_empty(folder)
 
     def add(self, name: str, sha256: str) -> None:
         self.done[name] = sha256
@@ -161,11 +164,11 @@ def remove_weights(folder: Path, component: Component, *, keep: Collection[str])
 def copy_files(source: Path, dest: Path, *, only: Sequence[str] | None = None) -> None:
     """Copy the files of a folder that are no weights, in the place of all such files there, or those of the given names."""
     make_folder(dest)
-    files = {file.name: file for file in sorted(source.iterdir()) if file.is_file() and _is_plain(file)}
+    files = {file.name: file for file in visible(source.iterdir()) if file.is_file() and _is_plain(file)}
     for name, file in files.items():
         if only is None or name in only:
             write_atomic(dest / name, file.read_bytes())
-    for file in dest.iterdir() if only is None else ():
+    for file in visible(dest.iterdir()) if only is None else ():
         if file.name not in files and _is_plain(file):
             file.unlink()  # a tokenizer is read from whichever of its files are there
 

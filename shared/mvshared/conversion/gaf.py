@@ -21,7 +21,7 @@ from mvshared.conversion.one_file import own_tensors
 from mvshared.conversion.raw import RawTensor, cast, read_safetensors
 from mvshared.conversion.report import Report, written
 from mvshared.errors import CheckpointError, OptionError
-from mvshared.files import make_folder, read_json_object, write_json
+from mvshared.files import make_folder, read_json_object, visible, write_json
 from mvshared.numbers import MAX_SEED, whole
 from mvshared.public_configs import clip_vision
 from mvshared.training.initial import initial_weights
@@ -68,7 +68,7 @@ def init_gaf(
         parts = [written("unet", tensors, files=_write(dest, "unet", tensors, state, on_tensor))]
         names = {"unet": {name: (name,) for name in tensors}}
         for component, place in folders.items():
-            files = weight_files(folder, component) if place.parent == folder else sorted(place.glob("*.safetensors"))
+            files = weight_files(folder, component) if place.parent == folder else visible(place.glob("*.safetensors"))
             copied = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
             copy_files(place, dest / component, only=("config.json",))
             parts.append(written(component, copied, files=_write(dest, component, copied, state, on_tensor)))
@@ -120,7 +120,7 @@ def _gaf_config(
 
 def _vision(folder: Path) -> tuple[CLIPVisionConfig, CLIPImageConfig]:
     path = folder / "config.json"
-    files = sorted(folder.glob("*.safetensors"))
+    files = visible(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError("holds no .safetensors weights", path=folder)
     projection = any("visual_projection.weight" in read_safetensors(file) for file in files)

@@ -23,7 +23,7 @@ from mvshared.conversion.convert import PLAIN_FOLDERS
 from mvshared.conversion.folders import Progress, copy_files, fingerprint, remove_weights, write_weights
 from mvshared.conversion.raw import RawTensor, cast, read_safetensors
 from mvshared.errors import CheckpointError, OptionError
-from mvshared.files import copy_file, make_folder, write_atomic, write_json
+from mvshared.files import copy_file, make_folder, visible, write_atomic, write_json
 from mvshared.metrics import relative_rms
 from mvshared.quantization.groups import GROUP_SIZES, Packed
 from mvshared.quantization.plans import (
@@ -328,7 +328,7 @@ def _copy_component(folder: Path, dest: Path, name: Component) -> None:
     """A component's folder as it is: configs, weights, and the index of several weight files."""
     target, files = make_folder(dest / name), weight_files(folder, name)
     copy_files(folder / name, target, only=("config.json",))
-    indices = [index for index in (folder / name).glob("*.index*.json") if len(files) > 1]
+    indices = [index for index in visible((folder / name).glob("*.index*.json")) if len(files) > 1]
     remove_weights(dest, name, keep=[path.name for path in (*files, *indices)])
     for path in (*files, *indices):
         copy_file(path, target / path.name)

@@ -18,7 +18,7 @@ from mvshared.camera import azimuth_elevation, camera_vectors, from_front_deg, m
 from mvshared.captures import Capture, files_elsewhere, load_capture
 from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError, ImageError
-from mvshared.files import file_stamps
+from mvshared.files import file_stamps, visible
 from mvshared.images import load_image, load_values
 from mvshared.schedule import add_noise, velocity
 from mvshared.training.ahead import ahead
@@ -72,7 +72,7 @@ def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], l
     folder = Path(folder)
     if not folder.is_dir():
         raise DatasetError("no such folder", path=folder, hint="make one with: mvmlx render-heads")
-    found = sorted(path.parent for path in folder.glob("*/transforms.json") if not path.parent.name.startswith("."))
+    found = visible(path.parent for path in folder.glob("*/transforms.json"))
     needed = 2 if held_out else 1
     if len(found) < needed:
         hint = "with held_out 0 one is enough" if found else "make some with: mvmlx render-heads"

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from mvshared.errors import CheckpointError, ConfigError, OutputError
-from mvshared.files import check_folder, lock_folder, make_folder, read_json_object, remove_leftovers, write_json
+from mvshared.files import check_folder, is_empty, lock_folder, make_folder, read_json_object, remove_leftovers, write_json
 from mvshared.training.config import TrainConfig, parse_train_config
 from mvshared.training.optimizer import Weights, steps_of
 from mvshared.weights import read_header, sha256_of_files
@@ -53,7 +53,7 @@ class RunFolder:
             if changed := list(_changes(asdict(asked), asdict(self.config))):
                 reason = f"holds a run with other values: {', '.join(changed)}"
                 raise OutputError(reason, path=self.path, hint="name a new folder for this run")
-        elif self.path.exists() and any(not file.match(".config.json.*.tmp") for file in self.path.iterdir()):
+        elif self.path.exists() and not is_empty(self.path, but_for=r"config\.json"):
             raise OutputError("is not empty and holds no training run", path=self.path, hint="name a new folder for this run")
         if not self.state_path.exists():
             return None
