@@ -1,5 +1,9 @@
 """Helpers of the tests: comparisons that raise, tiny configurations, and the same call on both backends."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -26,6 +30,7 @@ from mvshared.attention import FUSED, AttentionOptions
 from mvshared.camera import camera_vectors, even_azimuths, orbit
 from mvshared.checkpoint import write_component, write_model_config
 from mvshared.config import GenerationDefaults, KUNetConfig, ModelConfig, SchedulerConfig, UNetConfig, VAEConfig
+from mvshared.files import is_same
 from mvshared.guidance import ALL
 from mvshared.networks import Networks
 from mvshared.pipeline import Pipeline
@@ -256,6 +261,24 @@ def parameter_names(model: Any) -> set[str]:
 def norm_eps(model: Any) -> dict[str, float]:
     """The eps of every normalisation by the name of its module."""
     return {name: module.eps for name, module in model.named_modules() if hasattr(module, "eps")}
+
+
+def run_under_two_names(folder: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run the command line beside a folder whose name in small letters leads to it as well, as on most Macs.
+
+    Where the file system tells the names apart, the folder is mounted under the other one for this process; the test is skipped
+    where that is not allowed.
+    """
+    other = folder.with_name(folder.name.lower())
+    command = [sys.executable, "-c", "from mvshared.entry import main; main()", *arguments]
+    if not is_same(folder, other):
+        own = ["unshare", "--map-root-user", "--mount"]
+        if shutil.which(own[0]) is None or subprocess.run([*own, "true"], capture_output=True).returncode:
+            pytest.skip("the file system tells letters of either case apart, and nothing can be mounted")
+        other.mkdir(exist_ok=True)
+        command = [*own, "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(folder), str(other), *command]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
 
 
 def write_tiny_model(folder: Path, config: ModelConfig = TINY_MODEL) -> Path:

@@ -17,7 +17,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, Backend, write_tiny_model
+from helpers import BACKENDS, Backend, run_under_two_names, write_tiny_model
 from PIL import Image
 
 import mvshared.commands.checkpoints
@@ -423,6 +423,15 @@ def test_figures_of_views_go_with_the_views(desk: Path) -> None:
     assert run(["evaluate", *TINY, "--steps", "1", "--identities", "0:1", "-o", "out"]) == 0
     assert run([*command, "--seed", "1", "--force"]) == 0
     assert {"evaluation.json", "sheet_00.png"} <= {path.name for path in (desk / "out").iterdir()}  # of the model
+
+
+def test_nor_what_has_another_name(desk: Path) -> None:
+    assert run(["generate", "picture.png", *TINY, "--steps", "1", "-o", "Out"]) == 0
+    before = {path: path.read_bytes() for path in (desk / "Out").rglob("*.*")}
+    for command in (["upscale", "Out"], ["generate", "Out/view_000.png", *TINY]):
+        refused = run_under_two_names(desk / "Out", [*command, "-o", "out", "--force"])
+        assert (refused.returncode, "which is read, would be removed" in refused.stderr) == (2, True), refused.stderr
+    assert {path: path.read_bytes() for path in (desk / "Out").rglob("*.*")} == before
 
 
 def test_a_run_does_not_remove_what_it_is_made_of(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint as convert_open_clip_with_diffusers
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from helpers import randomise
+from helpers import randomise, run_under_two_names
 from transformers import CLIPTextConfig as TransformersTextConfig
 from transformers import CLIPTextModel, CLIPVisionModel
 
@@ -49,7 +49,7 @@ from mvshared.conversion.convert import convert
 from mvshared.conversion.folders import STATE
 from mvshared.conversion.raw import RawTensor, cast, read_safetensors, write_safetensors
 from mvshared.errors import CheckpointError, MvError, OptionError, OutputError, TensorMismatchError
-from mvshared.files import file_stamps, lock_folder, make_folder
+from mvshared.files import file_stamps, is_within, lock_folder, make_folder
 from mvshared.inspection import inspect
 from mvshared.names import ldm_unet_names
 from mvshared.schedule import alphas_cumprod
@@ -888,6 +888,28 @@ def test_nothing_is_written_where_the_source_lies_not_even_by_force(
     with pytest.raises(OptionError, match="dest must be another place than the source's"):
         convert(folders["mvdream"], tmp_path / dest, like=source, force=True)
     assert written() == before
+
+
+@pytest.mark.parametrize(("source", "dest"), [("Model", "model"), ("Model", "model/new"), ("Model/unet", "model")])
+def test_nor_where_its_folder_has_another_name(source: str, dest: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    model = shutil.copytree(folders["mvdream"], tmp_path / "Model")
+    before = {path: path.read_bytes() for path in model.rglob("*.*")}
+    refused = run_under_two_names(model, ["convert", source, dest, "--family", "mvdream", "--force"])
+    assert (refused.returncode, "must be another place than the source's" in refused.stderr) == (2, True), refused.stderr
+    assert {path: path.read_bytes() for path in model.rglob("*.*")} == before
+
+
+def test_paths_are_compared_as_the_file_system_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def same_but_for_case(one: Path, other: Path) -> bool:
+        return str(one).lower() == str(other).lower()
+
+    source, model = tmp_path / "Model" / "unet", tmp_path / "Model"
+    assert not is_within(source, tmp_path / "model")
+    monkeypatch.setattr(os.path, "samefile", same_but_for_case)
+    assert is_within(source, tmp_path / "model")
+    assert is_within(tmp_path / "model" / "new" / "folder", model)
+    assert not is_within(model, source)
+    assert not is_within(tmp_path / "Models", model)
 
 
 # Breaks

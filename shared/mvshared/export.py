@@ -7,10 +7,11 @@ https://github.com/NVlabs/instant-ngp (src/nerf_loader.cu, docs/nerf_dataset_tip
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mvshared.camera import validate_poses
 from mvshared.errors import ConfigError, OptionError, OutputError
 from mvshared.files import (
     check_folder,
+    is_same,
     lock_folder,
     make_folder,
     read_json_object,
@@ -125,12 +127,16 @@ def write_evaluation(folder: Path | str, sheets: Mapping[str, NDArray[np.uint8]]
 def check_source(folder: Path | str, sources: Iterable[Path]) -> None:
     """Raise OptionError about the output if a run that is written into `folder` would remove what it is made of: files of an
     earlier run there, upscaled or not, or folders that have some."""
-    target = Path(folder).resolve()
-    places = (target, target / UPSCALED)
+    removed: dict[Path, list[Path]] = {}
+    for place in (Path(folder), Path(folder) / UPSCALED):
+        with suppress(OSError):  # there is none, or whoever writes to it says what is wrong with it
+            removed[place] = _run_files(place, LEFTOVERS)
     for source in sources:
-        real = source.resolve()
-        files = real.iterdir() if real in places and real.is_dir() else (real,)
-        if any(file.parent in places and LEFTOVERS.fullmatch(file.name) for file in files):
+        real = Path(os.path.realpath(source))
+        if any(
+            (files and is_same(real, place)) or (is_same(real.parent, place) and any(is_same(real, file) for file in files))
+            for place, files in removed.items()
+        ):
             raise OptionError(
                 "output", expected=f"another folder: {source}, which is read, would be removed there", got=str(folder)
             )

@@ -162,6 +162,21 @@ def copy_folder(source: Path, dest: Path) -> None:
         (copy_folder if path.is_dir() else copy_file)(path, dest / path.name)
 
 
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, as the file system tells: on most Macs names in letters of another case do.
+    False where one is not there."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a path, even of what is not there yet, is that of a folder or leads into it."""
+    path, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))  # which takes links that go in a circle, too
+    return path.is_relative_to(folder) or any(is_same(part, folder) for part in (path, *path.parents))
+
+
 def visible(paths: Iterable[Path]) -> list[Path]:
     """Those whose names are not hidden, in order: what begins with a dot in a folder is the system's, and no file of a user's.
     macOS leaves a .DS_Store where a folder was looked at, and on other disks a ._name beside every file."""

@@ -14,6 +14,8 @@ from mvshared.errors import OptionError, OutputError
 from mvshared.files import (
     file_stamps,
     is_empty,
+    is_same,
+    is_within,
     lock_folder,
     make_folder,
     read_json_object,
@@ -33,10 +35,10 @@ OnTensor = Callable[[str, int], None]
 
 def check_apart(dest: Path, sources: Sequence[Path]) -> None:
     """Raise OptionError if writing to `dest` could overwrite what is read: the same place, or one inside of the other."""
-    to = Path(os.path.realpath(dest))  # which takes links that go in a circle, too
-    for source in (Path(os.path.realpath(path)) for path in sources):
-        beside = source.is_file() and source.parent == to  # a file may lie where a folder's files are written
-        if to == source or to.is_relative_to(source) or (source.is_relative_to(to) and not beside):
+    for source in sources:
+        real = Path(os.path.realpath(source))
+        beside = real.is_file() and is_same(real.parent, dest)  # a file may lie where a folder's files are written
+        if is_within(dest, real) or (is_within(real, dest) and not beside):
             raise OptionError("dest", expected="another place than the source's", got=str(dest))
 
 
