@@ -275,6 +275,12 @@ def test_files_elsewhere_are_none_of_a_malformed_file(folder: Path) -> None:
         assert captures.files_elsewhere(folder) == []
 
 
+def test_for_a_capture_of_a_telephone_there_is_a_way_out(folder: Path) -> None:
+    (folder / "view_000.png").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(DatasetError, match=r"view_000\.png: is no picture that can be read \(HEIC .*sips -s format png"):
+        captures.load_capture(folder)
+
+
 def test_a_folder_in_which_the_finder_was_is_free(tmp_path: Path) -> None:
     (tmp_path / "head").mkdir()
     for name in (".DS_Store", "._view_000.png"):

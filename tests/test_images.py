@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, features
 
 from mvshared import images
 from mvshared.errors import ImageError, NumericsError, OptionError, OutputError
@@ -248,6 +249,21 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
     for message, source in sources.items():
         with pytest.raises(ImageError, match=f"got {message}"):
             load_image(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"avif"])
+def test_for_the_picture_of_a_telephone_there_is_a_way_out(tmp_path: Path, brand: bytes) -> None:
+    path = written(tmp_path / "IMG 1.HEIC", struct.pack(">I", 24) + b"ftyp" + brand + b"\0\0\0\0mif1" + brand)
+    expected = f"sips -s format png '{path}' --out '{tmp_path / 'IMG 1.png'}' makes a PNG, elsewhere heif-convert does"
+    with pytest.raises(ImageError, match=re.escape(expected)):
+        load_image(path)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow writes no AVIF here")
+def test_files_that_pillow_writes_as_avif_are_told_as_such(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.avif")
+    with pytest.raises(ImageError, match="HEIC and AVIF cannot be read; on a Mac sips "):
+        load_image(tmp_path / "picture.avif")
 
 
 @pytest.mark.parametrize("side", [10_001, 40_000])

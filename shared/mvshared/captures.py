@@ -18,14 +18,14 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mvshared.camera import lens_doubt, read_transforms, validate_poses
 from mvshared.consistency import foreground
 from mvshared.errors import ConfigError, DatasetError, OptionError, OutputError
 from mvshared.export import transforms
 from mvshared.files import is_empty, read_json_object, remove_if_empty, write_atomic, write_json
-from mvshared.images import composite, find_picture, load_image, orientation
+from mvshared.images import composite, find_picture, load_image, orientation, what_can_be_read
 
 METADATA = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})  # of a PNG, that may say how it is turned
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -220,6 +220,8 @@ def size_px(path: Path) -> tuple[int, int]:
             # Pillow turns the size of a TIFF itself, and would decode a PNG to look for metadata behind its pixels.
             known = image.format == "TIFF" or (image.format == "PNG" and METADATA.isdisjoint(image.info))
             return (image.height, image.width) if not known and orientation(image) >= 5 else image.size
+    except UnidentifiedImageError as cause:
+        raise DatasetError("is no picture that can be read", path=path, hint=what_can_be_read(path)) from cause
     except (OSError, ValueError, Image.DecompressionBombError) as cause:
         raise DatasetError(f"is no picture that can be read: {cause}", path=path) from cause
 

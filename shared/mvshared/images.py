@@ -6,6 +6,8 @@ Decoding and encoding are Pillow's; what is refused is refused before the pixels
 import io
 import math
 import os
+import re
+import shlex
 import stat
 import warnings
 from collections.abc import Callable
@@ -27,6 +29,7 @@ PALETTE_SAMPLES = 20_000  # pixels of a turntable that its palette is made from
 
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # of a PNG's fewer bits among 8, by Pillow's raw mode
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's; some of its others start programs
+HEIF = re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1|avi[fs])", re.DOTALL)  # how HEIC, HEIF and AVIF begin
 GREY_PEAKS = {"I;16": 65535.0, "I;16L": 65535.0, "I;16B": 65535.0, "I;16N": 65535.0, "I": 65535.0, "F": 1.0}
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -95,11 +98,26 @@ def _open(file: BinaryIO, path: Path) -> Image.Image:
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as cause:
-        raise ImageError("is no picture", path=path, hint="PNG, JPEG, WebP, GIF, BMP and TIFF can be read") from cause
+        raise ImageError("is no picture that can be read", path=path, hint=what_can_be_read(path)) from cause
     except Image.DecompressionBombError as cause:
         raise _too_large(path) from cause
     except Exception as cause:  # Pillow's parsers meet damaged data with nearly every class of error
         raise _damaged(path, cause) from cause
+
+
+def what_can_be_read(path: Path) -> str:
+    """A hint about a file that is none of FORMATS; of one of a telephone's pictures, how to make one of them."""
+    try:
+        with path.open("rb") as file:
+            telephone = HEIF.match(file.read(12)) is not None
+    except OSError:
+        telephone = False
+    if not telephone:
+        return "PNG, JPEG, WebP, GIF, BMP and TIFF can be read"
+    old, new = (shlex.quote(str(each)) for each in (path, path.with_suffix(".png")))
+    return (
+        f"HEIC and AVIF cannot be read; on a Mac sips -s format png {old} --out {new} makes a PNG, elsewhere heif-convert does"
+    )
 
 
 def _too_large(path: Path | None) -> ImageError:
