@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import unicodedata
 import warnings
 import zlib
 from pathlib import Path
@@ -275,6 +276,27 @@ def test_frames_name_their_maps_without_extension_and_in_any_order(head: Any, tm
     (folder / "transforms.json").write_text(json.dumps(document))
     np.testing.assert_array_equal(find_normals(folder).poses, POSES[[1, 2, 0]])
     np.testing.assert_array_equal(find_normals(folder / "normal_002.png").poses, POSES[[2]])
+
+
+@pytest.mark.parametrize(("on_disk", "in_frames"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_in_another_form_of_unicode_are_the_same(on_disk: Any, in_frames: Any, head: Any, tmp_path: Path) -> None:
+    folder = write_maps(tmp_path / "maps", head.normals, POSES)
+    for index in range(3):
+        old, new = f"normal_{index:03}.png", f"Köpfe {index}.png"
+        (folder / old).rename(folder / unicodedata.normalize(on_disk, new))
+        document = (folder / "transforms.json").read_text("utf-8").replace(old, unicodedata.normalize(in_frames, new))
+        (folder / "transforms.json").write_text(document, "utf-8")
+    np.testing.assert_array_equal(find_normals(folder).poses, POSES)
+    assert all(Path(str(source)).is_file() for source in find_normals(folder).sources)
+
+
+def test_cameras_that_are_of_none_of_the_maps_are_told(head: Any, tmp_path: Path) -> None:
+    folder = write_maps(tmp_path / "maps", head.normals, POSES)
+    document = (folder / "transforms.json").read_text().replace("normal_", "view_")
+    (folder / "transforms.json").write_text(document)
+    with pytest.warns(MvWarning, match=r"transforms\.json names none of the normal maps beside it") as told:
+        assert find_normals(folder).poses is None
+    assert len(told) == 1
 
 
 def test_a_transforms_json_about_other_pictures_brings_no_cameras(head: Any, tmp_path: Path) -> None:

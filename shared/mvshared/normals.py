@@ -6,6 +6,7 @@ those of `mvshared.camera`, or of the transforms.json beside the maps. docs/norm
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -193,14 +194,23 @@ def _from_folder(folder: Path) -> NormalMaps:
 
 
 def _with_cameras(paths: list[Path], frames: _Frames | None) -> NormalMaps:
-    """The maps, with their cameras if the frames are about every one of them."""
-    places = {} if frames is None else {path.resolve(): index for index, path in enumerate(frames.paths)}
-    chosen = [places.get(path.resolve()) for path in paths]
-    if frames is None or not chosen or None in chosen:
+    """The maps, with their cameras if the frames are about every one of them. An MvWarning if they are about none."""
+    if frames is None or not paths:
+        return NormalMaps(tuple(paths))
+    places = {_place(path): index for index, path in enumerate(frames.paths)}
+    chosen = [places.get(_place(path)) for path in paths]
+    if set(chosen) == {None}:
+        warn(f"{paths[0].parent / 'transforms.json'} names none of the normal maps beside it: its cameras are not used")
+    if None in chosen:
         return NormalMaps(tuple(paths))
     poses, fovs = frames.found.poses, tuple(frames.found.fovs_deg[index] for index in chosen if index is not None)
     assert poses is not None
     return frames.found._replace(sources=tuple(paths), poses=poses[np.array(chosen)], fovs_deg=fovs)
+
+
+def _place(path: Path) -> str:
+    """Where a file lies, in one form of Unicode: to the file systems of macOS, an umlaut is a letter and its dots."""
+    return unicodedata.normalize("NFC", str(path.resolve()))
 
 
 def _frames(folder: Path) -> _Frames | None:
