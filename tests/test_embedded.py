@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 from mvshared import embedded
 from mvshared.checkpoint import find_model, read_model_config, weight_files
 from mvshared.errors import CheckpointError, OutputError
+from mvshared.files import user_cache
+from mvshared.models import pins_path
 from mvshared.quantization.folders import quantize_folder
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -50,6 +52,20 @@ def test_the_unpacked_folder_is_a_usual_one_with_the_numbers_that_the_bits_stand
         assert array.shape == after[name].shape
         np.testing.assert_allclose(after[name], array, atol=0.01 * np.abs(array).max() + 1e-6)
     assert weight_files(folder, "vae")
+
+
+def test_a_relative_folder_for_caches_or_data_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MVMLX_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for variable, place, at_home in (
+        ("XDG_CACHE_HOME", user_cache, ".cache/mvmlx"),
+        ("XDG_DATA_HOME", lambda: pins_path().parent, ".local/share/mvmlx"),
+    ):
+        for relative in ("", ".", "relative/dir"):
+            monkeypatch.setenv(variable, relative)
+            assert place() == tmp_path / at_home
+        monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
+        assert place() == tmp_path / "elsewhere" / "mvmlx"
 
 
 def test_it_is_unpacked_once_and_anew_for_other_weights(source: Path) -> None:

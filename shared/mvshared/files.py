@@ -264,7 +264,18 @@ def write_json(path: Path | str, document: Mapping[str, Any]) -> None:
 
 def user_cache() -> Path:
     """This project's folder in the user's cache, in the folder for temporary files for a user without a home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or user_home() / ".cache") / "mvmlx"
+    return _base_folder("XDG_CACHE_HOME", ".cache") / "mvmlx"
+
+
+def user_data() -> Path:
+    """This project's folder among the user's data, in the folder for temporary files for a user without a home."""
+    return _base_folder("XDG_DATA_HOME", ".local/share") / "mvmlx"
+
+
+def _base_folder(variable: str, at_home: str) -> Path:
+    """A folder of the XDG Base Directory Specification, by which relative paths in these variables are to be ignored."""
+    given = os.environ.get(variable, "")
+    return Path(given) if os.path.isabs(given) else user_home() / at_home
 
 
 def user_home() -> Path:

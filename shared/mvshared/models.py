@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvshared.errors import ConfigError
-from mvshared.files import lock_folder, make_folder, read_json_object, user_home, write_json
+from mvshared.files import lock_folder, make_folder, read_json_object, user_data, write_json
 
 EMBEDDED = {"demo": "demo"}  # names, and folders in the package
 # Names, and the repositories on huggingface.co that have the model in diffusers' layout.
@@ -61,9 +61,7 @@ class Pin:
 def pins_path() -> Path:
     """The file of the pins: in $MVMLX_HOME, or in mvmlx in the user's data folder."""
     home = os.environ.get("MVMLX_HOME")
-    if home:
-        return Path(home) / "models.json"
-    return Path(os.environ.get("XDG_DATA_HOME") or user_home() / ".local" / "share") / "mvmlx" / "models.json"
+    return (Path(home) if home else user_data()) / "models.json"
 
 
 def repository_of(name: str) -> str | None:
