@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvshared import __version__
-from mvshared.lazy import lazily
+from mvshared.lazy import importing, lazily
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -45,9 +45,11 @@ def load(
     as they can. memory_budget: such as "6GB", or a number of GB, which runs keep to or refuse; see docs/memory.md.
     Raises CheckpointError, OptionError and BackendError.
     """
-    from mvmlx.model import load_model
     from mvshared.memory.budget import memory_options
     from mvshared.pipeline import Pipeline
+
+    with importing("mlx"):
+        from mvmlx.model import load_model
 
     memory = memory_options(low_memory=low_memory, memory_budget=memory_budget)
     model = load_model(name, dtype=dtype, device=device, quantize=quantize, at_once=memory.at_once)
@@ -67,8 +69,10 @@ def load_upscaler(
     dtype, device, quantize: as `load`. low_memory: its networks are read when they are needed.
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
-    from mvmlx.upscaling import load_upscaler_model
     from mvshared.upscaling.latents import Upscaler
+
+    with importing("mlx"):
+        from mvmlx.upscaling import load_upscaler_model
 
     model = load_upscaler_model(name, dtype=dtype, device=device, quantize=quantize, at_once=not low_memory)
     return Upscaler(model, name=str(name))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvshared import __version__
-from mvshared.lazy import lazily
+from mvshared.lazy import importing, lazily
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,9 @@ def load(
     """
     from mvshared.memory.budget import memory_options
     from mvshared.pipeline import Pipeline
-    from mvtorch.model import load_model
+
+    with importing("torch"):
+        from mvtorch.model import load_model
 
     memory = memory_options(low_memory=low_memory, memory_budget=memory_budget)
     model = load_model(name, dtype=dtype, device=device, quantize=quantize, at_once=memory.at_once)
@@ -69,7 +71,9 @@ def load_upscaler(
     Raises CheckpointError, also for a folder of another kind, OptionError and BackendError.
     """
     from mvshared.upscaling.latents import Upscaler
-    from mvtorch.upscaling import load_upscaler_model
+
+    with importing("torch"):
+        from mvtorch.upscaling import load_upscaler_model
 
     model = load_upscaler_model(name, dtype=dtype, device=device, quantize=quantize, at_once=not low_memory)
     return Upscaler(model, name=str(name))

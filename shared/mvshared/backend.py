@@ -2,6 +2,7 @@
 
 import importlib
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
@@ -26,10 +27,7 @@ BackendName = Literal["mlx", "torch"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 PACKAGES: dict[BackendName, str] = {"mlx": "mvmlx", "torch": "mvtorch"}
-INSTALL_HINTS: dict[BackendName, str] = {
-    "mlx": "install it with: pip install 'mvmlx' on a Mac, pip install 'mvmlx[cpu]' or 'mvmlx[cuda]' on Linux",
-    "torch": "install it with: pip install 'mvmlx[torch]'",
-}
+TORCH = "torch>=2.11,<2.14"  # as pyproject.toml has it
 
 
 class Array(Protocol):
@@ -203,10 +201,29 @@ def available_backends() -> list[BackendName]:
     return [name for name in PACKAGES if find_spec(name) is not None]  # named as their libraries are
 
 
+def install_hint(name: BackendName) -> str:
+    """How a backend's array library is installed on this machine."""
+    if name == "mlx":
+        return "install it with: pip install 'mvmlx' on a Mac, pip install 'mvmlx[cpu]' or 'mvmlx[cuda]' on Linux"
+    if platform.system() == "Linux" and not has_nvidia_driver():  # by default it comes with gigabytes of CUDA
+        return f"install it with: pip install '{TORCH}' --index-url https://download.pytorch.org/whl/cpu"
+    return "install it with: pip install 'mvmlx[torch]'"
+
+
+def has_nvidia_driver() -> bool:
+    """Whether this machine, a Linux, has an NVIDIA GPU that can be computed on, as far as can be told without a library."""
+    return Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
+
+
+def not_installed(name: BackendName) -> BackendError:
+    """The error of a backend whose array library is not there."""
+    return BackendError(f"the {name} backend is not installed", backend=name, hint=install_hint(name))
+
+
 def check_diffusers() -> None:
     """Raise BackendError unless what this project is compared with is installed: diffusers, transformers, PyTorch."""
     if "torch" not in available_backends():
-        choose_backend("torch")  # raises with the hint how to install it
+        raise not_installed("torch")
     for library in ("diffusers", "transformers"):
         if find_spec(library) is None:
             raise BackendError(f"{library} is not installed", backend="torch", hint="pip install 'mvmlx[validate]'")
@@ -222,12 +239,11 @@ def choose_backend(name: str = "auto") -> BackendName:
     available = available_backends()
     if name in available:
         return name
-    if name in INSTALL_HINTS:
-        raise BackendError(f"the {name} backend is not installed", backend=name, hint=INSTALL_HINTS[name])
+    if name in PACKAGES:
+        raise not_installed(name)
     if not available:
-        raise BackendError(
-            "no backend is installed", backend="auto", hint=f"{INSTALL_HINTS['torch']}; or for MLX {INSTALL_HINTS['mlx']}"
-        )
+        hint = f"{install_hint('torch')}; or for MLX {install_hint('mlx')}"
+        raise BackendError("no backend is installed", backend="auto", hint=hint)
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     preferred: BackendName = "mlx" if apple else "torch"
     return preferred if preferred in available else available[0]

@@ -1,7 +1,12 @@
-"""Types that both backends' packages show, imported when they are asked for: `import mvtorch` alone reads no array library."""
+"""What both backends' packages show, imported when it is asked for: `import mvtorch` alone reads no array library."""
 
 import importlib
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mvshared.backend import BackendName
 
 _PLACES = {
     "Pipeline": "mvshared.pipeline",
@@ -16,3 +21,16 @@ def lazily(package: str, name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+@contextmanager
+def importing(backend: "BackendName") -> Iterator[None]:
+    """A context in which a backend's modules are imported. Raises BackendError if its array library is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as cause:
+        if cause.name not in (backend, f"{backend}.core"):  # as its library is named; what is imported of MLX is mlx.core
+            raise
+        from mvshared.backend import not_installed
+
+        raise not_installed(backend) from cause

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mvshared.backend import PACKAGES, available_backends
+from mvshared.backend import PACKAGES, available_backends, install_hint
 from mvshared.conversion.raw import RawTensor, read_safetensors
 from mvshared.errors import BackendError, CheckpointError, TensorMismatchError
 
@@ -72,7 +72,7 @@ def read_file(path: Path) -> dict[str, RawTensor]:
         raise BackendError(
             f"{path} is pickled, and only PyTorch reads that",
             backend="torch",
-            hint="pip install 'mvmlx[torch]', or use .safetensors",
+            hint=f"{install_hint('torch')}; or use .safetensors",
         )
     return importlib.import_module(f"{PACKAGES['torch']}.pickled").read_pickled(path)
 
