@@ -56,6 +56,16 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", expected)
 
 
+@pytest.mark.parametrize("package", ["mvmlx", "mvtorch", "mvshared"])
+def test_a_package_is_run_as_the_command(package):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}"}
+    command = [sys.executable, "-m", package]
+    helped = subprocess.run([*command, "models", "--help"], env=environment, capture_output=True, text=True)
+    assert (helped.returncode, helped.stderr) == (0, "") and helped.stdout.startswith("Usage: mvmlx models [OPTIONS]\n")
+    wrong = subprocess.run([*command, "nothing"], env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("mvmlx: error: No such command 'nothing'")
+
+
 def started(tmp_path, *arguments, **environment):
     report = tmp_path / "report.json"
     command = [sys.executable, "-c", PROBE, str(report), *arguments]

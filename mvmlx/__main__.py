@@ -1,0 +1,6 @@
+"""`python -m mvmlx`: the command `mvmlx`."""
+
+from mvshared.entry import main
+
+if __name__ == "__main__":
+    main()
