@@ -30,6 +30,7 @@ from mvshared.commands.generate import Reporter, shown_warnings
 from mvshared.errors import MvWarning, warn
 from mvshared.export import transforms
 from mvshared.images import load_image
+from mvshared.messages import print_json
 
 MVMLX = str(Path(sys.executable).with_name("mvmlx"))
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -618,6 +619,29 @@ def test_a_file_name_that_the_terminal_cannot_show_is_shown_in_another_way(desk:
     result = subprocess.run(command, cwd=desk, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True)
     assert result.returncode == 0, result.stderr
     assert b"p\\udcff-views" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Köpfe".encode(), "Köpfe"),
+        (b"K\xf6pfe", "K\ufffdpfe"),
+        ("K\U0001f600".encode(), "K\U0001f600"),
+        (b"K\\udcf6", "K\\udcf6"),
+    ],
+)
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=["own", "C"])
+def test_json_with_file_names_is_read_by_strict_readers(name: bytes, expected: str, locale: dict[str, str], desk: Path) -> None:
+    result = subprocess.run([MVMLX, "evaluate", name, "--json"], cwd=desk, env=os.environ | locale, capture_output=True)
+    assert result.returncode == 9 and result.stdout.isascii(), result.stderr
+    message = json.loads(result.stdout)["message"]
+    assert message.startswith(f"{expected}: ")
+    message.encode()  # which lone surrogates do not allow
+
+
+def test_half_a_character_in_a_text_does_not_reach_strict_readers(capfd: pytest.CaptureFixture[str]) -> None:
+    print_json({"prompt": "an \ud800 owl", "figures": [0.1, 1e-300, None]})
+    assert capfd.readouterr().out == '{"prompt": "an \\ufffd owl", "figures": [0.1, 1e-300, null]}\n'
 
 
 QUICK = [MVMLX, "generate", "picture.png", "--model", "tiny", "--backend", "torch", "--device", "cpu", "--steps", "1"]

@@ -5,7 +5,6 @@ Only click is imported at start-up, so that --help answers at once.
 
 import errno
 import io
-import json
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ import click
 from mvshared import __version__
 from mvshared.entry import INTERRUPT_EXIT, INTERRUPTED
 from mvshared.errors import MemoryBudgetError, MvError, OptionError, OutputError
-from mvshared.messages import say, warnings_in_lines
+from mvshared.messages import print_json, say, warnings_in_lines
 
 USAGE_EXIT, INTERNAL_EXIT = 2, 70
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -651,6 +650,6 @@ def _wants_json(arguments: list[str]) -> bool:
 def _fail(message: str, code: int, *, kind: str, as_json: bool) -> int:
     if as_json:
         with suppress(OSError):
-            click.echo(json.dumps({"event": "error", "kind": kind, "message": message, "exit_code": code}))
+            print_json({"event": "error", "kind": kind, "message": message, "exit_code": code})
     say(f"error: {message}")
     return code

@@ -1,6 +1,5 @@
 """`mvmlx benchmark`."""
 
-import json
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from mvshared.benchmark.run import check_measured, measure
 from mvshared.benchmark.settings import GROWTH, Settings
 from mvshared.errors import OptionError, OutputError
 from mvshared.files import check_folder, make_folder
+from mvshared.messages import print_json
 
 LONGER = (
     "--model sd21 --views 1,4,5,8 --sizes 256,512",
@@ -59,7 +59,10 @@ def run_benchmark(names: tuple[str, ...], options: dict[str, Any]) -> None:
         if so_far and not as_json:
             click.echo(markdown(so_far), nl=False)
         raise
-    click.echo(json.dumps(document(results)) if as_json else markdown([results]), nl=as_json)
+    if as_json:
+        print_json(document(results))
+    else:
+        click.echo(markdown([results]), nl=False)
     if file is not None:
         write_results(file, results)
         _partial(file).unlink(missing_ok=True)

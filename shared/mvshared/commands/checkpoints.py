@@ -1,6 +1,5 @@
 """The commands about checkpoints: `mvmlx models`, `download`, `info`, `convert`, `init gaf`, `validate`."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from mvshared.embedded import embedded_source
 from mvshared.errors import CheckpointError, NumericsError, OptionError
 from mvshared.files import check_folder, make_folder
 from mvshared.inspection import Report, inspect, inspect_devices
+from mvshared.messages import print_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins
 from mvshared.numbers import number
 from mvshared.upscaling.config import UpscalerConfig
@@ -36,7 +36,7 @@ def list_models(*, as_json: bool) -> None:
         defaults = read_model_config(folder).defaults
         what = f"{defaults.views} views of {defaults.size_px} pixels, {defaults.steps} steps, guidance {defaults.guidance:g}"
         if as_json:
-            click.echo(json.dumps({"name": name, "state": "embedded", "folder": str(folder), "bytes": size}))
+            print_json({"name": name, "state": "embedded", "folder": str(folder), "bytes": size})
         else:
             click.echo(f"{name}: {what}, {_size(size)}, in the package")
     pins = read_pins()
@@ -48,7 +48,7 @@ def list_models(*, as_json: bool) -> None:
             state = "downloaded" if complete else "pinned" if pin else "not downloaded"
             document = {"name": name, "state": state, "repository": repository}
             document |= {"revision": pin.revision, "folder": pin.folder, "bytes": pin.bytes} if pin else {}
-            click.echo(json.dumps(document))
+            print_json(document)
         elif pin is not None and complete:
             click.echo(f"{name}: {repository}, revision {pin.revision[:12]}, {_size(pin.bytes)}, in {pin.folder}")
         else:
@@ -68,7 +68,7 @@ def download_model(name: str, options: dict[str, Any]) -> None:
     as_json = options.pop("as_json")
     pin = download(name, on_plan=announce, **options)
     if as_json:
-        click.echo(json.dumps(asdict(pin)))
+        print_json(asdict(pin))
     else:
         click.echo(f"{name} is in {pin.folder}: {_size(pin.bytes)}, licence {pin.licence or 'unknown'}")
 
@@ -87,7 +87,7 @@ def show_model(name: str | None, *, backend: str, as_json: bool) -> None:
             document |= {"folder": str(report.folder), "family": report.config.family if report.config else None}
             document |= {"components": [asdict(each) for each in report.components], "faults": report.faults}
             document |= {"memory_bytes": report.memory_bytes(), "replaced_scheduler": report.replaced_scheduler}
-        click.echo(json.dumps(document | {"devices": [asdict(each) for each in devices]}))
+        print_json(document | {"devices": [asdict(each) for each in devices]})
     else:
         if report is not None:
             _print_report(report)
@@ -130,7 +130,7 @@ def convert_checkpoint(source: Path, dest: Path, options: dict[str, Any]) -> Non
     with _counting("converting") as count:
         report = convert(source, dest, shard_bytes=round(shard_gb * 1e9), on_tensor=count, **options)
     if as_json:
-        click.echo(json.dumps(asdict(report) | {"folder": str(report.folder)}, default=dict))
+        print_json(asdict(report) | {"folder": str(report.folder)})
         return
     _print_conversion(report)
     for reason, count in Counter(report.left_out.values()).items():
@@ -155,7 +155,7 @@ def quantize_model(source: str, dest: Path, options: dict[str, Any]) -> None:
         make_folder(report_file.parent)
         write_report(report_file, report)
     if as_json:
-        click.echo(json.dumps(asdict(report) | {"folder": str(report.folder)}))
+        print_json(asdict(report) | {"folder": str(report.folder)})
         return
     for each in report.components:
         error = "" if each.output_error is None else f", relative RMS of its output {each.output_error:.2e}"
@@ -242,11 +242,11 @@ def validate_model(name: str, options: dict[str, Any]) -> None:
     result = validate(name, **options)
     if as_json:
         for check in () if summary else result.checks:
-            click.echo(json.dumps({"event": "block", **asdict(check)}))
+            print_json({"event": "block", **asdict(check)})
         for each in result.components() if summary else ():
             figures = {"output_rms_error": each.output.rms_error, "worst_rms_error": each.worst.rms_error}
             document = {"name": each.name, "blocks": each.blocks, **figures, "worst": each.worst.name}
-            click.echo(json.dumps({"event": "component", **document}))
+            print_json({"event": "component", **document})
     else:
         other = result.backend if result.against == "float32" else result.against
         quantized = "" if result.quantization is None else f", {result.quantization},"

@@ -1,7 +1,6 @@
 """`mvmlx info MODEL --estimate`."""
 
 import importlib
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +14,7 @@ from mvshared.guidance import GUIDANCE_RANGE
 from mvshared.memory.budget import Fitted, fit, memory_options
 from mvshared.memory.estimate import estimate, model_size, process_bytes, usual_run, with_upscaling
 from mvshared.memory.plan import MemoryPlan, plans
+from mvshared.messages import print_json
 from mvshared.numbers import number, whole
 from mvshared.weights import choose_quantization
 
@@ -46,7 +46,7 @@ def show_estimate(name: str, options: dict[str, Any]) -> None:
     if options["as_json"]:
         stages = [asdict(stage) | {"bytes": stage.bytes} for stage in fitted.estimate.stages]
         document = {"peak_bytes": fitted.estimate.peak_bytes, "process_bytes": before, "stages": stages}
-        click.echo(json.dumps(document | {"plan": asdict(fitted.plan), "low_memory_peak_bytes": least, **loading}))
+        print_json(document | {"plan": asdict(fitted.plan), "low_memory_peak_bytes": least, **loading})
         return
     pixels = f"{views} view{'s' if views > 1 else ''} of {size_px} pixels, guidance {guidance:g}"
     quantized = f", quantised ({quantization})" if quantization else ""

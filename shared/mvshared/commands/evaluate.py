@@ -1,6 +1,5 @@
 """`mvmlx evaluate`: a model on held-out heads, or the consistency of the views in a folder."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from mvshared.backend import load
 from mvshared.errors import CameraError, DatasetError, OptionError
 from mvshared.export import VIEWS_SHEET, check_evaluation, write_evaluation
 from mvshared.images import sheet
+from mvshared.messages import print_json
 
 SHEET_ROWS = 8
 WARPS_SHOWN = 32
@@ -63,7 +63,7 @@ def evaluate_model(options: dict[str, Any]) -> None:
     }
     document = _finite({**settings, "figures": figures, "shares": result.shares()})
     if options["as_json"]:
-        click.echo(json.dumps(document))
+        print_json(document)
     else:
         click.echo(f"{result.identities} heads, {result.views} views each; mean +- deviation over views")
         for name, value in figures.items():
@@ -117,7 +117,7 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
     }
     document = _finite({**settings, "figures": figures})
     if options["as_json"]:
-        click.echo(json.dumps(document))
+        print_json(document)
     else:
         click.echo(f"{result.identities} heads, {result.views} views each at twice their size; mean +- deviation over views")
         for name, value in figures.items():
@@ -171,7 +171,7 @@ def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[st
     per_view = [{"file": name, **view._asdict()} for name, view in zip(names, result.views, strict=True)]
     document = _finite({"folder": str(folder), "views": len(names), "depth": result.depth, **figures, "per_view": per_view})
     if options["as_json"]:
-        click.echo(json.dumps(document))
+        print_json(document)
     else:
         click.echo(f"{len(names)} views, {len(result.warps) // 2} pairs of neighbours, depth {result.depth}")
         for name, value in figures.items():

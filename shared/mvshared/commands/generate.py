@@ -1,6 +1,5 @@
 """`mvmlx generate`."""
 
-import json
 import shlex
 import sys
 import warnings
@@ -22,7 +21,7 @@ from mvshared.errors import MvError, MvWarning, OptionError, OutputError, warn
 from mvshared.export import METADATA, check_free, check_source
 from mvshared.files import check_folder, make_folder, remove_others, write_atomic
 from mvshared.images import encode_png, grid
-from mvshared.messages import say
+from mvshared.messages import print_json, say
 from mvshared.numbers import number
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.quantization.plans import preset_of
@@ -58,7 +57,7 @@ class Reporter:
     def event(self, name: str, **values: Any) -> None:
         """Print an event if asked to."""
         if self.as_json:
-            click.echo(json.dumps({"event": name, **values}))
+            print_json({"event": name, **values})
 
     def step(self, progress: Progress) -> None:
         """Show a sampling step."""

@@ -1,6 +1,5 @@
 """`mvmlx render-normals`."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mvshared.camera import load_cameras
 from mvshared.checkpoint import find_model, read_model_config
 from mvshared.errors import OptionError
 from mvshared.mesh import NormalRenderer, fit_mesh, load_mesh
+from mvshared.messages import print_json
 from mvshared.normals import check_free, write_normals
 from mvshared.numbers import whole
 
@@ -48,6 +48,6 @@ def render_normal_maps(path: Path, options: dict[str, Any]) -> None:
     write_normals(output, maps, poses, fov_deg=fov_deg, space=space, force=options["force"])
     if options["as_json"]:
         facts = {"views": len(maps), "size_px": size_px, "triangles": len(mesh.faces), "space": space}
-        click.echo(json.dumps({"event": "saved", "folder": str(output), **facts}))
+        print_json({"event": "saved", "folder": str(output), **facts})
     else:
         click.echo(f"{len(maps)} normal maps of {len(mesh.faces)} triangles in {output}")

@@ -18,6 +18,7 @@ from mvshared.config import ModelConfig
 from mvshared.errors import MvWarning, OptionError
 from mvshared.export import package_versions
 from mvshared.files import check_folder, make_folder, write_atomic
+from mvshared.messages import print_json
 from mvshared.numbers import whole
 from mvshared.pipeline import Pipeline, Progress
 from mvshared.profiling import LARGEST, Profile, Row, StageProfile, parts, profile, trace
@@ -59,7 +60,7 @@ def profile_model(name: str, options: dict[str, Any]) -> None:
         document = trace(result, title=f"mvmlx profile {name}", other=about)
         write_atomic(make_folder(trace_path.parent) / trace_path.name, json.dumps(document).encode())
     if options["as_json"]:
-        click.echo(json.dumps(_document(result, about, loading=loading)))
+        print_json(_document(result, about, loading=loading))
     else:
         for line in _report(result, about, loading=loading, depth=depth):
             click.echo(line)
