@@ -126,27 +126,13 @@ def convert(
         write = write_one_file if source.is_dir() else rewrite_file
         return write(source, dest, stored=stored, force=force, on_tensor=on_tensor)
     collected = _Collected()
-    _collect(collected, source, local=family == "imagedream-local")
-    for each in extra:
+    for each in (source, *extra):
         _collect(collected, each, local=family == "imagedream-local")
-    if source.is_dir() and (family is None or (source / "model_index.json").is_file()):
-        if not (source / "model_index.json").is_file():
-            hint = f"name the family that it is of, {', '.join(map(repr, FAMILIES))}"
-            raise CheckpointError("is no whole model: model_index.json is missing", path=source, hint=hint)
-        own_family = _check_model(source)
-        local = own_family == "imagedream" and family == "imagedream-local" and _is_local(source)
-        if family not in (None, own_family) and not local:
-            raise OptionError("family", expected=f"{own_family}, which this folder is, or left out", got=family)
-        family = family or own_family
+    if source.is_dir():
+        family = _family_of_folder(source, family)
     if like is not None:
         _take_configs(collected, sources[-1])
-    chosen = _family(collected, family)
-    schedule = _schedule(collected, chosen)
-    if chosen in PREDICTS and schedule.prediction_type != PREDICTS[chosen] and collected.parts:
-        if family is not None:
-            reason = f"another than {family}: the scheduler beside it says {schedule.prediction_type}"
-            raise OptionError("family", expected=reason, got=family)
-        chosen = next((name for name, kind in PREDICTS.items() if kind == schedule.prediction_type), chosen)
+    chosen, schedule = _family_and_schedule(collected, family)
     if like is None and chosen in SIZES_PX:
         _set_sample_size(collected, SIZES_PX[chosen])
     _check_schedule(collected, schedule, path=source)
@@ -268,6 +254,34 @@ def _lacks_projection(found: object, given: object) -> bool:
     if not isinstance(found, CLIPTextConfig | CLIPVisionConfig) or not isinstance(given, CLIPTextConfig | CLIPVisionConfig):
         return False
     return found.projection_dim is None and given.projection_dim is not None
+
+
+def _family_of_folder(source: Path, family: str | None) -> str | None:
+    """The family of a folder of networks, which is its own if it is a whole model: then `family` may be left out."""
+    whole = (source / "model_index.json").is_file()
+    if not whole and family is not None:
+        return family
+    if not whole:
+        hint = f"name the family that it is of, {', '.join(map(repr, FAMILIES))}"
+        raise CheckpointError("is no whole model: model_index.json is missing", path=source, hint=hint)
+    own = _check_model(source)
+    local = own == "imagedream" and family == "imagedream-local" and _is_local(source)
+    if family not in (None, own) and not local:
+        raise OptionError("family", expected=f"{own}, which this folder is, or left out", got=family)
+    return family or own
+
+
+def _family_and_schedule(collected: _Collected, family: str | None) -> tuple[str, SchedulerConfig]:
+    """The family that is asked for or fits, and its schedule. What the scheduler beside the networks predicts goes before what
+    the family's public model does."""
+    chosen = _family(collected, family)
+    schedule = _schedule(collected, chosen)
+    if chosen not in PREDICTS or schedule.prediction_type == PREDICTS[chosen] or not collected.parts:
+        return chosen, schedule
+    if family is not None:
+        reason = f"another than {family}: the scheduler beside it says {schedule.prediction_type}"
+        raise OptionError("family", expected=reason, got=family)
+    return next((name for name, kind in PREDICTS.items() if kind == schedule.prediction_type), chosen), schedule
 
 
 def _family(collected: _Collected, family: str | None) -> str:
