@@ -72,6 +72,8 @@ NETWORKS: dict[str, Component] = {  # by the kind that their config.json names
 }
 PLAIN_FOLDERS = ("tokenizer", "feature_extractor", "scheduler")
 
+Planned = dict[Component, tuple[Mapping[str, RawTensor], Mapping[str, Mapping[str, Any]]]]  # tensors and JSON files, by name
+
 
 @dataclass(kw_only=True)
 class _Collected:
@@ -385,19 +387,7 @@ def _write(
     index: Path | None,
     on_tensor: OnTensor,
 ) -> Report:
-    planned, names = {}, {}
-    for component in get_args(Component):  # nothing is written if one of them is refused
-        if component in collected.parts:
-            part = collected.parts[component]
-            tensors, documents, names[component] = part.tensors, part.documents, part.names
-        elif component in collected.folders:
-            tensors, documents = _folder_tensors(collected, component), {}
-            names[component] = {name: (name,) for name in tensors}
-        else:
-            continue
-        _check_dtypes(tensors, stored)
-        tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
-        planned[component] = tensors, documents
+    planned, names = _planned(collected, stored)
     part = collected.parts.get("unet")
     unet = part.config if part is not None and isinstance(part.config, UNetConfig) else None
     needed = () if index is not None else _needed(family, unet)
@@ -431,13 +421,39 @@ def _write(
         elif not missing and family != "custom":
             write_json(dest / "model_index.json", _model_index(family, unet))
         checked = index is not None and all(folder.parent == index.parent for folder in collected.folders.values())
-        if not checked and (dest / "model_index.json").is_file():
-            try:
-                _check_model(dest)  # networks that came in folders of their own, too
-            except MvError:
-                (dest / "model_index.json").unlink()
-                raise
+        if not checked:
+            _check_written(dest)  # networks that came in folders of their own, too
     return report
+
+
+def _planned(collected: _Collected, stored: str | None) -> tuple[Planned, dict[str, Mapping[str, Sequence[str]]]]:
+    """The tensors of every network as they are written, with its documents by their names, and the names that the tensors
+    had. Raises what one of them is refused with, before any is written."""
+    planned: Planned = {}
+    names: dict[str, Mapping[str, Sequence[str]]] = {}
+    for component in get_args(Component):
+        if component in collected.parts:
+            part = collected.parts[component]
+            tensors, documents, names[component] = part.tensors, part.documents, part.names
+        elif component in collected.folders:
+            tensors, documents = _folder_tensors(collected, component), {}
+            names[component] = {name: (name,) for name in tensors}
+        else:
+            continue
+        _check_dtypes(tensors, stored)
+        tensors = {name: cast(tensor, stored or tensor.dtype, name=name) for name, tensor in tensors.items()}
+        planned[component] = tensors, documents
+    return planned, names
+
+
+def _check_written(dest: Path) -> None:
+    """Check the whole model in a folder, if there is one. One that is refused is no model: its index goes."""
+    if (dest / "model_index.json").is_file():
+        try:
+            _check_model(dest)
+        except MvError:
+            (dest / "model_index.json").unlink()
+            raise
 
 
 def _set_sample_size(collected: _Collected, size_px: int) -> None:
