@@ -19,7 +19,8 @@ class TextInputs:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer: Any = library("transformers").CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        # Version 4 has another one under the shorter name, which splits texts differently.
+        self._tokenizer: Any = library("transformers").CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
         self._concepts: Any = library("diffusers.loaders").TextualInversionLoaderMixin()
         self.added = tuple(sorted(self._tokenizer.get_added_vocab()))
 

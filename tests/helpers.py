@@ -107,6 +107,13 @@ def relative_rms(actual: Any, expected: Any) -> float:
     return float(np.sqrt(np.mean((a - e) ** 2)) / scale)
 
 
+def pillow_clip_processor() -> Any:
+    """transformers' class of image processors for CLIP that resize by Pillow; version 5 gave it a name of its own."""
+    import transformers
+
+    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
 def assert_close(actual: Any, expected: Any, *, rms: float) -> None:
     """Raise AssertionError unless shapes agree, everything is finite, and `relative_rms` is at most `rms`."""
     for name, x in (("actual", actual), ("expected", expected)):

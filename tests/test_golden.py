@@ -8,11 +8,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, FLOAT32_RMS, Backend, assert_close, assert_different, from_numpy, record, to_numpy
+from helpers import (
+    BACKENDS,
+    FLOAT32_RMS,
+    Backend,
+    assert_close,
+    assert_different,
+    from_numpy,
+    pillow_clip_processor,
+    record,
+    to_numpy,
+)
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import mvmlx.model
 import mvmlx.unet
@@ -245,7 +254,7 @@ def test_pictures_of_any_shape_are_prepared_as_the_reference_code_does(shape: tu
     image = torch.from_numpy(picture.astype(np.float32) / 255).permute(2, 0, 1)[None]
     expected = torch.nn.functional.interpolate(2 * image - 1, (128, 128), mode="bilinear", align_corners=False)
     np.testing.assert_allclose(latent_pixels[0], expected[0].permute(1, 2, 0), atol=1e-5)
-    processor: Any = CLIPImageProcessorPil.from_pretrained(FIXTURES / "tiny-imagedream" / "feature_extractor")
+    processor = pillow_clip_processor().from_pretrained(FIXTURES / "tiny-imagedream" / "feature_extractor")
     pixels = np.asarray(processor(picture, return_tensors="np").pixel_values)[0].transpose(1, 2, 0)
     assert np.abs(clip[0] - pixels).max() <= 1.01 / 255 / 0.26
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, pillow_clip_processor
 from numpy.typing import NDArray
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mvshared import clip_images
 from mvshared.clip_images import clip_pixels, read_clip_image_config
@@ -30,9 +29,8 @@ def write(path: Path, document: Any) -> Path:
 
 
 def oracle(image: NDArray[np.uint8], *, edge: int, crop: int, squeeze: bool = False) -> NDArray[np.float32]:
-    make: Any = CLIPImageProcessorPil
     size = {"height": edge, "width": edge} if squeeze else {"shortest_edge": edge}
-    processor = make(size=size, crop_size={"height": crop, "width": crop})
+    processor = pillow_clip_processor()(size=size, crop_size={"height": crop, "width": crop})
     return processor(image, return_tensors="np", input_data_format="channels_last").pixel_values[0].transpose(1, 2, 0)
 
 
