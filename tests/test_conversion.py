@@ -791,7 +791,7 @@ def test_float64_is_rounded_where_a_dtype_is_asked_for(originals: dict[str, Path
 
 def test_projections_of_several_dtypes_become_one_tensor_of_float32(folders: dict[str, Path], tmp_path: Path) -> None:
     source = shutil.copytree(folders["mvdream"], tmp_path / "source")
-    encoder = tensors_of(source, "text_encoder")
+    encoder = {name: each.clone() for name, each in tensors_of(source, "text_encoder").items()}  # the file is written anew
     key = "encoder.layers.0.self_attn.q_proj.weight"
     encoder[key] = encoder[key].bfloat16()
     safetensors.torch.save_file(encoder, weight_files(source, "text_encoder")[0])
