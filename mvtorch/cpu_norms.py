@@ -84,6 +84,7 @@ def normalised(
 def _of_few_pixels(x: Tensor, groups: int, scale: Tensor, shift: Tensor, *, eps: float) -> Tensor | None:
     """What `normalised` returns without SiLU, by PyTorch's kernel; None where a mean costs that digits."""
     n, c, height, width = x.shape
+    scale, shift = scale.float(), shift.float()
     factors = (scale, shift) if scale.ndim == 1 else (None, None)
     # The kernel asks for the strides of whole memory, in dimensions of 1 too, where slices have others.
     x = x.permute(0, 2, 3, 1).contiguous().view(-1).view(n, height, width, c).permute(0, 3, 1, 2)

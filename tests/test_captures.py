@@ -291,11 +291,27 @@ def test_a_folder_in_which_the_finder_was_is_free(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_hidden_file_of_somebody_else_is_not_free(tmp_path: Path) -> None:
+    for name in ("head/.gitignore", "other/._backup/notes"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("*")
+        with pytest.raises(OutputError, match="exists already"):
+            captures.write_capture(tmp_path / name.partition("/")[0], RGBA, NORMALS, POSES, 40.0)
+        assert (tmp_path / name).read_text() == "*"
+
+
+def test_what_another_process_writes_meanwhile_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "head").mkdir()
-    (tmp_path / "head/.gitignore").write_text("*")
-    with pytest.raises(OutputError, match="exists already"):
+    (tmp_path / "head/.DS_Store").write_bytes(b"of the Finder")
+    unlink = Path.unlink
+
+    def meanwhile(path: Path, **options: bool) -> None:
+        (tmp_path / "head/view_000.png").write_text("another's")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", meanwhile)
+    with pytest.raises(OutputError):
         captures.write_capture(tmp_path / "head", RGBA, NORMALS, POSES, 40.0)
-    assert (tmp_path / "head/.gitignore").read_text() == "*"
+    assert (tmp_path / "head/view_000.png").read_text() == "another's"
 
 
 def test_a_frame_whose_matrix_is_none_is_named(folder: Path) -> None:

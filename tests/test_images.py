@@ -252,9 +252,10 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"avif"])
-def test_for_the_picture_of_a_telephone_there_is_a_way_out(tmp_path: Path, brand: bytes) -> None:
-    path = written(tmp_path / "IMG 1.HEIC", struct.pack(">I", 24) + b"ftyp" + brand + b"\0\0\0\0mif1" + brand)
-    expected = f"sips -s format png '{path}' --out '{tmp_path / 'IMG 1.png'}' makes a PNG, elsewhere heif-convert does"
+@pytest.mark.parametrize(("name", "converted"), [("IMG 1.HEIC", "IMG 1.png"), ("IMG 1.png", "IMG 1-converted.png")])
+def test_for_the_picture_of_a_telephone_there_is_a_way_out(tmp_path: Path, name: str, converted: str, brand: bytes) -> None:
+    path = written(tmp_path / name, struct.pack(">I", 24) + b"ftyp" + brand + b"\0\0\0\0mif1" + brand)
+    expected = f"sips -s format png '{path}' --out '{tmp_path / converted}' makes a PNG, elsewhere heif-convert does"
     with pytest.raises(ImageError, match=re.escape(expected)):
         load_image(path)
 

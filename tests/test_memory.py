@@ -4,6 +4,7 @@ import ctypes
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 import weakref
@@ -528,9 +529,13 @@ def test_plans_that_differ_in_how_far_mlx_runs_ahead_are_equal() -> None:
     ],
 )
 def test_on_metal_wide_convolutions_of_large_maps_take_what_winograd_s_method_does(
-    inputs: int, outputs: int, pictures: int, side: int, transformed: bool
+    inputs: int, outputs: int, pictures: int, side: int, transformed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `dispatch_conv_2D_gpu` and `winograd_conv_2D_gpu` of MLX's backend/metal/conv.cpp have it."""
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    on_cuda = costs_of("mlx", "gpu").convolution(inputs, outputs, pictures=pictures, height=side, width=side, number=4)
+    assert on_cuda == 4 * pictures * side**2 * (4 * inputs + outputs)
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
     layer: dict[str, Any] = {"pictures": pictures, "height": side, "width": side}
     tiles = -(-side // 6)
     filters, products = 64 * inputs * outputs, 64 * pictures * tiles**2 * (inputs + outputs)
@@ -544,18 +549,20 @@ def test_on_metal_wide_convolutions_of_large_maps_take_what_winograd_s_method_do
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "size_px", "together"),
+    ("backend", "device", "system", "size_px", "together"),
     [
-        ("mlx", "gpu", 256, 4),
-        ("mlx", "gpu", 1024, 1),
-        ("mlx", "cpu", 128, 4),
-        ("torch", "cuda", 256, 16),
-        ("torch", "cpu", 256, 1),
+        ("mlx", "gpu", "Darwin", 256, 4),
+        ("mlx", "gpu", "Darwin", 1024, 1),
+        ("mlx", "gpu", "Linux", 256, 16),
+        ("mlx", "cpu", "Linux", 128, 4),
+        ("torch", "cuda", "Linux", 256, 16),
+        ("torch", "cpu", "Darwin", 256, 1),
     ],
 )
 def test_a_data_set_is_encoded_in_as_many_pictures_as_the_device_has_room_for(
-    backend: Backend, device: str, size_px: int, together: int
+    backend: Backend, device: str, system: str, size_px: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
     assert dataset_batch(backend, device, pixels=size_px**2) == together
 
 

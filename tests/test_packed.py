@@ -232,6 +232,13 @@ def test_norms_of_small_maps_take_any_memory(shape: tuple[int, ...]) -> None:
         assert_close(norm(other), norm(x), rms=1e-6)
 
 
+def test_norms_of_small_maps_take_factors_in_half_precision() -> None:
+    norm, x = GroupNorm(8, 512, eps=1e-5), pictures(2, 512, 8, 8)
+    norm.weight.copy_(normal(512))
+    expected = norm(x)
+    assert_close(norm.half()(x), expected, rms=1e-3)
+
+
 def test_norms_and_blocks_leave_what_is_observed_and_their_input_alone() -> None:
     block, seen = ResnetBlock(128, 128, groups=8, eps=1e-5, time_embed_dim=16), dict[str, Tensor]()
     x, emb = pictures(2, 128, 24, 16), normal(2, 16)

@@ -187,13 +187,14 @@ def is_empty(folder: Path, *, but_for: str | None = None) -> bool:
     """Whether nothing is in a folder but what macOS leaves in any, and what a killed `atomic_file` has left of files that match
     `but_for`."""
     passed = OF_MACOS.pattern if but_for is None else rf"{OF_MACOS.pattern}|{_leftover_of(but_for)}"
-    return all(re.fullmatch(passed, path.name, re.DOTALL) for path in folder.iterdir())
+    return all(re.fullmatch(passed, path.name, re.DOTALL) and not path.is_dir() for path in folder.iterdir())
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder in which nothing is but what macOS leaves in any. Raises OSError."""
-    if is_empty(folder):
-        for path in folder.iterdir():
+    """Remove a folder in which nothing is but what macOS leaves in any. Raises OSError, also for what another process adds."""
+    found = list(folder.iterdir())
+    if all(OF_MACOS.fullmatch(path.name) and not path.is_dir() for path in found):
+        for path in found:
             path.unlink(missing_ok=True)  # on other disks a ._name goes with its file
         folder.rmdir()
 

@@ -114,7 +114,8 @@ def what_can_be_read(path: Path) -> str:
         telephone = False
     if not telephone:
         return "PNG, JPEG, WebP, GIF, BMP and TIFF can be read"
-    old, new = (shlex.quote(str(each)) for each in (path, path.with_suffix(".png")))
+    converted = path.with_name(f"{path.stem}{'-converted' if path.suffix == '.png' else ''}.png")
+    old, new = (shlex.quote(str(each)) for each in (path, converted))
     return (
         f"HEIC and AVIF cannot be read; on a Mac sips -s format png {old} --out {new} makes a PNG, elsewhere heif-convert does"
     )

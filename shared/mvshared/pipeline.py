@@ -6,7 +6,7 @@ products with floats here.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import RLock
@@ -317,7 +317,8 @@ class Pipeline(Generic[A]):
         upscaler, memory = self._upscaler[1], parameters.memory or views.parameters.memory
         if parameters.memory is None and views.parameters.upscale is None:  # no run before has counted it
             memory = self._memory_plan(RunSize(views=len(views.images), size_px=views.parameters.size_px), parameters)
-            parameters = replace(parameters, memory=None if memory == views.parameters.memory else memory)
+            same = asdict(memory) == asdict(views.parameters.memory)  # and what MLX may take with it
+            parameters = replace(parameters, memory=None if same else memory)
         checked = {"": model} if upscaler is None else {"": model, "upscaler.": upscaler.model}
         with ExitStack() as stack:
             stack.enter_context(checked_numerics(checked, self.stages, check_numerics))

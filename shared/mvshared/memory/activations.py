@@ -5,8 +5,9 @@ for the way up, the input, and the working copies of the layer itself. How many 
 backend, and was fitted to measured peaks: see docs/memory.md.
 """
 
+import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, prod
 
@@ -71,24 +72,16 @@ class Costs:
 TORCH_CPU = Costs(norm=(2.4, 4.7), feed_forward=24, unfolded=0, fused=None, pieces=3, relaid=True, spread=1.3, narrow=1.6)
 TORCH_GPU = Costs(norm=(2.4, 4.7), feed_forward=18, unfolded=0, fused=None, pieces=3, relaid=False)
 MLX_CPU = Costs(norm=(4, 6), feed_forward=18, unfolded=9, fused=0, pieces=10, relaid=True, caches=True)
-MLX_GPU = Costs(
-    norm=(4, 6),
-    feed_forward=18,
-    unfolded=0,
-    fused=max(FUSED_WIDTHS),
-    pieces=10,
-    relaid=False,
-    caches=True,
-    runtime=45_000_000 + 110_000_000,  # Metal frees nothing before a command buffer is full, of 40 operations on small maps
-    winograd=True,
-)
+MLX_CUDA = Costs(norm=(4, 6), feed_forward=18, unfolded=0, fused=max(FUSED_WIDTHS), pieces=10, relaid=False, caches=True)
+# Metal frees nothing before a command buffer is full, of 40 operations on small maps.
+MLX_METAL = replace(MLX_CUDA, runtime=MLX_CUDA.runtime + 110_000_000, winograd=True)
 
 
 def costs_of(backend: BackendName, device: str) -> Costs:
     """The costs of a backend on a device."""
     if backend == "torch":
         return TORCH_CPU if device == "cpu" else TORCH_GPU
-    return MLX_CPU if device == "cpu" else MLX_GPU
+    return MLX_CPU if device == "cpu" else MLX_METAL if platform.system() == "Darwin" else MLX_CUDA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ def memory_options(*, low_memory: bool = False, memory_budget: str | float | Non
 
 
 def fit(model: ModelSize, run: RunSize, options: MemoryOptions, *, process_bytes: int) -> Fitted:
-    """The fastest plan of a run that fits the budget, the one of least memory with `low_memory`; with either, MLX on a GPU is
+    """The fastest plan of a run that fits the budget, the one of least memory with `low_memory`; with either, MLX on Metal is
     held to it.
 
     Raises MemoryBudgetError, with what would fit instead, where none fits.
@@ -78,7 +78,7 @@ def fit(model: ModelSize, run: RunSize, options: MemoryOptions, *, process_bytes
 
 
 def _held(fitted: Fitted, model: ModelSize, *, allowed_bytes: int) -> Fitted:
-    """The same with what MLX may take on a GPU before it waits. It looks after an operation that has its memory, so what that
+    """The same with what MLX may take on Metal before it waits. It looks after an operation that has its memory, so what that
     takes at most is left free."""
     if model.backend != "mlx" or model.device == "cpu":
         return fitted
