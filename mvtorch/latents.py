@@ -20,7 +20,7 @@ from mvshared.shapes import check_pictures
 from mvshared.weights import weight_stamps
 from mvtorch.graphs import graphs_on
 from mvtorch.inference import inference, to_device
-from mvtorch.observation import Observer, OnEnd, OnStart, observe, observe_blocks
+from mvtorch.observation import Observer, OnEnd, OnStart, any_observed, observe, observe_blocks
 from mvtorch.vae import AutoencoderKL
 
 _RECORDED_PIXELS = 1 << 18  # of views that are decoded by a recorded call: with more, launching takes no time beside computing
@@ -128,7 +128,7 @@ class LatentModel:
         Raises OptionError for shapes that do not fit.
         """
         with inference(self.device):
-            together = vae_batch(self.plan, self.backend, self.device, pixels=prod(pixels.shape[1:3]))
+            together = self._together(prod(pixels.shape[1:3]))
             return self.vae.scale_latents(
                 self.vae.encode(self.from_numpy(pixels), batch=together, tile=self.plan.vae_tile).mean.float()
             )
@@ -142,7 +142,7 @@ class LatentModel:
         vae = self.vae
         check_pictures("latents", tuple(x.shape), channels=vae.config.latent_channels)
         pixels = prod(x.shape[1:3]) * vae.config.downscale**2
-        together, together_pixels = vae_batch(self.plan, self.backend, self.device, pixels=pixels), len(x) * pixels
+        together, together_pixels = self._together(pixels), len(x) * pixels
         with inference(self.device):
             latents, tile = vae.unscale_latents(x), self.plan.vae_tile
             if tile is not None or together < len(latents):
@@ -153,6 +153,10 @@ class LatentModel:
             # Its recording outlives runs, between which the weights may be replaced.
             places = tuple(parameter.data_ptr() for parameter in vae.parameters())
             return self.to_numpy(graphs.call(vae, vae, vae.decode, [latents], depends_on=places))
+
+    def _together(self, pixels: int) -> int:
+        """How many pictures of so many pixels the VAE takes; one where somebody looks at it, whatever the device."""
+        return 1 if any_observed(self.vae) else vae_batch(self.plan, self.backend, self.device, pixels=pixels)
 
     def _called(self, network: Any, condition: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`function(*inputs)`, recorded where device and plan allow it, see `Graphs.call`."""

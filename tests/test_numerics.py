@@ -13,6 +13,7 @@ from helpers import BACKENDS, TINY_MODEL, Backend, assert_close, normal_maps, wr
 from safetensors.numpy import load_file, save_file
 from upscalers import write_tiny_models
 
+import mvshared.memory.plan
 from mvshared.backend import load
 from mvshared.blocks import Call
 from mvshared.cli import run
@@ -260,15 +261,16 @@ def test_values_that_are_not_finite_name_their_view_and_the_way_out() -> None:
         from_model(values)
 
 
-def decoder_overflow(pipeline: Any, *, view: int = 0) -> None:
-    """Break the decoder for one view of every decoding."""
+def decoder_overflow(pipeline: Any, monkeypatch: pytest.MonkeyPatch, *, view: int = 0) -> None:
+    """Break the decoder for one view of every decoding, of which each is one call."""
+    monkeypatch.setattr(mvshared.memory.plan, "VAE_PIXELS_ON_CPU", 0)
     break_block(pipeline.model.vae, "decoder.conv_out", lambda number: (number - 1) % 4 == view)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_decoder_that_overflows_makes_no_pictures_and_no_previews(backend: Backend) -> None:
+def test_a_decoder_that_overflows_makes_no_pictures_and_no_previews(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = imagedream(backend)
-    decoder_overflow(pipeline, view=2)
+    decoder_overflow(pipeline, monkeypatch, view=2)
     with pytest.raises(NumericsError, match="decoding: the pixels of view 2 are not finite"):
         generate(pipeline, None)
     with pytest.raises(NumericsError, match="decoding: the pixels of view 2"):
@@ -277,11 +279,13 @@ def test_a_decoder_that_overflows_makes_no_pictures_and_no_previews(backend: Bac
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", ["bilinear", "sd-x2"])
-def test_a_decoder_that_overflows_makes_no_upscaled_pictures(tmp_path: Path, backend: Backend, method: str) -> None:
+def test_a_decoder_that_overflows_makes_no_upscaled_pictures(
+    tmp_path: Path, backend: Backend, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tiny_models(tmp_path)
     pipeline = load(tmp_path / "tiny", backend=backend, device="cpu")
     views = pipeline.generate(np.zeros((32, 32, 3), np.uint8), views=2, steps=1, size_px=32)
-    decoder_overflow(pipeline, view=1)
+    decoder_overflow(pipeline, monkeypatch, view=1)
     with pytest.raises(NumericsError, match="decoding: the pixels of view 1"):
         pipeline.upscale(views, method=method, upscaler=tmp_path / "x2" if method == "sd-x2" else None)
 

@@ -232,6 +232,13 @@ def test_norms_of_small_maps_take_any_memory(shape: tuple[int, ...]) -> None:
         assert_close(norm(other), norm(x), rms=1e-6)
 
 
+def test_norms_of_small_maps_are_exact_where_squares_of_what_they_subtract_overflow() -> None:
+    x = (pictures(2, 64, 8, 8) / 1024 + 1) * 1e20
+    assert torch.isinf(x.square()).all()
+    expected = nn.functional.group_norm(x.double(), 8)
+    assert_close(GroupNorm(8, 64, eps=1e-5)(x), expected, rms=1e-3)
+
+
 def test_norms_of_small_maps_take_factors_in_half_precision() -> None:
     norm, x = GroupNorm(8, 512, eps=1e-5), pictures(2, 512, 8, 8)
     norm.weight.copy_(normal(512))

@@ -61,8 +61,7 @@ def _run(model: UpscalerModel[Any], inputs: Inputs, observer: Any, *, states: St
 
     with model.observe(observed):
         text = None if inputs.token_ids is None else model.encode_text(inputs.token_ids)
-        # One by one, as backends and devices differ in how many pictures the VAE takes together.
-        low = np.concatenate([model.to_numpy(model.encode_latents(each[None])) for each in inputs.pixels])
+        low = model.to_numpy(model.encode_latents(inputs.pixels))
         if states is None:
             arrays = (None, None) if text is None else (model.to_numpy(text.states), model.to_numpy(text.pooled))
             states = States(*arrays, low)
@@ -71,7 +70,7 @@ def _run(model: UpscalerModel[Any], inputs: Inputs, observer: Any, *, states: St
             given = TextStates(model.from_numpy(states.text), model.from_numpy(states.pooled))
         condition = model.condition(states.low, inputs.embedding, text=given)
         out = model.denoise(model.from_numpy(inputs.sample), inputs.noise, condition, GUIDANCE)
-        pixels = np.concatenate([model.decode(model.from_numpy(each[None])) for each in states.low])
+        pixels = model.decode(model.from_numpy(states.low))
     for name, array in (("latents", low), ("unet.guided", model.to_numpy(out)), ("pixels", pixels)):
         observer(name, array, None)
     return states
