@@ -32,11 +32,11 @@ demo: $(VENV)/.runtime
 	@echo "Look at out/demo/grid.png and out/demo/turntable.gif; the cameras are in out/demo/transforms.json"
 
 test: $(VENV)/.dev lint types
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 test-lowest:
 	@$(MAKE) VENV=$(VENV_LOWEST) PYTHON=$(PYTHON_LOWEST) CONSTRAINTS=$(VENV_LOWEST)/lowest.txt $(VENV_LOWEST)/.dev
-	$(VENV_LOWEST)/bin/python -m pytest -n logical --maxprocesses 4 $(PYTEST_ARGS)
+	$(VENV_LOWEST)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
