@@ -210,6 +210,11 @@ def install_hint(name: BackendName) -> str:
     return "install it with: pip install 'mvmlx[torch]'"
 
 
+def is_metal(name: BackendName, device: str) -> bool:
+    """Whether a backend's device is a Mac's GPU under MLX, whose "gpu" is one of CUDA elsewhere."""
+    return name == "mlx" and device != "cpu" and platform.system() == "Darwin"
+
+
 def has_nvidia_driver() -> bool:
     """Whether this machine, a Linux, has an NVIDIA GPU that can be computed on, as far as can be told without a library."""
     return Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None

@@ -186,17 +186,22 @@ def visible(paths: Iterable[Path]) -> list[Path]:
 def is_empty(folder: Path, *, but_for: str | None = None) -> bool:
     """Whether nothing is in a folder but what macOS leaves in any, and what a killed `atomic_file` has left of files that match
     `but_for`."""
-    passed = OF_MACOS.pattern if but_for is None else rf"{OF_MACOS.pattern}|{_leftover_of(but_for)}"
-    return all(re.fullmatch(passed, path.name, re.DOTALL) and not path.is_dir() for path in folder.iterdir())
+    return _only_litter(folder.iterdir(), but_for)
 
 
 def remove_if_empty(folder: Path) -> None:
     """Remove a folder in which nothing is but what macOS leaves in any. Raises OSError, also for what another process adds."""
     found = list(folder.iterdir())
-    if all(OF_MACOS.fullmatch(path.name) and not path.is_dir() for path in found):
+    if _only_litter(found):
         for path in found:
             path.unlink(missing_ok=True)  # on other disks a ._name goes with its file
         folder.rmdir()
+
+
+def _only_litter(paths: Iterable[Path], but_for: str | None = None) -> bool:
+    """Whether all of these are files that `is_empty` passes over."""
+    passed = OF_MACOS.pattern if but_for is None else rf"{OF_MACOS.pattern}|{_leftover_of(but_for)}"
+    return all(re.fullmatch(passed, path.name, re.DOTALL) and not path.is_dir() for path in paths)
 
 
 def with_leftovers(names: str) -> re.Pattern[str]:

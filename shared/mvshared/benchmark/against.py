@@ -25,7 +25,6 @@ WARM_UP = 4  # the second call of a compiled network often compiles it anew, for
 RECORDED_WARM_UP = 3  # the second call on CUDA is recorded
 # Relative RMS that rounding explains between two orders of computing a guided step or a picture.
 AGREE: dict[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-
 DIFFUSERS_PIXELS_ON_CPU = 2**15  # of pictures that diffusers' VAE computes together
 
 

@@ -72,14 +72,13 @@ def condition(
         loaded.condition(**given)
         package.wait(device)
 
-    return Prepared(call, lambda: facts_of(loaded), as_in_a_run(loaded))
+    return _prepared(loaded, call)
 
 
 def step(*, model: str, backend: BackendName, device: str, dtype: Dtype, views: int, size_px: int, guided: bool) -> Prepared:
     """One call of the U-Net with its constant part prepared, its output copied to numpy."""
     loaded = open_model(model, ["unet"], backend=backend, dtype=dtype, device=device)
-    work = step_of(loaded, views=views, size_px=size_px, guided=guided)
-    return Prepared(work, lambda: facts_of(loaded), as_in_a_run(loaded))
+    return _prepared(loaded, step_of(loaded, views=views, size_px=size_px, guided=guided))
 
 
 def step_of(model: Model[Any], *, views: int, size_px: int, guided: bool) -> Callable[[], NDArray[np.float32]]:
@@ -95,13 +94,13 @@ def vae_encode(*, model: str, backend: BackendName, device: str, dtype: Dtype, v
     loaded = open_model(model, ["vae"], backend=backend, dtype=dtype, device=device)
     shape = (views, size_px, size_px, loaded.config.vae.in_channels)
     pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    return Prepared(lambda: loaded.to_numpy(loaded.encode_latents(pixels)), lambda: facts_of(loaded), as_in_a_run(loaded))
+    return _prepared(loaded, lambda: loaded.to_numpy(loaded.encode_latents(pixels)))
 
 
 def vae_decode(*, model: str, backend: BackendName, device: str, dtype: Dtype, views: int, size_px: int) -> Prepared:
     """Pictures of latents, as numpy arrays."""
     loaded = open_model(model, ["vae"], backend=backend, dtype=dtype, device=device)
-    return Prepared(decode_of(loaded, views=views, size_px=size_px), lambda: facts_of(loaded), as_in_a_run(loaded))
+    return _prepared(loaded, decode_of(loaded, views=views, size_px=size_px))
 
 
 def decode_of(model: Model[Any], *, views: int, size_px: int) -> Callable[[], NDArray[np.float32]]:
@@ -122,9 +121,12 @@ def upscaler_step(*, backend: BackendName, device: str, dtype: Dtype, views: int
     pooled = upscaler.from_numpy(rng.standard_normal((1, text.hidden_size), np.float32))
     embedding = noise_embedding(0.0, channels=X2_UPSCALER.noise_channels, frequencies=None)
     prepared = upscaler.condition(low, embedding, text=TextStates(states, pooled))
-    return Prepared(
-        lambda: upscaler.to_numpy(upscaler.denoise(x, 0.0, prepared, 0.0)), lambda: facts_of(upscaler), as_in_a_run(upscaler)
-    )
+    return _prepared(upscaler, lambda: upscaler.to_numpy(upscaler.denoise(x, 0.0, prepared, 0.0)))
+
+
+def _prepared(model: LatentModel[Any], call: Callable[[], Any]) -> Prepared:
+    """Calls of a loaded model, as a run makes them."""
+    return Prepared(call, lambda: facts_of(model), as_in_a_run(model))
 
 
 def as_in_a_run(model: LatentModel[Any]) -> AbstractContextManager[None]:

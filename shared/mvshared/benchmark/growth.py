@@ -164,18 +164,18 @@ def measure_growth(suite: Suite, axis: Axis, *, limit_bytes: int, environment: M
 
 
 def _guided(suite: Suite, axis: Axis) -> bool:
-    """Whole runs are guided unless that is off, single steps only if it is on."""
-    return suite.settings.guidance != "off" if axis == "steps" else suite.settings.guidance == "on"
+    """Whole runs are guided as the model's own are unless that is off, single steps only if it is on."""
+    return suite.run_guidance > 1 if axis == "steps" else suite.settings.guidance == "on"
 
 
 def _row(suite: Suite, axis: Axis, point: Point, *, limit_bytes: int) -> Row:
     """The row of a size before it is measured."""
     guided, views, size_px, steps = _guided(suite, axis), point.views, point.size_px, point.steps
     if axis == "steps":
-        branches = 2 if guided and suite.config.defaults.guidance > 1 else 1
+        branches = 2 if guided else 1
         flops = run_flops(suite.config, views=views, size_px=size_px, steps=steps, branches=branches).all
         needed = suite.needs.run(views=views, size_px=size_px)
-        what = f"run, {sized(views, size_px)}, {steps} step{'s' if steps > 1 else ''}{'' if branches > 1 else ', not guided'}"
+        what = f"run, {sized(views, size_px)}, {steps} step{'s' if steps > 1 else ''}{'' if guided else ', not guided'}"
     else:
         flops = step_flops(suite.config, views=views, size_px=size_px, guided=guided)
         needed = suite.needs.stage("unet", views=views, size_px=size_px, guided=guided)

@@ -56,6 +56,11 @@ class Suite:
         """Of every case that loads the model."""
         return {"model": self.found.name, **self.place._asdict()}
 
+    @property
+    def run_guidance(self) -> float:
+        """Of whole runs: the model's own, or none."""
+        return 1.0 if self.settings.guidance == "off" else self.config.defaults.guidance
+
     def small_in_float32(self) -> "Suite":
         """The same suite for at most two small views in float32, eager sides alone, where every part of the work shows."""
         side = 2 * self.config.vae.downscale * self.config.unet.downscale
@@ -180,9 +185,8 @@ class Suite:
         assert steps is not None
         views = self._views if config.defaults.views > 1 else 1
         for size_px in self.settings.sizes_px:
-            guidance = 1.0 if self.settings.guidance == "off" else config.defaults.guidance
-            arguments = {**self.arguments, "views": views, "size_px": size_px, "steps": steps, "guidance": guidance}
-            branches = 2 if guidance > 1 else 1
+            arguments = {**self.arguments, "views": views, "size_px": size_px, "steps": steps, "guidance": self.run_guidance}
+            branches = 2 if self.run_guidance > 1 else 1
             flops = run_flops(config, views=views, size_px=size_px, steps=steps, branches=branches).all
             row = {"flops": flops, "views": views, "size_px": size_px, "steps": steps}
             needed, words = self.needs.run(views=views, size_px=size_px), f"{sized(views, size_px)}, {steps} steps"

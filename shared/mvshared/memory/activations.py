@@ -5,14 +5,13 @@ for the way up, the input, and the working copies of the layer itself. How many 
 backend, and was fitted to measured peaks: see docs/memory.md.
 """
 
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, prod
 
 from mvshared.attention import FUSED_WIDTHS, SCORE_BYTES, AttentionOptions
-from mvshared.backend import BackendName, Dtype
+from mvshared.backend import BackendName, Dtype, is_metal
 from mvshared.channels import unet_plan
 from mvshared.config import CLIPTextConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from mvshared.precision import DTYPE_BYTES
@@ -81,7 +80,7 @@ def costs_of(backend: BackendName, device: str) -> Costs:
     """The costs of a backend on a device."""
     if backend == "torch":
         return TORCH_CPU if device == "cpu" else TORCH_GPU
-    return MLX_CPU if device == "cpu" else MLX_METAL if platform.system() == "Darwin" else MLX_CUDA
+    return MLX_CPU if device == "cpu" else MLX_METAL if is_metal(backend, device) else MLX_CUDA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,11 @@
 """How a run uses memory: what is held together, and what is computed in pieces. It changes results by rounding only."""
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mvshared.attention import FUSED, AttentionOptions
-from mvshared.backend import BackendName
+from mvshared.backend import BackendName, is_metal
 from mvshared.tiling import check_tile
 
 
@@ -64,7 +63,7 @@ def vae_batch(plan: MemoryPlan, backend: BackendName, device: str, *, pixels: in
 
 def dataset_batch(backend: BackendName, device: str, *, pixels: int) -> int:
     """How many pictures of so many pixels are encoded together for training, where all of the memory is there for it."""
-    on_gpu = VAE_PIXELS_ON_METAL if backend == "mlx" and platform.system() == "Darwin" else VAE_PIXELS
+    on_gpu = VAE_PIXELS_ON_METAL if is_metal(backend, device) else VAE_PIXELS
     return max(1, (VAE_PIXELS_ON_CPU if device == "cpu" else on_gpu) // pixels)
 
 
