@@ -6,6 +6,7 @@ from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 import numpy as np
 import torch
@@ -303,10 +304,11 @@ def network_loaders(
 
     def load_packed(part: Any) -> Any:
         network = load_network(getattr(config, part), files[part], **options)
-        pack_network(network, lean=networks.lean)
+        pack_network(network, lean=owner.lean)
         return network
 
     networks = Networks({part: partial(load_packed, part) for part in files})
+    owner = proxy(networks)  # else they would hold each other, and a model's memory would wait for the garbage collector
     return networks
 
 

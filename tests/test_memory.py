@@ -269,6 +269,22 @@ def test_a_network_that_was_dropped_is_gone_even_while_it_is_watched() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_pipeline_that_nobody_holds_gives_its_networks_back_at_once(backend: Backend, low_memory: bool) -> None:
+    """A program that loads one model after the other has no two of them in memory."""
+    pipe = pipeline(backend, low_memory=low_memory)
+    generate(pipe)
+    gc.collect()
+    gc.disable()
+    try:
+        gone = [weakref.ref(networks(pipe)[component]) for component in networks(pipe)]
+        del pipe
+        assert [each() for each in gone] == [None] * 4
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_failed_run_leaves_no_network_behind(backend: Backend) -> None:
     pipe = pipeline(backend, low_memory=True)
 
