@@ -108,6 +108,8 @@ class _Watch:
 
     def finish(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any | None) -> None:
+            if not self.calls or self.calls[-1].name != name:  # it had begun when this came to look
+                return
             now, call = self.now(), self.calls.pop()
             if out is None:  # it failed
                 return

@@ -134,6 +134,27 @@ def test_those_who_look_may_leave_in_any_order(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_who_comes_while_a_block_runs_sees_those_that_begin_then(backend: Backend) -> None:
+    """As another thread may, at any time: blocks that had begun before are not its own, and nothing fails."""
+    model, inputs = make_unet(TINY_UNET, backend), unet_inputs(TINY_UNET)
+    expected, late = denoise(model, inputs), list[str]()
+    looking = PACKAGES[backend].observe(model, lambda name, array, seconds: late.append(name))
+
+    def come(name: str, array: Any, seconds: float) -> None:
+        if name == "down_blocks.0.resnets.0.conv1":
+            looking.__enter__()
+
+    with PACKAGES[backend].observe(model, come):
+        np.testing.assert_array_equal(denoise(model, inputs), expected)
+    assert "down_blocks.0.resnets.0.conv2" in late and "mid_block.resnets.0" in late
+    assert not {"down_blocks.0.resnets.0", "conv_in"} & set(late)
+    late.clear()
+    denoise(model, inputs)
+    assert "down_blocks.0.resnets.0" in late
+    looking.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nobody_looks_on_after_an_error_in_the_beginning(backend: Backend) -> None:
     class Broken:
         def parameters(self) -> list[Any]:
