@@ -1,5 +1,6 @@
 """The stages of a run: which there are, in which order, how their times and memory add up, what is left of one that fails."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_a_stage_that_fails_is_left_and_not_reported() -> None:
     with pytest.raises(RuntimeError), stages("unet", what="frame"):
         raise RuntimeError
     assert (stages.name, stages.what, ended) == (None, "view", [])
+
+
+def test_threads_are_in_stages_of_their_own() -> None:
+    ended: list[Stage] = []
+    stages = Stages(ended.append, clock=Clock())
+    with ThreadPoolExecutor(1) as other:
+        reading = stages("pictures")
+        with stages("unet"):
+            stages.step = 7
+            other.submit(reading.__enter__).result()
+            assert (stages.name, stages.step) == ("unet", 7)
+        other.submit(reading.__exit__, None, None, None).result()
+        assert other.submit(lambda: (stages.name, stages.step)).result() == (None, None)
+    assert (stages.name, stages.step) == (None, None)
+    assert [stage.name for stage in ended] == ["unet", "pictures"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

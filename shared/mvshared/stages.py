@@ -4,6 +4,7 @@ The pipeline enters a stage where its work begins, as `with stages("unet"):`. Ne
 memory that each takes, its time and what to say about a NaN in it all hang on these same places.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,8 +39,10 @@ class Stage(NamedTuple):
     step: int | None
 
 
-class Stages:
+class Stages(threading.local):
     """Marks the stages of a run. Without `on_end` it only remembers which one runs.
+
+    Every thread has its own: one may read the pictures of the next run, or decode a preview, while another computes.
 
     `name` is the innermost stage that runs now, None outside of all; `what` is what its networks are given, such as "view", and
     `first` the number of the first of them; `step` is the sampler's, from 1. `entry` counts the stages so far. `clock` tells
