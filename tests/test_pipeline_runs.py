@@ -17,6 +17,7 @@ from mvshared.checkpoint import WEIGHT_FILE
 from mvshared.errors import ImageError, NumericsError, OptionError
 from mvshared.images import save_png
 from mvshared.pipeline import Pipeline, Progress
+from mvshared.request import prepare
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 MAPS = normal_maps(2)
@@ -146,6 +147,18 @@ def test_on_step_gets_every_step_and_sees_the_state(pipeline: Pipeline[Any]) -> 
     assert not np.array_equal(seen[0][1], seen[1][1])
     np.testing.assert_array_equal(seen[-1][1], views.latents)
     np.testing.assert_array_equal(pipeline.generate(PIXELS, steps=4, eta=0.5).latents, views.latents)
+
+
+def test_views_that_are_changed_leave_the_next_run_of_their_request_as_it_was(pipeline: Pipeline[Any]) -> None:
+    request = prepare(pipeline.model.config, lambda: pipeline.tokenizer, image=PIXELS, views=2, steps=1)
+    first = pipeline.run(request)
+    names = ("images", "latents", "cameras", "reference")
+    before = {name: getattr(first, name).copy() for name in names}
+    for name in names:
+        getattr(first, name)[...] = 0
+    again = pipeline.run(request)
+    for name in names:
+        np.testing.assert_array_equal(getattr(again, name), before[name])
 
 
 def test_the_preview_of_the_last_step_is_the_result(pipeline: Pipeline[Any]) -> None:

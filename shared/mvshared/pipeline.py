@@ -226,8 +226,8 @@ class Pipeline(Generic[A]):
         return Views(
             images=images,
             latents=final,
-            cameras=request.poses,
-            reference=request.reference,
+            cameras=request.poses.copy(),  # another run of the same request may follow
+            reference=None if request.reference is None else request.reference.copy(),
             parameters=parameters,
             weight_files=model.weight_files,
             upscaler_files=tuple(upscaler_files(upscale)),
