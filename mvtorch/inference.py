@@ -3,8 +3,10 @@
 What concerns CUDA only is set while a model works and put back afterwards: the settings belong to the program around this.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -39,12 +41,40 @@ def inference(device: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
+class _Shared:
+    """A context that changes what all threads share: what the first one to enter changes, the last one to leave puts back."""
+
+    def __init__(self) -> None:
+        self._lock, self._changed, self._inside = Lock(), ExitStack(), 0
+
+    @contextmanager
+    def __call__(self, change: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._changed.enter_context(change())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._changed.close()
+
+
+_float32, _attention = _Shared(), _Shared()
+
+
+def exact_float32() -> AbstractContextManager[None]:
     """Convolutions of float32 on CUDA in float32, where PyTorch would take TF32 with its 10 bits after the point.
 
     Who allows TF32 for products of matrices, as by `torch.set_float32_matmul_precision("high")`, gets what PyTorch does.
     """
+    return _float32(_exact_float32)
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         yield
         return
@@ -56,9 +86,13 @@ def exact_float32() -> Iterator[None]:
         cudnn.conv.fp32_precision = before
 
 
-@contextmanager
-def fastest_attention(device: str) -> Iterator[None]:
+def fastest_attention(device: str) -> AbstractContextManager[None]:
     """From Hopper on, the kernels of attention in the order of their speed; not where the program chose among them itself."""
+    return _attention(partial(_fastest_attention, device))
+
+
+@contextmanager
+def _fastest_attention(device: str) -> Iterator[None]:
     backends = torch.backends.cuda
     enabled = (
         backends.cudnn_sdp_enabled(),

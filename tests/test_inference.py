@@ -27,7 +27,7 @@ from mvshared.backend import load
 from mvshared.checkpoint import read_model_config, weight_files
 from mvshared.errors import BackendError
 from mvshared.quantization.plans import preset_layers
-from mvtorch.inference import ORDER, exact_float32, fastest_attention, inference, join_projections, to_device
+from mvtorch.inference import HOPPER, ORDER, exact_float32, fastest_attention, inference, join_projections, to_device
 from mvtorch.model import get_weights, load_network, set_weights, weight_shapes
 from mvtorch.quantized import quantize_network
 
@@ -56,6 +56,21 @@ def test_float32_is_float32_while_a_model_computes_and_pytorchs_own_afterwards()
         assert torch.backends.cuda.matmul.fp32_precision != "tf32"
         raise ZeroDivisionError
     assert cudnn.conv.fp32_precision == "tf32"
+
+
+def test_settings_stay_until_the_last_of_several_threads_has_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines in threads of their own overlap as they like, and all threads share the settings."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    for enter, now in ((exact_float32, lambda: cudnn.conv.fp32_precision), (lambda: fastest_attention("cuda"), kernels)):
+        before, one, other = now(), enter(), enter()
+        one.__enter__()
+        within = now()
+        assert within != before
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert now() == within
+        other.__exit__(None, None, None)
+        assert now() == before
 
 
 def test_tf32_stays_where_the_program_allows_it_for_products_of_matrices() -> None:
