@@ -31,13 +31,13 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     quantize_folder(tmp_path / "plain", tmp_path / "small", backend="torch", device="cpu", measure=False)
     monkeypatch.setattr(embedded, "embedded_source", lambda name: tmp_path / "small")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    embedded.embedded_folder.cache_clear()
+    embedded._made.cache_clear()
     yield tmp_path / "small"
-    embedded.embedded_folder.cache_clear()
+    embedded._made.cache_clear()
 
 
 def found() -> Path:
-    embedded.embedded_folder.cache_clear()
+    embedded._made.cache_clear()
     return find_model("demo")
 
 
@@ -90,6 +90,19 @@ def test_a_folder_that_is_not_whole_is_made_anew_in_its_place(source: Path, dama
     assert found() == folder
     assert weight_files(folder, "vae") and len(load_file(folder / UNET)) > 0
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("cache", ["cache", "cache/../plain/model_index.json"], ids=["in the cache", "in a temporary folder"])
+def test_a_folder_that_goes_while_its_process_runs_is_made_anew(
+    source: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source.parent / cache))
+    folder = found()
+    assert folder.is_relative_to(source.parent / "cache") == (cache == "cache")
+    shutil.rmtree(folder)
+    again = find_model("demo")
+    assert len(load_file(again / UNET)) > 0
+    assert find_model("demo") == again
 
 
 def test_what_a_killed_process_was_writing_is_not_taken_and_goes_after_a_day(source: Path) -> None:

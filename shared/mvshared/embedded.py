@@ -35,13 +35,21 @@ def embedded_source(name: str) -> Path:
     return Path(str(files("mvshared"))) / EMBEDDED[name]
 
 
-@cache
 def embedded_folder(name: str) -> Path:
-    """The checkpoint folder of an embedded model, in float16; it is made if it is not there yet.
+    """The checkpoint folder of an embedded model, in float16; it is made if it is not there yet, or not any more.
 
     Raises CheckpointError for a package whose files are damaged, OutputError if neither the cache nor the folder for temporary
     files has room.
     """
+    folder = _made(name)
+    if not _is_complete(folder):  # a cleaner came while this process ran
+        _made.cache_clear()
+        folder = _made(name)
+    return folder
+
+
+@cache
+def _made(name: str) -> Path:
     source = embedded_source(name)
     target = user_cache() / f"{name}-{_digest(source)[:16]}"
     if _is_complete(target):
