@@ -57,6 +57,21 @@ def test_an_error_comes_back_from_a_worker_process_as_it_was(error: MvError) -> 
     assert vars(copy) == vars(error)
 
 
+def test_a_value_that_cannot_be_pickled_comes_back_as_its_text() -> None:
+    for value in (lambda: 3, (number for number in range(3))):
+        error = OptionError("on_step", expected="a function", got=[value])
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), copy.name, copy.got) == (OptionError, str(error), "on_step", repr([value]))
+        assert error.got == [value]
+
+
+def test_of_a_long_value_the_beginning_is_told() -> None:
+    error = OptionError("views", expected="1", got=[0] * 1_000_000)
+    assert str(error).startswith("views must be 1, got [0, 0, ") and str(error).endswith("0, ... (3000000 characters)")
+    assert len(str(error)) < 1100 and len(error.got) == 1_000_000  # pyright: ignore[reportArgumentType]
+    assert str(OptionError("views", expected="1", got=10**5000)) == "views must be 1, got a value of type int"
+
+
 def test_a_long_list_of_tensors_is_cut() -> None:
     error = TensorMismatchError(path=None, missing=[f"layer{index}" for index in range(30)])
     assert "30 missing: layer0" in str(error) and "and 10 more" in str(error) and "layer20" not in str(error)

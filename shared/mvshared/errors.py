@@ -60,17 +60,41 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+_SHOWN = 1000  # characters of a value in a message
+
+
 class OptionError(MvError):
-    """A parameter has a value that is not allowed. Fields: `name`, `expected`, `got`. Large arrays are told by their shape."""
+    """A parameter has a value that is not allowed. Fields: `name`, `expected`, `got`. Large arrays are told by their shape, and
+    of other long values the beginning."""
 
     exit_code = 2
 
     def __init__(self, name: str, *, expected: str, got: object, hint: str = "") -> None:
-        shape: Any = getattr(got, "shape", None)  # numpy's, PyTorch's or MLX's
-        large = isinstance(shape, tuple) and math.prod(shape) > 8
-        told = f"an array of shape {tuple(shape)}" if large else repr(got)
-        super().__init__(f"{name} must be {expected}, got {told}", hint=hint)
+        super().__init__(f"{name} must be {expected}, got {_told(got)}", hint=hint)
         self.name, self.expected, self.got = name, expected, got
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As other errors; of what cannot be pickled, such as a function or an open file, the text crosses."""
+        import pickle  # which the command line starts without
+
+        try:
+            pickle.dumps(self.got)
+        except Exception:  # whatever that object raises
+            restore, (kind, arguments, values) = super().__reduce__()
+            return restore, (kind, arguments, {**values, "got": _told(self.got)})
+        return super().__reduce__()
+
+
+def _told(value: object) -> str:
+    """A value in a message: as Python writes it, but for large arrays, and no more than a reader can use."""
+    shape: Any = getattr(value, "shape", None)  # numpy's, PyTorch's or MLX's
+    if isinstance(shape, tuple) and math.prod(shape) > 8:
+        return f"an array of shape {tuple(shape)}"
+    try:
+        text = repr(value)
+    except Exception:  # as of a whole number of more than 4300 digits
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 class ImageError(MvError):
