@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mvmlx.clip import CLIPTextModel, CLIPVisionModel
-from mvmlx.device import evaluated, on_device
+from mvmlx.device import evaluated, keeping_random_state, on_device
 from mvmlx.latents import LatentModel, to_numpy
 from mvmlx.layout import checkpoint_shape, from_checkpoint, to_checkpoint
 from mvmlx.observation import any_observed
@@ -313,7 +313,8 @@ def load_network(
     expected = quantized_shapes(shapes, stored)
     unet = config if isinstance(config, UNetConfig) else None
     with on_device(device):
-        quantize_network(network, stored or layers)
+        with keeping_random_state():
+            quantize_network(network, stored or layers)
         tensors = read_tensors(paths, expected, dtype=dtype, device=device, unet=unet, stored=stored, quantize=layers)
     return filled(network, tensors, device=device)
 
@@ -352,7 +353,8 @@ NETWORKS: dict[type[NetworkConfig], Callable[..., Any]] = {
 
 
 def _network(config: NetworkConfig) -> Any:
-    return NETWORKS[type(config)](config)
+    with keeping_random_state():  # MLX's layers draw weights, which others take the place of
+        return NETWORKS[type(config)](config)
 
 
 def load_weights(

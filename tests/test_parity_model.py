@@ -208,6 +208,26 @@ def test_an_mlx_model_loaded_in_one_thread_works_in_another_and_leaves_its_defau
     assert mx.default_device() == before
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("quantize", [None, "q8"])
+def test_the_random_numbers_of_the_program_around_go_on_as_if_no_model_was_loaded(
+    folder: Path, backend: Backend, quantize: str | None
+) -> None:
+    def draw() -> list[Any]:
+        return [torch.rand(()).item(), mx.random.uniform().item()]
+
+    def drawn() -> list[Any]:
+        torch.manual_seed(7)
+        mx.random.seed(7 << 32 | 9)
+        return draw()
+
+    expected = drawn() + draw()
+    first = drawn()
+    model = MODULES[backend].load_model(folder, device="cpu", quantize=quantize)
+    model.decode(model.from_numpy(normal(1, 4, 6, 4)))
+    assert first + draw() == expected
+
+
 def test_what_an_mlx_run_computes_by_itself_is_on_the_model_s_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of arrays go to the default stream, which is the GPU's on a Mac, whatever the model was loaded for."""
     model, entered = load("mlx", folder), []
