@@ -231,6 +231,12 @@ def test_views_are_compared_by_what_they_are(pipeline: Pipeline[Any]) -> None:
     assert one == one and one != other and other in [one, other] and len({one, other}) == 2
 
 
+def test_views_are_told_in_a_line(pipeline: Pipeline[Any]) -> None:
+    """A notebook shows what the last line of a cell gives."""
+    text = repr(generate(pipeline, views=3, steps=1, seed=5))
+    assert text == f"<3 views of 32 x 32 pixels by {pipeline.name}, steps 1, seed 5>"
+
+
 def test_what_is_called_after_every_step_is_looked_at_before(pipeline: Pipeline[Any]) -> None:
     with pytest.raises(OptionError, match="on_step must be a function of the progress, got 3"):
         generate(pipeline, on_step=3)

@@ -129,6 +129,12 @@ class Views:
     upscaler_files: Sequence[Path] = ()
     weight_stamps: Sequence[str] = ()
 
+    def __repr__(self) -> str:
+        """What they are in a line; a notebook shows the last value of a cell, and the arrays take hundreds."""
+        views, height, width = self.images.shape[:3]
+        run = self.parameters
+        return f"<{views} views of {width} x {height} pixels by {run.model}, steps {run.steps}, seed {run.seed}>"
+
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write view_000.png ..., grid.png, turntable.gif, latents.npy, transforms.json and, last, metadata.json; returns the
         folder. What was upscaled of an earlier run there is removed.
