@@ -4,6 +4,7 @@ Parity layer by layer, the search for the first NaN, profiles and pictures of ac
 """
 
 import inspect
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -107,12 +108,18 @@ def any_observed(network: nn.Module) -> bool:
     return bool(_observed) and any(map(is_observed, network.modules()))
 
 
+class _Running(threading.local):
+    """How many blocks run now; every thread has its own."""
+
+    depth = 0
+
+
 class _Watch:
     """Measures nested blocks, and leaves out the time that the observers take."""
 
     def __init__(self, on_end: OnEnd, on_start: OnStart | None) -> None:
         self.on_end, self.on_start = on_end, on_start
-        self.depth = 0  # blocks that run now
+        self.running = _Running()
         self.spent = 0.0  # in the observers
 
     def clock(self) -> float:
@@ -131,15 +138,15 @@ class _Watch:
             inputs = {name: array for key, value in arguments.items() if key != "self" for name, array in _arrays(key, value)}
             mx.eval(list(inputs.values()))
             now = time.perf_counter()
-            start = Call(name=name, kind=known_as, depth=self.depth, inputs=inputs, start=now - self.spent)
+            start = Call(name=name, kind=known_as, depth=self.running.depth, inputs=inputs, start=now - self.spent)
             if self.on_start is not None:
                 self.on_start(start)
-            self.depth += 1
+            self.running.depth += 1
             try:
                 self.spent += time.perf_counter() - now
                 out = call(module, *args, **kwargs)
             finally:
-                self.depth -= 1
+                self.running.depth -= 1
             outputs = dict(_outputs(name, out))
             mx.eval(list(outputs.values()))
             now = time.perf_counter()

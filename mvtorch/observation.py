@@ -4,6 +4,7 @@ Parity layer by layer, the search for the first NaN, profiles and pictures of ac
 """
 
 import inspect
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -74,12 +75,19 @@ def any_observed(network: nn.Module) -> bool:
     return any(map(is_observed, network.modules()))
 
 
+class _Running(threading.local):
+    """The calls that run now, the innermost last; every thread has its own."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call[Tensor]] = []
+
+
 class _Watch:
     """Measures nested blocks, and leaves out the time that the observers take."""
 
     def __init__(self, on_end: OnEnd, on_start: OnStart | None) -> None:
         self.on_end, self.on_start = on_end, on_start
-        self.calls: list[Call[Tensor]] = []  # those that run now, the innermost last
+        self.running = _Running()
         self.spent = 0.0  # in the observers
         self.devices: set[torch.device] = set()  # those that work while Python goes on
 
@@ -98,8 +106,8 @@ class _Watch:
             now = self.now()
             inputs = dict(_inputs(type(module), args, kwargs))
             kind = getattr(module, "kind", type(module).__name__)  # what a packed layer stands for
-            call = Call(name=name, kind=kind, depth=len(self.calls), inputs=inputs, start=now - self.spent)
-            self.calls.append(call)
+            call = Call(name=name, kind=kind, depth=len(self.running.calls), inputs=inputs, start=now - self.spent)
+            self.running.calls.append(call)
             if self.on_start is not None:
                 self.on_start(call)
             self.spent += self.now() - now
@@ -108,9 +116,10 @@ class _Watch:
 
     def finish(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any | None) -> None:
-            if not self.calls or self.calls[-1].name != name:  # it had begun when this came to look
+            calls = self.running.calls
+            if not calls or calls[-1].name != name:  # it had begun when this came to look
                 return
-            now, call = self.now(), self.calls.pop()
+            now, call = self.now(), calls.pop()
             if out is None:  # it failed
                 return
             outputs = {field: array.detach() for field, array in _outputs(name, out)}

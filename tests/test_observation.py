@@ -1,6 +1,8 @@
 """Looking into both backends: the same blocks, in the same order, with the same values, at no cost when nobody looks."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +154,25 @@ def test_who_comes_while_a_block_runs_sees_those_that_begin_then(backend: Backen
     denoise(model, inputs)
     assert "down_blocks.0.resnets.0" in late
     looking.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_several_threads_are_told_apart(backend: Backend) -> None:
+    """As of a run, and of a preview that another thread shows: the second begins and ends within a block of the first."""
+    model, inputs = make_unet(TINY_UNET, backend), unet_inputs(TINY_UNET)
+    depths: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
+
+    def on_end(block: Any) -> None:
+        depths[threading.current_thread() is threading.main_thread()].append((block.name, block.depth))
+
+    def on_start(call: Any) -> None:
+        if call.name == "down_blocks.0.resnets.0.conv1" and threading.current_thread() is threading.main_thread():
+            other.submit(denoise, model, inputs).result()
+
+    with ThreadPoolExecutor(1) as other, PACKAGES[backend].observe_blocks(model, on_end, on_start):
+        denoise(model, inputs)
+    assert depths[True] == depths[False]
+    assert ("conv_in", 0) in depths[True]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
