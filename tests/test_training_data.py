@@ -24,6 +24,7 @@ from mvshared.config import SchedulerConfig
 from mvshared.errors import (
     DatasetError,
 )
+from mvshared.normals import NormalMaps, load_normals
 from mvshared.schedule import alphas_cumprod
 from mvshared.training.config import DataConfig
 from mvshared.training.data import (
@@ -120,6 +121,20 @@ def test_pictures_are_put_on_the_background_and_normals_on_zero(data: Path) -> N
     normals = read_normals(capture.normal_paths[0]).pixels
     np.testing.assert_allclose(normals[0, 0], 0, atol=0.005)
     assert normals[SIZE // 2, SIZE // 2, 2] > 0.9
+
+
+@pytest.mark.parametrize("background", [None, 0, 127, 255])
+def test_normal_maps_are_learned_as_they_steer_whatever_shows_no_surface(tmp_path: Path, background: int | None) -> None:
+    write_object(tmp_path / "one", 1)
+    for path in (tmp_path / "one").glob("normal_*.png"):
+        pixels = np.asarray(Image.open(path))
+        if background is not None:
+            Image.fromarray(np.where(pixels[..., 3:] == 0, np.uint8(background), pixels[..., :3])).save(path)
+    capture = load_capture(tmp_path / "one")
+    paths = [path for path in capture.normal_paths if path is not None]
+    learned = np.stack([read_normals(path).pixels for path in paths])
+    steering = load_normals(NormalMaps(tuple(paths), space="camera"), capture.poses, fov_deg=40.0, size_px=SIZE)
+    np.testing.assert_allclose(learned, steering, atol=1e-6)
 
 
 def test_all_that_is_learned_lies_on_the_background_of_the_data(data: Path) -> None:

@@ -287,7 +287,7 @@ def load_normals(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: float
         values = load_values(source)
         _check_size(values, index, source, size_px=size_px, first_px=side)
         side = len(values)
-        surface = np.where(_is_void(values[..., :3]), 0, values[..., 3:] / np.float32(255))
+        surface = np.where(is_void(values[..., :3]), 0, values[..., 3:] / np.float32(255))
         vectors = values[..., :3] / np.float32(127.5) - 1
         to_camera = (maps.world.T @ poses[index, :3, :3].astype(np.float64)).astype(np.float32)
         in_camera = vectors if maps.space == "camera" else vectors @ to_camera
@@ -297,8 +297,8 @@ def load_normals(maps: NormalMaps, poses: NDArray[np.float32], *, fov_deg: float
     return np.stack(prepared)
 
 
-def _is_void(values: Vectors) -> NDArray[np.bool_]:
-    """Where colours (h, w, 3) from 0 to 255 are mid grey, black or white, (h, w, 1)."""
+def is_void(values: Vectors) -> NDArray[np.bool_]:
+    """Where colours (h, w, 3) from 0 to 255 are mid grey, black or white, and show no surface, (h, w, 1)."""
     voids = (127.5, 0.0, 255.0)
     return np.logical_or.reduce(
         [(np.abs(values - np.float32(void)) <= VOID_TOLERANCE).all(axis=-1, keepdims=True) for void in voids]

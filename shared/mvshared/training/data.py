@@ -20,6 +20,7 @@ from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError, ImageError
 from mvshared.files import file_stamps, visible
 from mvshared.images import load_image, load_values
+from mvshared.normals import is_void
 from mvshared.schedule import add_noise, velocity
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig
@@ -114,8 +115,15 @@ def _read(path: Path, load: Callable[[Path], NDArray[Any]], *, background: tuple
 
 
 def read_normals(path: Path) -> Picture:
-    """A normal map: components in [-1, 1], zero (as near as 128 of 255 comes to it) where there is no surface."""
-    return _read(path, load_values, background=(128, 128, 128))
+    """A normal map: components in [-1, 1], zero (as near as 128 of 255 comes to it) where there is no surface, as
+    `normals.load_normals` has it."""
+    return _read(path, _load_normals, background=(128, 128, 128))
+
+
+def _load_normals(path: Path) -> NDArray[np.float32]:
+    values = load_values(path)
+    values[..., 3:][is_void(values[..., :3])] = 0
+    return values
 
 
 def _read_detail(path: Path) -> NDArray[np.float32]:
