@@ -744,7 +744,7 @@ def test_no_sample_is_made_of_weights_that_are_not_finite(data: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", ["learning_rate", "gradient_clip", "eps", "weight_decay", "final_learning_rate"])
 def test_settings_of_the_optimiser_are_finite(name: str) -> None:
-    for value in (math.inf, math.nan):
+    for value in (math.inf, math.nan, 1e300):
         with pytest.raises(OptionError, match=f"{name} must be"):
             replace(OptimizerConfig(), **{name: value})  # pyright: ignore[reportArgumentType]
 

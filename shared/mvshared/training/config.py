@@ -29,6 +29,7 @@ from mvshared.numbers import whole
 from mvshared.upscaling.config import UpscaleDefaults
 
 AZIMUTH_ROUNDING_DEG = 1e-3  # more than what float32 poses do to an azimuth
+LARGEST = float(np.finfo(np.float32).max)  # of what the optimisers compute with
 Stage = Literal["vae", "unet", "upscaler"]
 
 
@@ -93,11 +94,11 @@ class OptimizerConfig:
             if name != "betas" and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
                 raise OptionError(name, expected="a number", got=value)
         for name in ("learning_rate", "gradient_clip", "eps"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise OptionError(name, expected="finite" if value > 0 else "above 0", got=value)
+            if not 0 < (value := getattr(self, name)) <= LARGEST:
+                raise OptionError(name, expected="finite in float32" if value > 0 else "above 0", got=value)
         for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise OptionError(name, expected="finite" if value > 0 else "at least 0", got=value)
+            if not 0 <= (value := getattr(self, name)) <= LARGEST:
+                raise OptionError(name, expected="finite in float32" if value > 0 else "at least 0", got=value)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise OptionError("betas", expected="two numbers from 0 to below 1", got=self.betas)
         if not 0 <= self.ema_decay < 1:
