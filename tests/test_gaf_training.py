@@ -20,7 +20,7 @@ import mvtorch.model
 from mvshared import cli
 from mvshared.backend import load
 from mvshared.camera import orbit
-from mvshared.captures import write_capture
+from mvshared.captures import load_capture, write_capture
 from mvshared.checkpoint import find_model, read_model_config, read_vae_config, write_component, write_model_config
 from mvshared.conversion.gaf import init_gaf
 from mvshared.errors import DatasetError
@@ -82,6 +82,30 @@ def test_maps_in_world_space_are_not_learned_as_if_they_were_in_camera_space(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normal_space": "world"}))
     assert train("--family gaf --from gaf --data captures -o run --steps 1") == DatasetError.exit_code
     assert "normal_space must be 'camera' for a capture, got 'world'" in capfd.readouterr().err
+
+
+def test_maps_that_do_not_say_that_they_are_in_world_space_are_warned_of_before_anything_is_loaded(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (desk / "captures").iterdir():
+        capture = load_capture(folder)
+        for path, pose in zip(capture.normal_paths, capture.poses, strict=True):
+            assert path is not None
+            pixels = np.asarray(Image.open(path))
+            turned = (pixels[..., :3] / 127.5 - 1) @ pose[:3, :3].T
+            colours = np.round((turned + 1) * 127.5).clip(0, 255).astype(np.uint8)
+            Image.fromarray(np.dstack([colours, pixels[..., 3]])).save(path)
+
+    def load_vae(*_: Any, **__: Any) -> None:
+        raise DatasetError("a network is loaded")
+
+    monkeypatch.setattr(mvtorch.model, "load_vae", load_vae)
+    assert train("--family gaf --from gaf --data captures -o run --backend torch --device cpu") == DatasetError.exit_code
+    warning, error = capfd.readouterr().err.splitlines()
+    assert f"learned that generate would refuse: {(desk / 'captures' / 'object_0').resolve()}" in warning
+    assert "faces away from the camera" in warning
+    assert "as world-space normals they would fit" in warning
+    assert "a network is loaded" in error
 
 
 def test_the_recipe_is_that_of_the_paper(desk: Path) -> None:

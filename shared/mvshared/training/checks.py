@@ -7,18 +7,22 @@ from pathlib import Path
 from mvshared.camera import azimuth_elevation, doubt_of
 from mvshared.captures import Capture, load_capture, size_px
 from mvshared.config import ModelConfig
-from mvshared.errors import DatasetError, OptionError, warn
+from mvshared.errors import DatasetError, ImageError, OptionError, warn
+from mvshared.normals import NormalMaps, load_normals
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig, TrainConfig
+
+MAPS_OF = 8  # captures at most, whose normal maps are decoded
 
 
 def check_captures(
     named: Sequence[tuple[str, list[Path]]], config: DataConfig, model: ModelConfig, *, with_detail: bool
 ) -> list[Capture]:
-    """The captures of named lists, looked at: sizes, numbers of views, normal maps. Pictures are opened, not decoded.
+    """The captures of named lists, looked at: sizes, numbers of views, normal maps. Pictures are opened, not decoded,
+    but for the normal maps of a few captures.
 
     Raises DatasetError for captures that cannot be learned from, and warns (MvWarning) of those that are left out, of
-    views without normal maps, and of cameras that stand or look as those of views never do.
+    views without normal maps, of maps that are none, and of cameras that stand or look as those of views never do.
     """
     places = [(name, folder) for name, folders in named for folder in folders]
     loaded = ahead(load_capture, [folder for _, folder in places])
@@ -41,6 +45,7 @@ def check_captures(
         warn(f"{folder}: {doubt}{more}")
     if model.unet.normal_channels and config.normals and model.family == "gaf":
         _check_normals(everything, folder=config.folder)
+        _warn_of_maps(everything, fov_deg=model.camera.fov_deg)
     return everything
 
 
@@ -96,6 +101,24 @@ def _check_normals(captures: list[Capture], *, folder: str) -> None:
         )
     if missing:
         warn(f"{missing} of {len(views)} views have no normal map and are learned without")
+
+
+def _warn_of_maps(captures: Sequence[Capture], *, fov_deg: float) -> None:
+    """Warn of the first capture whose normal maps `generate` would refuse: in world space, or no maps at all. Of a few captures
+    only, since pictures are decoded; `fov_deg` is for those that do not say theirs."""
+    mapped = [capture for capture in captures if any(capture.normal_paths)]
+    for capture in mapped[:: -(-len(mapped) // MAPS_OF)]:
+        views = [view for view, path in enumerate(capture.normal_paths) if path is not None]
+        paths = tuple(path for path in capture.normal_paths if path is not None)
+        width, height = size_px(paths[0])
+        if width != height:  # which training takes and `generate` does not
+            continue
+        maps = NormalMaps(paths, fovs_deg=(capture.fov_deg,) * len(paths), space="camera")
+        try:
+            load_normals(maps, capture.poses[views], fov_deg=fov_deg, size_px=width)
+        except ImageError as refused:
+            warn(f"normal maps are learned that generate would refuse: {refused}")
+            return
 
 
 def check_frozen(config: TrainConfig, names: Iterable[str]) -> None:
