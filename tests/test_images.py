@@ -4,6 +4,8 @@ import io
 import os
 import re
 import struct
+import threading
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, features
 
 from mvshared import images
-from mvshared.errors import ImageError, NumericsError, OptionError, OutputError
+from mvshared.errors import ImageError, MvWarning, NumericsError, OptionError, OutputError, warn
 from mvshared.images import (
     composite,
     encode_png,
@@ -25,6 +27,7 @@ from mvshared.images import (
     grid,
     load_image,
     load_values,
+    quiet_pillow,
     resize_bilinear,
     resize_rgba,
     save_png,
@@ -511,3 +514,26 @@ def test_no_picture_of_a_turntable_is_shorter_than_players_take(tmp_path: Path) 
     save_turntable(tmp_path / "a.gif", images, seconds=0.3)
     with Image.open(tmp_path / "a.gif") as found:
         assert found.info["duration"] == 20
+
+
+def test_threads_that_read_pictures_leave_warnings_as_they_were(tmp_path: Path) -> None:
+    """Those of others are given meanwhile, and afterwards."""
+    path, entered, leave = tmp_path / "picture.png", threading.Event(), threading.Event()
+    Image.new("RGB", (4, 4)).save(path)
+    before = list(warnings.filters)
+
+    def outlasting() -> None:
+        with quiet_pillow():
+            entered.set()
+            assert leave.wait(60)
+
+    thread = threading.Thread(target=outlasting)
+    with quiet_pillow():  # the first that comes in is not the last that goes
+        thread.start()
+        assert entered.wait(60)
+        with pytest.warns(MvWarning, match="meanwhile"):
+            warn("meanwhile")
+    load_image(path)
+    leave.set()
+    thread.join()
+    assert list(warnings.filters) == before

@@ -25,7 +25,7 @@ from mvshared.consistency import foreground
 from mvshared.errors import ConfigError, DatasetError, OptionError, OutputError
 from mvshared.export import transforms
 from mvshared.files import is_empty, read_json_object, remove_if_empty, write_atomic, write_json
-from mvshared.images import composite, find_picture, load_image, orientation, what_can_be_read
+from mvshared.images import composite, find_picture, load_image, orientation, quiet_pillow, what_can_be_read
 
 METADATA = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})  # of a PNG, that may say how it is turned
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -216,7 +216,7 @@ def write_capture(
 def size_px(path: Path) -> tuple[int, int]:
     """Width and height of a picture once it is upright, from its header. Raises DatasetError if it is none."""
     try:
-        with Image.open(path) as image:
+        with quiet_pillow(), Image.open(path) as image:
             # Pillow turns the size of a TIFF itself, and would decode a PNG to look for metadata behind its pixels.
             known = image.format == "TIFF" or (image.format == "PNG" and METADATA.isdisjoint(image.info))
             return (image.height, image.width) if not known and orientation(image) >= 5 else image.size

@@ -9,10 +9,12 @@ import os
 import re
 import shlex
 import stat
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,9 +66,37 @@ def load_values(source: Source) -> NDArray[np.float32]:
     return _scaled(source).astype(np.float32) if isinstance(source, np.ndarray) else _load(source, _stored)
 
 
+class _Readers:
+    """How many threads are reading pictures, and the filter that keeps Pillow's warnings back meanwhile."""
+
+    lock = threading.Lock()
+    count = 0
+    filter: Any = None
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """A context without the warnings of reading pictures: MAX_PIXELS stands for Pillow's limit, and odd metadata is no concern.
+
+    Many threads may be in it at once: `warnings.catch_warnings` would leave all warnings of the process off if the first that
+    came in is not the last that goes.
+    """
+    with _Readers.lock:
+        _Readers.count += 1
+        if _Readers.count == 1:
+            warnings.filterwarnings("ignore", module=rf"PIL\.|{re.escape(__name__)}$")
+            _Readers.filter = warnings.filters[0]
+    try:
+        yield
+    finally:
+        with _Readers.lock:
+            _Readers.count -= 1
+            if _Readers.count == 0 and _Readers.filter in warnings.filters:
+                cast(list[Any], warnings.filters).remove(_Readers.filter)
+
+
 def _load(source: Source, convert: Convert) -> NDArray[Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MAX_PIXELS stands for Pillow's limit, and odd metadata is no concern
+    with quiet_pillow():
         if isinstance(source, Image.Image):
             return _decode(source, None, convert)
         if not isinstance(source, str | Path):
