@@ -166,6 +166,8 @@ def test_the_command_trains_by_the_recipe_and_its_options_change_it(desk: Path, 
     assert (config["gradient_checkpointing"], config["data"]["held_out"], config["data"]["prompt"]) == (False, 0.5, "owl")
     assert (config["optimizer"]["learning_rate"], config["optimizer"]["final_learning_rate"]) == (1e-3, 1e-3)
     assert load_image(desk / "run" / "samples" / "step_000001.png").shape[:2] == (2 * SIZE, 9 * SIZE)
+    source, trained = (read_model_config(desk / folder).defaults.negative_prompt for folder in ("gaf", "run/model"))
+    assert source and not trained
     # the same call from another place goes on; another rate is another run
     assert train(command.replace("from gaf", "from ./gaf") + options + "2") == 0
     assert [row.step for row in read_log(desk / "run" / "log.csv")] == [1, 2]

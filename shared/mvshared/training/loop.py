@@ -316,11 +316,12 @@ def _model_source(config: TrainConfig) -> Path | None:
 
 def _base_model(config: TrainConfig, source: Path | None, vae_source: Path) -> ModelConfig:
     """What is trained: the model in `source`, or the one that the configuration describes. It puts pictures over the background
-    that it learns them on."""
+    that it learns them on, and has no negative prompt of its source: training shows no such words to be guided away from."""
     if source is not None:
         model = read_model_config(source)
         framing = replace(model.framing, background=config.data.background)
-        return replace(model, framing=framing, family=model.family if config.family == "custom" else config.family)
+        family = model.family if config.family == "custom" else config.family
+        return replace(model, framing=framing, family=family, defaults=replace(model.defaults, negative_prompt=""))
     assert config.unet is not None
     return ModelConfig(
         family=config.family,
