@@ -248,10 +248,20 @@ def upscaler_trainer(
 
 def vae_loss(vae: AutoencoderKL, batch: VAEBatch[mx.array], config: VAELossConfig) -> mx.array:
     """The terms of VAELossConfig, as means."""
-    pixels, foreground, noise, detail = batch
-    mean, logvar = (moment.astype(mx.float32) for moment in vae.encode(pixels))
-    error = vae.decode(mean + mx.exp(logvar / 2) * noise) - pixels
-    rows, columns = (mx.pad(mx.zeros(side - 2), 1, constant_values=config.border_weight) for side in pixels.shape[1:3])
+    mean, logvar = (moment.astype(mx.float32) for moment in vae.encode(batch.pixels))
+    error = vae.decode(mean + mx.exp(logvar / 2) * batch.noise) - batch.pixels
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return picture_loss(error, batch.foreground, batch.detail, config, downscale=vae.config.downscale) + config.kl_weight * kl
+
+
+def picture_loss(
+    error: mx.array, foreground: mx.array, detail: mx.array | None, config: VAELossConfig, *, downscale: int
+) -> mx.array:
+    """The terms of VAELossConfig but for the KL: those of the error (n, h, w, 3) of pictures in [-1, 1].
+
+    Foreground and detail are those of a VAEBatch, and `downscale` is how many pixels one latent stands for along an edge.
+    """
+    rows, columns = (mx.pad(mx.zeros(side - 2), 1, constant_values=config.border_weight) for side in error.shape[1:3])
     weight = 1 + config.foreground_weight * foreground[..., None] + (rows[:, None] + columns)[..., None]
     if detail is not None:
         weight = weight + config.detail_weight * detail[..., None]
@@ -259,13 +269,11 @@ def vae_loss(vae: AutoencoderKL, batch: VAEBatch[mx.array], config: VAELossConfi
     loss = (weight * error.abs()).mean() + config.mse_weight * (weight * error.square()).mean()
     down, right = error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1]
     edges = (weight[:, 1:] * down.abs()).mean() + (weight[:, :, 1:] * right.abs()).mean()
-    f = vae.config.downscale
-    n, height, width, _ = error.shape
+    (n, height, width, _), f = error.shape, downscale
     coarse = error.reshape(n, height // f, f, width // f, f, 3).mean(axis=(2, 4))
     luma = coarse.mean(axis=-1, keepdims=True)
     color = luma.abs().mean() + config.chroma_weight * (coarse - luma).abs().mean()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return loss + config.gradient_weight * edges + config.coarse_weight * color + config.kl_weight * kl
+    return loss + config.gradient_weight * edges + config.coarse_weight * color
 
 
 def unet_loss(
