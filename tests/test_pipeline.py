@@ -231,10 +231,13 @@ def test_views_are_compared_by_what_they_are(pipeline: Pipeline[Any]) -> None:
     assert one == one and one != other and other in [one, other] and len({one, other}) == 2
 
 
-def test_views_are_told_in_a_line(pipeline: Pipeline[Any]) -> None:
-    """A notebook shows what the last line of a cell gives."""
-    text = repr(generate(pipeline, views=3, steps=1, seed=5))
-    assert text == f"<3 views of 32 x 32 pixels by {pipeline.name}, steps 1, seed 5>"
+def test_views_are_told_in_a_line_and_a_notebook_shows_their_grid(pipeline: Pipeline[Any], tmp_path: Path) -> None:
+    """It shows what the last line of a cell gives."""
+    views, one = generate(pipeline, views=3, steps=1, seed=5), generate(pipeline, views=1, steps=1)
+    assert repr(views) == f"<3 views of 32 x 32 pixels by {pipeline.name}, steps 1, seed 5>"
+    assert repr(one) == f"<1 view of 32 x 32 pixels by {pipeline.name}, steps 1, seed 0>"
+    assert views._repr_png_() == (views.save(tmp_path / "out") / "grid.png").read_bytes()
+    assert repr(pipeline) == f"<Pipeline of {pipeline.name}: {pipeline.model.backend}, cpu, float32>"
 
 
 def test_what_is_called_after_every_step_is_looked_at_before(pipeline: Pipeline[Any]) -> None:

@@ -76,6 +76,9 @@ class Pipeline(Generic[A]):
         with self._running:
             yield
 
+    def __repr__(self) -> str:
+        return f"<Pipeline of {self.name}: {self.model.backend}, {self.model.device}, {self.model.dtype}>"
+
     def __reduce__(self) -> NoReturn:
         raise TypeError("a pipeline cannot be copied or pickled: load another one, in the process that runs it")
 

@@ -21,6 +21,7 @@ from mvshared.export import (
     weights_from_metadata,
     write_views,
 )
+from mvshared.images import encode_png, grid
 from mvshared.memory.plan import PLAIN, MemoryPlan
 from mvshared.normals import NormalSpace
 from mvshared.weights import sha256_of_files, weight_stamps
@@ -132,8 +133,12 @@ class Views:
     def __repr__(self) -> str:
         """What they are in a line; a notebook shows the last value of a cell, and the arrays take hundreds."""
         views, height, width = self.images.shape[:3]
-        run = self.parameters
-        return f"<{views} views of {width} x {height} pixels by {run.model}, steps {run.steps}, seed {run.seed}>"
+        run, many = self.parameters, "view" if views == 1 else "views"
+        return f"<{views} {many} of {width} x {height} pixels by {run.model}, steps {run.steps}, seed {run.seed}>"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows them as: grid.png."""
+        return encode_png(grid(self.images))
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write view_000.png ..., grid.png, turntable.gif, latents.npy, transforms.json and, last, metadata.json; returns the
