@@ -109,9 +109,10 @@ def any_observed(network: nn.Module) -> bool:
 
 
 class _Running(threading.local):
-    """How many blocks run now; every thread has its own."""
+    """How many blocks run now, and the seconds in the observers; every thread has its own."""
 
     depth = 0
+    spent = 0.0
 
 
 class _Watch:
@@ -120,11 +121,10 @@ class _Watch:
     def __init__(self, on_end: OnEnd, on_start: OnStart | None) -> None:
         self.on_end, self.on_start = on_end, on_start
         self.running = _Running()
-        self.spent = 0.0  # in the observers
 
     def clock(self) -> float:
         """Seconds without those of the observers."""
-        return time.perf_counter() - self.spent
+        return time.perf_counter() - self.running.spent
 
     def watched(self, kind: type[nn.Module], name: str) -> type[nn.Module]:
         """A class of modules that are `kind` and call the observers."""
@@ -138,22 +138,22 @@ class _Watch:
             inputs = {name: array for key, value in arguments.items() if key != "self" for name, array in _arrays(key, value)}
             mx.eval(list(inputs.values()))
             now = time.perf_counter()
-            start = Call(name=name, kind=known_as, depth=self.running.depth, inputs=inputs, start=now - self.spent)
+            start = Call(name=name, kind=known_as, depth=self.running.depth, inputs=inputs, start=now - self.running.spent)
             if self.on_start is not None:
                 self.on_start(start)
             self.running.depth += 1
             try:
-                self.spent += time.perf_counter() - now
+                self.running.spent += time.perf_counter() - now
                 out = call(module, *args, **kwargs)
             finally:
                 self.running.depth -= 1
             outputs = dict(_outputs(name, out))
             mx.eval(list(outputs.values()))
             now = time.perf_counter()
-            seconds = now - self.spent - start.start
+            seconds = now - self.running.spent - start.start
             flops = own_flops(known_as, module, inputs, outputs)
             self.on_end(Block(**vars(start), outputs=outputs, seconds=seconds, flops=flops))
-            self.spent += time.perf_counter() - now
+            self.running.spent += time.perf_counter() - now
             return out
 
         return type(kind.__name__, (kind,), {"__call__": watched_call})

@@ -76,10 +76,11 @@ def any_observed(network: nn.Module) -> bool:
 
 
 class _Running(threading.local):
-    """The calls that run now, the innermost last; every thread has its own."""
+    """The calls that run now, the innermost last, and the seconds in the observers; every thread has its own."""
 
     def __init__(self) -> None:
         self.calls: list[Call[Tensor]] = []
+        self.spent = 0.0
 
 
 class _Watch:
@@ -88,12 +89,11 @@ class _Watch:
     def __init__(self, on_end: OnEnd, on_start: OnStart | None) -> None:
         self.on_end, self.on_start = on_end, on_start
         self.running = _Running()
-        self.spent = 0.0  # in the observers
         self.devices: set[torch.device] = set()  # those that work while Python goes on
 
     def clock(self) -> float:
         """Seconds without those of the observers."""
-        return self.now() - self.spent
+        return self.now() - self.running.spent
 
     def now(self) -> float:
         """The time when all that was launched is done."""
@@ -106,11 +106,11 @@ class _Watch:
             now = self.now()
             inputs = dict(_inputs(type(module), args, kwargs))
             kind = getattr(module, "kind", type(module).__name__)  # what a packed layer stands for
-            call = Call(name=name, kind=kind, depth=len(self.running.calls), inputs=inputs, start=now - self.spent)
+            call = Call(name=name, kind=kind, depth=len(self.running.calls), inputs=inputs, start=now - self.running.spent)
             self.running.calls.append(call)
             if self.on_start is not None:
                 self.on_start(call)
-            self.spent += self.now() - now
+            self.running.spent += self.now() - now
 
         return hook
 
@@ -123,10 +123,10 @@ class _Watch:
             if out is None:  # it failed
                 return
             outputs = {field: array.detach() for field, array in _outputs(name, out)}
-            seconds = now - self.spent - call.start
+            seconds = now - self.running.spent - call.start
             flops = own_flops(call.kind, module, call.inputs, outputs)
             self.on_end(Block(**vars(call), outputs=outputs, seconds=seconds, flops=flops))
-            self.spent += self.now() - now
+            self.running.spent += self.now() - now
 
         return hook
 

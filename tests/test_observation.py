@@ -176,6 +176,25 @@ def test_blocks_of_several_threads_are_told_apart(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_what_observers_do_in_one_thread_is_not_taken_from_the_blocks_of_another(backend: Backend) -> None:
+    model, inputs, seconds = make_unet(TINY_UNET, backend), unet_inputs(TINY_UNET), list[float]()
+
+    def on_end(block: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            seconds.append(block.seconds)
+        else:
+            time.sleep(1e-3)
+
+    def on_start(call: Any) -> None:
+        if call.name == "down_blocks.0.resnets.0.conv1" and threading.current_thread() is threading.main_thread():
+            other.submit(denoise, model, inputs).result()
+
+    with ThreadPoolExecutor(1) as other, PACKAGES[backend].observe_blocks(model, on_end, on_start):
+        denoise(model, inputs)
+    assert min(seconds) >= 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nobody_looks_on_after_an_error_in_the_beginning(backend: Backend) -> None:
     class Broken:
         def parameters(self) -> list[Any]:
