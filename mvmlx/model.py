@@ -409,7 +409,7 @@ def read_tensors(
 def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") -> VAECodec:
     """The VAE of weight files, in float32. Raises CheckpointError and BackendError."""
     chosen = choose_device(device)
-    vae = AutoencoderKL(config)
+    vae = _network(config)
     load_weights(vae, paths, dtype="float32", device=chosen)
     vae.eval()
 

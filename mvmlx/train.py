@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
 from mvmlx import metal
-from mvmlx.device import on_device
+from mvmlx.device import keeping_random_state, on_device
 from mvmlx.layout import from_checkpoint, to_checkpoint
 from mvmlx.model import NETWORKS, choose_device, choose_dtype, set_weights, weight_shapes
 from mvmlx.unet import MultiViewUNet
@@ -166,7 +166,8 @@ def _network(
 ) -> Any:
     # With gradients MLX has no kernel for attention, and would keep scores in half precision.
     options = FUSED if dtype == "float32" else AttentionOptions(implementation="plain")
-    network = NETWORKS[type(config)](config, attention_options=options, gradient_checkpointing=gradient_checkpointing)
+    with keeping_random_state():
+        network = NETWORKS[type(config)](config, attention_options=options, gradient_checkpointing=gradient_checkpointing)
     set_weights(network, weights)
     return network
 

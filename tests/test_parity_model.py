@@ -225,6 +225,7 @@ def test_the_random_numbers_of_the_program_around_go_on_as_if_no_model_was_loade
     first = drawn()
     model = MODULES[backend].load_model(folder, device="cpu", quantize=quantize)
     model.decode(model.from_numpy(normal(1, 4, 6, 4)))
+    MODULES[backend].load_vae(VAE, weight_files(folder, "vae"), device="cpu")
     assert first + draw() == expected
 
 

@@ -248,6 +248,21 @@ def test_what_is_measured_is_what_the_next_step_finds_and_nothing_is_learned(bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stage", ["vae", "gaf", "upscaler"])
+def test_the_random_numbers_of_the_program_around_go_on_as_if_nothing_was_trained(backend: Backend, stage: str) -> None:
+    def draw() -> list[Any]:
+        return [torch.rand(()).item(), mx.random.uniform().item()]
+
+    torch.manual_seed(7)
+    mx.random.seed(7)
+    expected = draw()
+    torch.manual_seed(7)
+    mx.random.seed(7)
+    run(make_trainer(backend, stage), stage, 1)
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_failed_evaluation_leaves_the_weights(backend: Backend) -> None:
     trainer = make_trainer(backend, "unet")
     run(trainer, "unet", 1)
