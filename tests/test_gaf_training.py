@@ -17,7 +17,7 @@ from training_cases import SIZE, V_PREDICTION, run, some_latents, vae_config, wr
 
 import mvshared.training.loop
 import mvtorch.model
-from mvshared import cli
+from mvshared import cli, normals
 from mvshared.backend import load
 from mvshared.camera import orbit
 from mvshared.captures import load_capture, write_capture
@@ -25,8 +25,9 @@ from mvshared.checkpoint import find_model, read_model_config, read_vae_config, 
 from mvshared.conversion.gaf import init_gaf
 from mvshared.errors import DatasetError
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
-from mvshared.images import composite, load_image
+from mvshared.images import composite, load_image, load_values
 from mvshared.metrics import psnr
+from mvshared.training import checks
 from mvshared.training.config import PLAIN_UNET_LOSS, DataConfig
 from mvshared.training.data import ViewBatches
 from mvshared.training.initial import UNET_ZEROS, initial_weights
@@ -106,6 +107,22 @@ def test_maps_that_do_not_say_that_they_are_in_world_space_are_warned_of_before_
     assert "faces away from the camera" in warning
     assert "as world-space normals they would fit" in warning
     assert "a network is loaded" in error
+
+
+def test_of_captures_with_many_views_a_few_maps_all_around_are_decoded(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All maps of a capture of hundreds of views would take seconds, and gigabytes."""
+    capture, read = load_capture(desk / "captures" / "object_0"), list[Any]()
+    paths = tuple(path for path in capture.normal_paths for _ in range(9))
+    many = capture._replace(normal_paths=paths, poses=np.repeat(capture.poses, 9, axis=0))
+
+    def load(source: Any) -> Any:
+        read.append(source)
+        return load_values(source)
+
+    monkeypatch.setattr(normals, "load_values", load)
+    checks._warn_of_maps([many] * 20, fov_deg=40.0)
+    assert set(capture.normal_paths) == set(read)
+    assert len(read) <= 8 * 8
 
 
 def test_the_recipe_is_that_of_the_paper(desk: Path) -> None:

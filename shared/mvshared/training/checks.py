@@ -12,14 +12,14 @@ from mvshared.normals import NormalMaps, load_normals
 from mvshared.training.ahead import ahead
 from mvshared.training.config import DataConfig, TrainConfig
 
-MAPS_OF = 8  # captures at most, whose normal maps are decoded
+MAPS_OF, MAPS = 8, 8  # captures at most, and views of each, whose normal maps are decoded
 
 
 def check_captures(
     named: Sequence[tuple[str, list[Path]]], config: DataConfig, model: ModelConfig, *, with_detail: bool
 ) -> list[Capture]:
     """The captures of named lists, looked at: sizes, numbers of views, normal maps. Pictures are opened, not decoded,
-    but for the normal maps of a few captures.
+    but for a few normal maps of a few captures.
 
     Raises DatasetError for captures that cannot be learned from, and warns (MvWarning) of those that are left out, of
     views without normal maps, of maps that are none, and of cameras that stand or look as those of views never do.
@@ -104,18 +104,18 @@ def _check_normals(captures: list[Capture], *, folder: str) -> None:
 
 
 def _warn_of_maps(captures: Sequence[Capture], *, fov_deg: float) -> None:
-    """Warn of the first capture whose normal maps `generate` would refuse: in world space, or no maps at all. Of a few captures
-    only, since pictures are decoded; `fov_deg` is for those that do not say theirs."""
+    """Warn of the first capture whose normal maps `generate` would refuse: in world space, or no maps at all. Of a few views of
+    a few captures only, since pictures are decoded; `fov_deg` is for those that do not say theirs."""
     mapped = [capture for capture in captures if any(capture.normal_paths)]
     for capture in mapped[:: -(-len(mapped) // MAPS_OF)]:
-        views = [view for view, path in enumerate(capture.normal_paths) if path is not None]
-        paths = tuple(path for path in capture.normal_paths if path is not None)
+        named = [(view, path) for view, path in enumerate(capture.normal_paths) if path is not None]
+        views, paths = zip(*named[:: -(-len(named) // MAPS)], strict=True)
         width, height = size_px(paths[0])
         if width != height:  # which training takes and `generate` does not
             continue
         maps = NormalMaps(paths, fovs_deg=(capture.fov_deg,) * len(paths), space="camera")
         try:
-            load_normals(maps, capture.poses[views], fov_deg=fov_deg, size_px=width)
+            load_normals(maps, capture.poses[list(views)], fov_deg=fov_deg, size_px=width)
         except ImageError as refused:
             warn(f"normal maps are learned that generate would refuse: {refused}")
             return
