@@ -537,3 +537,15 @@ def test_threads_that_read_pictures_leave_warnings_as_they_were(tmp_path: Path) 
     leave.set()
     thread.join()
     assert list(warnings.filters) == before
+
+
+def test_filters_of_the_program_stay_where_new_ones_go_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Python 3.14 with warnings that belong to a context: filterwarnings then adds to a list of its own."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
+    monkeypatch.setattr(images, "CONTEXT_AWARE", True, raising=False)
+    monkeypatch.setattr(warnings, "filterwarnings", lambda *_, **__: None)
+    before = list(warnings.filters)
+    with quiet_pillow():
+        warnings.warn("odd metadata", stacklevel=1)
+    load_image(tmp_path / "picture.png")
+    assert list(warnings.filters) == before

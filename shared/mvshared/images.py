@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import stat
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -66,6 +67,9 @@ def load_values(source: Source) -> NDArray[np.float32]:
     return _scaled(source).astype(np.float32) if isinstance(source, np.ndarray) else _load(source, _stored)
 
 
+CONTEXT_AWARE = getattr(sys.flags, "context_aware_warnings", False)  # Python 3.14's; without the GIL it is the default
+
+
 class _Readers:
     """How many threads are reading pictures, and the filter that keeps Pillow's warnings back meanwhile."""
 
@@ -79,8 +83,13 @@ def quiet_pillow() -> Iterator[None]:
     """A context without the warnings of reading pictures: MAX_PIXELS stands for Pillow's limit, and odd metadata is no concern.
 
     Many threads may be in it at once: `warnings.catch_warnings` would leave all warnings of the process off if the first that
-    came in is not the last that goes.
+    came in is not the last that goes. Where warnings belong to a context, it concerns that alone.
     """
+    if CONTEXT_AWARE:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+        return
     with _Readers.lock:
         _Readers.count += 1
         if _Readers.count == 1:
