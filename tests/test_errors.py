@@ -72,6 +72,20 @@ def test_of_a_long_value_the_beginning_is_told() -> None:
     assert str(OptionError("views", expected="1", got=10**5000)) == "views must be 1, got a value of type int"
 
 
+@pytest.mark.parametrize("shape", [("batch", None), RuntimeError("no shape")], ids=["symbols", "none"])
+def test_a_value_whose_shape_is_not_of_numbers_is_told_by_its_type(shape: object) -> None:
+    """As of an array of another library, or of a nested tensor."""
+
+    class Odd:
+        @property
+        def shape(self) -> object:
+            if isinstance(shape, Exception):
+                raise shape
+            return shape
+
+    assert str(OptionError("image", expected="a picture", got=Odd())) == "image must be a picture, got a value of type Odd"
+
+
 def test_a_long_list_of_tensors_is_cut() -> None:
     error = TensorMismatchError(path=None, missing=[f"layer{index}" for index in range(30)])
     assert "30 missing: layer0" in str(error) and "and 10 more" in str(error) and "layer20" not in str(error)

@@ -87,12 +87,12 @@ class OptionError(MvError):
 
 def _told(value: object) -> str:
     """A value in a message: as Python writes it, but for large arrays, and no more than a reader can use."""
-    shape: Any = getattr(value, "shape", None)  # numpy's, PyTorch's or MLX's
-    if isinstance(shape, tuple) and math.prod(shape) > 8:
-        return f"an array of shape {tuple(shape)}"
     try:
+        shape: Any = getattr(value, "shape", None)  # numpy's, PyTorch's or MLX's
+        if isinstance(shape, tuple) and math.prod(shape) > 8:
+            return f"an array of shape {tuple(shape)}"
         text = repr(value)
-    except Exception:  # as of a whole number of more than 4300 digits
+    except Exception:  # as of a whole number of more than 4300 digits, or of PyTorch's nested tensors, which have no shape
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
