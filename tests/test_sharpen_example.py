@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,22 @@ def test_what_contrast_a_picture_lacks_is_that_of_the_metric(program: Any) -> No
     np.testing.assert_allclose(found.numpy(), contrast(made, truth, mask=place) - 1, rtol=1e-4)
 
 
+def test_contrast_that_is_missing_costs_more_than_as_much_that_is_too_much(program: Any) -> None:
+    """A stand-in for the decoder gives pictures with half and with half more of the contrast; one of the four shows no eyes."""
+    random = torch.Generator().manual_seed(0)
+    pixels, nowhere = torch.rand((4, 16, 16, 3), generator=random) - 0.5, torch.zeros(4, 16, 16)
+    eyes = (torch.rand((4, 16, 16), generator=random) < 0.3).float() * torch.tensor([0, 1, 1, 1])[:, None, None]
+    vae = SimpleNamespace(decode=lambda x: x, unscale_latents=lambda x: x, config=SimpleNamespace(downscale=8))
+
+    def cost(contrast: float, **places: torch.Tensor) -> float:
+        places = {"eyes": nowhere, "mouth": nowhere} | places
+        return program.loss(vae, program.Pairs(contrast * pixels, pixels, nowhere, nowhere, **places)).item()
+
+    for place in ("eyes", "mouth"):
+        lost = [cost(contrast, **{place: eyes}) - cost(contrast) for contrast in (0.5, 1.0, 1.5)]
+        np.testing.assert_allclose(lost, [0.75 * 0.25, 0, 0.75 * 0.25 * program.TOO_MUCH], atol=1e-5)
+
+
 def test_the_decoder_alone_learns_from_latents_of_the_model_and_of_the_truth(
     program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,3 +80,9 @@ def test_the_decoder_alone_learns_from_latents_of_the_model_and_of_the_truth(
     times = [file.stat().st_mtime_ns for file in files]
     program.main(model, tmp_path / "pairs", tmp_path / "again")
     assert [file.stat().st_mtime_ns for file in files] == times, "pairs that are there are taken"
+
+    decoders = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(program, "TRUE_SHARE", share)
+        decoders.append(program.sharpen(model, files, seed=1))
+    assert any((decoders[0][name] != decoders[1][name]).any() for name in changed), "both latents are learned from"
