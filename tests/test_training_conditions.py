@@ -74,7 +74,7 @@ def test_both_backends_learn_the_same_and_leave_a_whole_model(data: Path, gaf: P
         assert not inspect(model).faults
         config_before, size_px = read_model_config(gaf), SIZE
         assert config_before.defaults.size_px != size_px
-        expected = replace(config_before, defaults=replace(config_before.defaults, size_px=size_px))
+        expected = replace(config_before, defaults=replace(config_before.defaults, size_px=size_px, negative_prompt=""))
         assert read_model_config(model) == expected
         views = load(model, backend="torch", device="cpu").generate(
             FIXTURES / "tiny-imagedream" / "input.png", prompt="an owl", negative_prompt="", steps=1, size_px=128
