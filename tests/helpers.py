@@ -1,5 +1,6 @@
 """Helpers of the tests: comparisons that raise, tiny configurations, and the same call on both backends."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -363,3 +364,12 @@ def random_conditions(model: Any, *, seed: int = 0, timesteps: Sequence[float] =
         branches=[ALL._replace(text=False), ALL],
         timesteps=timesteps,
     )
+
+
+def program_of_the_demo_model(name: str) -> Any:
+    """A program of examples/demo-model as a module, whose main part has not run."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"examples/demo-model/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,26 +1,19 @@
-"""The program that renders the heads of the demo model's last stage."""
+"""The program that renders the heads of the demo model's stage on ponytails."""
 
-import importlib.util
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import program_of_the_demo_model
 
 from mvshared.heads import Part, render, sample_identity
 from mvshared.heads.dataset import dataset_poses
 
-PROGRAM = Path(__file__).parents[1] / "examples/demo-model/ponytails.py"
-
 
 @pytest.fixture(scope="module")
 def program() -> Any:
-    spec = importlib.util.spec_from_file_location("ponytails", PROGRAM)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program_of_the_demo_model("ponytails")
 
 
 def test_the_heads_are_as_many_of_each_kind_as_it_says(program: Any) -> None:

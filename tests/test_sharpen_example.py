@@ -1,6 +1,5 @@
 """The program of the demo model's last stage: what it learns from, what it counts, and that it changes the decoder alone."""
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import program_of_the_demo_model
 from safetensors.numpy import load_file
 
 import mvtorch
@@ -15,17 +15,12 @@ from mvshared.embedded import embedded_folder
 from mvshared.heads import Part
 from mvshared.metrics import contrast
 
-PROGRAM = Path(__file__).parents[1] / "examples/demo-model/sharpen.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def program() -> Any:
-    spec = importlib.util.spec_from_file_location("sharpen", PROGRAM)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program_of_the_demo_model("sharpen")
 
 
 def test_what_contrast_a_picture_lacks_is_that_of_the_metric(program: Any) -> None:
