@@ -403,7 +403,8 @@ def read_tensors(
     tensors = {}
     stored, quantize = stored or {}, quantize or {}
     for path, places in _readings(match_tensors(paths, shapes, unet=unet, layers=stored)):
-        with safe_open(path, framework="pt") as file:
+        # The oldest safetensors make tensors on the device of the program around this.
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             for name, place in places:
                 tensor = file.get_tensor(place.name).reshape(shapes[name])
                 part = part_of(name, quantize)

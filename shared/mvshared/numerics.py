@@ -110,12 +110,12 @@ class _Check(Generic[T]):
         """Save the inputs of the block and raise."""
         stages, where = self.stages, f"{self.prefix}{block.name}"
         views = self._views(np.isfinite(self.model.to_numpy(array)))
-        inputs = {name: self._exact(value) for name, value in block.inputs.items()}
+        inputs: dict[str, Any] = {name: self._exact(value) for name, value in block.inputs.items()}
         bad = [name for name, value in inputs.items() if not np.isfinite(value).all()]
         step = "" if stages.step is None else f"-step_{stages.step:04}"
         path = make_folder(self.folder) / f"{where}{step}.npz"
         archive = io.BytesIO()
-        np.savez(archive, allow_pickle=False, **inputs)
+        np.savez(archive, **inputs)  # no `allow_pickle`, which numpy before 2.1 takes for one more array
         write_atomic(path, archive.getvalue())
         document = {
             "block": where,
