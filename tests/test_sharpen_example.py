@@ -79,5 +79,5 @@ def test_the_decoder_alone_learns_from_latents_of_the_model_and_of_the_truth(
     decoders = []
     for share in (0.0, 1.0):
         monkeypatch.setattr(program, "TRUE_SHARE", share)
-        decoders.append(program.sharpen(model, files, seed=1))
+        decoders.append(program.sharpen(model, latents, pairs, pairs, seed=1))
     assert any((decoders[0][name] != decoders[1][name]).any() for name in changed), "both latents are learned from"

@@ -23,14 +23,14 @@ from tqdm import tqdm, trange
 import mvtorch
 from mvshared.camera import orbit
 from mvshared.checkpoint import WEIGHT_FILE, read_vae_config, write_component
-from mvshared.evaluation import DETAIL_RIM_PX, MIN_DETAIL_PX
+from mvshared.evaluation import rimmed
 from mvshared.heads import DEFAULT_RADIUS, Part, render
 from mvshared.heads.dataset import detail_maps
-from mvshared.heads.parts import with_rim
 from mvshared.images import composite, to_model
 from mvshared.training.config import OptimizerConfig, VAELossConfig
 from mvshared.training.loop import learning_rate
-from mvtorch.train import Trainer, picture_loss, vae_trainer
+from mvtorch.model import set_weights
+from mvtorch.train import Trainer, picture_loss
 from mvtorch.vae import AutoencoderKL
 
 HEADS = range(800_000, 800_500)
@@ -76,13 +76,8 @@ def read_pairs(files: list[Path]) -> tuple[NDArray[np.float32], Pairs]:
     arrays = [dict(np.load(file)) for file in files]
     latents, rgba, parts = (np.concatenate([each[name] for each in arrays]) for name in ("latents", "rgba", "parts"))
     alpha, detail = (values.astype(np.float32) / 255 for values in (rgba[..., 3], detail_maps(parts)))
-    places = (seen(parts == part).astype(np.float32) for part in (Part.EYE, Part.MOUTH))
+    places = (rimmed(parts == part).astype(np.float32) for part in (Part.EYE, Part.MOUTH))
     return latents, Pairs(latents[:, 0], to_model(composite(rgba)), alpha, detail, *places)
-
-
-def seen(part: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Where a part (n, h, w) is and what is around it; nowhere in views that hardly show it."""
-    return with_rim(part, DETAIL_RIM_PX) & (part.sum(axis=(1, 2)) >= MIN_DETAIL_PX)[:, None, None]
 
 
 def loss(vae: AutoencoderKL, batch: Any) -> Tensor:
@@ -104,21 +99,22 @@ def excess(error: Tensor, pixels: Tensor, place: Tensor) -> Tensor:
     return (error * true).sum((1, 2, 3)) / true.square().sum((1, 2, 3))
 
 
-def sharpen(model: Path, files: list[Path], *, seed: int) -> dict[str, NDArray[np.float32]]:
-    """The VAE of a model with a new decoder. Tells the loss of the held-out heads before and after."""
-    held_out, training = (read_pairs(part) for part in (files[:HELD_OUT], files[HELD_OUT:]))
-    weights = {name: weight.astype(np.float32) for name, weight in load_file(model / "vae" / WEIGHT_FILE).items()}
-    plain = vae_trainer(read_vae_config(model), OPTIMIZER, LOSS, weights, device="cpu")
-    trainer = Trainer(plain.network, loss, OPTIMIZER, frozen=("encoder.", "quant_conv."), device="cpu")
+def sharpen(
+    model: Path, latents: NDArray[np.float32], pairs: Pairs, held_out: Pairs, *, seed: int
+) -> dict[str, NDArray[np.float32]]:
+    """The VAE of a model with a new decoder, learned from what `read_pairs` gives. Tells the loss of the held-out pairs before
+    and after."""
+    network = AutoencoderKL(read_vae_config(model))
+    set_weights(network, load_file(model / "vae" / WEIGHT_FILE))
+    trainer = Trainer(network, loss, OPTIMIZER, frozen=("encoder.", "quant_conv."), device="cpu")
     random = np.random.default_rng(seed)
 
     def show(when: str) -> None:
-        pairs = held_out[1]
-        parts = [Pairs(*(array[at : at + BATCH] for array in pairs)) for at in range(0, len(pairs.pixels), BATCH)]
+        starts = range(0, len(held_out.pixels), BATCH)
+        parts = [Pairs(*(array[at : at + BATCH] for array in held_out)) for at in starts]
         tqdm.write(f"seed {seed}, {when}: loss of held-out heads {np.mean([trainer.evaluate(part) for part in parts]):.4f}")
 
     show("before")
-    latents, pairs = training
     order = np.empty(0, int)
     for step in trange(STEPS, desc=f"seed {seed}"):
         if len(order) < BATCH:
@@ -141,7 +137,9 @@ def main(model: Path, folder: Path, out: Path) -> None:
             partial = file.with_suffix(".partial.npz")
             np.savez_compressed(partial, **make_pairs(pipeline, number))  # pyright: ignore[reportArgumentType]
             partial.rename(file)
-    decoders = [sharpen(model, files, seed=seed) for seed in SEEDS]
+    _, held_out = read_pairs(files[:HELD_OUT])
+    latents, pairs = read_pairs(files[HELD_OUT:])
+    decoders = [sharpen(model, latents, pairs, held_out, seed=seed) for seed in SEEDS]
     shutil.copytree(model, out)
     mean = {name: np.mean([each[name] for each in decoders], axis=0).astype(np.float16) for name in decoders[0]}
     write_component(out, "vae", read_vae_config(model), mean)

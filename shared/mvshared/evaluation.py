@@ -131,8 +131,8 @@ def held_out_subject(identity: int, *, size_px: int, views: int = VIEWS) -> Subj
         cameras,
         rendered.depth[1:],
         face=np.isin(parts, FACE),
-        eyes=_rimmed(parts == Part.EYE),
-        mouth=_rimmed(parts == Part.MOUTH),
+        eyes=rimmed(parts == Part.EYE),
+        mouth=rimmed(parts == Part.MOUTH),
     )
 
 
@@ -227,7 +227,7 @@ def _silhouettes(pictures: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return background_mask(pictures, background=(255, 255, 255))
 
 
-def _rimmed(parts: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def rimmed(parts: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Where a small part is or is near, bool (v, h, w); nowhere in views that show less than MIN_DETAIL_PX of it."""
     return with_rim(parts, DETAIL_RIM_PX) & (parts.sum(axis=(1, 2)) >= MIN_DETAIL_PX)[:, None, None]
 
