@@ -25,6 +25,7 @@ import mvshared.commands.generate
 import mvshared.export
 from mvshared import __version__
 from mvshared.camera import orbit
+from mvshared.checkpoint import read_model_config
 from mvshared.cli import cli, run
 from mvshared.commands.generate import Reporter, shown_warnings
 from mvshared.errors import MvWarning, warn
@@ -381,13 +382,29 @@ def test_evaluate_prints_and_writes_the_same_figures(desk: Path, capfd: pytest.C
         assert re.search(rf"{name} +{figure['mean']:.3f} \+- {figure['std']:.3f}", table)
     assert document["figures"].keys() >= {"normals_iou", "consistency_psnr_db"}
     settings = {"model": "tiny", "identities": [0, 2], "views": 4, "together": 3, "normals": True, "seed": 0, "steps": 1}
-    settings |= {"guidance": 2.0, "scheduler": "euler", "spacing": "trailing"}
+    settings |= {"guidance": 2.0, "scheduler": "euler", "spacing": "trailing", "prompt": None, "negative_prompt": None}
     settings |= {"backend": "torch", "dtype": "float32", "quantization": None}
     assert {name: value for name, value in document.items() if name not in ("figures", "shares")} == settings
     for name, share in document["shares"].items():
         assert re.search(rf"{name} +{share:.3f} = \d+ of [28]", table)
     assert load_image(desk / "out" / "sheet_00.png").shape == (2 * 32, 9 * 32, 4)
     assert [path.name for path in (desk / "out").glob("sheet_*")] == ["sheet_00.png"]
+
+
+def test_an_evaluation_has_the_prompts_that_are_asked_for(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = FIXTURES / "tiny-imagedream"
+    command = ["evaluate", "--model", str(model), "--device", "cpu", "--identities", "0:1", "--steps", "1", "--views", "1"]
+    command += ["--backend", "torch", "--json"]
+    documents = []
+    for prompts in ([], ["--negative-prompt", ""], ["--negative-prompt", "hats", "--prompt", "a head"]):
+        assert run([*command, *prompts]) == 0
+        documents += events(capfd.readouterr().out)
+    named = [(document["prompt"], document["negative_prompt"]) for document in documents]
+    assert named == [("", read_model_config(model).defaults.negative_prompt), ("", ""), ("a head", "hats")]
+    assert len({document["figures"]["psnr_db"]["mean"] for document in documents}) == len(documents)
+
+    assert run(["evaluate", *TINY, "--prompt", "a head"]) == 2
+    assert "--prompt must be left out: this model takes no text" in capfd.readouterr().err
 
 
 def test_an_evaluation_removes_what_one_left_and_no_picture_of_anybody_else(

@@ -316,12 +316,14 @@ def test_silhouettes_are_compared_with_the_normal_maps_that_were_given(pipeline:
 
 def test_options_reach_the_pipeline(pipeline: Pipeline[Any]) -> None:
     oracle = Oracle(pipeline.model)
-    evaluate(oracle, range(2), steps=3, guidance=1.5, seed=8, normals=True)
+    evaluate(oracle, range(2), steps=3, guidance=1.5, seed=8, normals=True, prompt="a head", negative_prompt="hats")
     for identity, options in enumerate(oracle.options):
         assert (options["steps"], options["guidance"], options["seed"]) == (3, 1.5, 8)
+        assert (options["prompt"], options["negative_prompt"]) == ("a head", "hats")
         np.testing.assert_array_equal(options["normals"], held_out_subject(identity, size_px=SIZE_PX).normals)
     evaluate(oracle := Oracle(pipeline.model), range(1))
     assert [oracle.options[0][name] for name in ("steps", "guidance", "seed", "normals")] == [None, None, 0, None]
+    assert [oracle.options[0][name] for name in ("prompt", "negative_prompt")] == [None, None]
 
 
 def test_another_picture_size_of_the_model_is_the_size_of_the_evaluation(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_maps_that_do_not_say_that_they_are_in_world_space_are_warned_of_before_
     assert f"learned that generate would refuse: {(desk / 'captures' / 'object_0').resolve()}" in warning
     assert "faces away from the camera" in warning
     assert "as world-space normals they would fit" in warning
+    assert warning.endswith("; a capture needs them in camera space")
     assert "a network is loaded" in error
 
 

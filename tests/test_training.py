@@ -606,6 +606,20 @@ def test_a_loss_takes_no_weight_that_is_negative_or_no_finite_number(loss: Any, 
         loss(detail_weight=weight)
 
 
+@pytest.mark.parametrize("loss", [VAELossConfig, UNetLossConfig])
+def test_a_loss_takes_no_weight_that_is_infinite_in_float32(loss: Any) -> None:
+    assert loss(detail_weight=3e38).detail_weight == 3e38
+    with pytest.raises(OptionError, match=r"detail_weight must be finite in float32, got 1e\+300"):
+        loss(detail_weight=1e300)
+
+
+def test_noise_is_not_predicted_where_the_last_timestep_is_noise_alone(data: Path, vae: Path) -> None:
+    zero_snr = SchedulerConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert unet_config(data, vae, scheduler=zero_snr).scheduler == zero_snr
+    with pytest.raises(OptionError, match=r"scheduler\.prediction_type must be v_prediction with rescale_betas_zero_snr"):
+        unet_config(data, vae, scheduler=replace(zero_snr, prediction_type="epsilon"))
+
+
 def test_only_a_start_that_is_trained_can_be_distilled(data: Path, vae: Path) -> None:
     loss = UNetLossConfig(detail_weight=1.0, distill_rest=True)
     with pytest.raises(OptionError, match="init_from must be a model whose outputs are distilled, for distill_rest, got None"):

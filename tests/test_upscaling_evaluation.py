@@ -59,7 +59,15 @@ def test_the_command_prints_and_writes_the_figures(folders: Path, tmp_path: Path
         *[(option, [], "left out without --upscaler") for option in ("--upscale-steps 1", "--upscale-noise 0.5")],
         *[
             (option, ["--upscaler", "x2"], "left out with --upscaler")
-            for option in ("--normals", "--views 4", "--together 2", "--scheduler ddim", "--spacing trailing")
+            for option in (
+                "--normals",
+                "--views 4",
+                "--together 2",
+                "--scheduler ddim",
+                "--spacing trailing",
+                "--prompt head",
+                "--negative-prompt hats",
+            )
         ],
     ],
 )

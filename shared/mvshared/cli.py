@@ -500,6 +500,8 @@ def render_normals(mesh: Path, **options: Any) -> None:
 @sampler_options
 @click.option("--views", type=int, help="Views per head, spread evenly from azimuth 45 on.  [default: 4]")
 @click.option("--together", type=int, help="Views of a head that are generated in one run.  [default: all]")
+@click.option("--prompt", help="Text for every head, for a model that takes one.")
+@click.option("--negative-prompt", help="What not to show.  [default: the model's]")
 @click.option("--normals", is_flag=True, help="Give the true normal maps to the model.")
 @click.option("--upscaler", help="Measure this latent upscaler on the model's views instead, beside lanczos and bilinear.")
 @click.option("--upscale-steps", type=int, help="Steps of the upscaler.  [default: the upscaler's]")

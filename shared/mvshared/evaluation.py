@@ -146,14 +146,17 @@ def evaluate(
     guidance: float | None = None,
     scheduler: str | None = None,
     spacing: str | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
     normals: bool = False,
     seed: int = 0,
 ) -> Evaluation:
     """Generate the views of held-out heads and compare them with the truth.
 
     A run has `together` of a head's views, by default all, so that different numbers can be compared on the same directions.
-    `normals` gives the true normal maps to the model. Raises OptionError for a model that takes none, without identities, and
-    for numbers of views that are not allowed.
+    `normals` gives the true normal maps to the model. Every head has the same prompts, and without them those of `generate`.
+    Raises OptionError for a model that takes no normal maps or no text, without identities, and for numbers of views that are
+    not allowed.
     """
     views = whole("views", views, 1, MAX_VIEWS)
     together = views if together is None else whole("together", together, 1, MAX_VIEWS)
@@ -163,6 +166,7 @@ def evaluate(
     if not model.config.unet.takes_pictures:
         raise OptionError("model", expected="one that takes a picture: views of heads are compared", got=pipeline.name)
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "spacing": spacing, "seed": seed}
+    options |= {"prompt": prompt, "negative_prompt": negative_prompt}
     rows, measured = [], list[dict[str, NDArray[np.float64]]]()
     for identity in tqdm(identities, desc="evaluating", unit="head", disable=None):
         subject = held_out_subject(identity, size_px=size_px, views=views)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvshared.backend import load
+from mvshared.config import ModelConfig
 from mvshared.errors import CameraError, DatasetError, OptionError
 from mvshared.export import VIEWS_SHEET, check_evaluation, write_evaluation
 from mvshared.images import sheet
@@ -19,6 +20,7 @@ from mvshared.messages import print_json
 SHEET_ROWS = 8
 WARPS_SHOWN = 32
 FOLDER_OPTIONS = ("output", "as_json")
+OF_VIEWS = ("views", "together", "scheduler", "spacing", "prompt", "negative_prompt")  # and not of an upscaler
 SMALL_GAIN_DB = 1.0
 
 
@@ -42,6 +44,8 @@ def evaluate_model(options: dict[str, Any]) -> None:
         guidance=options["guidance"],
         scheduler=options["scheduler"],
         spacing=options["spacing"],
+        prompt=options["prompt"],
+        negative_prompt=options["negative_prompt"],
         normals=options["normals"],
         seed=options["seed"],
     )
@@ -51,6 +55,7 @@ def evaluate_model(options: dict[str, Any]) -> None:
         "identities": [options["identities"].start, options["identities"].stop],
         "views": result.views,
         "together": options["together"] or result.views,
+        **_prompts(pipeline.model.config, options),
         "normals": options["normals"],
         "seed": options["seed"],
         "steps": options["steps"] or pipeline.model.config.defaults.steps,
@@ -76,13 +81,22 @@ def evaluate_model(options: dict[str, Any]) -> None:
         _write(output, result.rows, document)
 
 
+def _prompts(config: ModelConfig, options: dict[str, Any]) -> dict[str, str | None]:
+    """What every head had; None for a model without text."""
+    if config.text_encoder is None:
+        return {"prompt": None, "negative_prompt": None}
+    given = options["negative_prompt"]
+    negative = config.defaults.negative_prompt if given is None else given
+    return {"prompt": options["prompt"] or "", "negative_prompt": negative}
+
+
 def evaluate_upscaler(options: dict[str, Any]) -> None:
     """`mvmlx evaluate --upscaler`."""
     from mvshared.upscaling.evaluation import evaluate_upscaling
     from mvshared.upscaling.views import UpscaleOptions
 
-    for name, left_out in (("normals", False), ("views", None), ("together", None), ("scheduler", None), ("spacing", None)):
-        if options[name] is not left_out:
+    for name in ("normals", *OF_VIEWS):
+        if options[name] not in (None, False):
             raise OptionError(name, expected="left out with --upscaler", got=options[name])
     output: Path | None = options["output"]
     if output is not None:

@@ -117,7 +117,7 @@ def _warn_of_maps(captures: Sequence[Capture], *, fov_deg: float) -> None:
         try:
             load_normals(maps, capture.poses[list(views)], fov_deg=fov_deg, size_px=width)
         except ImageError as refused:
-            warn(f"normal maps are learned that generate would refuse: {refused}")
+            warn(f"normal maps are learned that generate would refuse: {refused}; a capture needs them in camera space")
             return
 
 

@@ -106,10 +106,11 @@ class OptimizerConfig:
 
 
 def _check_weights(loss: "VAELossConfig | UNetLossConfig") -> None:
-    """Raise OptionError for a weight that is negative or not finite."""
+    """Raise OptionError for a weight that is negative or not finite in float32."""
     for name, weight in asdict(loss).items():
-        if not 0 <= weight < math.inf:
-            raise OptionError(name, expected="a finite number, at least 0", got=weight)
+        if not 0 <= weight <= LARGEST:
+            expected = "finite in float32" if 0 < weight < math.inf else "a finite number, at least 0"
+            raise OptionError(name, expected=expected, got=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +257,9 @@ class TrainConfig:
         if self.unet.cross_attention_dim is not None:
             expected = "left out: a model with encoders comes whole from init_from"
             raise OptionError("cross_attention_dim", expected=expected, got=self.unet.cross_attention_dim)
+        if self.scheduler.rescale_betas_zero_snr and self.scheduler.prediction_type == "epsilon":
+            expected = "v_prediction with rescale_betas_zero_snr: of noise alone its own noise says nothing"
+            raise OptionError("scheduler.prediction_type", expected=expected, got="epsilon")
         if self.defaults.steps > self.scheduler.num_train_timesteps:
             expected = f"at most num_train_timesteps ({self.scheduler.num_train_timesteps}), for its samples"
             raise OptionError("defaults.steps", expected=expected, got=self.defaults.steps)
