@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import trimesh
 from numpy.typing import NDArray
-from skimage.measure import marching_cubes
 
+from benchmarks.normals import head_mesh
 from mvshared.backend import load
 from mvshared.camera import as_poses, orbit
 from mvshared.cli import run
 from mvshared.config import Framing
 from mvshared.errors import BackendError, CameraError, ImageError, MeshError, OptionError
 from mvshared.files import lock_folder
-from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render, sample_identity
-from mvshared.heads.shape import HeadShape
+from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
 from mvshared.images import load_values
 from mvshared.mesh import Mesh, NormalRenderer, fit_mesh, load_mesh
 from mvshared.metrics import background_mask, iou
@@ -170,17 +169,6 @@ def test_a_z_up_mesh_is_turned_upright_with_its_front_to_the_camera(tmp_path: Pa
     np.testing.assert_allclose(np.ptp(mesh.vertices, axis=0), [0.2, 0.6, 0.4], atol=1e-6)
     with pytest.raises(OptionError, match="up must be y or z, got 'x'"):
         load_mesh(tmp_path / "nose.ply", up="x")
-
-
-def head_mesh(identity: int) -> Mesh:
-    """A head of the renderer as triangles, by marching cubes of its distance field."""
-    shape, count, half = HeadShape(sample_identity(identity)), 72, 1.02
-    axis = np.linspace(-half, half, count, dtype=np.float32)
-    x, y, z = (each.ravel() for each in np.meshgrid(axis, axis, axis, indexing="ij"))
-    field = np.min([shape.distance_of(part, x, y, z) for part in range(len(shape.parts))], axis=0)
-    vertices, faces, normals, _ = marching_cubes(np.pad(field.reshape(count, count, count), 1, constant_values=1.0), 0)
-    places = (vertices - 1) * 2 * half / (count - 1) - half
-    return Mesh(places.astype(float), faces.astype(np.int64), normals[faces].astype(float))
 
 
 @pytest.mark.filterwarnings("ignore:Setting the shape on a NumPy array:DeprecationWarning")  # scikit-image, NumPy 2.5
