@@ -1,6 +1,5 @@
 """What every model with a VAE does: arrays in and out, pictures to latents and back."""
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -140,7 +139,6 @@ class LatentModel:
 
 def _free_memory() -> None:
     """Give memory that is not used any more back to the system."""
-    gc.collect()
     mx.clear_cache()
     trim_heap()
 

@@ -1,6 +1,5 @@
 """What every model with a VAE does: arrays in and out, pictures to latents and back."""
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
@@ -167,7 +166,6 @@ class LatentModel:
 
 def _free_memory(device: str) -> None:
     """Give memory that is not used any more back to the system."""
-    gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     trim_heap()

@@ -257,6 +257,8 @@ def test_with_a_budget_no_upscaler_stays_in_memory_after_its_run(backend: Backen
 class Weights:
     """Something that a weak reference can point to."""
 
+    itself: Any = None
+
 
 def test_a_network_that_was_dropped_is_gone_even_while_it_is_watched() -> None:
     both = Networks({"unet": Weights, "vae": Weights})
@@ -266,6 +268,20 @@ def test_a_network_that_was_dropped_is_gone_even_while_it_is_watched() -> None:
         both.release("unet")
         gc.collect()
         assert gone() is None
+
+
+@pytest.mark.parametrize("held_by_itself", [False, True])
+def test_a_network_that_was_dropped_is_looked_for_only_if_it_is_still_there(
+    held_by_itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking for cycles takes a while in a large program, and a run with little memory drops a network after every stage."""
+    both = Networks({"unet": Weights, "vae": Weights})
+    both["unet"].itself = both["unet"] if held_by_itself else None
+    gone, calls, collect = weakref.ref(both["unet"]), list[None](), gc.collect
+    monkeypatch.setattr(gc, "collect", lambda: calls.append(None) or collect())
+    both.release()
+    assert gone() is None
+    assert len(calls) == held_by_itself
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

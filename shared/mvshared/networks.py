@@ -1,5 +1,7 @@
 """The networks of a model: each read when it is first needed, and dropped when its memory is."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -44,12 +46,18 @@ class Networks(Mapping[str, Any]):
         return tuple(self._loaded)
 
     def release(self, *components: str) -> bool:
-        """Forget networks, all if none is named; whether one of them was in memory."""
+        """Forget networks, all if none is named; whether one of them was in memory.
+
+        Python looks for cycles only if one of them is still there: among a program's millions of objects that takes a while.
+        """
         there = [component for component in components or self.loaded if component in self._loaded]
+        left = [_reference(self._loaded[component]) for component in there]
         for component in there:
             for watcher in reversed(self._watchers):
                 watcher.end(component)
             del self._loaded[component]
+        if any(network() is not None for network in left):
+            gc.collect()
         return bool(there)
 
     @contextmanager
@@ -66,6 +74,13 @@ class Networks(Mapping[str, Any]):
             self._watchers.remove(watcher)
             for component in self.loaded:
                 watcher.end(component)
+
+
+def _reference(network: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(network)
+    except TypeError:  # numbers, strings: nothing that has memory to give back
+        return lambda: None
 
 
 class _Watcher:
