@@ -551,6 +551,17 @@ def test_other_classes_are_refused(tmp_path: Path) -> None:
         read_model_config(folder)
 
 
+def test_components_that_the_model_would_lose_are_refused(tmp_path: Path) -> None:
+    folder, path = stable_diffusion(tmp_path), tmp_path / "model_index.json"
+    index = {"_class_name": "MVDreamPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "image_encoder": [None, None]}
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "camera_proj": [None, None]}
+    path.write_text(json.dumps(index))
+    assert read_model_config(folder).family == "sd15"
+    path.write_text(json.dumps(index | {"camera_proj": ["mvdream.camera_proj", "CameraMatrixEmbedding"]}))
+    with pytest.raises(CheckpointError, match=r"component 'camera_proj' \(CameraMatrixEmbedding\), which no model here has"):
+        read_model_config(folder)
+
+
 @pytest.mark.parametrize(
     ("field", "most"),
     [("vocab_size", 10**6), ("intermediate_size", 10**6), ("max_position_embeddings", 10**6), ("num_hidden_layers", 100)],

@@ -60,6 +60,8 @@ WEIGHT_STEMS: dict[Component, str] = {
 FORMAT_VERSION = 1
 OWN_UPSCALER, PUBLIC_UPSCALER = "LatentUpscalerPipeline", "StableDiffusionLatentUpscalePipeline"
 UPSCALER_CLASSES = (OWN_UPSCALER, PUBLIC_UPSCALER)
+# What a public model_index.json may name: what is read here, and what Stable Diffusion's pipelines have beside it.
+PUBLIC_COMPONENTS = {*WEIGHT_STEMS, "tokenizer", "scheduler", "feature_extractor", "safety_checker"}
 
 
 class _Dataclass(Protocol):
@@ -159,6 +161,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     try:
         if "format_version" in index:
             return _own_model(folder, index)
+        _check_components(index, path=folder / "model_index.json")
         return _public_model(folder)
     except OptionError as refused:
         raise CheckpointError(str(refused), path=folder) from refused
@@ -198,6 +201,19 @@ def _own_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
     for name, kind in {"camera": CameraConfig, "defaults": GenerationDefaults, "framing": Framing}.items():
         parts[name] = config_from_json(kind, index.get(name, {}), path=folder / "model_index.json", table=name)
     return ModelConfig(family=str(index.get("family", "custom")), **parts)
+
+
+def component_classes(index: Mapping[str, Any]) -> dict[str, str]:
+    """`{component: class}` of a public model_index.json; those that it leaves out, as `[null, null]`, are not in it."""
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    return {name: pair[1] for name, pair in pairs.items() if all(isinstance(each, str) for each in pair)}
+
+
+def _check_components(index: Mapping[str, Any], *, path: Path) -> None:
+    """Raise CheckpointError for a component that would be left aside, such as a camera's embedding outside of the U-Net."""
+    for name, kind in component_classes(index).items():
+        if name not in PUBLIC_COMPONENTS:
+            raise CheckpointError(f"names the component {name!r} ({kind}), which no model here has", path=path)
 
 
 def _public_model(folder: Path) -> ModelConfig:
