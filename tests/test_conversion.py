@@ -378,6 +378,16 @@ def test_a_scheduler_that_comes_along_decides_what_the_model_predicts(
     assert (config.family, config.scheduler.prediction_type) == ("sd21-768", "v_prediction")
 
 
+def test_a_scheduler_that_comes_along_is_the_one_that_diffusers_loads(
+    folders: dict[str, Path], originals: dict[str, Path], tmp_path: Path
+) -> None:
+    like = with_scheduler(folders["sd21"], tmp_path / "dpm", _class_name="DPMSolverMultistepScheduler")
+    convert(originals["sd21"], tmp_path / "out", like=like)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert read_model_config(tmp_path / "out").defaults.scheduler == "dpmpp-2m"
+
+
 def test_a_file_is_not_converted_onto_itself(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     safetensors.torch.save_file({"a": torch.ones(3)}, file)

@@ -98,6 +98,6 @@ def test_a_scheduler_that_is_not_here_is_named(tmp_path: Path, capfd: pytest.Cap
         path.write_text(json.dumps(document | {"_class_name": kind}))
         assert inspect(folder).replaced_scheduler == (kind if replaced else None)
         assert run(["info", str(folder)]) == 0
-        said = "scheduler_config.json names LCMScheduler, which is not here: ddim takes its place"
+        said = "the scheduler is LCMScheduler, which is not here: ddim takes its place"
         assert (said in capfd.readouterr().out) == replaced
     assert inspect("demo").replaced_scheduler is None

@@ -353,6 +353,17 @@ def test_a_folder_is_read_as_diffusers_pipeline_reads_it(changes: dict[str, Any]
     assert not pipe.scheduler.config.clip_sample
 
 
+def test_the_scheduler_is_of_the_class_that_the_index_names(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["_class_name"] == "DDIMScheduler"
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    theirs: Any = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")  # of that class in their pipelines, too
+    config = read_model_config(folder)
+    assert config.defaults.scheduler == "euler"
+    assert config.scheduler.timestep_spacing == theirs.config["timestep_spacing"]
+
+
 @pytest.mark.parametrize(("size", "expected"), [(16, 16), ([16, 16], 16), (None, 32)])
 def test_the_size_of_the_latents_is_one_number_or_two_that_are_the_same(size: Any, expected: int) -> None:
     assert latent_size({"sample_size": size}, path=HERE, default=32) == expected

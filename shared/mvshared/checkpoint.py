@@ -209,6 +209,15 @@ def component_classes(index: Mapping[str, Any]) -> dict[str, str]:
     return {name: pair[1] for name, pair in pairs.items() if all(isinstance(each, str) for each in pair)}
 
 
+def read_scheduler_document(place: Path) -> dict[str, Any]:
+    """The scheduler_config.json in a folder. The class that the model_index.json beside the folder names goes before the
+    file's own, as in diffusers. Raises CheckpointError."""
+    document = read_json_object(place / "scheduler_config.json", error=CheckpointError)
+    index = place.parent / "model_index.json"
+    named = component_classes(read_json_object(index, error=CheckpointError)) if index.is_file() else {}
+    return {**document, "_class_name": named["scheduler"]} if "scheduler" in named else document
+
+
 def _check_components(index: Mapping[str, Any], *, path: Path) -> None:
     """Raise CheckpointError for a component that would be left aside, such as a camera's embedding outside of the U-Net."""
     for name, kind in component_classes(index).items():
@@ -222,9 +231,8 @@ def _public_model(folder: Path) -> ModelConfig:
     document = read_json_object(unet_path, error=CheckpointError)
     unet = public_unet(document, place=folder / "unet")
     vae = read_vae_config(folder)
-    scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    sampling = read_json_object(scheduler_path, error=CheckpointError) | SET_BY_PIPELINES
-    scheduler = diffusers_scheduler(sampling, path=scheduler_path)
+    sampling = read_scheduler_document(folder / "scheduler") | SET_BY_PIPELINES
+    scheduler = diffusers_scheduler(sampling, path=folder / "scheduler" / "scheduler_config.json")
     encoders: dict[str, Any] = {"text_encoder": read_tower(folder, "text_encoder", clip_text)}
     if unet.resampler is not None:
         encoders |= _vision(folder)

@@ -7,10 +7,16 @@ from math import prod
 from pathlib import Path
 
 from mvshared.backend import PACKAGES, BackendName, Dtype, available_backends, choose_backend
-from mvshared.checkpoint import Component, components, find_model, read_model_config, weight_files
+from mvshared.checkpoint import (
+    Component,
+    components,
+    find_model,
+    read_model_config,
+    read_scheduler_document,
+    weight_files,
+)
 from mvshared.config import ModelConfig
-from mvshared.errors import CheckpointError, MvError
-from mvshared.files import read_json_object
+from mvshared.errors import MvError
 from mvshared.precision import DTYPE_BYTES
 from mvshared.public_configs import diffusers_sampler
 from mvshared.tokenizer import load_tokenizer
@@ -136,6 +142,6 @@ def inspect(name: Path | str, *, backend: str = "auto") -> Report:
 
 
 def _replaced_scheduler(folder: Path) -> str | None:
-    document = read_json_object(folder / "scheduler" / "scheduler_config.json", error=CheckpointError)
+    document = read_scheduler_document(folder / "scheduler")
     named = document.get("_class_name", "DDIMScheduler")
     return named if named != "DDIMScheduler" and diffusers_sampler(document) == "ddim" else None

@@ -109,7 +109,7 @@ def _print_report(report: Report) -> None:
         how = f"{defaults.steps} steps of {defaults.scheduler}, guidance {defaults.guidance:g}"
         click.echo(f"family {report.config.family}: {views}, {how}")
         if report.replaced_scheduler is not None:
-            click.echo(f"scheduler_config.json names {report.replaced_scheduler}, which is not here: ddim takes its place")
+            click.echo(f"the scheduler is {report.replaced_scheduler}, which is not here: ddim takes its place")
     for each in report.components:
         dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in sorted(each.dtypes.items()))
         files = f"{each.files} file{'s' if each.files > 1 else ''}"

@@ -20,6 +20,7 @@ from mvshared.checkpoint import (
     public_unet,
     read_config,
     read_model_config,
+    read_scheduler_document,
     weight_files,
     weight_files_in,
 )
@@ -319,8 +320,7 @@ def _schedule(collected: _Collected, family: str) -> SchedulerConfig:
     folder = collected.folders.get("scheduler")
     if folder is None or collected.upscaler or not collected.parts:  # of a folder's tensors nothing else is known
         return SchedulerConfig(prediction_type=PREDICTS.get(family, "epsilon"))
-    path = folder / "scheduler_config.json"
-    document = read_json_object(path, error=CheckpointError)
+    path, document = folder / "scheduler_config.json", read_scheduler_document(folder)
     if "_class_name" not in document:
         return read_config(SchedulerConfig, path)
     return diffusers_scheduler(document | SET_BY_PIPELINES, path=path)
@@ -419,7 +419,9 @@ def _write(
         if index is not None:
             write_json(dest / "model_index.json", _without(read_json_object(index, error=CheckpointError), dest))
         elif not missing and family != "custom":
-            write_json(dest / "model_index.json", _model_index(family, unet))
+            scheduler = collected.folders.get("scheduler")
+            kind = None if scheduler is None else read_scheduler_document(scheduler).get("_class_name")
+            write_json(dest / "model_index.json", _model_index(family, unet, scheduler=kind))
         checked = index is not None and all(folder.parent == index.parent for folder in collected.folders.values())
         if not checked:
             _check_written(dest)  # networks that came in folders of their own, too
@@ -518,14 +520,15 @@ def _scheduler(family: str) -> dict[str, Any]:
     return scheduler_document(SchedulerConfig(prediction_type=PREDICTS.get(family, "epsilon")))
 
 
-def _model_index(family: str, unet: UNetConfig | None) -> dict[str, Any]:
-    """model_index.json as the public folders of a family have it; image tokens have MVDream's pipeline."""
+def _model_index(family: str, unet: UNetConfig | None, *, scheduler: str | None) -> dict[str, Any]:
+    """model_index.json as the public folders of a family have it; image tokens have MVDream's pipeline. `scheduler` is the
+    class of one that came along."""
     parts: dict[str, Any] = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler" if family == PUBLIC_FAMILY else "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler or ("EulerDiscreteScheduler" if family == PUBLIC_FAMILY else "DDIMScheduler")],
     }
     if family.startswith("sd") and not _takes_images(family, unet):
         pipeline = "StableDiffusionLatentUpscalePipeline" if family == PUBLIC_FAMILY else "StableDiffusionPipeline"
