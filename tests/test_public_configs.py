@@ -536,14 +536,15 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         load(folder, backend="torch", device="cpu")
 
 
-def test_pickled_weights_are_pointed_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"])
+def test_pickled_weights_are_pointed_to(name: str, tmp_path: Path) -> None:
     folder = stable_diffusion(tmp_path)
     (file,) = weight_files(folder, "unet")
-    file.rename(file.with_name("diffusion_pytorch_model.bin"))
+    pickled = file.rename(file.with_name(name))
     (file.with_name("training_args.bin")).touch()
     with pytest.raises(CheckpointError) as caught:
         weight_files(folder, "unet")
-    assert caught.value.hint == f"mvmlx convert {file.with_suffix('.bin')} {file} makes it of what is there"
+    assert caught.value.hint == f"mvmlx convert {pickled} {file} makes it of what is there"
 
 
 def test_a_vae_of_other_than_three_colours_is_refused(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ def weight_files_in(place: Path, component: Component) -> list[Path]:
             if index.is_file():
                 return _shards(index)
     missing = place / f"{stem}.safetensors"
-    pickled = next((file for name in (stem, "pytorch_model") if (file := missing.with_name(f"{name}.bin")).is_file()), None)
+    pickles = (f"{name}{variant}.bin" for variant in ("", ".fp16") for name in (stem, "pytorch_model"))
+    pickled = next((file for name in pickles if (file := missing.with_name(name)).is_file()), None)
     hint = "" if pickled is None else f"mvmlx convert {pickled} {missing} makes it of what is there"
     raise CheckpointError("the weight file is missing", path=missing, hint=hint)
 
