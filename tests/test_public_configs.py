@@ -109,6 +109,12 @@ def test_the_public_imagedream_config_has_its_resampler_and_its_frame() -> None:
     assert (config.resampler.num_queries, config.resampler.heads, config.resampler.embedding_dim) == (16, 12, 1280)
 
 
+def test_a_config_may_keep_the_fields_of_the_original_code() -> None:
+    original = {"use_spatial_transformer": True, "use_linear_in_transformer": True, "use_checkpoint": False, "legacy": False}
+    original |= {"ip_dim": 16, "with_ip": True, "ip_mode": "local_resample"}  # of imagedream's sd_v2_base_ipmv.yaml
+    assert ldm_unet(MVDREAM_UNET | original, path=HERE) == ldm_unet(MVDREAM_UNET | {"ip_dim": 16}, path=HERE)
+
+
 def test_the_local_variant_has_tokens_and_no_frame() -> None:
     config = ldm_unet(MVDREAM_UNET | {"ip_dim": 16, "reference_frame": False}, path=HERE)
     assert config.resampler is not None
@@ -265,6 +271,8 @@ def test_flow_matching_is_refused_of_every_solver() -> None:
         (diffusers_unet, SD21_UNET | {"num_attention_heads": [8, 8, 8, None]}, "num_attention_heads is malformed"),
         (diffusers_unet, SD21_UNET | {"attention_head_dim": True}, "attention_head_dim is malformed"),
         (diffusers_unet, SD21_UNET | {"down_block_types": [["DownBlock2D"]] * 4}, "down_block_types is malformed"),
+        (ldm_unet, MVDREAM_UNET | {"ip_dim": 16, "with_ip": False}, "with_ip must be true where ip_dim is above 0"),
+        (ldm_unet, MVDREAM_UNET | {"ip_dim": 4, "ip_mode": "global"}, "ip_mode must be 'local_resample' for the models"),
         (diffusers_unet, SD21_UNET | {"norm_num_groups": 7}, "config.json: block_out_channels must be multiples of"),
         (
             diffusers_unet,

@@ -46,6 +46,7 @@ LDM_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_attention_blocks": (None,),
     "disable_middle_self_attn": (False,),
     "num_heads_upsample": (-1, None),
+    "ip_mode": ("local_resample",),
 }
 DIFFUSERS_UNET_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
@@ -275,6 +276,8 @@ def ldm_unet(document: Document, *, path: Path, linear: bool = True) -> UNetConf
     context_dim, ip_dim = fields.take("context_dim", int), fields.take("ip_dim", int, 0)
     if fields.take("ip_weight", (int, float), 1.0) != 1.0:
         raise CheckpointError("ip_weight must be 1: the weight of the image tokens is set at generation", path=path)
+    if fields.take("with_ip", bool, bool(ip_dim)) != bool(ip_dim):
+        raise CheckpointError(f"with_ip must be true where ip_dim is above 0, and nowhere else; ip_dim is {ip_dim}", path=path)
     resampler = ResamplerConfig(
         embedding_dim=fields.take("resampler_embedding_dim", int, 1280),
         output_dim=context_dim,
