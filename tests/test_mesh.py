@@ -19,6 +19,7 @@ from mvshared.camera import as_poses, orbit
 from mvshared.cli import run
 from mvshared.config import Framing
 from mvshared.errors import BackendError, CameraError, ImageError, MeshError, OptionError
+from mvshared.export import transforms
 from mvshared.files import lock_folder
 from mvshared.heads import DEFAULT_FOV_DEG, DEFAULT_RADIUS, render
 from mvshared.images import load_values
@@ -389,6 +390,27 @@ def test_wrong_calls_are_refused_in_one_line(
 
 
 PORTRAIT = Path(__file__).resolve().parent.parent / "examples" / "portrait.png"
+
+
+def test_cameras_of_a_file_that_models_do_not_have_are_warned_of(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both commands: the maps bring their cameras to the second, which would otherwise take them without a word."""
+    poses = np.concatenate([orbit([60], 10, radius=DEFAULT_RADIUS), orbit([200], 10, radius=2 * DEFAULT_RADIUS)])
+    (desk / "far.json").write_text(json.dumps(poses.tolist()))
+    (desk / "good.json").write_text(json.dumps(orbit([60, 200], 10, radius=DEFAULT_RADIUS).tolist()))
+    lens = transforms(orbit([60], 10, radius=DEFAULT_RADIUS), width_px=32, height_px=32, fov_deg=65.0, file_names=["a.png"])
+    (desk / "lens.json").write_text(json.dumps(lens))
+    for name, says, again in (
+        ("far", "the cameras stand at distances from 3.4 to 6.8, and models know of one", True),
+        ("lens", "lens.json: has a field of view of 65.0 degrees, and views have that of the model, 30.0", False),
+        ("good", "", True),
+    ):
+        assert run(["render-normals", "ball.glb", "-o", f"maps-{name}", "--cameras", f"{name}.json"]) == 0
+        err = capsys.readouterr().err
+        assert says in err and bool(says) == ("warning" in err), err
+        command = ["generate", str(PORTRAIT), "--normals", f"maps-{name}", "-o", f"views-{name}", "--steps", "1"]
+        assert run([*command, "--backend", "torch"]) == 0
+        err = capsys.readouterr().err
+        assert ("warning" in err) == bool(says and again) and (says if again else "") in err, err
 
 
 @pytest.mark.parametrize("space", ["camera", "world"])

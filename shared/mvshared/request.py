@@ -164,7 +164,8 @@ def prepare(
         cameras=cameras,
         without_cameras=None if maps is None else maps.poses,
     )
-    if cameras is not None and (doubt := doubt_of(poses)):
+    named = cameras is not None or (maps is not None and poses is maps.poses)
+    if named and (doubt := doubt_of(poses)):
         warn(doubt)
     shape = _latents_shape(config, len(poses), size_px)
     kv_pooling = whole("kv_pooling", kv_pooling, 1, 2)

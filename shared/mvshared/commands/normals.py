@@ -9,9 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mvshared.arguments import SIZE_RANGE_PX, view_poses
-from mvshared.camera import load_cameras
+from mvshared.camera import doubt_of
 from mvshared.checkpoint import find_model, read_model_config
-from mvshared.errors import OptionError
+from mvshared.commands.generate import poses_in
+from mvshared.errors import OptionError, warn
 from mvshared.mesh import NormalRenderer, fit_mesh, load_mesh
 from mvshared.messages import print_json
 from mvshared.normals import check_free, write_normals
@@ -27,15 +28,13 @@ def render_normal_maps(path: Path, options: dict[str, Any]) -> None:
     check_free(output, force=options["force"])
     config = read_model_config(find_model(options["model"]))
     size_px = whole("size", config.defaults.size_px if options["size"] is None else options["size"], *SIZE_RANGE_PX)
-    cameras, fov_deg = None, config.camera.fov_deg
-    if options["cameras"] is not None:
-        cameras = load_cameras(options["cameras"], radius=config.camera.radius).poses
+    fov_deg = config.camera.fov_deg
     poses = view_poses(
         config,
         views=options["views"],
         azimuths_deg=options["azimuths"],
         elevation_deg=options["elevation"],
-        cameras=cameras,
+        cameras=None if options["cameras"] is None else poses_in(options["cameras"], config),
     )
     mesh = load_mesh(path, up=options["up"])
     if options["fit"]:
@@ -45,6 +44,8 @@ def render_normal_maps(path: Path, options: dict[str, Any]) -> None:
     maps = np.stack(
         [renderer.render(pose, index=index, size_px=size_px, fov_deg=fov_deg, space=space) for index, pose in enumerate(views)]
     )
+    if options["cameras"] is not None and (doubt := doubt_of(poses)):
+        warn(doubt)
     write_normals(output, maps, poses, fov_deg=fov_deg, space=space, force=options["force"])
     if options["as_json"]:
         facts = {"views": len(maps), "size_px": size_px, "triangles": len(mesh.faces), "space": space}
