@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,39 @@ def test_parts_of_a_scene_are_where_its_transforms_put_them(tmp_path: Path) -> N
     outward /= np.linalg.norm(outward, axis=-1, keepdims=True)
     assert (mesh.normals[second] * outward).sum(-1).min() > 0.99
     rendered(mesh)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("v ", "v\t").replace("f ", "f\t"),
+        lambda text: text.replace("\n", "  # a remark\n"),
+        lambda text: "".join(f"  {line}\n" for line in text.splitlines()),
+        lambda text: text.replace("f ", " f "),
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace("\n", "\r"),
+        lambda text: text.replace("f 2 ", "f 2\\\n"),
+    ],
+    ids=["tabs", "remarks", "indents", "indented faces", "byte order mark", "Windows", "returns", "continued lines"],
+)
+def test_an_obj_file_is_the_same_mesh_however_its_lines_are_laid_out(tmp_path: Path, change: Callable[[str], str]) -> None:
+    ball = trimesh.creation.icosphere(subdivisions=1)
+    points = "".join(f"v {x!r} {y!r} {z!r}\n" for x, y, z in ball.vertices.tolist())
+    text = points + "".join(f"f {a} {b} {c}\n" for a, b, c in (ball.faces + 1).tolist())
+    (tmp_path / "ball.obj").write_bytes(change(text).encode())
+    mesh = load_mesh(tmp_path / "ball.obj")
+    np.testing.assert_array_equal(mesh.vertices[mesh.faces], ball.vertices[ball.faces])
+
+
+def test_a_binary_ply_of_triangles_and_quads_is_not_called_damaged_alone(tmp_path: Path) -> None:
+    header = "ply\nformat binary_little_endian 1.0\nelement vertex 5\nproperty float x\nproperty float y\nproperty float z\n"
+    header += "element face 2\nproperty list uchar int vertex_indices\nend_header\n"
+    points = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]], "<f4")
+    faces = [bytes([len(face)]) + np.array(face, "<i4").tobytes() for face in ([0, 1, 2, 3], [0, 1, 4])]
+    (tmp_path / "mixed.ply").write_bytes(header.encode() + points.tobytes() + b"".join(faces))
+    with pytest.raises(MeshError, match="different numbers of corners: export it as triangles"):
+        load_mesh(tmp_path / "mixed.ply")
 
 
 def test_a_z_up_mesh_is_turned_upright_with_its_front_to_the_camera(tmp_path: Path) -> None:

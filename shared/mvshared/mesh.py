@@ -3,7 +3,10 @@
 trimesh reads the file and Embree, through trimesh, finds what each ray hits; both come with the extra `mesh`.
 """
 
+import codecs
 import math
+import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,16 +69,21 @@ def load_mesh(path: Path | str, *, up: str = "y") -> Mesh:
 def _geometries(path: Path) -> list[Mesh]:
     """The parts of the file, each where the scene's transforms put it."""
     trimesh, _ = _libraries()
+    kind = path.suffix[1:].lower()
     try:
         # A broken scene graph shows in its transforms; materials and pictures are not needed.
-        options: dict[str, Any] = {"skip_materials": True} if path.suffix.lower() == ".obj" else {}
-        with path.open("rb") as file:
-            scene = trimesh.load_scene(file, file_type=path.suffix[1:].lower(), process=False, **options)
+        options: dict[str, Any] = {"skip_materials": True} if kind == "obj" else {}
+        content = path.read_bytes()
+        file = BytesIO(_plain_obj(content) if kind == "obj" else content)
+        scene = trimesh.load_scene(file, file_type=kind, process=False, **options)
         nodes = [scene.graph[name] for name in scene.graph.nodes_geometry]
         placed = [(np.asarray(matrix, np.float64), scene.geometry[name]) for matrix, name in nodes]
     except Exception as cause:  # trimesh's parsers meet damaged data with nearly every class of error
         reason = str(cause) or type(cause).__name__
-        raise MeshError(f"cannot be read: {reason}", path=path, hint="the file may be damaged: copy it again") from cause
+        hint = "the file may be damaged: copy it again"
+        if kind == "ply":
+            hint += "; or a binary PLY whose faces have different numbers of corners: export it as triangles"
+        raise MeshError(f"cannot be read: {reason}", path=path, hint=hint) from cause
     parts = [
         _moved(_with_normals(geometry, path), matrix)
         for matrix, geometry in placed
@@ -87,6 +95,13 @@ def _geometries(path: Path) -> list[Mesh]:
         what = f"is a cloud of {points} points without faces" if points else "holds no faces with an area"
         raise MeshError(what, path=path, hint="a surface is needed: make a mesh of it first")
     return parts
+
+
+def _plain_obj(content: bytes) -> bytes:
+    """An OBJ file with a statement a line and single spaces: trimesh takes tabs, indents, remarks after a statement and a byte
+    order mark amiss, and loses faces by them."""
+    joined = re.sub(rb"\\\r?\n", b" ", content.removeprefix(codecs.BOM_UTF8))
+    return b"\n".join(b" ".join(line.partition(b"#")[0].split()) for line in joined.splitlines())
 
 
 def _libraries() -> tuple[Any, Any]:
