@@ -99,7 +99,7 @@ class LatentModel:
     def from_numpy(self, x: NDArray[np.float32]) -> mx.array:
         """A float32 copy on the device."""
         with on_device(self.device):
-            return evaluated(mx.array(np.asarray(x, dtype=np.float32)))
+            return evaluated(mx.array(np.asarray(x, dtype=np.float32, order="C")))  # MLX takes no negative strides
 
     def to_numpy(self, x: mx.array) -> NDArray[np.float32]:
         """A float32 copy."""

@@ -85,9 +85,9 @@ class MultiViewModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
         assert self.config.text_encoder is not None
-        check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
+        ids = check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
         with on_device(self.device):
-            return evaluated(self.networks["text_encoder"](mx.array(token_ids)).last_hidden_state.astype(mx.float32))
+            return evaluated(self.networks["text_encoder"](mx.array(ids)).last_hidden_state.astype(mx.float32))
 
     def encode_image(self, pixels: NDArray[np.float32]) -> mx.array:
         """The vision tower's states before its last layer (n, m, c), float32, of normalised pixels (n, s, s, 3).
@@ -416,11 +416,11 @@ def load_vae(config: VAEConfig, paths: Sequence[Path], *, device: str = "auto") 
     def encode(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         batch = dataset_batch("mlx", chosen, pixels=pixels.shape[1] * pixels.shape[2])
         with on_device(chosen):
-            return to_numpy(vae.scale_latents(vae.encode(mx.array(pixels), batch=batch).mean))
+            return to_numpy(vae.scale_latents(vae.encode(mx.array(np.ascontiguousarray(pixels)), batch=batch).mean))
 
     def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
         with on_device(chosen):
-            return to_numpy(vae.decode(vae.unscale_latents(mx.array(latents))))
+            return to_numpy(vae.decode(vae.unscale_latents(mx.array(np.ascontiguousarray(latents)))))
 
     return VAECodec(encode, decode)
 
@@ -444,7 +444,9 @@ def set_weights(module: nn.Module, weights: Mapping[str, NDArray[Any]]) -> None:
     """Overwrite the module's weights with arrays in checkpoint layout. Raises TensorMismatchError."""
     found = {name: array.shape for name, array in weights.items()}
     check_names_and_shapes(expected=weight_shapes(module), found=found, path=None)
-    tensors = [(name, from_checkpoint(mx.array(weights[name]).astype(array.dtype))) for name, array in _weights(module)]
+    tensors = [
+        (name, from_checkpoint(mx.array(np.array(weights[name])).astype(array.dtype))) for name, array in _weights(module)
+    ]
     module.load_weights(tensors, strict=True)
 
 

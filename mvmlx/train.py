@@ -316,7 +316,7 @@ def _cast(weights: Mapping[str, mx.array], dtype: Dtype) -> dict[str, mx.array]:
 
 
 def _to_arrays(batch: Any) -> Any:
-    return type(batch)(*(None if array is None else mx.array(array) for array in batch))
+    return type(batch)(*(None if array is None else mx.array(np.ascontiguousarray(array)) for array in batch))
 
 
 def _float(x: mx.array) -> float:

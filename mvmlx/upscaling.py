@@ -70,9 +70,9 @@ class UpscalerModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
         assert self.config.text_encoder is not None
-        check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
+        ids = check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
         with on_device(self.device):
-            out = self.networks["text_encoder"](mx.array(token_ids))
+            out = self.networks["text_encoder"](mx.array(ids))
             states, pooled = (x.astype(mx.float32) for x in (out.hidden_states[-1], out.pooler_output))
             return TextStates(evaluated(states), evaluated(pooled))
 

@@ -89,9 +89,9 @@ class MultiViewModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
         assert self.config.text_encoder is not None
-        check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
+        ids = check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
         with inference(self.device):
-            return self.networks["text_encoder"](torch.tensor(token_ids, device=self.device)).last_hidden_state.float()
+            return self.networks["text_encoder"](torch.tensor(ids, device=self.device)).last_hidden_state.float()
 
     def encode_image(self, pixels: NDArray[np.float32]) -> Tensor:
         """The vision tower's states before its last layer (n, m, c), float32, of normalised pixels (n, s, s, 3).

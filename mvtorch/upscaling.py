@@ -71,9 +71,9 @@ class UpscalerModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
         assert self.config.text_encoder is not None
-        check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
+        ids = check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
         with inference(self.device):
-            out = self.networks["text_encoder"](torch.tensor(token_ids, device=self.device))
+            out = self.networks["text_encoder"](torch.tensor(ids, device=self.device))
             return TextStates(out.hidden_states[-1].float(), out.pooler_output.float())
 
     def condition(

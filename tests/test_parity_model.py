@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -35,9 +36,10 @@ import mvshared.precision
 import mvtorch.model
 import mvtorch.train
 from mvshared.checkpoint import WEIGHT_FILE, weight_files, write_component, write_model_config
-from mvshared.config import ModelConfig, SchedulerConfig, UNetConfig
+from mvshared.config import CLIPTextConfig, ModelConfig, SchedulerConfig, UNetConfig
 from mvshared.errors import BackendError, CheckpointError, OptionError, TensorMismatchError
 from mvshared.guidance import ALL, Guidance
+from mvshared.networks import Networks
 from mvshared.weights import read_weights
 
 MODULES: dict[Backend, Any] = {"torch": mvtorch.model, "mlx": mvmlx.model}
@@ -184,6 +186,47 @@ def test_read_only_arrays_are_taken(folder: Path, backend: Backend) -> None:
     assert load(backend, folder).encode_latents(given).shape == (1, 4, 6, 4)
 
 
+def layouts(array: NDArray[Any]) -> list[NDArray[Any]]:
+    """The same numbers as views that run backwards, and in the order of columns."""
+    backwards = np.ascontiguousarray(array[..., ::-1, :])[..., ::-1, :]
+    assert backwards.strides[-2] < 0
+    return [backwards, np.asfortranarray(array)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrays_may_lie_in_memory_in_any_way(folder: Path, backend: Backend) -> None:
+    model, codec = load(backend, folder), MODULES[backend].load_vae(VAE, weight_files(folder, "vae"), device="cpu")
+    given, latents = pixels()[:1], normal(1, 4, 6, 4)
+    expected = model.to_numpy(model.encode_latents(given))
+    for same in layouts(given):
+        np.testing.assert_array_equal(model.to_numpy(model.encode_latents(same)), expected)
+        np.testing.assert_array_equal(codec.encode(same), codec.encode(given))
+    for same in layouts(latents):
+        np.testing.assert_array_equal(model.to_numpy(model.from_numpy(same)), latents)
+        np.testing.assert_array_equal(codec.decode(same), codec.decode(latents))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_ids_may_be_of_any_kind_of_whole_numbers_and_lie_in_any_way(backend: Backend) -> None:
+    config = CLIPTextConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, eos_token_id=299
+    )
+    network = MODULES[backend].random_network(config, dtype="float32", device="cpu")
+    model = MODULES[backend].MultiViewModel(
+        SimpleNamespace(text_encoder=config),
+        Networks({"text_encoder": lambda: network}),
+        device="cpu",
+        dtype="float32",
+        weight_files=[],
+    )
+    ids = np.array([[1, 280, 299], [2, 7, 299]])
+    expected = model.to_numpy(model.encode_prompt(ids))
+    assert_different(expected[0], expected[1], rms=0.1)
+    kinds = [ids.astype(dtype) for dtype in (np.int32, np.uint16, np.uint64, ">i8")]
+    for same in [*kinds, *layouts(ids)]:
+        np.testing.assert_array_equal(model.to_numpy(model.encode_prompt(same)), expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pictures_that_do_not_fit_are_refused(folder: Path, backend: Backend) -> None:
     model = load(backend, folder)
@@ -286,7 +329,7 @@ def test_weights_that_were_set_come_back_in_checkpoint_layout(backend: Backend) 
     assert shapes["conv_in.weight"] == (32, 8, 3, 3)
     assert shapes.keys() == parameter_names(make_unet(FULL, "torch"))
     weights = {name: normal(*shape, seed=index) for index, (name, shape) in enumerate(shapes.items())}
-    MODULES[backend].set_weights(module, weights)
+    MODULES[backend].set_weights(module, {name: np.flip(np.flip(array).copy()) for name, array in weights.items()})
     weights_again = MODULES[backend].get_weights(module)
     assert weights_again.keys() == weights.keys()
     for name, array in weights.items():

@@ -285,6 +285,15 @@ def test_a_failed_step_leaves_the_trainer_as_it_was(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_may_be_of_views_that_run_backwards(backend: Backend) -> None:
+    forwards, backwards = (make_trainer(backend, "unet") for _ in range(2))
+    batch = make_batch("unet")
+    expected = forwards.step(batch, learning_rate=0.1)
+    same = type(batch)(*(None if array is None else np.flip(np.flip(array).copy()) for array in batch))
+    assert backwards.step(same, learning_rate=0.1) == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_average_follows_the_weights_with_the_decay_of_its_step(backend: Backend) -> None:
     trainer = make_trainer(backend, "unet")
     expected = joined(make_weights("unet")).astype(np.float64)

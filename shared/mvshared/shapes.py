@@ -24,11 +24,13 @@ def check_tokens(shape: Shape, *, longest: int) -> None:
         raise OptionError("token ids", expected=f"of shape (b, l) with l at most {longest}", got=shape)
 
 
-def check_token_ids(ids: NDArray[np.int64], *, vocab_size: int) -> None:
-    """Raise OptionError unless token ids are whole numbers that a text encoder knows."""
+def check_token_ids(ids: NDArray[np.int64], *, vocab_size: int) -> NDArray[np.int64]:
+    """Token ids as both array libraries take them: int64, in plain order in memory. Raises OptionError unless they are whole
+    numbers that a text encoder knows."""
     if ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < vocab_size):
         got = f"{ids.dtype} from {ids.min()} to {ids.max()}" if ids.size else str(ids.dtype)
         raise OptionError("token ids", expected=f"whole numbers from 0 to {vocab_size - 1}", got=got)
+    return np.asarray(ids, dtype=np.int64, order="C")
 
 
 def check_step(config: UNetConfig, *, x: Shape, normals: Shape | None) -> None:
