@@ -316,7 +316,7 @@ def test_what_another_process_writes_meanwhile_is_not_removed(tmp_path: Path, mo
 
 def test_a_frame_whose_matrix_is_none_is_named(folder: Path) -> None:
     edit(folder, lambda document: document["frames"][1].update(transform_matrix=None))
-    with pytest.raises(DatasetError, match="frame 1: transform_matrix: "):
+    with pytest.raises(DatasetError, match="frame 1: transform_matrix must be real numbers"):
         captures.load_capture(folder)
 
 

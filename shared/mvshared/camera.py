@@ -250,13 +250,14 @@ def read_transforms(
 
 
 def _name_frame(frames: Sequence[Mapping[str, Any]], *, path: Path | str, error: FileError) -> None:
-    """Raise `error` about the first frame whose matrix is no pose by itself."""
+    """Raise `error` about the first frame whose matrix is no 4x4 numbers."""
     for index, frame in enumerate(frames):
         try:
-            as_poses([frame["transform_matrix"]], 1.0)
+            shape = _numbers(frame["transform_matrix"], "transform_matrix").shape
         except CameraError as cause:
-            message = cause.message.removeprefix("camera 0: ")
-            raise error(f"frame {index}: transform_matrix: {message}", path=path, hint=cause.hint) from cause
+            raise error(f"frame {index}: {cause.message}", path=path) from cause
+        if shape != (4, 4):
+            raise error(f"frame {index}: transform_matrix must have shape (4, 4), got {shape}", path=path)
 
 
 def _lens(document: Mapping[str, Any], frame: Mapping[str, Any]) -> dict[str, Any]:
