@@ -237,6 +237,7 @@ def test_a_malformed_capture_is_refused(folder: Path, change: Callable[[dict[str
     [
         (lambda d: d.update(camera_model="OPENCV_FISHEYE"), "frame 0: camera_model must be one of PINHOLE, "),
         (lambda d: d.update(cx=1), "frame 0: cx must be 4, the middle of the picture, give or take 5% of it, got 1"),
+        (lambda d: d.update(cx=10**400), "frame 0: cx must be 4, the middle of the picture.*got 1000"),
         (lambda d: d.update(cx=math.nan), "frame 0: cx must be 4, the middle of the picture.*got nan"),
         (lambda d: d["frames"][0].update(w=16), "frame 0: w and h must be in proportion to the picture: they are 16 x 6"),
         (lambda d: d["frames"][2].update(cy="3"), "frame 2: cy must be 3, the middle of the picture.*got '3'"),

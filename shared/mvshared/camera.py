@@ -290,7 +290,8 @@ def lens_doubt(document: Mapping[str, Any], *, size_px: tuple[int, int]) -> str:
             return f"frame {index}: w and h must be in proportion to the picture: they are {sizes}"
         for name, side, size in (("cx", "w", width), ("cy", "h", height)):
             value = fields.get(name, size / 2) if side in fields else size / 2
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value / size - 0.5) <= LENS_TOLERANCE:
+            least = (0.5 - LENS_TOLERANCE) * size
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= size - least:
                 middle = f"{size / 2:g}, the middle of the picture, give or take {LENS_TOLERANCE:.0%} of it"
                 return f"frame {index}: {name} must be {middle}, got {value!r}"
         if "fl_x" in fields and "fl_y" in fields and abs(fields["fl_x"] / fields["fl_y"] - 1) > LENS_TOLERANCE:
