@@ -337,7 +337,8 @@ def test_a_truncated_pillow_picture_is_an_image_error() -> None:
 
 def test_arrays_of_every_accepted_kind_agree() -> None:
     rgba = with_alpha()
-    for array in (rgba, rgba.astype(np.uint16) * 257, rgba / 255, (rgba / 255).astype(np.float32)):
+    deep = rgba.astype(np.uint16) * 257
+    for array in (rgba, deep, deep.astype(">u2"), deep.astype("<u2"), rgba / 255, (rgba / 255).astype(np.float32)):
         np.testing.assert_array_equal(load_image(array), rgba)
     grey = rgba[..., 0]
     for array in (grey, grey[..., None], np.stack([grey, grey * 0 + 255], -1), np.stack([grey] * 3, -1)):

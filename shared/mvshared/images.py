@@ -294,7 +294,7 @@ def _scaled(array: NDArray[Any]) -> NDArray[Any]:
         raise ImageError(f"an array must have shape (h, w) or (h, w, 1 to 4), got {array.shape}")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise _too_large(None)
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:  # TIFF files have either order
         array = array / 257.0
     elif array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):  # false for NaN, too
