@@ -20,7 +20,7 @@ import mvshared.export
 from mvshared.backend import load
 from mvshared.camera import load_cameras, orbit
 from mvshared.checkpoint import WEIGHT_FILE
-from mvshared.errors import CheckpointError, MvError, OptionError, OutputError
+from mvshared.errors import CheckpointError, ConfigError, MvError, OptionError, OutputError
 from mvshared.images import load_image, save_png
 from mvshared.memory.plan import PLAIN
 from mvshared.pipeline import Pipeline
@@ -222,6 +222,18 @@ def saved_run(recorded: Recorded, tmp_path: Path, image: Any, **options: Any) ->
     folder = recorded.pipeline.generate(image, **options).save(tmp_path / "out")
     recorded.model.calls.clear()
     return read_run(folder)
+
+
+def test_a_parameter_that_is_none_is_named_with_the_file_that_has_it(recorded: Recorded, picture: Path, tmp_path: Path) -> None:
+    folder = recorded.pipeline.generate(picture).save(tmp_path / "out")
+    path = folder / "metadata.json"
+    document = json.loads(path.read_text())
+    document["parameters"]["steps"] = "many"
+    path.write_text(json.dumps(document))
+    for place in (folder, path):
+        with pytest.raises(ConfigError, match=r"metadata\.json: parameters\.steps must be a whole number, got 'man") as caught:
+            read_run(place)
+        assert caught.value.path == path
 
 
 @pytest.mark.parametrize("given", ["image", "latents", "normals", "one normal map"])

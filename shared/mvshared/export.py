@@ -267,11 +267,15 @@ def weights_from_metadata(path: Path | str) -> dict[str, str]:
     return weights
 
 
+def metadata_file(path: Path | str) -> Path:
+    """The metadata.json of a run, which its folder stands for."""
+    path = Path(path)
+    return path / METADATA if path.is_dir() else path
+
+
 def _read_metadata(path: Path | str) -> tuple[Path, dict[str, Any]]:
     """The file, which a folder stands for, and its document in this version of the format. Raises ConfigError."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / METADATA
+    path = metadata_file(path)
     document = read_json_object(path)
     if document.get("format") != METADATA_FORMAT:
         raise ConfigError(

@@ -15,6 +15,7 @@ from mvshared.export import (
     UPSCALED,
     check_free,
     metadata,
+    metadata_file,
     parameters_from_metadata,
     transforms,
     view_names,
@@ -170,5 +171,7 @@ def check_still_loaded(stamps: Sequence[str], files: Sequence[Path], *, path: st
 
 def read_run(path: Path | str) -> Run:
     """The run of a metadata.json, or of the output folder that holds it. Raises ConfigError for a malformed file."""
+    path = metadata_file(path)
     document = parameters_from_metadata(path, known=[field.name for field in fields(Parameters)])
-    return Run(config_from_json(Parameters, document, path=Path(path), error=ConfigError), weights_from_metadata(path))
+    parameters = config_from_json(Parameters, document, path=path, table="parameters", error=ConfigError)
+    return Run(parameters, weights_from_metadata(path))
