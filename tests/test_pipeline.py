@@ -325,6 +325,8 @@ def test_the_sampler_and_its_spacing_are_those_of_the_model_unless_others_are_gi
     [
         ({"scheduler": "euler", "eta": 0.5}, "eta must be 0 with euler: it is DDIM's, got 0.5"),
         ({"spacing": "karras"}, "spacing must be leading, trailing or linspace for ddim, got 'karras'"),
+        ({"scheduler": np.zeros(2)}, "scheduler must be one of ddim, "),
+        ({"spacing": np.zeros(2)}, "spacing must be one of leading, "),
         ({"scheduler": "unipc", "spacing": "linspace", "steps": 1000}, "steps must be a whole number from 1 to 999, got 1000"),
     ],
 )

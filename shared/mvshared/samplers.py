@@ -246,7 +246,7 @@ def sampler_steps(name: str, config: SchedulerConfig, *, steps: int, eta: float 
 
     `eta` is DDIM's. Raises OptionError.
     """
-    if name not in tuple(SAMPLERS):
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise OptionError("scheduler", expected=f"one of {', '.join(SAMPLERS)}", got=name)
     if name == "ddim":
         if config.timestep_spacing == "karras":

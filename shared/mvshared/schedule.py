@@ -77,7 +77,7 @@ def with_spacing(config: SchedulerConfig, spacing: str | None) -> SchedulerConfi
     if spacing is None:
         return config
     for name in get_args(TimestepSpacing):
-        if spacing == name:
+        if isinstance(spacing, str) and spacing == name:
             return replace(config, timestep_spacing=name)
     raise OptionError("spacing", expected=f"one of {', '.join(get_args(TimestepSpacing))}", got=spacing)
 
