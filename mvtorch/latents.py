@@ -141,13 +141,13 @@ class LatentModel:
         vae = self.vae
         check_pictures("latents", tuple(x.shape), channels=vae.config.latent_channels)
         pixels = prod(x.shape[1:3]) * vae.config.downscale**2
-        together, together_pixels = self._together(pixels), len(x) * pixels
+        together, all_pixels = self._together(pixels), len(x) * pixels
         with inference(self.device):
             latents, tile = vae.unscale_latents(x), self.plan.vae_tile
             if tile is not None or together < len(latents):
                 return self.to_numpy(vae.decode(latents, batch=together, tile=tile))
             graphs = self._vae_graphs
-            if graphs is None or not self.plan.networks_at_once or together_pixels > _RECORDED_PIXELS:
+            if graphs is None or not self.plan.networks_at_once or all_pixels > _RECORDED_PIXELS:
                 return self.to_numpy(vae.decode(latents))
             # Its recording outlives runs, between which the weights may be replaced.
             places = tuple(parameter.data_ptr() for parameter in vae.parameters())

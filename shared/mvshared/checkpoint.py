@@ -402,6 +402,6 @@ def write_model_config(folder: Path, config: ModelConfig) -> None:
     Encoders, whose files are transformers' own, are read wherever their folders are.
     """
     write_json(make_folder(folder / "scheduler") / "scheduler_config.json", asdict(config.scheduler))
-    parts = {f.name: asdict(getattr(config, f.name)) for f in fields(config) if f.name in ("camera", "defaults", "framing")}
+    parts = {name: asdict(getattr(config, name)) for name in ("camera", "defaults", "framing")}
     document = {"_class_name": "MultiViewPipeline", "format_version": FORMAT_VERSION, "family": config.family, **parts}
     write_json(folder / "model_index.json", document)

@@ -335,7 +335,7 @@ class Pipeline(Generic[A]):
                 on_step=on_step,
                 stages=self.stages,
             )
-        if upscaler is not None and isinstance(self.memory, MemoryOptions) and not self.memory.at_once:
+        if upscaler is not None and not self._at_once:
             upscaler.model.release()
         return replace(upscaled, weight_stamps=(*views.weight_stamps, *stamps))
 

@@ -156,7 +156,7 @@ def dpmpp_2m_steps(config: SchedulerConfig, *, steps: int) -> list[Step]:
     levels = solver_levels(config, steps)
     points, result = _points(levels), []
     for index, timestep in enumerate(levels.timesteps):
-        from_x, this, last = _second_order(points, index, steps=steps)
+        from_x, this, last = _second_order(points, index)
         result.append(_step(config, timestep, points[index], from_x, this, pictures=last))
     return result
 
@@ -171,7 +171,7 @@ def dpmpp_2m_sde_steps(config: SchedulerConfig, *, steps: int) -> list[Step]:
     for index, timestep in enumerate(levels.timesteps):
         here, end = points[index : index + 2]
         from_x, total, noise = _ancestral(here, end)
-        this, last = _slope(points, index, total, steps=steps)
+        this, last = _slope(points, index, total)
         result.append(_step(config, timestep, here, from_x, this, noise=noise, pictures=last))
     return result
 
@@ -208,7 +208,7 @@ def unipc_steps(config: SchedulerConfig, *, steps: int) -> list[Step]:
         start, this, earlier = _corrector(points, index) if index else (0.0, 0.0, ())
         corrected = _in_terms_of_x(config, here, this)
         keep = Sum(*corrected, start, earlier) if index else Sum(x=1.0)
-        from_kept, of_this, of_last = _second_order(points, index, steps=steps)
+        from_kept, of_this, of_last = _second_order(points, index)
         x, out = _in_terms_of_x(config, here, of_this)
         pictures = [from_kept * factor for factor in keep.pictures]
         for position, factor in enumerate(of_last):
@@ -286,17 +286,17 @@ def _ancestral(here: Point, end: Point) -> tuple[float, float, float]:
     return from_x, end.signal - from_x * here.signal, up
 
 
-def _second_order(points: Sequence[Point], index: int, *, steps: int) -> tuple[float, float, tuple[float, ...]]:
+def _second_order(points: Sequence[Point], index: int) -> tuple[float, float, tuple[float, ...]]:
     """What the latents of a step, its picture and the last one's count in the next latents: equation 15 of arXiv:2211.01095
     with r_0 of the midpoint method; of first order in the first and the last step."""
     from_x, total = _first_order(*points[index : index + 2])
-    return from_x, *_slope(points, index, total, steps=steps)
+    return from_x, *_slope(points, index, total)
 
 
-def _slope(points: Sequence[Point], index: int, total: float, *, steps: int) -> tuple[float, tuple[float, ...]]:
+def _slope(points: Sequence[Point], index: int, total: float) -> tuple[float, tuple[float, ...]]:
     """What a step's picture and the last one's count in the next latents, `total` together."""
     here, end = points[index : index + 2]
-    if index in (0, steps - 1):
+    if index in (0, len(points) - 2):  # the first and the last step
         return total, ()
     # Without signal the last step was infinitely long: what is known there says nothing about the slope here.
     last = 0.5 * total * math.log(here.sigma / end.sigma) / math.log(points[index - 1].sigma / here.sigma)
