@@ -99,7 +99,7 @@ def load_capture(folder: Path | str) -> Capture:
 def files_elsewhere(folder: Path) -> list[Path]:
     """The files of a capture that do not lie in its folder, or are hidden there, as its transforms.json names them.
 
-    None if that is malformed.
+    Nothing if that is malformed.
     """
     try:
         document = read_json_object(folder / "transforms.json")

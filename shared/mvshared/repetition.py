@@ -27,7 +27,8 @@ def requested(run: Run, config: ModelConfig, tokenizer: Callable[[], "CLIPTokeni
     """What a run was asked for, once more, of its model with this config; `tokenizer` is that of `mvshared.request.prepare`.
 
     Raises OptionError if the picture, the normal maps or the given latents have changed since or were no files, or if the
-    config or a parameter is not what it was in the run; CheckpointError for weights of the upscaler that have changed.
+    config or a parameter is not what it was in the run; CheckpointError for weights of the upscaler that have changed; and what
+    `prepare` raises, such as ImageError for a picture that is gone.
     """
     parameters = run.parameters
     now = {"family": config.family, "fov_deg": config.camera.fov_deg, "config_sha256": config_sha256(config)}
