@@ -127,6 +127,13 @@ def test_what_can_be_no_source_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "gaf")
 
 
+def test_of_a_whole_clip_model_the_vision_tower_is_asked_for(tmp_path: Path) -> None:
+    encoder = shutil.copytree(FIXTURES / "tiny-imagedream" / "image_encoder", tmp_path / "clip")
+    write_json(encoder / "config.json", {"model_type": "clip", "text_config": {}, "vision_config": {}})
+    with pytest.raises(CheckpointError, match=r"is of a whole CLIP model.*CLIPVisionModel\.from_pretrained"):
+        init_gaf(FIXTURES / "tiny-mvdream", tmp_path / "gaf", image_encoder=encoder)
+
+
 def break_in_the_vae(name: str, size: int) -> None:
     if name.startswith("encoder.mid_block"):
         raise KeyboardInterrupt

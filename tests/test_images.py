@@ -468,8 +468,8 @@ def test_a_turntable_loops_forever_with_one_palette_and_the_exact_background(tmp
     assert data[10] >> 7 and not local_palettes
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_turntable_of_no_duration_is_refused(tmp_path: Path, seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), "2", None])
+def test_a_turntable_of_no_duration_is_refused(tmp_path: Path, seconds: Any) -> None:
     with pytest.raises(OptionError, match="seconds"):
         save_turntable(tmp_path / "turn.gif", smooth()[None], seconds=seconds)
 

@@ -420,7 +420,7 @@ def save_turntable(path: Path | str, images: NDArray[np.uint8], *, seconds: floa
     `seconds` is one round, to 1/100 s per picture and no less than 2/100 s, below which players slow down. Raises OptionError,
     ImageError for an array that is no pictures, OutputError.
     """
-    if not 0 < seconds <= 600:
+    if not isinstance(seconds, int | float | np.number) or not 0 < seconds <= 600:
         raise OptionError("seconds", expected="above 0, at most 600", got=seconds)
     palette = _shared_palette(images)
     frames = [Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images]

@@ -461,6 +461,9 @@ def clip_text(document: Document, *, path: Path, projection: bool) -> CLIPTextCo
 @_of_one_file
 def clip_vision(document: Document, *, path: Path, projection: bool) -> CLIPVisionConfig:
     """The vision tower of a transformers config; `projection` says whether the weights have one. Raises CheckpointError."""
+    if "vision_config" in document:
+        hint = "transformers' CLIPVisionModel.from_pretrained(FOLDER).save_pretrained(OTHER) writes its vision tower alone"
+        raise CheckpointError("is of a whole CLIP model, and the vision tower is needed", path=path, hint=hint)
     fields = Fields(document, path=path)
     return CLIPVisionConfig(
         num_channels=fields.take("num_channels", int, 3),
