@@ -210,6 +210,24 @@ def test_previews_work_with_low_memory_and_change_nothing(backend: Backend) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_preview_after_the_run_takes_no_more_memory_than_one_within_it(backend: Backend) -> None:
+    pipe, kept = pipeline(backend, low_memory=True), list[tuple[Progress, Any]]()
+    generate(pipe, on_step=lambda progress: kept.append((progress, progress.preview())))
+    plans, decode = [], pipe.model.decode
+
+    def watched(x: Any) -> Any:
+        plans.append(pipe.model.plan)
+        return decode(x)
+
+    pipe.model.decode = watched
+    for progress, before in kept:
+        np.testing.assert_array_equal(progress.preview(), before)
+        assert networks(pipe).loaded == ()
+    assert [plan.networks_at_once for plan in plans] == [False] * 2
+    assert pipe.model.plan == PLAIN
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_networks_that_are_read_later_are_observed_too(backend: Backend) -> None:
     names: list[list[str]] = []
     for low_memory in (False, True):

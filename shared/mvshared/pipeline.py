@@ -5,7 +5,7 @@ products with floats here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -452,9 +452,13 @@ class Pipeline(Generic[A]):
         return check_views(self.model.decode(latents), "the pixels", where="decoding", dtype=self.model.dtype)
 
     def _progress(self, number: int, steps: int, step: Step, x: A, before: tuple[A, A]) -> Progress:
+        plan = self.model.plan
+
         def preview() -> NDArray[np.uint8]:
-            picture = self._decode(step.x0_x * before[0] + step.x0_out * before[1])
-            self._done("vae")
-            return picture
+            over = self.model.plan is not plan
+            with self.model.planned(plan) if over else nullcontext():
+                picture = self._decode(step.x0_x * before[0] + step.x0_out * before[1])
+                self._done("vae")
+                return picture
 
         return Progress(number, steps, step.timestep, lambda: self.model.to_numpy(x), preview)
