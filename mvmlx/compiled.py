@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mvmlx.observation import any_observed
 
@@ -27,9 +28,25 @@ class CompiledCalls:
             return function
         key = id(network), network.attention_options, method
         if key not in self._functions:
-            self._functions[key] = mx.compile(function, inputs=network.state)
+            self._functions[key] = _compiled(network, function)
         return self._functions[key]
 
     def forget(self) -> None:
         """Keep no network in memory."""
         self._functions.clear()
+
+
+def _compiled(network: nn.Module, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """A method of a network, compiled."""
+    compiled = mx.compile(function, inputs=network.state)
+
+    def call(*args: Any, **kwargs: Any) -> mx.array:
+        weights = network.parameters()
+        try:
+            return compiled(*args, **kwargs)
+        except BaseException:  # Ctrl-C too
+            # MLX traces with placeholders in the place of the weights, and leaves them there when that is cut short.
+            network.update(weights)
+            raise
+
+    return call

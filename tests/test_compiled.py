@@ -23,10 +23,12 @@ class Network(nn.Module):
         super().__init__()
         self.linear = nn.Linear(3, 3)
         self.calls = 0
-        self.attention_options = "fused"
+        self.attention_options: Any = "fused"
 
     def __call__(self, x: mx.array, factor: float = 1.0) -> mx.array:
         self.calls += 1
+        if callable(self.attention_options):
+            self.attention_options(x)
         return self.linear(x) * factor
 
 
@@ -87,6 +89,20 @@ def test_what_is_observed_or_trained_or_not_worth_it_runs_as_it_is(network: Netw
     for _ in range(2):
         plain(network)(X)
     assert network.calls == 8
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_trace_that_is_cut_short_leaves_the_weights(network: Network, error: type[BaseException]) -> None:
+    def cut_short(x: mx.array) -> mx.array:
+        raise error
+
+    compiled, expected = CompiledCalls(worthwhile=True), np.array(network(X))
+    network.attention_options = cut_short  # what a call may stumble over
+    with pytest.raises(error):
+        compiled(network)(X)
+    network.attention_options = None
+    np.testing.assert_array_equal(np.array(network(X)), expected)
+    np.testing.assert_array_equal(np.array(compiled(network)(X)), expected)
 
 
 def test_a_network_that_is_forgotten_leaves_memory() -> None:
