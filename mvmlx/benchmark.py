@@ -5,7 +5,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mvmlx.device import on_device
+from mvmlx.device import gpu_info, on_device
 from mvmlx.model import MultiViewModel, random_network
 from mvmlx.upscaling import UpscalerModel
 from mvshared.backend import Dtype
@@ -51,11 +51,11 @@ def device_facts(device: str) -> dict[str, str | int]:
         # MLX computes on the CPU in one thread per stream, and the BLAS in its wheel for Linux has no threads.
         return {"device": device, "threads": 1}
     kind = "Metal" if mx.metal.is_available() else "CUDA"
-    return {"device": f"{kind}, {mx.device_info()['device_name']}", "device_memory_bytes": mx.get_peak_memory()}
+    return {"device": f"{kind}, {gpu_info()['device_name']}", "device_memory_bytes": mx.get_peak_memory()}
 
 
 def device_memory_bytes(device: str) -> int | None:
     """All memory of a GPU that has its own; None for the CPU."""
     if device == "cpu" or mx.metal.is_available():
         return None
-    return int(mx.device_info().get("total_memory", 0)) or None
+    return int(gpu_info().get("total_memory", 0)) or None

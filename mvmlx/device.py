@@ -12,6 +12,11 @@ def on_device(device: str) -> AbstractContextManager[Any]:
     return mx.stream(mx.Device(getattr(mx, device)))
 
 
+def gpu_info() -> dict[str, str | int]:
+    """What MLX knows of the GPU, whatever the default device is."""
+    return mx.device_info(mx.Device(mx.gpu))
+
+
 @contextmanager
 def keeping_random_state() -> Iterator[None]:
     """A context after which MLX's random numbers go on as if nothing had been drawn; they belong to the program around this."""

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
 
+from mvmlx.device import gpu_info
 from mvshared.process_memory import resident
 
 CACHE_BYTES = 2 * 10**9  # several times what a step frees; without a limit MLX keeps freed memory until the machine swaps
@@ -27,7 +28,7 @@ def worth_compiling() -> bool:
     chosen = os.environ.get("MVMLX_COMPILE")
     if chosen in ("0", "1"):
         return chosen == "1"
-    return mx.metal.is_available() and not re.search(r"\bM[12]\b", str(mx.device_info().get("device_name", "")))
+    return mx.metal.is_available() and not re.search(r"\bM[12]\b", str(gpu_info().get("device_name", "")))
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def memory_limits(device: str, cache_bytes: int | None = None, memory_bytes: int
         if cache_bytes is not None or metal:
             limit(mx.set_cache_limit, CACHE_BYTES if cache_bytes is None else cache_bytes)
         if metal:
-            most = int(mx.device_info()["max_recommended_working_set_size"])
+            most = int(gpu_info()["max_recommended_working_set_size"])
             if memory_bytes is not None:
                 most = min(most, max(0, memory_bytes - _other_bytes()))
             limit(mx.set_memory_limit, most)

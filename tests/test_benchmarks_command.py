@@ -907,7 +907,7 @@ def test_a_gpu_is_named_with_the_memory_of_its_arrays(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
     assert mvtorch.benchmark.device_facts("cuda:1") == {"device": "CUDA, name of cuda:1", "device_memory_bytes": 5}
-    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M0"})
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"device_name": "Apple M0"})
     monkeypatch.setattr(mx, "get_peak_memory", lambda: 6)
     for metal, kind in ((True, "Metal"), (False, "CUDA")):
         monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)

@@ -130,7 +130,7 @@ def test_a_network_that_is_forgotten_leaves_memory() -> None:
 )
 def test_which_macs_compile(monkeypatch: pytest.MonkeyPatch, name: str, chosen: str | None, expected: bool) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": name})
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"device_name": name})
     if chosen is None:
         monkeypatch.delenv("MVMLX_COMPILE", raising=False)
     else:

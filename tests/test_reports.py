@@ -95,13 +95,17 @@ class Limits:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, macos: str) -> None:
         self.cache, self.memory, self.wired, self.events = 10**12, 10**11, 7, []
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-        monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 2**34})
+        monkeypatch.setattr(mx, "device_info", self.device_info)
         monkeypatch.setattr(mvmlx.metal.platform, "mac_ver", lambda: (macos, ("", "", ""), "arm64"))
         monkeypatch.setattr(mx, "set_cache_limit", lambda limit: self.change("cache", limit))
         monkeypatch.setattr(mx, "set_memory_limit", lambda limit: self.change("memory", limit))
         monkeypatch.setattr(mx, "set_wired_limit", lambda limit: self.change("wired", limit))
         monkeypatch.setattr(mx, "default_stream", lambda device: device)
         monkeypatch.setattr(mx, "synchronize", lambda stream: self.events.append(("synchronize", str(stream))))
+
+    def device_info(self, device: mx.Device | None = None) -> dict[str, str | int]:
+        gpu = (device or mx.default_device()) == mx.Device(mx.gpu)
+        return {"max_recommended_working_set_size": 2**34} if gpu else {"device_name": "Apple M3"}
 
     def change(self, name: str, limit: int) -> int:
         before = getattr(self, name)
@@ -120,6 +124,12 @@ def test_a_run_on_metal_wires_its_memory_until_all_is_done(monkeypatch: pytest.M
         raise KeyboardInterrupt
     assert (limits.cache, limits.memory, limits.wired) == (10**12, 10**11, 7)
     assert [name for name, _ in limits.events[-4:]] == ["synchronize", "wired", "memory", "cache"]
+
+
+def test_the_limits_are_those_of_the_gpu_where_the_default_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(monkeypatch, macos="15.2")
+    with mx.stream(mx.Device(mx.cpu)), memory_limits("gpu"):
+        assert limits.memory == 2**34
 
 
 @pytest.mark.parametrize(("memory_bytes", "left"), [(5 * 10**9, 5 * 10**9 - 3 * 10**8), (10**8, 0), (10**12, 2**34)])
