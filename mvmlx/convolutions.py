@@ -3,6 +3,10 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+# Inputs up to which Winograd's method on Metal has room in float16: its transform makes them up to 225 times as large (MLX's
+# backend/metal/kernels/conv.metal).
+WINOGRAD_LARGEST = 256.0
+
 
 class PointConv2d(nn.Conv2d):
     """A convolution of size 1, which is a linear layer of every pixel."""

@@ -12,7 +12,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.nn.utils import checkpoint
 
-from mvmlx.convolutions import PointConv2d
+from mvmlx.convolutions import WINOGRAD_LARGEST, PointConv2d
+from mvmlx.metal import on_metal
 from mvmlx.norms import group_norm, norm_silu, normalised
 from mvshared.errors import OptionError
 
@@ -106,7 +107,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Every pixel twice in both directions, then a convolution."""
+    """Every pixel twice in both directions, then a convolution.
+
+    No norm is before it, and on Metal wide convolutions of large maps are Winograd's: of inputs beyond WINOGRAD_LARGEST it has
+    sums that float16 has no room for. So those are divided by a number first, and the result is multiplied by it.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -114,9 +119,15 @@ class Upsample(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(n, h, w, c) to (n, 2 h, 2 w, c)."""
-        n, h, w, c = x.shape
-        x = mx.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c))
-        return self.conv(x.reshape(n, 2 * h, 2 * w, c))
+        if x.dtype != mx.float16 or not on_metal():
+            return self.conv(_twice(x))
+        factor = mx.stop_gradient(mx.maximum(mx.maximum(x.max(), -x.min()) / WINOGRAD_LARGEST, 1))
+        return self.conv(_twice(x / factor)) * factor - (factor - 1) * self.conv["bias"]
+
+
+def _twice(x: mx.array) -> mx.array:
+    n, h, w, c = x.shape
+    return mx.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
 
 
 class TimestepEmbedding(nn.Module):
