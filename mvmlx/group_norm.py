@@ -17,6 +17,7 @@ from mvshared.errors import warn
 
 THREADS, MANY_THREADS = 256, 512  # of a threadgroup, for groups of up to MANY numbers and of more
 MANY = 16384
+TRIED = (5, 7), (91, 91)  # sizes of maps that take THREADS and MANY_THREADS, with two channels in a group
 
 # x (n, pixels, channels), weight and bias (channels,), eps (1,); WIDTH channels make a group, and a template's constant divides
 # faster than a variable. A simdgroup has 32 threads, so a threadgroup of at most 1024 has at most 32 of them.
@@ -125,15 +126,16 @@ def _works() -> bool:
     if os.environ.get("MVMLX_METAL_KERNELS") == "0":
         return False
     try:
-        ramp = mx.arange(2 * 35 * 6, dtype=mx.float32).reshape(2, 5, 7, 6)
-        ones, zeros = mx.ones((6,)), mx.zeros((6,))
-        grouped = (ramp - ramp[:, :1, :1, :1]).reshape(2, 35, 3, 2)
-        centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
-        expected = (centred * mx.rsqrt(centred.square().mean(axis=(1, 3), keepdims=True))).reshape(ramp.shape)
-        for dtype in (mx.float32, mx.float16):
-            out = fused_group_norm(ramp.astype(dtype), ones, zeros, groups=3, eps=0.0, silu=False)
-            if not mx.allclose(out.astype(mx.float32), expected, atol=0.01):
-                raise RuntimeError(f"its result in {dtype} is wrong")
+        for height, width in TRIED:
+            ramp = mx.linspace(0, 1, 2 * height * width * 12).reshape(2, height, width, 12)
+            grouped = ramp.reshape(2, -1, 6, 2)
+            centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
+            expected = (centred * mx.rsqrt(centred.square().mean(axis=(1, 3), keepdims=True))).reshape(ramp.shape)
+            for dtype in (mx.float32, mx.float16):
+                weight, bias = mx.ones((12,), dtype), mx.zeros((12,), dtype)
+                out = fused_group_norm(ramp.astype(dtype), weight, bias, groups=6, eps=0.0, silu=False)
+                if not mx.allclose(out.astype(mx.float32), expected, atol=0.01):
+                    raise RuntimeError(f"its result in {dtype} is wrong")
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         warn(f"group norms are computed without a Metal kernel: {reason}")

@@ -224,6 +224,21 @@ def test_the_kernel_is_for_the_dtypes_that_it_was_tried_in(kernels: dict[Any, fl
     assert not mvmlx.group_norm.usable(mx.zeros((0, 2)))
 
 
+def test_the_kernel_is_tried_as_networks_call_it(kernels: dict[Any, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few threads and many, and with weights of 8 channels and more, which MLX passes otherwise than fewer."""
+    tried: list[tuple[bool, Any, bool]] = []
+    fused = mvmlx.group_norm.fused_group_norm
+
+    def watched(x: mx.array, weight: mx.array, bias: mx.array, *, groups: int, **options: Any) -> mx.array:
+        assert weight.dtype == bias.dtype == x.dtype
+        tried.append((x.size // len(x) // groups > MANY, x.dtype, weight.size >= 8))
+        return fused(x, weight, bias, groups=groups, **options)
+
+    monkeypatch.setattr(mvmlx.group_norm, "fused_group_norm", watched)
+    assert mvmlx.group_norm.usable(mx.ones((1, 2)))
+    assert tried == [(many, dtype, True) for many in (False, True) for dtype in (mx.float32, mx.float16)]
+
+
 def test_the_environment_turns_the_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mvmlx.group_norm, "on_metal", lambda: True)
     monkeypatch.setattr(
