@@ -1,6 +1,10 @@
-"""Runs the source of the Metal kernel for group norms as C++, one thread for each of a threadgroup's."""
+"""Runs the source of the Metal kernel for group norms as C++, one thread for each of a threadgroup's.
+
+And checks what MLX makes of it, with its signature and the types of a call, as far as C++ is like Metal's language.
+"""
 
 import ctypes
+import re
 import subprocess
 from pathlib import Path
 
@@ -84,3 +88,34 @@ def group_norm_on_cpu(
     arrays = (x, np.array(x.shape, np.int32), weight, bias, np.array([eps], np.float32), out)
     ctypes.CDLL(str(library)).run(*(array.ctypes.data_as(ctypes.c_void_p) for array in arrays))
     return out
+
+
+# What MLX puts before a kernel, in its names; a half is no number that C++ computes with, so that all of it must be converted.
+METAL = """
+#include <cstddef>
+using std::size_t;
+typedef unsigned int uint;
+struct uint3 { uint x, y, z; };
+struct half { explicit half(float); explicit operator float() const; };
+typedef half float16_t;
+#define device
+#define constant
+#define threadgroup static
+namespace metal {
+enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+void threadgroup_barrier(mem_flags);
+float simd_sum(float);
+half simd_sum(half);
+namespace precise { float rsqrt(float); half rsqrt(half); float exp(float); half exp(half); }
+}
+using namespace metal;
+"""
+
+
+def check_as_cpp(source: str, *, folder: Path) -> None:
+    """Raise AssertionError unless a whole Metal source is one of C++, but for attributes; needs g++."""
+    file = folder / "generated.cpp"
+    file.write_text(METAL + re.sub(r"\[\[[^\[\]]*(\([^()]*\))?\]\]", "", source))
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-Wall", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FLOAT32_RMS, assert_close
-from metal_on_cpu import group_norm_on_cpu
+from metal_on_cpu import check_as_cpp, group_norm_on_cpu
 from numpy.typing import NDArray
 
 import mvmlx.group_norm
@@ -138,6 +138,28 @@ def test_the_kernels_source_does_what_is_emulated(
     )
     expected = emulated(x, weight, bias, groups=groups, eps=1e-5, silu=silu)
     np.testing.assert_allclose(out.reshape(shape), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("channels", [6, 96])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_what_mlx_makes_of_the_source_compiles(
+    dtype: mx.Dtype,
+    silu: bool,
+    channels: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """MLX writes the signature for every call, also where it has no Metal if the call is exported."""
+    build = mvmlx.group_norm._kernel.__wrapped__
+    monkeypatch.setattr(mvmlx.group_norm, "_kernel", lambda: partial(build(), verbose=True))
+    norm = partial(fused_group_norm, groups=3, eps=1e-5, silu=silu)
+    arrays = (mx.zeros(shape, dtype) for shape in ((1, 2, 2, channels), channels, channels))
+    mx.export_function(str(tmp_path / "norm.mlxfn"), norm, *arrays)
+    _, source, _ = capfd.readouterr().out.split("```")
+    check_as_cpp(source, folder=tmp_path)
 
 
 @pytest.mark.gpu("metal")
