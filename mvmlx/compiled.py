@@ -1,12 +1,17 @@
 """Calls of networks as compiled functions, which fuse what is computed number by number."""
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mvmlx.observation import any_observed
+
+# MLX knows a compiled function by its address, and one that is no more is forgotten by the thread alone that called it last:
+# elsewhere another at that address would be taken for it. A number among the arguments tells them apart.
+_numbers = count()
 
 
 class CompiledCalls:
@@ -38,12 +43,17 @@ class CompiledCalls:
 
 def _compiled(network: nn.Module, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """A method of a network, compiled."""
-    compiled = mx.compile(function, inputs=network.state)
+    number = next(_numbers)
+
+    def numbered(_: int, *args: Any, **kwargs: Any) -> mx.array:
+        return function(*args, **kwargs)
+
+    compiled = mx.compile(numbered, inputs=network.state)
 
     def call(*args: Any, **kwargs: Any) -> mx.array:
         weights = network.parameters()
         try:
-            return compiled(*args, **kwargs)
+            return compiled(number, *args, **kwargs)
         except BaseException:  # Ctrl-C too
             # MLX traces with placeholders in the place of the weights, and leaves them there when that is cut short.
             network.update(weights)

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,20 @@ class Network(nn.Module):
         self.linear = nn.Linear(3, 3)
         self.calls = 0
         self.attention_options: Any = "fused"
+        self.power = 0
 
     def __call__(self, x: mx.array, factor: float = 1.0) -> mx.array:
         self.calls += 1
         if callable(self.attention_options):
             self.attention_options(x)
-        return self.linear(x) * factor
+        return self.linear(x) * factor * 2.0**self.power
 
 
 @pytest.fixture
 def network() -> Network:
     network = Network()
     network.eval()
+    mx.eval(network.parameters())
     return network
 
 
@@ -103,6 +106,17 @@ def test_a_trace_that_is_cut_short_leaves_the_weights(network: Network, error: t
     network.attention_options = None
     np.testing.assert_array_equal(np.array(network(X)), expected)
     np.testing.assert_array_equal(np.array(compiled(network)(X)), expected)
+
+
+def test_no_thread_takes_a_function_for_one_that_was_forgotten(network: Network) -> None:
+    compiled, found = CompiledCalls(worthwhile=True), []
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for number in range(20):
+            network.power = number
+            for thread in (first, second):
+                found.append(thread.submit(lambda: compiled(network)(X).tolist()).result())
+            compiled.forget()
+    assert found == [(network.linear(X) * 2.0**number).tolist() for number in range(20) for _ in range(2)]
 
 
 def test_a_network_that_is_forgotten_leaves_memory() -> None:
