@@ -603,6 +603,56 @@ def test_a_text_tower_may_lack_its_prefix(originals: dict[str, Path], folders: d
     assert_same_tensors(tensors_of(tmp_path / "out", "text_encoder"), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "prefix", "more", "reason"),
+    [
+        ("sd21", "conditioner.embedders.0.model.", "denoiser.sigmas", "the noise schedule: scheduler_config.json says it"),
+        (
+            "sd15",
+            "cond_stage_model.transformer.",
+            "cond_stage_model.text_projection",
+            "behind the text states that the U-Net takes",
+        ),
+    ],
+)
+def test_other_programs_names_are_known(
+    name: str, prefix: str, more: str, reason: str, originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = safetensors.torch.load_file(originals[name]) | {more: torch.ones(64, 64)}
+    renamed = {each.replace("cond_stage_model.model.", prefix): tensor for each, tensor in tensors.items()}
+    safetensors.torch.save_file(renamed, tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", tmp_path / "out", extra=[TOKENIZER])
+    assert report.left_out == {more: reason}
+    for component in ("unet", "vae"):
+        assert_same_tensors(tensors_of(tmp_path / "out", component), tensors_of(folders[name], component))
+    expected = {f"text_model.{each}": tensor for each, tensor in tensors_of(folders[name], "text_encoder").items()}
+    assert_same_tensors(tensors_of(tmp_path / "out", "text_encoder"), expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight", "lora_te_text_model.alpha"], "a LoRA?"),
+        (["unet.mid_block.attentions.0.proj_in.lora_A.weight"], "a LoRA?"),
+        (["control_model.input_blocks.0.0.weight"], "a ControlNet?"),
+        (["conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x"], "Stable Diffusion XL?"),
+        (["emb_params"], "an embedding of textual inversion?"),
+        (["cc_projection.weight"], "a model of conditions that no model here takes?"),
+        (["decoder.mid_block.resnets.0.conv1.weight"], "a network of diffusers or transformers?"),
+        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "a network of diffusers or transformers?"),
+        (["embeddings.token_embedding.weight"], "a network of diffusers or transformers?"),
+        (["something.weight"], ""),
+    ],
+)
+def test_files_of_other_kinds_are_told_what_they_seem_to_be(names: list[str], hint: str, tmp_path: Path) -> None:
+    safetensors.torch.save_file({name: torch.ones(2) for name in names}, tmp_path / "a.safetensors")
+    with pytest.raises(TensorMismatchError) as refused:
+        convert(tmp_path / "a.safetensors", tmp_path / "out")
+    assert refused.value.unexpected == tuple(sorted(names))
+    assert refused.value.hint.startswith(hint)
+    assert bool(refused.value.hint) == bool(hint), "of a file's own folder, which there is none of"
+
+
 def test_the_default_size_is_the_family_s_whatever_the_vae(originals: dict[str, Path], tmp_path: Path) -> None:
     convert(originals["sd21"], tmp_path / "out", extra=[TOKENIZER])  # its VAE has two pixels a latent
     assert read_model_config(tmp_path / "out").defaults.size_px == 512

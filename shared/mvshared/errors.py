@@ -142,6 +142,7 @@ class TensorMismatchError(CheckpointError):
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
         misshaped: Sequence[str] = (),
+        hint: str = "is config.json the one of these weights?",
     ) -> None:
         parts = []
         for word, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)):
@@ -151,7 +152,7 @@ class TensorMismatchError(CheckpointError):
         super().__init__(
             "the tensors do not fit the model; " + "; ".join(parts),
             path=path,
-            hint="is config.json the one of these weights?",
+            hint=hint,
         )
         self.missing, self.unexpected, self.misshaped = tuple(missing), tuple(unexpected), tuple(misshaped)
 

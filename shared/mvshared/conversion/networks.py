@@ -189,7 +189,7 @@ def _part(
             wanted = "another" if expected is None else [list(expected[own]) for own in link.own]
             misshaped.append(f"{name} (here {wanted}, got {list(found)})")
     if missing or unexpected or misshaped:
-        raise TensorMismatchError(path=path, missing=missing, unexpected=unexpected, misshaped=misshaped)
+        raise TensorMismatchError(path=path, missing=missing, unexpected=unexpected, misshaped=misshaped, hint="")
     own = {name: tensor for link in links for name, tensor in link.to_own(tensors[link.other]).items()}
     names = {link.other: link.own for link in links}
     return Part(component=component, config=config, documents=documents, tensors=own, names=names)

@@ -21,6 +21,7 @@ PREFIXES: tuple[tuple[str, Layout], ...] = (
     ("cond_stage_model.transformer.", "hf_text"),  # Stable Diffusion 1
     ("cond_stage_model.model.", "open_clip"),  # Stable Diffusion 2, MVDream
     ("clip_model.model.", "open_clip"),  # ImageDream
+    ("conditioner.embedders.0.model.", "open_clip"),  # Stable Diffusion 2 of Stability's generative-models, such as SD Turbo
 )
 # A name that only one layout has, for files of one network without prefixes.
 MARKS: tuple[tuple[str, Layout], ...] = (
@@ -37,13 +38,26 @@ SCHEDULE = "the noise schedule: scheduler_config.json says it"
 LEFT_OUT: tuple[tuple[str, str], ...] = (
     (r"model_ema\..+", "moving averages beside the weights"),
     (r"(?:betas|(?:sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(?:_prev)?)", SCHEDULE),
-    (r"posterior_(?:variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar", SCHEDULE),
+    (r"posterior_(?:variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|denoiser\.sigmas", SCHEDULE),
     (r"(?:(?:first_stage_model|vae_model)\.)?(?:loss|model_ema)\..+", "of the VAE's training"),
     (r".*\bposition_ids", "position numbers"),
     (r".*\bnum_batches_tracked", "of the training"),
     (r".*\battn_mask", "the causal mask"),
     (r".*\blogit_scale", "of CLIP's training"),
+    (r"cond_stage_model\.text_projection", "behind the text states that the U-Net takes"),  # ComfyUI wrote it
     (r"inner_model\.u_net\.[du]_blocks\..+\.kernel", "the fixed kernel of the resampling"),
+)
+# What files of other kinds hold, by the beginning of a name that nothing above knows, and what can be done.
+FOREIGN: tuple[tuple[str, str], ...] = (
+    (r"lora_|.*\.lora[_.]", "a LoRA? it has to be merged into its model before"),
+    (r"control_model\.", "a ControlNet? no model here takes one"),
+    (r"conditioner\.embedders\.1\.", "Stable Diffusion XL? no model here is one"),
+    (r"emb_params", "an embedding of textual inversion? it has to be in the tokenizer and the text encoder of a folder"),
+    (r"(?:cc_projection|depth_model|noise_augmentor|low_scale_model)\.", "a model of conditions that no model here takes?"),
+    (
+        r"(?:(?:encoder|decoder)\.)?(?:down_blocks|mid_block|up_blocks)\.|embeddings\.",
+        "a network of diffusers or transformers? its folder can be taken, with its config.json",
+    ),
 )
 
 
@@ -99,5 +113,6 @@ def sort_tensors(tensors: Mapping[str, RawTensor], *, path: Path) -> Source:
                 raise CheckpointError(f"holds a network twice: {source.prefixes[layout]}* and {prefix}*", path=path)
             source.networks.setdefault(layout, {})[name[len(prefix) :]] = tensor
     if unknown:
-        raise TensorMismatchError(path=path, unexpected=sorted(unknown))
+        hints = (hint for pattern, hint in FOREIGN if any(re.match(pattern, name) for name in unknown))
+        raise TensorMismatchError(path=path, unexpected=sorted(unknown), hint=next(hints, ""))
     return source
