@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,13 @@ def test_flow_matching_is_refused_of_every_solver() -> None:
             "down_block_types must be 1 times DownEncoderBlock2D",
         ),
         (diffusers_vae, VAE | {"latents_std": ["a", 1.0, 1.0, 1.0]}, "latents_std is malformed"),
+        (diffusers_vae, {"_class_name": "AutoencoderTiny"}, "_class_name must be 'AutoencoderKL', got 'AutoencoderTiny'"),
+        (partial(clip_text, projection=False), {"model_type": "t5"}, "model_type must be 'clip_text_model', got 't5'"),
+        (
+            partial(clip_vision, projection=False),
+            {"model_type": "dinov2"},
+            "model_type must be 'clip_vision_model', got 'dinov2'",
+        ),
         (diffusers_vae, VAE | {"latents_mean": [0.0, 0.0, 0.0, float("nan")]}, "latents_mean is malformed"),
         (diffusers_vae, VAE | {"scaling_factor": float("inf")}, "scaling_factor is malformed"),
         (diffusers_scheduler, SD_SCHEDULER | {"clip_sample": True}, "clip_sample must be False"),
@@ -579,6 +587,48 @@ def test_components_that_the_model_would_lose_are_refused(tmp_path: Path) -> Non
     assert read_model_config(folder).family == "sd15"
     path.write_text(json.dumps(index | {"camera_proj": ["mvdream.camera_proj", "CameraMatrixEmbedding"]}))
     with pytest.raises(CheckpointError, match=r"component 'camera_proj' \(CameraMatrixEmbedding\), which no model here has"):
+        read_model_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("component", "kind", "message"),
+    [
+        (
+            "unet",
+            ["modules", "UNet2p5DConditionModel"],
+            "the class of unet must be MultiViewUNetModel or UNet2DConditionModel, got 'UNet2p5DConditionModel'",
+        ),
+        ("vae", ["diffusers", "AutoencoderTiny"], "the class of vae must be AutoencoderKL, got 'AutoencoderTiny'"),
+        ("text_encoder", ["transformers", "BertModel"], r"the class of text_encoder must be CLIPTextModel .*got 'BertModel'"),
+    ],
+)
+def test_the_index_may_name_no_class_that_is_not_read(component: str, kind: list[str], message: str, tmp_path: Path) -> None:
+    folder, path = stable_diffusion(tmp_path), tmp_path / "model_index.json"
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    path.write_text(json.dumps(index))
+    assert read_model_config(folder).family == "sd15"
+    path.write_text(json.dumps(index | {component: kind}))
+    with pytest.raises(CheckpointError, match=rf"model_index\.json: {message}"):
+        read_model_config(folder)
+
+
+def test_the_class_of_a_pipeline_whose_code_comes_with_the_folder_is_no_component(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    index = {"_class_name": ["pipeline", "LongPromptPipeline"], "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert read_model_config(folder).family == "sd15"
+
+
+def test_a_model_without_text_is_told_from_one_whose_files_are_missing(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    shutil.rmtree(folder / "text_encoder")
+    index = {"unet": ["diffusers", "UNet2DConditionModel"], "image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names no text_encoder, .* given a picture alone"):
+        read_model_config(folder)
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "CLIPTextModel"]}))
+    with pytest.raises(CheckpointError, match="the weight file is missing"):
         read_model_config(folder)
 
 

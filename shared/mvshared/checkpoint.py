@@ -62,6 +62,11 @@ OWN_UPSCALER, PUBLIC_UPSCALER = "LatentUpscalerPipeline", "StableDiffusionLatent
 UPSCALER_CLASSES = (OWN_UPSCALER, PUBLIC_UPSCALER)
 # What a public model_index.json may name: what is read here, and what Stable Diffusion's pipelines have beside it.
 PUBLIC_COMPONENTS = {*WEIGHT_STEMS, "tokenizer", "scheduler", "feature_extractor", "safety_checker"}
+PUBLIC_CLASSES = {
+    "unet": ("MultiViewUNetModel", "UNet2DConditionModel"),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
 
 
 class _Dataclass(Protocol):
@@ -205,8 +210,10 @@ def _own_model(folder: Path, index: Mapping[str, Any]) -> ModelConfig:
 
 
 def component_classes(index: Mapping[str, Any]) -> dict[str, str]:
-    """`{component: class}` of a public model_index.json; those that it leaves out, as `[null, null]`, are not in it."""
-    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    """`{component: class}` of a public model_index.json; those that it leaves out, as `[null, null]`, are not in it, nor is the
+    pipeline's own class, which is such a pair where its code comes with the folder."""
+    parts = {name: value for name, value in index.items() if not name.startswith("_")}
+    pairs = {name: value for name, value in parts.items() if isinstance(value, list) and len(value) == 2}
     return {name: pair[1] for name, pair in pairs.items() if all(isinstance(each, str) for each in pair)}
 
 
@@ -220,10 +227,18 @@ def read_scheduler_document(place: Path) -> dict[str, Any]:
 
 
 def _check_components(index: Mapping[str, Any], *, path: Path) -> None:
-    """Raise CheckpointError for a component that would be left aside, such as a camera's embedding outside of the U-Net."""
-    for name, kind in component_classes(index).items():
+    """Raise CheckpointError for a component that would be left aside, such as a camera's embedding outside of the U-Net, for
+    one of a class that is not read, and for a model without a text encoder."""
+    named = component_classes(index)
+    for name, kind in named.items():
         if name not in PUBLIC_COMPONENTS:
             raise CheckpointError(f"names the component {name!r} ({kind}), which no model here has", path=path)
+        allowed = PUBLIC_CLASSES.get(name, (kind,))
+        if kind not in allowed:
+            raise CheckpointError(f"the class of {name} must be {' or '.join(allowed)}, got {kind!r}", path=path)
+    if named and "text_encoder" not in named and not (path.parent / "text_encoder").is_dir():
+        hint = "a model that is given a picture alone?"
+        raise CheckpointError("names no text_encoder, which all models of this layout here have", path=path, hint=hint)
 
 
 def _public_model(folder: Path) -> ModelConfig:

@@ -352,6 +352,12 @@ def latent_size(document: Document, *, path: Path, default: int) -> int:
     return max(64, given[0]) if old else given[0]
 
 
+def check_kind(document: Document, name: str, expected: str, *, path: Path) -> None:
+    """Raise CheckpointError for the config of another network than the expected one, if it says in `name` what it is."""
+    if document.get(name, expected) != expected:
+        raise CheckpointError(f"{name} must be {expected!r}, got {document[name]!r}", path=path)
+
+
 def attention_levels(fields: Fields, name: str, kinds: Mapping[str, bool], levels: int) -> tuple[bool, ...]:
     """Which levels attend, by the kinds of their blocks. Raises CheckpointError for other kinds or another number."""
     blocks = fields.take_list(name, str)
@@ -364,6 +370,7 @@ def attention_levels(fields: Fields, name: str, kinds: Mapping[str, bool], level
 @_of_one_file
 def diffusers_vae(document: Document, *, path: Path) -> VAEConfig:
     """The VAE of an `AutoencoderKL` config. Raises CheckpointError."""
+    check_kind(document, "_class_name", "AutoencoderKL", path=path)
     fields = Fields(document, path=path)
     channels = fields.take_list("block_out_channels", int)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
@@ -447,6 +454,7 @@ def diffusers_sampler(document: Document) -> SamplerName:
 @_of_one_file
 def clip_text(document: Document, *, path: Path, projection: bool) -> CLIPTextConfig:
     """The text tower of a transformers config; `projection` says whether the weights have one. Raises CheckpointError."""
+    check_kind(document, "model_type", "clip_text_model", path=path)
     fields = Fields(document, path=path)
     if fields.take("use_attention_mask", bool, False):
         raise CheckpointError("use_attention_mask must be false: all tokens are attended to, padding too", path=path)
@@ -464,6 +472,7 @@ def clip_vision(document: Document, *, path: Path, projection: bool) -> CLIPVisi
     if "vision_config" in document:
         hint = "transformers' CLIPVisionModel.from_pretrained(FOLDER).save_pretrained(OTHER) writes its vision tower alone"
         raise CheckpointError("is of a whole CLIP model, and the vision tower is needed", path=path, hint=hint)
+    check_kind(document, "model_type", "clip_vision_model", path=path)
     fields = Fields(document, path=path)
     return CLIPVisionConfig(
         num_channels=fields.take("num_channels", int, 3),
