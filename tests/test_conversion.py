@@ -399,6 +399,26 @@ def test_a_file_is_not_converted_onto_itself(tmp_path: Path) -> None:
     assert file.read_bytes() == before
 
 
+def test_a_family_that_nothing_says_is_warned_of(
+    originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    warning = (
+        "mvmlx: warning: nothing says whether it predicts noise or velocity: it is taken for sd21, and may be --family sd21-768"
+    )
+    assert run(["convert", str(originals["sd21"]), str(tmp_path / "a")]) == 0
+    assert warning in capfd.readouterr().err
+    said: dict[str, dict[str, Any]] = {
+        "family": {"family": "sd21"},
+        "scheduler": {"extra": [with_scheduler(folders["sd21"], tmp_path / "v", prediction_type="v_prediction")]},
+        "like": {"like": folders["sd21"]},
+    }
+    assert convert(originals["sd21"], tmp_path / "b").guessed == "sd21-768"
+    for name, options in said.items():
+        assert convert(originals["sd21"], tmp_path / name, **options).guessed is None
+    assert convert(originals["sd15"], tmp_path / "c").guessed is None
+    assert convert(folders["sd21"], tmp_path / "d").guessed is None
+
+
 def test_stable_diffusion_1_5_may_predict_the_velocity(
     originals: dict[str, Path], folders: dict[str, Path], tmp_path: Path
 ) -> None:

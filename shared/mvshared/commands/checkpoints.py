@@ -135,6 +135,9 @@ def convert_checkpoint(source: Path, dest: Path, options: dict[str, Any]) -> Non
     _print_conversion(report)
     for reason, count in Counter(report.left_out.values()).items():
         click.echo(f"  left out ({count}): {reason}")
+    if report.guessed:
+        reason = f"nothing says whether it predicts noise or velocity: it is taken for {report.family}, and may be"
+        click.echo(f"mvmlx: warning: {reason} --family {report.guessed}", err=True)
     if report.missing:
         click.echo(f"mvmlx: warning: not a whole model yet; add with --with: {', '.join(report.missing)}", err=True)
 

@@ -136,11 +136,13 @@ def convert(
     if like is not None:
         _take_configs(collected, sources[-1])
     chosen, schedule = _family_and_schedule(collected, family)
+    told = family is not None or "scheduler" in collected.folders or chosen not in PREDICTS
+    other = None if told else next(name for name in PREDICTS if name != chosen)
     if like is None and chosen in SIZES_PX:
         _set_sample_size(collected, SIZES_PX[chosen])
     _check_schedule(collected, schedule, path=source)
     _check_whole(collected, chosen, schedule, path=source)
-    return _write(
+    report = _write(
         collected,
         dest,
         family=chosen,
@@ -150,6 +152,7 @@ def convert(
         index=source / "model_index.json" if (source / "model_index.json").is_file() else None,
         on_tensor=on_tensor,
     )
+    return replace(report, guessed=other)
 
 
 # Reading

@@ -23,7 +23,8 @@ class Report:
     """What a conversion made.
 
     `names` are the new names by the old, per component; `left_out` says why tensors were not taken; `missing` are components
-    that the family needs and no source had: the folder cannot be loaded without them.
+    that the family needs and no source had: the folder cannot be loaded without them. `guessed` is the other family that the
+    same tensors can be of, if nothing said which it is, else None.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class Report:
     names: Mapping[str, Mapping[str, Sequence[str]]]
     left_out: Mapping[str, str]
     missing: tuple[str, ...]
+    guessed: str | None = None
 
 
 def written(component: str, tensors: Mapping[str, RawTensor], *, files: int) -> Written:
