@@ -23,10 +23,18 @@ WEIGHTS = ("state_dict", "model_ema", "model_state_dict", "module")
 
 
 class _Inert:
-    """Stands for a class that the original Stable Diffusion files name and that no tensor needs."""
+    """Stands for what the original Stable Diffusion files name beside their tensors, and does nothing."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
-INERT = ["pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"]
+# Callbacks of a training, and its losses and other numbers, as either version of numpy pickles them.
+INERT = ["pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.dtype"]
+INERT += ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"]
 
 
 def read_pickled(path: Path) -> dict[str, RawTensor]:
@@ -40,8 +48,9 @@ def read_pickled(path: Path) -> dict[str, RawTensor]:
             warnings.simplefilter("ignore")  # about protocols of pickles that may be refused: it is, or it is not
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as refused:
-        # What comes before it advises to load the file without this protection.
+        # What comes before it, and behind, advises to load the file without this protection.
         reason = str(refused).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].strip()
+        reason = reason.partition(" was not an allowed global")[0]
         raise CheckpointError(
             f"is no checkpoint of tensors alone: {reason}", path=path, hint="only files of plain tensors are read"
         ) from refused

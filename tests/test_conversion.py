@@ -263,7 +263,7 @@ def as_trained(original: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("layout", ["plain", "state_dict", "lightning", "legacy"])
+@pytest.mark.parametrize("layout", ["plain", "state_dict", "lightning", "numbers", "legacy"])
 def test_pickles_are_read_as_tensors(layout: str, originals: dict[str, Path], tmp_path: Path) -> None:
     tensors: Any = as_trained(originals["sd21"])
     content = tensors if layout == "plain" else {"state_dict": tensors, "epoch": 3, "global_step": 470000}
@@ -274,6 +274,8 @@ def test_pickles_are_read_as_tensors(layout: str, originals: dict[str, Path], tm
         names = ["pytorch_lightning", "pytorch_lightning.callbacks"]
         sys.modules |= {name: type(sys)(name) for name in names} | {module.__name__: module}
         content["callbacks"] = {kind: {"best_model_path": "x"}}
+    elif layout == "numbers":
+        content |= {"loss": np.float64(0.5), "losses": [np.float32(0.25), np.int64(3)]}
     torch.save(content, tmp_path / "sd.ckpt", _use_new_zipfile_serialization=layout != "legacy")
     for name in list(sys.modules):
         if name.startswith("pytorch_lightning"):
@@ -309,6 +311,14 @@ def test_a_malicious_pickle_is_refused_and_nothing_of_it_runs(
     assert "evil.ckpt: is no checkpoint of tensors alone" in capfd.readouterr().err
     assert not trap.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_pickle_is_told_without_advice_to_let_it_run(tmp_path: Path) -> None:
+    torch.save({"string_to_param": torch.nn.ParameterDict()}, tmp_path / "a.pt")  # as textual inversion's were
+    with pytest.raises(
+        CheckpointError, match=r"Unsupported global: GLOBAL torch\S+ParameterDict \(only files of plain tensors"
+    ):
+        convert(tmp_path / "a.pt", tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a checkpoint", b"\x80\x02}q\x00."])
