@@ -563,6 +563,23 @@ def test_pickled_weights_are_pointed_to(name: str, tmp_path: Path) -> None:
     assert caught.value.hint == f"mvmlx convert {pickled} {file} makes it of what is there"
 
 
+def test_weights_under_other_names_are_named(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path)
+    (file,) = weight_files(folder, "unet")
+    for name in ("diffusion_pytorch_model-00001-of-00002.bin", "diffusion_pytorch_model-00002-of-00002.bin"):
+        (file.with_name(name)).touch()
+    file.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        weight_files(folder, "unet")
+    assert caught.value.hint == (
+        "what is there, diffusion_pytorch_model-00001-of-00002.bin and 1 more, is not read under this name"
+    )
+    for other in file.parent.glob("*.bin"):
+        other.unlink()
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors: the weight file is missing$"):
+        weight_files(folder, "unet")
+
+
 def test_a_vae_of_other_than_three_colours_is_refused(tmp_path: Path) -> None:
     folder = stable_diffusion(tmp_path)
     path = folder / "vae" / "config.json"

@@ -30,7 +30,7 @@ from mvshared.config import (
 )
 from mvshared.embedded import embedded_folder
 from mvshared.errors import CheckpointError, OptionError
-from mvshared.files import FileError, make_folder, read_json_object, write_atomic, write_json
+from mvshared.files import FileError, make_folder, read_json_object, visible, write_atomic, write_json
 from mvshared.models import EMBEDDED, REPOSITORIES, read_pins, repository_of
 from mvshared.names import PROJECTIONS
 from mvshared.public_configs import (
@@ -139,10 +139,21 @@ def weight_files_in(place: Path, component: Component) -> list[Path]:
             if index.is_file():
                 return _shards(index)
     missing = place / f"{stem}.safetensors"
+    raise CheckpointError("the weight file is missing", path=missing, hint=_way_out(missing, stem))
+
+
+def _way_out(missing: Path, stem: str) -> str:
+    """What can be done where a folder has other weights than those that are read."""
     pickles = (f"{name}{variant}.bin" for variant in ("", ".fp16") for name in (stem, "pytorch_model"))
     pickled = next((file for name in pickles if (file := missing.with_name(name)).is_file()), None)
-    hint = "" if pickled is None else f"mvmlx convert {pickled} {missing} makes it of what is there"
-    raise CheckpointError("the weight file is missing", path=missing, hint=hint)
+    if pickled is not None:
+        return f"mvmlx convert {pickled} {missing} makes it of what is there"
+    kinds = ("*.safetensors", "*.bin", "*.msgpack", "*.onnx")
+    others = visible(path for kind in kinds for path in missing.parent.glob(kind))
+    if not others:
+        return ""
+    more = f" and {len(others) - 1} more" if others[1:] else ""
+    return f"what is there, {others[0].name}{more}, is not read under this name"
 
 
 def _shards(index: Path) -> list[Path]:
