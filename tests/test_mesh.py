@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,21 @@ def test_parts_of_a_scene_are_where_its_transforms_put_them(tmp_path: Path) -> N
         lambda text: text.replace("\n", "\r\n"),
         lambda text: text.replace("\n", "\r"),
         lambda text: text.replace("f 2 ", "f 2\\\n"),
+        lambda text: text.replace("f 2 ", "# from C:\\models\\\nf 2 "),
+        lambda text: text.replace("f 2 ", "g C:\\models\\ \r\nf 2 "),
     ],
-    ids=["tabs", "remarks", "indents", "indented faces", "byte order mark", "Windows", "returns", "continued lines"],
+    ids=[
+        "tabs",
+        "remarks",
+        "indents",
+        "indented faces",
+        "byte order mark",
+        "Windows",
+        "returns",
+        "continued lines",
+        "remark that ends with a backslash",
+        "name that ends with a backslash",
+    ],
 )
 def test_an_obj_file_is_the_same_mesh_however_its_lines_are_laid_out(tmp_path: Path, change: Callable[[str], str]) -> None:
     ball = trimesh.creation.icosphere(subdivisions=1)
@@ -184,6 +198,20 @@ def test_an_obj_file_is_the_same_mesh_however_its_lines_are_laid_out(tmp_path: P
     (tmp_path / "ball.obj").write_bytes(change(text).encode())
     mesh = load_mesh(tmp_path / "ball.obj")
     np.testing.assert_array_equal(mesh.vertices[mesh.faces], ball.vertices[ball.faces])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("gbk", "測試文誠"), ("shift_jis", "日本語の表"), ("latin-1", "tête"), ("utf-16", "tête")]
+)
+def test_an_obj_file_may_have_names_in_any_encoding(
+    tmp_path: Path, encoding: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last byte of the first two is a backslash, after which the next line, a face, is one of its own."""
+    monkeypatch.setitem(sys.modules, "charset_normalizer", None)  # which the extra does not bring
+    points = "v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\n"
+    text = f"{points}# {name}\nf 1 2 3\ng {name}\nf 1 2 4\no {name}\nf 1 3 4\n"
+    (tmp_path / "named.obj").write_bytes(text.encode(encoding))
+    assert len(load_mesh(tmp_path / "named.obj").faces) == 3
 
 
 def test_a_binary_ply_of_triangles_and_quads_is_not_called_damaged_alone(tmp_path: Path) -> None:

@@ -99,9 +99,16 @@ def _geometries(path: Path) -> list[Mesh]:
 
 def _plain_obj(content: bytes) -> bytes:
     """An OBJ file with a statement a line and single spaces: trimesh takes tabs, indents, remarks after a statement and a byte
-    order mark amiss, and loses faces by them."""
+    order mark amiss, and loses faces by them. Names, which alone are not ASCII, come as UTF-8: trimesh needs another package to
+    tell other encodings."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16", "replace").encode()
+    if b"\\" in content:
+        # A name and a remark end with their line, even if that is with a path of Windows or with a letter of GBK or Shift JIS.
+        content = re.sub(rb"(?m)^([^#\n]*#.*\\|[ \t]*(?:[go]|usemtl|mtllib)[ \t].*\\)(?=[ \t]*\r?$)", rb"\1.", content)
     joined = re.sub(rb"\\\r?\n", b" ", content.removeprefix(codecs.BOM_UTF8))
-    return b"\n".join(b" ".join(line.partition(b"#")[0].split()) for line in joined.splitlines())
+    plain = b"\n".join(b" ".join(line.partition(b"#")[0].split()) for line in joined.splitlines())
+    return plain if plain.isascii() else plain.decode("latin-1").encode()
 
 
 def _libraries() -> tuple[Any, Any]:
