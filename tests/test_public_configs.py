@@ -602,6 +602,8 @@ def test_components_that_the_model_would_lose_are_refused(tmp_path: Path) -> Non
     index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "camera_proj": [None, None]}
     path.write_text(json.dumps(index))
     assert read_model_config(folder).family == "sd15"
+    path.write_text(json.dumps(index | {"_class_name": ["pipeline_mvdream", "MVDreamPipeline"]}))  # of a file in the folder
+    assert read_model_config(folder).family == "sd15"
     path.write_text(json.dumps(index | {"camera_proj": ["mvdream.camera_proj", "CameraMatrixEmbedding"]}))
     with pytest.raises(CheckpointError, match=r"component 'camera_proj' \(CameraMatrixEmbedding\), which no model here has"):
         read_model_config(folder)
