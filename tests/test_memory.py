@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +226,28 @@ def test_a_preview_after_the_run_takes_no_more_memory_than_one_within_it(backend
         np.testing.assert_array_equal(progress.preview(), before)
         assert networks(pipe).loaded == ()
     assert [plan.networks_at_once for plan in plans] == [False] * 2
+    assert pipe.model.plan == PLAIN
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_preview_after_its_run_leaves_a_run_in_another_thread_its_plan(backend: Backend) -> None:
+    pipe, kept = pipeline(backend, low_memory=True), list[Progress]()
+    generate(pipe, on_step=kept.append)
+    before, pipe.memory, plans = kept[0].preview(), PLAIN, list[MemoryPlan]()
+
+    def meanwhile(_: Progress) -> None:
+        previews.append(pool.submit(kept[0].preview))
+        wait(previews, timeout=0.5)
+        plans.append(pipe.model.plan)
+
+    decode = pipe.model.decode
+    pipe.model.decode = lambda x: (time.sleep(1), decode(x))[1]
+    with ThreadPoolExecutor(1) as pool:
+        previews = list[Future[Any]]()
+        generate(pipe, on_step=meanwhile)
+        for preview in previews:
+            np.testing.assert_array_equal(preview.result(), before)
+    assert [plan.networks_at_once for plan in plans] == [True, True]
     assert pipe.model.plan == PLAIN
 
 

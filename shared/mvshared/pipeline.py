@@ -5,7 +5,7 @@ products with floats here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -455,8 +455,10 @@ class Pipeline(Generic[A]):
         plan = self.model.plan
 
         def preview() -> NDArray[np.uint8]:
-            over = self.model.plan is not plan
-            with self.model.planned(plan) if over else nullcontext():
+            with ExitStack() as stack:
+                if self.model.plan is not plan:  # its run is over, and another may be at work
+                    stack.enter_context(self.alone())
+                    stack.enter_context(self.model.planned(plan))
                 picture = self._decode(step.x0_x * before[0] + step.x0_out * before[1])
                 self._done("vae")
                 return picture
