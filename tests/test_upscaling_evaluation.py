@@ -62,6 +62,7 @@ def test_the_command_prints_and_writes_the_figures(folders: Path, tmp_path: Path
             for option in (
                 "--normals",
                 "--views 4",
+                "--views 0",
                 "--together 2",
                 "--scheduler ddim",
                 "--spacing trailing",

@@ -96,7 +96,7 @@ def evaluate_upscaler(options: dict[str, Any]) -> None:
     from mvshared.upscaling.views import UpscaleOptions
 
     for name in ("normals", *OF_VIEWS):
-        if options[name] not in (None, False):
+        if options[name] is not None and options[name] is not False:  # 0 is given, and equals False
             raise OptionError(name, expected="left out with --upscaler", got=options[name])
     output: Path | None = options["output"]
     if output is not None:
