@@ -614,8 +614,9 @@ def test_a_loss_takes_no_weight_that_is_infinite_in_float32(loss: Any) -> None:
 
 
 def test_noise_is_not_predicted_where_the_last_timestep_is_noise_alone(data: Path, vae: Path) -> None:
-    zero_snr = SchedulerConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    assert unet_config(data, vae, scheduler=zero_snr).scheduler == zero_snr
+    zero_snr = SchedulerConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    for fine in (zero_snr, replace(zero_snr, prediction_type="epsilon", timestep_spacing="leading")):
+        assert unet_config(data, vae, scheduler=fine).scheduler == fine
     with pytest.raises(OptionError, match=r"scheduler\.prediction_type must be v_prediction with rescale_betas_zero_snr"):
         unet_config(data, vae, scheduler=replace(zero_snr, prediction_type="epsilon"))
 

@@ -257,9 +257,12 @@ class TrainConfig:
         if self.unet.cross_attention_dim is not None:
             expected = "left out: a model with encoders comes whole from init_from"
             raise OptionError("cross_attention_dim", expected=expected, got=self.unet.cross_attention_dim)
-        if self.scheduler.rescale_betas_zero_snr and self.scheduler.prediction_type == "epsilon":
-            expected = "v_prediction with rescale_betas_zero_snr: of noise alone its own noise says nothing"
-            raise OptionError("scheduler.prediction_type", expected=expected, got="epsilon")
+        scheduler = self.scheduler
+        from_noise_alone = scheduler.rescale_betas_zero_snr and scheduler.timestep_spacing != "leading"
+        if from_noise_alone and scheduler.prediction_type == "epsilon":
+            expected = "v_prediction with rescale_betas_zero_snr: runs start from noise alone, whose noise says nothing"
+            hint = 'or timestep_spacing = "leading", with which they start a little later'
+            raise OptionError("scheduler.prediction_type", expected=expected, got="epsilon", hint=hint)
         if self.defaults.steps > self.scheduler.num_train_timesteps:
             expected = f"at most num_train_timesteps ({self.scheduler.num_train_timesteps}), for its samples"
             raise OptionError("defaults.steps", expected=expected, got=self.defaults.steps)
