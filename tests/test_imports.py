@@ -19,7 +19,7 @@ PACKAGES = {"mvshared": ROOT / "shared" / "mvshared", "mvmlx": ROOT / "mvmlx", "
 
 # Import names by distribution, where they differ.
 IMPORT_NAMES = {"pillow": "PIL"}
-OPTIONAL = {"embreex", "matplotlib", "numba", "trimesh"}
+OPTIONAL = {"embreex", "mapbox_earcut", "matplotlib", "numba", "trimesh"}
 BROUGHT_ALONG = {"triton"}  # by PyTorch for CUDA; the plain layers run without
 NEEDED_BY_OTHERS = {"scipy"}  # by trimesh, which does not ask for it
 SHARED_MAY_IMPORT = {"PIL", "click", "huggingface_hub", "numpy", "safetensors", "tokenizers", "tqdm"} | OPTIONAL
@@ -43,6 +43,7 @@ HEAVY = (
     "transformers",
     "trimesh",
     "embreex",
+    "mapbox_earcut",
 )
 
 # Modules of mvshared.heads that numba compiles, or that import such; render() imports them when it is called.

@@ -28,6 +28,7 @@ from mvshared.images import load_values
 from mvshared.mesh import Mesh, NormalRenderer, fit_mesh, load_mesh
 from mvshared.metrics import background_mask, iou
 from mvshared.normals import NormalSpace, find_normals, load_normals
+from mvshared.obj_files import plain_obj
 
 FOV_DEG, RADIUS = 40.0, 3.0
 POSES = as_poses([[0, 0], [75, 30], [200, -50], [310, 89]], RADIUS)
@@ -212,6 +213,54 @@ def test_an_obj_file_may_have_names_in_any_encoding(
     text = f"{points}# {name}\nf 1 2 3\ng {name}\nf 1 2 4\no {name}\nf 1 3 4\n"
     (tmp_path / "named.obj").write_bytes(text.encode(encoding))
     assert len(load_mesh(tmp_path / "named.obj").faces) == 3
+
+
+def test_negative_numbers_in_an_obj_file_count_back_from_the_face(tmp_path: Path) -> None:
+    lines, faces = list[str](), trimesh.creation.box().triangles
+    for triangle in faces:
+        lines += [f"v {x} {y} {z}" for x, y, z in triangle.tolist()]
+        lines += ["vt 0 0", "vn 0 0 1", "f -3/-1/-1 -2/-1/-1 -1/-1/-1"]
+    (tmp_path / "soup.obj").write_text("\n".join(lines))
+    mesh = load_mesh(tmp_path / "soup.obj")
+    np.testing.assert_allclose(mesh.vertices[mesh.faces], faces)
+
+
+L_SHAPE = [(0, 0), (2, 0), (2, 0.6), (0.6, 0.6), (0.6, 2), (0, 2)]  # which no corner but one sees all of
+
+
+@pytest.mark.parametrize("first", range(6))
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("form", ["{0}", "-{1}", "{0}//1"])
+def test_a_concave_polygon_of_an_obj_file_keeps_its_notch(tmp_path: Path, first: int, mirrored: bool, form: str) -> None:
+    corners = [(first + corner) % 6 for corner in range(6)][:: -1 if mirrored else 1]
+    face = " ".join(form.format(corner + 2, 6 - corner) for corner in corners)  # behind a vertex of no face
+    points = [(9.0, 9.0, 9.0), *((x, y, x / 2 - y) for x, y in L_SHAPE), (1.0, 1.0, 1.0)]
+    text = "".join(f"v {x} {y} {z}\n" for x, y, z in points[:-1])
+    (tmp_path / "l.obj").write_text(f"{text}vn 0 0 1\nf {face}\nv 1 1 1\n")
+    mesh = load_mesh(tmp_path / "l.obj")
+    corner = mesh.vertices[mesh.faces]
+    crossed = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
+    assert len(mesh.faces) == 4
+    assert np.abs(crossed[:, 2]).sum() / 2 == pytest.approx(2 * 0.6 + 1.4 * 0.6)
+    assert (crossed[:, 2] < 0).all() if mirrored else (crossed[:, 2] > 0).all()
+
+
+@pytest.mark.parametrize("face", ["f 1 2 x 4", "f 1 2 3 9", "f 1 2 3 0", "f -1 -2 -3 -9", "f 1 3 2 4"])
+def test_polygons_that_cannot_be_cut_are_left_to_trimesh(tmp_path: Path, face: str) -> None:
+    lines = ["v 0 0 0", "v 1 0 0", "v 1 1 0", "v 0 1 0", face]
+    assert plain_obj("\n".join(lines).encode()).decode().splitlines() == lines
+
+
+def test_without_earcut_a_concave_polygon_is_refused_and_others_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mapbox_earcut", None)
+    points = "".join(f"v {x} {y} 0\n" for x, y in L_SHAPE)
+    (tmp_path / "quad.obj").write_text(f"{points}f 1 2 3 4\n")
+    assert len(load_mesh(tmp_path / "quad.obj").faces) == 2
+    (tmp_path / "l.obj").write_text(f"{points}f 1 2 3 4 5 6\n")
+    with pytest.raises(BackendError, match=r"mapbox_earcut is not installed.*mvmlx\[mesh\]"):
+        load_mesh(tmp_path / "l.obj")
 
 
 def test_a_binary_ply_of_triangles_and_quads_is_not_called_damaged_alone(tmp_path: Path) -> None:

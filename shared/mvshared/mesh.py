@@ -3,9 +3,7 @@
 trimesh reads the file and Embree, through trimesh, finds what each ray hits; both come with the extra `mesh`.
 """
 
-import codecs
 import math
-import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from mvshared.camera import Y_UP_TO_Z_UP, azimuth_elevation
 from mvshared.config import Framing
 from mvshared.errors import BackendError, CameraError, MeshError, OptionError
 from mvshared.normals import NormalSpace
+from mvshared.obj_files import plain_obj
 
 SUFFIXES = (".obj", ".ply", ".glb")
 CREASE_DEG = 40.0  # faces that meet at a larger angle have an edge between them, in files without normals of their own
@@ -74,10 +73,12 @@ def _geometries(path: Path) -> list[Mesh]:
         # A broken scene graph shows in its transforms; materials and pictures are not needed.
         options: dict[str, Any] = {"skip_materials": True} if kind == "obj" else {}
         content = path.read_bytes()
-        file = BytesIO(_plain_obj(content) if kind == "obj" else content)
+        file = BytesIO(plain_obj(content) if kind == "obj" else content)
         scene = trimesh.load_scene(file, file_type=kind, process=False, **options)
         nodes = [scene.graph[name] for name in scene.graph.nodes_geometry]
         placed = [(np.asarray(matrix, np.float64), scene.geometry[name]) for matrix, name in nodes]
+    except BackendError:
+        raise
     except Exception as cause:  # trimesh's parsers meet damaged data with nearly every class of error
         reason = str(cause) or type(cause).__name__
         hint = "the file may be damaged: copy it again"
@@ -95,20 +96,6 @@ def _geometries(path: Path) -> list[Mesh]:
         what = f"is a cloud of {points} points without faces" if points else "holds no faces with an area"
         raise MeshError(what, path=path, hint="a surface is needed: make a mesh of it first")
     return parts
-
-
-def _plain_obj(content: bytes) -> bytes:
-    """An OBJ file with a statement a line and single spaces: trimesh takes tabs, indents, remarks after a statement and a byte
-    order mark amiss, and loses faces by them. Names, which alone are not ASCII, come as UTF-8: trimesh needs another package to
-    tell other encodings."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        content = content.decode("utf-16", "replace").encode()
-    if b"\\" in content:
-        # A name and a remark end with their line, even if that is with a path of Windows or with a letter of GBK or Shift JIS.
-        content = re.sub(rb"(?m)^([^#\n]*#.*\\|[ \t]*(?:[go]|usemtl|mtllib)[ \t].*\\)(?=[ \t]*\r?$)", rb"\1.", content)
-    joined = re.sub(rb"\\\r?\n", b" ", content.removeprefix(codecs.BOM_UTF8))
-    plain = b"\n".join(b" ".join(line.partition(b"#")[0].split()) for line in joined.splitlines())
-    return plain if plain.isascii() else plain.decode("latin-1").encode()
 
 
 def _libraries() -> tuple[Any, Any]:
