@@ -22,6 +22,7 @@ from mvshared.images import load_image
 POSES = camera.orbit([0, 30, 200], [0, 10, -20], radius=1.5)
 RGBA = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 4), dtype=np.uint8)
 NORMALS = np.random.default_rng(1).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
+ANGLES = {"camera_angle_x": 0.7, "camera_angle_y": 0.7}  # of square pictures, and RGBA is wider than high
 
 
 @pytest.fixture
@@ -244,6 +245,10 @@ def test_a_malformed_capture_is_refused(folder: Path, change: Callable[[dict[str
         (lambda d: d.update(fl_x=d["fl_y"] * 2), "frame 0: pixels must be square, and fl_x .* are of others"),
         (lambda d: d.update(w=d["w"] * 2), r"frame 0: w and h must be in proportion to the picture: they are 16 x 6"),
         (lambda d: d.update(is_fisheye=True), "frame 0: is_fisheye must be false, got True"),
+        (lambda d: d.update(equirectangular=True), "frame 0: equirectangular must be left out"),
+        (lambda d: d["frames"][1].update(orthographic=True), "frame 1: orthographic must be left out"),
+        (lambda d: d["frames"][1].update(ANGLES), "frame 1: pixels must be square, and camera_angle_x 0.7 and "),
+        (lambda d: d["frames"][1].update(fl_x=4, camera_angle_y=0.7), "frame 1: pixels must be square, and fl_x 4 and "),
     ],
 )
 def test_a_lens_that_cameras_here_cannot_have_is_no_matter_of_training_and_refused_by_evaluation(
@@ -254,6 +259,12 @@ def test_a_lens_that_cameras_here_cannot_have_is_no_matter_of_training_and_refus
     assert re.match(message, captures.load_capture(folder).lens_doubt)
     assert run(["evaluate", str(folder)]) == DatasetError.exit_code
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_angles_beside_focal_lengths_are_no_matter(folder: Path) -> None:
+    """Blender's add-ons write the angle of a sensor's height, also for pictures of another shape."""
+    edit(folder, lambda document: document.update(camera_angle_y=document["camera_angle_x"]))
+    assert captures.load_capture(folder).lens_doubt == ""
 
 
 def test_a_frame_may_have_a_picture_of_another_size(folder: Path) -> None:

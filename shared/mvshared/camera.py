@@ -27,6 +27,8 @@ MAX_AZIMUTH_DEG = 1e6
 
 LENS = ("fl_x", "fl_y", "camera_angle_x", "camera_angle_y")  # fields of transforms.json
 PINHOLES = ("PINHOLE", "OPENCV", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "FULL_OPENCV")  # with or without distortion
+# Fields by which instant-ngp knows lenses that are no pinholes, beside is_fisheye.
+PANORAMAS = ("equirectangular", "latlong", "orthographic", "ftheta_p0")
 LENS_TOLERANCE = 0.05  # shares of a picture by which lenses of scans are off
 DISTANCE_TOLERANCE = 0.01
 AIM_TOLERANCE_DEG = 5.0
@@ -281,6 +283,8 @@ def lens_doubt(document: Mapping[str, Any], *, size_px: tuple[int, int]) -> str:
         model = fields.get("camera_model", "PINHOLE")
         if fields.get("is_fisheye", False) is not False:
             return f"frame {index}: is_fisheye must be false, got {fields['is_fisheye']!r}"
+        if others := [name for name in PANORAMAS if fields.get(name, False) is not False]:
+            return f"frame {index}: {others[0]} must be left out, which makes the lens another than a pinhole"
         if model not in PINHOLES:
             return f"frame {index}: camera_model must be one of {', '.join(PINHOLES)}, got {model!r}"
         width, height = (fields.get(name, size) for name, size in zip(("w", "h"), size_px, strict=True))
@@ -294,10 +298,20 @@ def lens_doubt(document: Mapping[str, Any], *, size_px: tuple[int, int]) -> str:
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= size - least:
                 middle = f"{size / 2:g}, the middle of the picture, give or take {LENS_TOLERANCE:.0%} of it"
                 return f"frame {index}: {name} must be {middle}, got {value!r}"
-        if "fl_x" in fields and "fl_y" in fields and abs(fields["fl_x"] / fields["fl_y"] - 1) > LENS_TOLERANCE:
-            focal = f"fl_x {fields['fl_x']:g} and fl_y {fields['fl_y']:g}"
-            return f"frame {index}: pixels must be square, and {focal} are of others"
+        across, down = (_focal_px(fields, axis, size) for axis, size in (("x", width), ("y", height)))
+        if across is not None and down is not None and abs(across[1] / down[1] - 1) > LENS_TOLERANCE:
+            return f"frame {index}: pixels must be square, and {across[0]} and {down[0]} are of others"
     return ""
+
+
+def _focal_px(fields: Mapping[str, Any], axis: str, size: float) -> tuple[str, float] | None:
+    """What checked fields say of one axis in words, and its focal length in pixels; its angle counts without it alone, as in
+    instant-ngp: add-ons write angles of the sensor beside focal lengths of the picture."""
+    if (focal := fields.get(f"fl_{axis}")) is not None:
+        return f"fl_{axis} {focal:g}", focal
+    if (angle := fields.get(f"camera_angle_{axis}")) is not None:
+        return f"camera_angle_{axis} {angle:g}", size / 2 / math.tan(angle / 2)
+    return None
 
 
 def doubt_of(poses: NDArray[np.float32]) -> str:
