@@ -355,7 +355,23 @@ def test_the_vertical_field_of_view_is_read_from_every_usual_field(tmp_path: Pat
 def test_views_with_different_lenses_have_no_common_field_of_view(tmp_path: Path) -> None:
     different = frames(POSES)
     different[1]["fl_y"] = 200
-    assert camera.load_cameras(write(tmp_path, {"fl_y": 100, "h": 200, "frames": different})).fov_deg is None
+    loaded = camera.load_cameras(write(tmp_path, {"fl_y": 100, "h": 200, "frames": different}))
+    assert loaded.fov_deg is None
+    assert loaded.fov_doubt == "all frames must have one field of view, and theirs are 53.1 to 90.0 degrees"
+    assert camera.load_cameras(write(tmp_path, {"h": 200, "frames": different})).fov_doubt == ""
+
+
+@pytest.mark.parametrize(("lengths", "middle"), [([100, 100.3, 99.6], 99.95), ([100, 100, 100], 100)])
+def test_views_with_nearly_the_same_lens_have_its_middle_one(tmp_path: Path, lengths: list[float], middle: float) -> None:
+    near = [{**frame, "fl_y": length} for frame, length in zip(frames(POSES), lengths, strict=True)]
+    loaded = camera.load_cameras(write(tmp_path, {"h": 200, "frames": near}))
+    assert loaded.fov_deg == pytest.approx(2 * math.degrees(math.atan(100 / middle)), abs=1e-3)
+    assert loaded.fov_doubt == ""
+
+
+def test_a_focal_length_that_is_longer_by_two_hundredths_is_another_lens(tmp_path: Path) -> None:
+    other = [{**frame, "fl_y": length} for frame, length in zip(frames(POSES), [100, 102, 100], strict=True)]
+    assert camera.load_cameras(write(tmp_path, {"h": 200, "frames": other})).fov_deg is None
 
 
 def test_a_blender_file_without_a_size_takes_the_one_of_its_pictures() -> None:

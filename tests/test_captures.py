@@ -268,7 +268,7 @@ def test_angles_beside_focal_lengths_are_no_matter(folder: Path) -> None:
 
 
 def test_a_frame_may_have_a_picture_of_another_size(folder: Path) -> None:
-    edit(folder, lambda document: document["frames"][1].update(w=6, h=8, cx=3, cy=4))
+    edit(folder, lambda document: document["frames"][1].update(w=6, h=8, cx=3, cy=4, fl_y=document["fl_y"] * 8 / 6))
     assert captures.load_capture(folder).lens_doubt == ""
 
 

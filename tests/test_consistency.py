@@ -439,12 +439,17 @@ def wide_lens(folder: Path) -> None:
     change(folder, lambda document: document.update(camera_angle_x=2.9))
 
 
+def zoomed(folder: Path) -> None:
+    change(folder, lambda document: document["frames"][1].update(fl_x=1.2 * document["fl_x"]))
+
+
 @pytest.mark.parametrize(
     ("damage", "kind", "says"),
     [
         (no_transforms, DatasetError, "transforms.json: no such file"),
         (one_view, DatasetError, "1 frame"),
-        (no_lens, DatasetError, "field of view"),
+        (no_lens, DatasetError, "says no field of view"),
+        (zoomed, DatasetError, "all frames must have one field of view, and theirs are "),
         (other_size, DatasetError, "view_002.png: has 32 x 48 pixels, the first picture 80 x 80"),
         (no_picture, ImageError, "view_002.png"),
         (clear_picture, DatasetError, "view_003.png: shows nothing"),

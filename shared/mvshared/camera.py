@@ -30,6 +30,7 @@ PINHOLES = ("PINHOLE", "OPENCV", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "F
 # Fields by which instant-ngp knows lenses that are no pinholes, beside is_fisheye.
 PANORAMAS = ("equirectangular", "latlong", "orthographic", "ftheta_p0")
 LENS_TOLERANCE = 0.05  # shares of a picture by which lenses of scans are off
+FOCAL_TOLERANCE = 0.01  # between the frames of a file
 DISTANCE_TOLERANCE = 0.01
 AIM_TOLERANCE_DEG = 5.0
 ROLL_TOLERANCE_DEG = 15.0  # around where a camera looks
@@ -55,10 +56,22 @@ class CameraFile(NamedTuple):
 
     @property
     def fov_deg(self) -> float | None:
-        """The field of view if the file says one for all of them."""
+        """The field of view if the file says one for all of them, the middle one if their focal lengths are nearly the same:
+        telephones focus anew for every picture, which changes them by a few thousandths."""
         known = [fov for fov in self.fovs_deg if fov is not None]
-        of_all = bool(known) and len(known) == len(self.fovs_deg) and max(known) - min(known) <= 1e-3
-        return known[0] if of_all else None
+        if not known or len(known) < len(self.fovs_deg):
+            return None
+        least, most = min(known), max(known)
+        near = math.tan(math.radians(most) / 2) <= (1 + FOCAL_TOLERANCE) * math.tan(math.radians(least) / 2)
+        return (least + most) / 2 if near else None
+
+    @property
+    def fov_doubt(self) -> str:
+        """Why `fov_deg` is None if all of them have one; nothing otherwise."""
+        known = [fov for fov in self.fovs_deg if fov is not None]
+        if self.fov_deg is not None or len(known) < len(self.fovs_deg):
+            return ""
+        return f"all frames must have one field of view, and theirs are {min(known):.1f} to {max(known):.1f} degrees"
 
 
 def even_azimuths(views: int, *, start_deg: float = 0.0, span_deg: float = 360.0) -> list[float]:

@@ -39,7 +39,7 @@ class Capture(NamedTuple):
 
     `normal_paths`, `mask_paths`, `depth_paths` and `detail_paths` have None for a frame without; `poses` float32 (v, 4, 4) are
     those of `mvshared.camera`; `fov_deg` is the vertical field of view, None if the file says none or the views differ;
-    `lens_doubt` says why the lens is none of a pinhole camera with the middle of the picture on its axis, if so.
+    `lens_doubt` says why the lens is not one pinhole camera's with the middle of the picture on its axis, if so.
     """
 
     image_paths: tuple[Path, ...]
@@ -92,7 +92,7 @@ def load_capture(folder: Path | str) -> Capture:
     )
     size = size_px(images[0])
     cameras = read_transforms(document, path=path, size_px=size, error=DatasetError)
-    doubt = lens_doubt(document, size_px=size)
+    doubt = lens_doubt(document, size_px=size) or cameras.fov_doubt
     return Capture(tuple(images), normals, masks, cameras.poses, cameras.fov_deg, depths, details, doubt)
 
 
