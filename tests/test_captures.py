@@ -392,6 +392,24 @@ def test_a_capture_of_another_system_is_read(folder: Path) -> None:
             captures.read_views(captures.load_capture(folder))
 
 
+def test_paths_of_windows_are_read(folder: Path) -> None:
+    (folder / "images").mkdir()
+    (folder / "view_000.png").rename(folder / "images/view_000.png")
+    (folder / "view_001.png").rename(folder.parent / "view_001.png")
+
+    def edited(document: dict[str, Any]) -> None:
+        for frame, name in zip(document["frames"], (".\\images\\view_000", "..\\view_001.png", ".\\view_002.png"), strict=True):
+            frame["file_path"] = name
+
+    edit(folder, edited)
+    found = [os.path.relpath(path, folder) for path in captures.load_capture(folder).image_paths]
+    assert found == ["images/view_000.png", "../view_001.png", "view_002.png"]
+    assert [os.path.relpath(path, folder) for path in captures.files_elsewhere(folder)] == ["../view_001.png"]
+    (folder / "images\\view_000.png").write_bytes((folder / "view_002.png").read_bytes())
+    edit(folder, lambda document: document["frames"][0].update(file_path="images\\view_000.png"))
+    assert captures.load_capture(folder).image_paths[0].parent == folder
+
+
 def test_a_missing_picture_is_named(folder: Path) -> None:
     (folder / "view_001.png").unlink()
     with pytest.raises(DatasetError, match="not there") as caught:

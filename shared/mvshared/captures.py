@@ -64,8 +64,9 @@ class CaptureViews(NamedTuple):
 def load_capture(folder: Path | str) -> Capture:
     """The capture in `folder`, from its transforms.json; the pictures are found, not decoded.
 
-    File paths are relative to the folder and may lack the extension, as in Blender's files. The world is turned to +Y up (see
-    `camera.read_transforms`); lens distortion and `applied_transform`, which lead back to the original scan, are ignored.
+    File paths are relative to the folder; they may lack the extension, as in Blender's files, and may have the backslashes of
+    Windows. The world is turned to +Y up (see `camera.read_transforms`); lens distortion and `applied_transform`, which lead
+    back to the original scan, are ignored.
 
     Raises DatasetError for a folder, file or field that is missing or malformed, with the path.
     """
@@ -114,6 +115,7 @@ def files_elsewhere(folder: Path) -> list[Path]:
 
 def _is_elsewhere(name: str) -> bool:
     """Whether a relative path is none, leads out of its folder, or to what is hidden in it."""
+    name = name.replace("\\", "/")  # as `find_picture` does
     return os.path.isabs(name) or any(part.startswith(".") for part in os.path.normpath(name).split(os.sep))
 
 

@@ -338,9 +338,11 @@ def is_picture(path: Path) -> bool:
 
 
 def find_picture(folder: Path, name: str) -> Path | None:
-    """The file of that name, which may lack its suffix, as in Blender's transforms.json; None if there is none."""
+    """The file of that name, which may lack its suffix, as in Blender's transforms.json, or have the backslashes of Windows;
+    None if there is none."""
     suffixes = ("", *PICTURE_SUFFIXES, *(suffix.upper() for suffix in PICTURE_SUFFIXES))
-    return next((path for suffix in suffixes if os.path.isfile(path := folder / (name + suffix))), None)
+    names = (each + suffix for each in dict.fromkeys((name, name.replace("\\", "/"))) for suffix in suffixes)
+    return next((path for each in names if os.path.isfile(path := folder / each)), None)
 
 
 def resize_rgba(rgba: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
