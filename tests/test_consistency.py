@@ -352,6 +352,22 @@ def test_a_folder_of_copies_gets_a_note(folder: Path, capfd: pytest.CaptureFixtu
     assert captured.err.startswith("note: ") and captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("depth", ["thousandths", "sparse"])
+def test_depth_that_brings_no_figures_gets_a_note(
+    folder: Path, truth: HeadViews, depth: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for view, given in enumerate(truth.depth):
+        few = np.zeros(given.shape, bool)
+        few[::9, ::9] = True
+        np.save(folder / f"depth_{view:03}.npy", given * 1000 if depth == "thousandths" else np.where(few, given, np.inf))
+    change(folder, add_depth)
+    assert run(["evaluate", str(folder)]) == 0
+    captured = capfd.readouterr()
+    assert "psnr_db            none" in captured.out
+    assert captured.err.startswith("note: no point of a view was found in another: the depth is in another unit")
+    assert captured.err.count("\n") == 1
+
+
 def test_masks_of_a_capture_stand_for_alpha(folder: Path, truth: HeadViews) -> None:
     Image.fromarray(np.where(truth.rgba[1, ..., 3] > 0, 255, 0).astype(np.uint8)).save(folder / "mask.png")
     change(folder, lambda document: document["frames"][1].update(mask_path="mask.png"))

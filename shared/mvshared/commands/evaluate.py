@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -16,6 +16,9 @@ from mvshared.errors import CameraError, DatasetError, OptionError
 from mvshared.export import VIEWS_SHEET, check_evaluation, write_evaluation
 from mvshared.images import sheet
 from mvshared.messages import print_json
+
+if TYPE_CHECKING:
+    from mvshared.consistency import Consistency
 
 SHEET_ROWS = 8
 WARPS_SHOWN = 32
@@ -149,7 +152,7 @@ def _write(output: Path, rows: Sequence[NDArray[np.uint8]], document: dict[str, 
 def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[str]) -> None:
     """`mvmlx evaluate FOLDER`; `given` are the options that the command line has."""
     from mvshared.captures import load_capture, read_views
-    from mvshared.consistency import Consistency, consistency
+    from mvshared.consistency import consistency
 
     for name in given:
         if name not in FOLDER_OPTIONS:
@@ -170,9 +173,7 @@ def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[st
         raise DatasetError("says no field of view that all frames have", path=path, hint=hint)
     views = read_views(capture)
     try:
-        result: Consistency = consistency(
-            views.pictures, capture.poses, fov_deg=capture.fov_deg, depth=views.depth, masks=views.masks
-        )
+        result = consistency(views.pictures, capture.poses, fov_deg=capture.fov_deg, depth=views.depth, masks=views.masks)
     except (CameraError, OptionError) as cause:  # all that it is given is the folder's
         raise DatasetError(cause.message, path=path, hint=cause.hint) from cause
     figures = {
@@ -193,16 +194,27 @@ def evaluate_folder(folder: Path, options: dict[str, Any], *, given: Iterable[st
         for name, view in zip(names, result.views, strict=True):
             seen = f"{_number(view.psnr_db)} dB, SSIM {_number(view.ssim)}, {view.visible_share:.0%} visible"
             click.echo(f"  {name}: {seen if view.psnr_db is not None else 'no neighbour sees the same'}")
-        if result.gain_db is None or result.gain_db < SMALL_GAIN_DB:
-            click.echo(
-                "note: exchanging the cameras changes little or helps: these are hardly different views of one object", err=True
-            )
+        if note := _note(result):
+            click.echo(f"note: {note}", err=True)
     if output is not None:
         rows = [
             np.stack([views.pictures[warp.view], warp.picture, np.repeat(warp.visible[..., None] * np.uint8(255), 3, axis=-1)])
             for warp in result.warps[:WARPS_SHOWN]
         ]
         write_evaluation(output, {VIEWS_SHEET: sheet(np.stack(rows))}, document)
+
+
+def _note(result: "Consistency") -> str:
+    """What figures mean that are not those of different views of one object; nothing of others."""
+    if result.figures.psnr_db is None:
+        causes = {
+            "given": "the depth is in another unit than the poses, or has values at few pixels alone, as points of COLMAP have",
+            "estimated": "the cameras are others than those of the pictures, or see no common surface",
+        }
+        return f"no point of a view was found in another: {causes[result.depth]}"
+    if result.gain_db is None or result.gain_db < SMALL_GAIN_DB:
+        return "exchanging the cameras changes little or helps: these are hardly different views of one object"
+    return ""
 
 
 def _number(value: float | None) -> str:
