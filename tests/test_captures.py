@@ -410,6 +410,15 @@ def test_paths_of_windows_are_read(folder: Path) -> None:
     assert captures.load_capture(folder).image_paths[0].parent == folder
 
 
+def test_a_data_set_of_blender_needs_its_file_copied(folder: Path) -> None:
+    path = folder / "transforms.json"
+    path.rename(folder / "transforms_train.json")
+    with pytest.raises(DatasetError, match=r"transforms\.json: no such file \(copy transforms_train\.json to it\)"):
+        captures.load_capture(folder)
+    shutil.copy(folder / "transforms_train.json", path)
+    np.testing.assert_array_equal(captures.load_capture(folder).poses, POSES)
+
+
 def test_a_missing_picture_is_named(folder: Path) -> None:
     (folder / "view_001.png").unlink()
     with pytest.raises(DatasetError, match="not there") as caught:

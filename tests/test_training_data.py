@@ -103,6 +103,11 @@ def test_a_digest_is_that_of_earlier_versions(tmp_path: Path, monkeypatch: pytes
 def test_a_folder_with_too_few_captures_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"needs at least 1 capture .*has 0 .*render-heads"):
         find_captures(tmp_path, held_out=0.0)
+    (tmp_path / "lego").mkdir()
+    (tmp_path / "lego/transforms_train.json").write_text("{}")
+    with pytest.raises(DatasetError, match=r"has 0 \(copy transforms_train\.json to transforms\.json in .*lego\)"):
+        find_captures(tmp_path, held_out=0.0)
+    (tmp_path / "lego/transforms_train.json").unlink()
     write_object(tmp_path / "one", 1)
     with pytest.raises(DatasetError, match=r"needs at least 2 captures .*has 1 .*with held_out 0 one is enough"):
         find_captures(tmp_path, held_out=0.1)

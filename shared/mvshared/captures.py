@@ -28,6 +28,7 @@ from mvshared.files import is_empty, read_json_object, remove_if_empty, write_at
 from mvshared.images import composite, find_picture, load_image, orientation, quiet_pillow, what_can_be_read
 
 METADATA = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})  # of a PNG, that may say how it is turned
+TRAINING_PART = "transforms_train.json"  # of Blender's data sets, which have others for validation and tests
 PNG = b"\x89PNG\r\n\x1a\n"
 DEPTH_FILES = "is no .npy file of floats and no PNG of 16 bits of grey"
 FILE_FIELDS = ("file_path", "normal_file_path", "mask_path", "depth_file_path", "detail_file_path")  # of a frame
@@ -75,6 +76,8 @@ def load_capture(folder: Path | str) -> Capture:
         reason = "is a file, and a folder with a transforms.json is needed" if folder.exists() else "no such folder"
         raise DatasetError(reason, path=folder)
     path = folder / "transforms.json"
+    if not path.exists() and (folder / TRAINING_PART).is_file():
+        raise DatasetError("no such file", path=path, hint=f"copy {TRAINING_PART} to it")
     document = read_json_object(path, error=DatasetError)
     if document.get("normal_space", "camera") != "camera":
         space = document["normal_space"]

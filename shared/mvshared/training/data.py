@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mvshared.backend import A
 from mvshared.camera import azimuth_elevation, camera_vectors, from_front_deg, mirror_poses
-from mvshared.captures import Capture, files_elsewhere, load_capture
+from mvshared.captures import TRAINING_PART, Capture, files_elsewhere, load_capture
 from mvshared.config import SchedulerConfig
 from mvshared.errors import DatasetError, ImageError
 from mvshared.files import file_stamps, visible
@@ -79,6 +79,8 @@ def find_captures(folder: Path | str, *, held_out: float) -> tuple[list[Path], l
         hint = "with held_out 0 one is enough" if found else "make some with: mvmlx render-heads"
         if (folder / "transforms.json").is_file():
             hint = "this is a capture itself: name the folder that it is in"
+        elif parts := visible(path.parent for path in folder.glob(f"*/{TRAINING_PART}") if path.parent not in found):
+            hint = f"copy {TRAINING_PART} to transforms.json in {parts[0]}"
         counted = f"{needed} capture{'s' if needed > 1 else ''} (folders with a transforms.json)"
         raise DatasetError(f"needs at least {counted}, has {len(found)}", path=folder, hint=hint)
     if not held_out:
