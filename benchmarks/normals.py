@@ -54,13 +54,7 @@ def measure(pipeline: Pipeline[Any], heads: Sequence[int], portrait: str) -> lis
     cameras = orbit(even_azimuths(VIEWS), ELEVATION_DEG, radius=DEFAULT_RADIUS)
 
     def row(name: str, mesh: Mesh, reference: Any) -> str:
-        renderer = NormalRenderer(mesh)
-        maps = np.stack(
-            [
-                renderer.render(pose, index=index, size_px=size_px, fov_deg=fov_deg, space="camera")
-                for index, pose in enumerate(cameras)
-            ]
-        )
+        maps = NormalRenderer(mesh).render_all(cameras, size_px=size_px, fov_deg=fov_deg, space="camera")
         figures = [followed(pipeline, reference, cameras, maps, led=led) for led in (True, False)]
         return f"| {name} | {figures[0]:.2f} | {figures[1]:.2f} |"
 

@@ -27,7 +27,7 @@ from mvshared.precision import DtypeChoice
 from mvshared.process_memory import trim_heap
 from mvshared.quantization.plans import Layers, part_of, preset_layers, quantize_weight, quantized_shapes
 from mvshared.random_weights import random_weights
-from mvshared.shapes import check_step, check_token_ids
+from mvshared.shapes import check_step, checked_token_ids
 from mvshared.weights import (
     Stored,
     check_names_and_shapes,
@@ -89,7 +89,7 @@ class MultiViewModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this model takes no text", got=token_ids.shape)
         assert self.config.text_encoder is not None
-        ids = check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
+        ids = checked_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
         with inference(self.device):
             return self.networks["text_encoder"](torch.tensor(ids, device=self.device)).last_hidden_state.float()
 

@@ -15,7 +15,7 @@ from mvshared.checkpoint import find_model, read_vae_config, weight_files
 from mvshared.errors import OptionError
 from mvshared.loading import prepare, upscaler_parts
 from mvshared.networks import Networks
-from mvshared.shapes import check_pictures, check_same, check_token_ids
+from mvshared.shapes import check_pictures, check_same, checked_token_ids
 from mvshared.upscaling.config import UpscalerConfig
 from mvtorch.attention import KeyValues
 from mvtorch.inference import inference
@@ -71,7 +71,7 @@ class UpscalerModel(LatentModel):
         if "text_encoder" not in self.networks:
             raise OptionError("prompt", expected="left out: this upscaler takes no text", got=token_ids.shape)
         assert self.config.text_encoder is not None
-        ids = check_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
+        ids = checked_token_ids(token_ids, vocab_size=self.config.text_encoder.vocab_size)
         with inference(self.device):
             out = self.networks["text_encoder"](torch.tensor(ids, device=self.device))
             return TextStates(out.hidden_states[-1].float(), out.pooler_output.float())

@@ -42,9 +42,7 @@ def written(path: Path, mesh: Any) -> Path:
 
 
 def rendered(mesh: Mesh, poses: NDArray[np.float32] = POSES, space: NormalSpace = "camera") -> NDArray[np.uint8]:
-    renderer = NormalRenderer(mesh)
-    views = [renderer.render(pose, index=index, size_px=SIZE, fov_deg=FOV_DEG, space=space) for index, pose in enumerate(poses)]
-    maps = np.stack(views)
+    maps = NormalRenderer(mesh).render_all(poses, size_px=SIZE, fov_deg=FOV_DEG, space=space)
     # What is rendered is what generation takes.
     load_normals(find_normals(list(maps), space), poses, fov_deg=FOV_DEG, size_px=SIZE)
     return maps
@@ -287,13 +285,7 @@ def test_a_z_up_mesh_is_turned_upright_with_its_front_to_the_camera(tmp_path: Pa
 def test_a_head_as_a_mesh_has_the_maps_of_the_renderer_of_heads() -> None:
     poses = orbit([30, 160, 290], 10, radius=DEFAULT_RADIUS)
     truth = render(3, poses, size_px=SIZE).normals
-    renderer = NormalRenderer(head_mesh(3))
-    maps = np.stack(
-        [
-            renderer.render(pose, index=index, size_px=SIZE, fov_deg=DEFAULT_FOV_DEG, space="camera")
-            for index, pose in enumerate(poses)
-        ]
-    )
+    maps = NormalRenderer(head_mesh(3)).render_all(poses, size_px=SIZE, fov_deg=DEFAULT_FOV_DEG, space="camera")
     assert iou(maps[..., 3] >= 128, truth[..., 3] >= 128).min() > 0.96
     both = (maps[..., 3] == 255) & (truth[..., 3] == 255)
     assert np.median(angles_deg(vectors(maps)[both], vectors(truth)[both])) < 3

@@ -4,6 +4,7 @@ trimesh reads the file and Embree, through trimesh, finds what each ray hits; bo
 """
 
 import math
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,6 +246,13 @@ class NormalRenderer:
         self.rays = intersector(trimesh.Trimesh(mesh.vertices, mesh.faces, process=False))
         self.corners, self.normals = mesh.vertices[mesh.faces], mesh.normals
         self.flat = _unit(np.cross(self.corners[:, 1] - self.corners[:, 0], self.corners[:, 2] - self.corners[:, 0]))
+
+    def render_all(
+        self, poses: Iterable[NDArray[np.float32]], *, size_px: int, fov_deg: float, space: NormalSpace
+    ) -> NDArray[np.uint8]:
+        """The maps uint8 (v, size_px, size_px, 4) from poses (v, 4, 4), each as `render` makes it."""
+        options: Any = {"size_px": size_px, "fov_deg": fov_deg, "space": space}
+        return np.stack([self.render(pose, index=index, **options) for index, pose in enumerate(poses)])
 
     def render(
         self, pose: NDArray[np.float32], *, index: int, size_px: int, fov_deg: float, space: NormalSpace

@@ -24,7 +24,7 @@ def check_tokens(shape: Shape, *, longest: int) -> None:
         raise OptionError("token ids", expected=f"of shape (b, l) with l at most {longest}", got=shape)
 
 
-def check_token_ids(ids: NDArray[np.int64], *, vocab_size: int) -> NDArray[np.int64]:
+def checked_token_ids(ids: NDArray[np.int64], *, vocab_size: int) -> NDArray[np.int64]:
     """Token ids as both array libraries take them: int64, in plain order in memory. Raises OptionError unless they are whole
     numbers that a text encoder knows."""
     if ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < vocab_size):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from tqdm import tqdm
 
 from mvshared.arguments import SIZE_RANGE_PX, view_poses
@@ -39,11 +38,8 @@ def render_normal_maps(path: Path, options: dict[str, Any]) -> None:
     mesh = load_mesh(path, up=options["up"])
     if options["fit"]:
         mesh = fit_mesh(mesh, poses, fov_deg=fov_deg, framing=config.framing)
-    renderer = NormalRenderer(mesh)
     views = tqdm(poses, desc="rendering", unit="view", disable=None, file=sys.stderr)
-    maps = np.stack(
-        [renderer.render(pose, index=index, size_px=size_px, fov_deg=fov_deg, space=space) for index, pose in enumerate(views)]
-    )
+    maps = NormalRenderer(mesh).render_all(views, size_px=size_px, fov_deg=fov_deg, space=space)
     if options["cameras"] is not None and (doubt := doubt_of(poses)):
         warn(doubt)
     write_normals(output, maps, poses, fov_deg=fov_deg, space=space, force=options["force"])

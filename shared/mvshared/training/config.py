@@ -263,8 +263,8 @@ class TrainConfig:
             expected = "v_prediction with rescale_betas_zero_snr: runs start from noise alone, whose noise says nothing"
             hint = 'or timestep_spacing = "leading", with which they start a little later'
             raise OptionError("scheduler.prediction_type", expected=expected, got="epsilon", hint=hint)
-        if self.defaults.steps > self.scheduler.num_train_timesteps:
-            expected = f"at most num_train_timesteps ({self.scheduler.num_train_timesteps}), for its samples"
+        if self.defaults.steps > scheduler.num_train_timesteps:
+            expected = f"at most num_train_timesteps ({scheduler.num_train_timesteps}), for its samples"
             raise OptionError("defaults.steps", expected=expected, got=self.defaults.steps)
 
     def _check_upscaler(self) -> None:
