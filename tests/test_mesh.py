@@ -243,6 +243,15 @@ def test_a_concave_polygon_of_an_obj_file_keeps_its_notch(tmp_path: Path, first:
     assert (crossed[:, 2] < 0).all() if mirrored else (crossed[:, 2] > 0).all()
 
 
+def test_small_convex_faces_far_from_the_origin_stay_as_they_are() -> None:
+    corners = np.random.default_rng(0).uniform(1e6, 3e6, (40, 1, 3)) + 0.01 * np.array(
+        [[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 1, 1]]
+    )
+    lines = [f"v {x!r} {y!r} {z!r}" for x, y, z in corners.reshape(-1, 3).tolist()]
+    lines += [f"f {first} {first + 1} {first + 2} {first + 3}" for first in range(1, 161, 4)]
+    assert plain_obj("\n".join(lines).encode()).decode().splitlines() == lines
+
+
 @pytest.mark.parametrize("face", ["f 1 2 x 4", "f 1 2 3 9", "f 1 2 3 0", "f -1 -2 -3 -9", "f 1 3 2 4"])
 def test_polygons_that_cannot_be_cut_are_left_to_trimesh(tmp_path: Path, face: str) -> None:
     lines = ["v 0 0 0", "v 1 0 0", "v 1 1 0", "v 0 1 0", face]

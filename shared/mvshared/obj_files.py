@@ -75,7 +75,7 @@ def _cut(lines: list[bytes]) -> list[bytes]:
             places = np.array([[corner.partition(b"/")[0] for corner in corners] for _, corners in same]).astype(np.int64) - 1
             if (places < 0).any():  # numpy would count from the end
                 return lines
-            rings = points[places]
+            rings = points[places] - points[places[:, :1]]  # far from the origin products of coordinates lose small faces
             normals = np.cross(rings, np.roll(rings, -1, axis=1)).sum(axis=1)
             for index in np.flatnonzero(_is_concave(rings, normals)):
                 number, corners = same[index]
