@@ -166,9 +166,7 @@ def test_what_mlx_makes_of_the_source_compiles(
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("shape", "groups"), FAMILIES)
 @pytest.mark.parametrize("silu", [False, True])
-def test_the_kernel_gives_what_the_plain_path_gives(
-    shape: tuple[int, ...], groups: int, silu: bool, dtype: str
-) -> None:  # pragma: no cover
+def test_the_kernel_gives_what_the_plain_path_gives(shape: tuple[int, ...], groups: int, silu: bool, dtype: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", MvWarning)
         x, weight, bias = (mx.array(array).astype(getattr(mx, dtype)) for array in inputs(shape, mean=3.0))

@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_the_convolution(upsample: Upsample, size: float
 
 @pytest.mark.gpu("metal")
 @pytest.mark.parametrize("size", [1, 5e3])
-def test_wide_maps_are_upsampled_as_in_float32(size: float) -> None:  # pragma: no cover
+def test_wide_maps_are_upsampled_as_in_float32(size: float) -> None:
     upsample = Upsample(128)
     x = mx.array(size * np.random.default_rng(0).standard_normal((1, 32, 32, 128))).astype(mx.float16)
     with mx.stream(mx.Device(mx.cpu)):
