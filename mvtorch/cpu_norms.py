@@ -21,7 +21,9 @@ _PIECE_PIXELS = {torch.float32: 256, torch.bfloat16: 4096, torch.float16: 4096}
 _PIECE_NUMBERS = 1 << 18  # of what is looked at twice, by each thread, so that it is still in its cache
 _MOST_PIXELS = 1024  # that PyTorch's kernel adds up one after the other
 _CACHED_PIXELS = 4096  # likewise, or as many as have _PIECE_NUMBERS, if those are more
-_LARGEST_MEAN = 64  # in deviations
+# In deviations, each of which costs float32 half a unit of its last digit. Half precision has thousands to spare, and would
+# round what is left once more.
+_LARGEST_MEAN = {torch.float32: 8, torch.bfloat16: 64, torch.float16: 64}
 _FEW_PIXELS = 256  # of which PyTorch's kernel, in float32, is as exact as the others for means of up to a deviation
 
 
@@ -65,7 +67,7 @@ def normalised(
         if small is not None:
             return F.silu(small, inplace=True) if silu else small
     mean, variance = _statistics(x, groups)
-    if bool((mean.square() > _LARGEST_MEAN**2 * (variance + eps)).any()):
+    if bool((mean.square() > _LARGEST_MEAN[x.dtype] ** 2 * (variance + eps)).any()):
         x = x - mean.to(x.dtype)[..., None, None]
         mean, variance = _statistics(x, groups)
     scale, shift = (each.float().expand(n, c) for each in (scale, shift))
