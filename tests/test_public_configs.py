@@ -321,6 +321,13 @@ def test_configs_that_the_models_here_cannot_be_are_refused(read: Any, document:
         read(document, path=HERE)
 
 
+@pytest.mark.parametrize(("read", "document"), [(ldm_unet, MVDREAM_UNET), (diffusers_unet, SD21_UNET), (diffusers_vae, VAE)])
+def test_fields_that_newer_libraries_add_as_null_are_off(read: Any, document: dict[str, Any]) -> None:
+    assert read(document | {"new_kind_of_attention": None}, path=HERE) == read(document, path=HERE)
+    with pytest.raises(CheckpointError, match=r"unknown field 'new_kind_of_attention' \(False\)"):
+        read(document | {"new_kind_of_attention": False}, path=HERE)
+
+
 @pytest.mark.parametrize(
     ("name", "leftover"),
     [

@@ -1,7 +1,8 @@
 """Configurations as the public checkpoints write them, read into this project's.
 
-Every field of a U-Net's or a VAE's is used, neutral, or refused. A scheduler's file has fields of many samplers, of which those
-of its own class count; a CLIP tower's has transformers' own, of which those count that say how it computes.
+Every field of a U-Net's or a VAE's is used, neutral, or refused; one that a newer library adds is neutral as null. A
+scheduler's file has fields of many samplers, of which those of its own class count; a CLIP tower's has transformers' own, of
+which those count that say how it computes.
 
 Sources: diffusers' UNet2DConditionModel, AutoencoderKL and DDIMScheduler; MultiViewUNetModel of ashawkey/mvdream_diffusers,
 whose fields are those of LDM's openaimodel.py; transformers' CLIPTextConfig and CLIPVisionConfig.
@@ -222,14 +223,15 @@ class Fields:
         return value
 
     def finish(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise CheckpointError for a field that is left and is neither ignored nor of a neutral value."""
+        """Raise CheckpointError for a field that is left, not ignored and not neutral, as null is in an unknown field."""
         for name, value in self.left.items():
             if name in IGNORED or (name in neutral and _alike(value) in neutral[name]):
                 continue
             if name in neutral:
                 expected = " or ".join(map(repr, neutral[name]))
                 raise CheckpointError(f"{name} must be {expected} for the models here, got {value!r}", path=self.path)
-            raise CheckpointError(f"unknown field {name!r} ({value!r})", path=self.path)
+            if value is not None:
+                raise CheckpointError(f"unknown field {name!r} ({value!r})", path=self.path)
 
     def malformed(self, name: str, value: Any) -> CheckpointError:
         """The error for a value that the field cannot have."""
