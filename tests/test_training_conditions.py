@@ -60,12 +60,13 @@ def config(data: Path, gaf: Path, **changes: Any) -> TrainConfig:
 
 
 def test_both_backends_learn_the_same_and_leave_a_whole_model(data: Path, gaf: Path, tmp_path: Path) -> None:
-    models = {backend: run(config(data, gaf), tmp_path / backend, backend=backend) for backend in BACKENDS}
+    # With a small eps, Adam makes steps of one size from gradients that are nothing but rounding.
+    smooth = config(data, gaf, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, eps=1e-2))
+    models = {backend: run(smooth, tmp_path / backend, backend=backend) for backend in BACKENDS}
     before = weights_of(tmp_path / "torch", "unet")  # of the averages
     after = weights_of(tmp_path / "mlx", "unet")
     for name, weight in before.items():
-        # Adam makes steps of one size from gradients that are nothing but rounding
-        assert_close(after[name], weight, rms=2e-2)
+        assert_close(after[name], weight, rms=1e-2)
     source = load_network(read_model_config(gaf).unet, weight_files(gaf, "unet"), dtype="float32", device="cpu").state_dict()
     for name in ("conv_in.weight", "image_embed.latents", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k_ip.weight"):
         assert np.abs(before[name] - source[name].numpy()).max() > 1e-5, name
